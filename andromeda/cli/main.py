@@ -1,0 +1,41 @@
+"""The command line: one thin file a verb, gathered here.
+
+No verb's file imports torch (or anything else that is slow) at its top, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import typer
+
+from andromeda.errors import AndromedaError
+
+app = typer.Typer(
+    name="andromeda",
+    help="A long-context language model that you train, stretch, measure and serve yourself.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """Run the command line; bad input ends with its sentence on stderr and exit code 2."""
+    try:
+        app()
+    except AndromedaError as error:
+        print(f"andromeda: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("andromeda: interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`): point stdout elsewhere so that the interpreter's flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,49 @@
+"""Where the tokens of a run come from."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from andromeda.config.base import Part, Strings
+
+
+class Source(Part):
+    """One corpus folder (made by `andromeda data build`) or .bin shard in a mixture."""
+
+    path: str
+    weight: PositiveFloat = 1.0
+    """Share of the tokens, relative to the other sources; kept exactly at every point of the stream."""
+
+
+class DataConfig(Part):
+    """The training stream: which corpora, in what proportion, packed how."""
+
+    corpus: str = ""
+    """Folder of a single corpus; empty when `sources` is given."""
+    sources: tuple[Source, ...] = ()
+    """A mixture of corpora; all must share one tokenizer."""
+    packing: Literal["stream", "documents"] = "stream"
+    """`stream` cuts one long token stream into rows; `documents` starts rows at document starts and never splits one that fits."""
+    document_mask: bool = True
+    """Attention never crosses a document's boundary."""
+    shuffle: bool = True
+    workers: int = Field(0, ge=0)
+    """Loader threads; the order does not depend on it."""
+
+
+class BuildConfig(Part):
+    """What `andromeda data build` does with raw text."""
+
+    tokenizer: Literal["bpe", "unigram", "bytes"] = "bpe"
+    vocab_size: PositiveInt = 4096
+    digits: PositiveInt = 2
+    """Longest run of digits that can be one token (bpe)."""
+    validation: float = Field(0.01, gt=0.0, lt=0.5)
+    """Share of documents held out, chosen by the hash of their content."""
+    shard_tokens: PositiveInt = 1 << 24
+    text_field: str = "text"
+    """Key of the text in .jsonl and .parquet rows and in datasets."""
+    include: Strings = ()
+    """Endings to read (such as ".py"); empty reads every known kind."""

@@ -1,0 +1,20 @@
+"""The whole of a run in one value: what `config.toml` in a run folder holds."""
+
+from __future__ import annotations
+
+from pydantic import NonNegativeInt
+
+from andromeda.config.base import Part
+from andromeda.config.data import DataConfig
+from andromeda.config.model import ModelConfig
+from andromeda.config.train import TrainConfig
+
+
+class RunConfig(Part):
+    """Model, data and training, with the seed that all random numbers derive from."""
+
+    name: str = "run"
+    seed: NonNegativeInt = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    train: TrainConfig = TrainConfig()

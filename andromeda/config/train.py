@@ -1,0 +1,132 @@
+"""How a model is trained: optimizer, schedule, precision, checkpoints, guard, probes and logs."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from andromeda.config.base import Pair, Part, Strings
+
+
+class Schedule(Part):
+    """Learning-rate factor over the steps, from 0 to 1 and down to `final`."""
+
+    kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    warmup: NonNegativeInt = 0
+    """Steps of linear warm-up."""
+    cooldown: NonNegativeInt = 0
+    """kind wsd: steps of the linear descent at the end."""
+    final: float = Field(0.1, ge=0.0, le=1.0)
+
+
+class Clip(Part):
+    """Gradient clipping, before the optimizer sees the gradients."""
+
+    kind: Literal["none", "norm", "value", "adaptive"] = "norm"
+    limit: PositiveFloat = 1.0
+    """Largest global norm, largest absolute value, or (adaptive) gradient norm over weight norm of one unit."""
+
+
+class Optim(Part):
+    """The optimizer of matrices, and AdamW for everything else when that is Muon."""
+
+    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    lr: PositiveFloat = 3e-4
+    """Learning rate of matrices (all parameters, with AdamW)."""
+    betas: Pair = (0.9, 0.95)
+    eps: PositiveFloat = 1e-8
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled; applied to matrices only."""
+    momentum: float = Field(0.95, ge=0.0, lt=1.0)
+    momentum_start: float = Field(0.85, ge=0.0, lt=1.0)
+    momentum_warmup: NonNegativeInt = 300
+    """Muon: steps over which the momentum rises from `momentum_start` to `momentum`."""
+    newton_schulz_steps: PositiveInt = 5
+    embedding_lr: NonNegativeFloat = 0.0
+    """Learning rate of embedding tables; 0 takes `lr` (AdamW) or 0.3 (Muon)."""
+    head_lr: NonNegativeFloat = 0.0
+    """Learning rate of the head; 0 takes `lr` (AdamW) or 0.004 (Muon)."""
+    scalar_lr: NonNegativeFloat = 0.0
+    """Learning rate of gains, biases and mixing weights; 0 takes `lr` (AdamW) or 0.04 (Muon)."""
+
+
+class Guard(Part):
+    """What counts as a bad step, and what happens then."""
+
+    enabled: bool = True
+    spike: PositiveFloat = 20.0
+    """A gradient norm above this multiple of the recent median is bad."""
+    history: PositiveInt = 64
+    """Steps that the median looks back on."""
+    patience: PositiveInt = 3
+    """Bad steps in a row before the run rolls back to its last good checkpoint and skips their batches."""
+    rollbacks: NonNegativeInt = 3
+    """Rollbacks after which the run gives up with an error."""
+
+
+class Checkpoints(Part):
+    """When the run's state is written."""
+
+    every: NonNegativeInt = 500
+    """Steps; 0 writes only at the end and on a signal."""
+    keep: PositiveInt = 2
+
+
+class Probes(Part):
+    """Small generated reasoning tasks, scored while training. They need a tokenizer that can spell them."""
+
+    every: NonNegativeInt = 0
+    """Steps; 0 is off."""
+    tasks: Strings = ("arithmetic", "recall", "induction", "multihop")
+    samples: PositiveInt = 64
+
+
+class Log(Part):
+    """Where the figures go besides metrics.jsonl."""
+
+    every: PositiveInt = 10
+    tensorboard: bool = False
+    wandb: bool = False
+    project: str = "andromeda"
+
+
+class Window(Part):
+    """Window warm-up: the attention window grows linearly over the run (0 is off)."""
+
+    start: NonNegativeInt = 0
+    end: NonNegativeInt = 0
+    step: PositiveInt = 64
+    """The window is a multiple of this, so that few shapes are compiled."""
+
+
+class TrainConfig(Part):
+    """The run itself."""
+
+    steps: PositiveInt = 1000
+    sequence: NonNegativeInt = 0
+    """Tokens of a row; 0 takes the model's context."""
+    batch: PositiveInt = 8
+    """Rows of one optimizer step, over all micro-batches and processes."""
+    micro_batch: NonNegativeInt = 0
+    """Rows of one forward pass; 0 takes `batch`. The token order does not depend on it."""
+    precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
+    """`auto` is bf16 where the device computes it fast, else fp32."""
+    device: str = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    checkpointing: Literal["none", "selective", "full"] = "none"
+    """Activation checkpointing."""
+    ema: float = Field(0.0, ge=0.0, lt=1.0)
+    """Decay of an exponential moving average of the weights; 0 is off."""
+    z_loss: NonNegativeFloat = 0.0
+    """Weight of the squared log-partition term."""
+    eval_every: NonNegativeInt = 250
+    eval_tokens: PositiveInt = 65536
+    window: Window = Window()
+    schedule: Schedule = Schedule()
+    optim: Optim = Optim()
+    clip: Clip = Clip()
+    guard: Guard = Guard()
+    checkpoints: Checkpoints = Checkpoints()
+    probes: Probes = Probes()
+    log: Log = Log()
