@@ -1,0 +1,1 @@
+"""The model: every technique is a part that fits a slot."""

@@ -1,0 +1,14 @@
+"""Position-wise networks: dense, gated, or a mixture of experts."""
+
+from __future__ import annotations
+
+from torch import nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.model.feedforward.dense import build_dense
+from andromeda.model.feedforward.moe import MoE
+
+
+def build_feedforward(config: ModelConfig) -> nn.Module:
+    """The network that the configuration asks for: a module (B, T, C) -> (B, T, C)."""
+    return MoE(config) if config.feedforward.kind == "moe" else build_dense(config)

@@ -1,0 +1,60 @@
+"""What an attention call computes, as one value that every backend reads.
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """Which keys a query sees, and what is added to the logits.
+
+    Query t stands at key index t + (S - T): queries are the last T of the S keys, as in cached decoding. With
+    distance d = that index - key index, the logit of a pair is
+
+        softcap(scale * <q, k>) - slope * d        softcap(z) = cap * tanh(z / cap), or z when cap is 0
+
+    and minus infinity where d < 0, or d >= window, or the documents differ.
+    """
+
+    scale: float
+    window: int = 0
+    """Tokens that a query sees, itself included; 0 is all."""
+    documents: tuple[Tensor, Tensor] | None = None
+    """Document numbers of the queries (B, T) and of the keys (B, S); None is one document."""
+    slopes: Tensor | None = None
+    """ALiBi slope of each query head (H,), in float32 or wider; None is no bias."""
+    softcap: float = 0.0
+
+    @property
+    def plain(self) -> bool:
+        """Causal and nothing else, as any attention kernel can compute it."""
+        return not self.window and self.documents is None and self.slopes is None and not self.softcap
+
+    def distance(self, T: int, S: int, device: torch.device) -> Tensor:
+        """Distance of each query to each key (T, S), negative for keys to come."""
+        queries_T = torch.arange(S - T, S, device=device)
+        return queries_T[:, None] - torch.arange(S, device=device)
+
+    def visible(self, T: int, S: int, device: torch.device) -> Tensor:
+        """Which keys each query sees: (T, S), or (B, 1, T, S) with documents."""
+        distance_TS = self.distance(T, S, device)
+        seen = distance_TS >= 0
+        if self.window:
+            seen = seen & (distance_TS < self.window)
+        if self.documents is None:
+            return seen
+        queries_BT, keys_BS = self.documents
+        return seen & (queries_BT[:, None, :, None] == keys_BS[:, None, None, :])
+
+    def bias(self, T: int, S: int, device: torch.device) -> Tensor | None:
+        """ALiBi's addition to the logits (H, T, S), or None."""
+        if self.slopes is None:
+            return None
+        return -self.slopes.to(device)[:, None, None] * self.distance(T, S, device)

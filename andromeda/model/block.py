@@ -1,0 +1,103 @@
+"""A layer: attention and feed-forward, one after the other or side by side, pre-norm or DeepNorm.
+
+Serial, pre-norm:    x = x + A(N1 x);  x = x + F(N2 x)
+Parallel, pre-norm:  x = x + A(N x) + F(N x)                                     (arXiv 2204.02311)
+DeepNorm, serial:    x = N1(a x + A(x));  x = N2(a x + F(x))                     (arXiv 2203.00555)
+DeepNorm, parallel:  x = N(a x + A(x) + F(x)), with the same constants: the bound counts branches, of which there are as many
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.model.context import Context
+from andromeda.model.feedforward import build_feedforward
+from andromeda.model.norm import build_norm
+from andromeda.model.registry import find_mechanism
+from andromeda.model.token_shift import build_shift
+
+
+def deepnorm_alpha(depth: int) -> float:
+    """What DeepNorm multiplies the residual stream with: (2 depth)^(1/4) for a decoder."""
+    return (2 * depth) ** 0.25
+
+
+def deepnorm_beta(depth: int) -> float:
+    """DeepNorm's gain of the value, output and feed-forward matrices at the start: (8 depth)^(-1/4) for a decoder."""
+    return (8 * depth) ** -0.25
+
+
+class Serial(nn.Module):
+    """Attention, then feed-forward, each on the normalised stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.attention_norm, self.feedforward_norm = build_norm(config), build_norm(config)
+        self.attention_shift = build_shift(config, f"{layer}.attention.shift")
+        self.feedforward_shift = build_shift(config, f"{layer}.feedforward.shift")
+        self.attention = find_mechanism(config.attention.mechanism)(config, layer)
+        self.feedforward = build_feedforward(config)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        x = x + self.attention(self.attention_shift(self.attention_norm(x), ctx), ctx)
+        return x + self.feedforward(self.feedforward_shift(self.feedforward_norm(x), ctx))
+
+
+class SerialDeepNorm(Serial):
+    """Serial, normalising after each sum."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.alpha = deepnorm_alpha(config.depth)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        x = self.attention_norm(self.alpha * x + self.attention(self.attention_shift(x, ctx), ctx))
+        return self.feedforward_norm(self.alpha * x + self.feedforward(self.feedforward_shift(x, ctx)))
+
+
+class Parallel(nn.Module):
+    """Attention and feed-forward on the same normalised, shifted stream."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.norm = build_norm(config)
+        self.shift = build_shift(config, f"{layer}.shift")
+        self.attention = find_mechanism(config.attention.mechanism)(config, layer)
+        self.feedforward = build_feedforward(config)
+
+    def branches(self, x: Tensor, ctx: Context) -> Tensor:
+        """A(x) + F(x)."""
+        x = self.shift(x, ctx)
+        return self.attention(x, ctx) + self.feedforward(x)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        return x + self.branches(self.norm(x), ctx)
+
+
+class ParallelDeepNorm(Parallel):
+    """Parallel, normalising after the sum."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.alpha = deepnorm_alpha(config.depth)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        return self.norm(self.alpha * x + self.branches(x, ctx))
+
+
+BLOCKS: dict[tuple[str, str], type[nn.Module]] = {
+    ("serial", "pre"): Serial,
+    ("serial", "deepnorm"): SerialDeepNorm,
+    ("parallel", "pre"): Parallel,
+    ("parallel", "deepnorm"): ParallelDeepNorm,
+}
+
+
+def build_block(config: ModelConfig, layer: int) -> nn.Module:
+    """Layer number `layer`."""
+    return BLOCKS[config.block.kind, config.block.residual](config, layer)

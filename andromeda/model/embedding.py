@@ -1,0 +1,75 @@
+"""From token ids to vectors. A provider is any module with `forward(ids) -> (B, T, C)`; one that can share its table
+with the head has `weight` (V, C)."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.model.context import Context
+from andromeda.model.norm import PlainRMSNorm
+from andromeda.model.registry import load_class
+from andromeda.model.token_shift import build_smear
+
+
+class PlainEmbedding(nn.Embedding):
+    """A table V x C."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config.vocab_size, config.width)
+
+
+class FactorisedEmbedding(nn.Module):
+    """A table V x r and a projection r x C (arXiv 1909.11942): fewer parameters for a large vocabulary."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.vocab_size, config.embedding.rank)
+        self.project = nn.Linear(config.embedding.rank, config.width, bias=False)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> (B, T, C)."""
+        return self.project(self.table(ids))
+
+
+class NoAbsolute(nn.Module):
+    """No vector for absolute positions."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        return x
+
+
+class AbsolutePositions(nn.Module):
+    """A learned vector for each position since the document began."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.table = nn.Embedding(config.context, config.width)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        return x + F.embedding(ctx.positions, self.table.weight.to(x.dtype))
+
+
+class Embedder(nn.Module):
+    """Provider, absolute positions, norm and smear, in this order; each may be the identity."""
+
+    def __init__(self, config: ModelConfig, provider: nn.Module | None = None) -> None:
+        super().__init__()
+        self.tokens = provider or build_provider(config)
+        self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolute()
+        self.norm = PlainRMSNorm(config.width, config.block.eps) if config.embedding.norm else nn.Identity()
+        self.smear = build_smear(config)
+
+    def forward(self, ctx: Context) -> Tensor:
+        """(B, T, C) for the context's ids (B, T)."""
+        return self.smear(self.norm(self.absolute(self.tokens(ctx.ids), ctx)), ctx)
+
+
+def build_provider(config: ModelConfig) -> nn.Module:
+    """The embedding that the configuration names; a custom class is built with the model's configuration."""
+    if config.embedding.kind == "custom":
+        return load_class(config.embedding.provider, "embedding.provider")(config)
+    return {"plain": PlainEmbedding, "factorised": FactorisedEmbedding}[config.embedding.kind](config)

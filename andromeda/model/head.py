@@ -1,0 +1,34 @@
+"""From hidden states to logits. The loss reads `weight`, `bias` and `softcap`, so that it never needs all logits at once."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.errors import ConfigError
+
+
+class Head(nn.Module):
+    """logits = cap * tanh((x W^T + b) / cap), or the plain product when the cap is 0 (arXiv 2408.00118 for the cap)."""
+
+    def __init__(self, config: ModelConfig, embedding: nn.Module) -> None:
+        super().__init__()
+        self.softcap = config.head.softcap
+        self.weight = _tied(embedding, config) if config.head.tied else nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head.bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., C) -> logits (..., V)."""
+        logits = F.linear(x, self.weight, self.bias)
+        return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+
+def _tied(embedding: nn.Module, config: ModelConfig) -> nn.Parameter:
+    weight = getattr(embedding, "weight", None)
+    if not isinstance(weight, nn.Parameter) or weight.shape != (config.vocab_size, config.width):
+        raise ConfigError(
+            "model.head.tied needs an embedding with a weight of vocab_size x width: use embedding.kind plain or an untied head."
+        )
+    return weight

@@ -1,0 +1,89 @@
+"""Token shift: part of the channels come from previous tokens. Works with documents, packing and a cache.
+
+Chunks: the input is split into n + 1 equal groups of channels and group i is taken from i tokens before (x-transformers'
+shift_tokens; channels that remain after the split stay). Lerp: each channel is a learned mix of this token and the one
+before (RWKV, arXiv 2305.13048). Smear: the embedding gets a gated share of the embedding before (modded-nanogpt).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.model.context import Context
+
+
+def shifted(x: Tensor, past: Tensor, distance: int, ctx: Context) -> Tensor:
+    """x (B, T, C) from `distance` tokens before; `past` (B, >= distance, C) comes before x; zero across documents."""
+    before = torch.cat([past[:, past.shape[1] - distance :], x], 1)[:, : x.shape[1]]
+    return ctx.within_document(before, distance)
+
+
+class NoShift(nn.Module):
+    """Every channel is of this token."""
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        return x
+
+
+class ChunkShift(nn.Module):
+    """Group i of the channels is of i tokens before."""
+
+    def __init__(self, config: ModelConfig, slot: str) -> None:
+        super().__init__()
+        self.tokens, self.slot = config.shift.tokens, slot
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        size = x.shape[-1] // (self.tokens + 1)
+        past = ctx.cache.recall(self.slot, x, self.tokens)
+        moved = [
+            shifted(x[..., i * size : (i + 1) * size], past[..., i * size : (i + 1) * size], i, ctx) for i in range(1, self.tokens + 1)
+        ]
+        return torch.cat([x[..., :size], *moved, x[..., (self.tokens + 1) * size :]], -1)
+
+
+class LerpShift(nn.Module):
+    """Channel c is (1 - m_c) of this token and m_c of the one before, m learned, from 0 to 1 over the channels at the start."""
+
+    def __init__(self, config: ModelConfig, slot: str) -> None:
+        super().__init__()
+        self.slot = slot
+        self.mix = nn.Parameter(torch.linspace(0, 1, config.width))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        past = ctx.cache.recall(self.slot, x, 1)
+        return torch.lerp(x, shifted(x, past, 1, ctx), self.mix.to(x.dtype))
+
+
+class Smear(nn.Module):
+    """x_t + w sigmoid(g . x_t[:12]) x_(t-1), on the embeddings; w starts at zero."""
+
+    CHANNELS = 12
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.slot = "embedding.smear"
+        self.channels = min(self.CHANNELS, config.width)
+        self.gate = nn.Linear(self.channels, 1, bias=False)
+        self.weight = nn.Parameter(torch.zeros(()))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        before = shifted(x, ctx.cache.recall(self.slot, x, 1), 1, ctx)
+        return x + self.weight.to(x.dtype) * torch.sigmoid(self.gate(x[..., : self.channels])) * before
+
+
+def build_shift(config: ModelConfig, slot: str) -> nn.Module:
+    """The shift before a sub-layer; `slot` names its state in the cache."""
+    return (
+        {"chunks": ChunkShift, "lerp": LerpShift}[config.shift.kind](config, slot) if config.shift.kind in ("chunks", "lerp") else NoShift()
+    )
+
+
+def build_smear(config: ModelConfig) -> nn.Module:
+    """The shift of the embeddings."""
+    return Smear(config) if config.shift.kind == "smear" else NoShift()

@@ -1,0 +1,94 @@
+"""The model on one screen: embed, blocks, norm, head.
+
+Shapes: B batch, T time, S key time, C width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+import andromeda.model.attention  # noqa: F401 - registers the softmax mechanism
+from andromeda.config.model import ModelConfig
+from andromeda.model.cache import Cache, Nothing
+from andromeda.model.context import Context
+from andromeda.model.embedding import Embedder
+from andromeda.model.head import Head
+from andromeda.model.init import initialise
+from andromeda.model.norm import build_norm
+from andromeda.model.position import build_rotary
+from andromeda.model.trunk import build_trunk
+from andromeda.model.value_embedding import build_value_embedding
+
+
+class Transformer(nn.Module):
+    """A decoder-only language model, every technique of which is a part chosen by `config`."""
+
+    def __init__(self, config: ModelConfig, *, embedding: nn.Module | None = None, seed: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.embedder = Embedder(config, embedding)
+        self.value_embedding = build_value_embedding(config)
+        self.rotary = build_rotary(config)
+        self.trunk = build_trunk(config)
+        # DeepNorm's blocks end in a norm of their own.
+        self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
+        self.head = Head(config, self.embedder.tokens)
+        if self.head.weight.device.type != "meta":
+            initialise(self, config, seed)
+
+    def context(
+        self,
+        ids: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        window: int = 0,
+        span: int = 0,
+    ) -> Context:
+        """What one pass over ids (B, T) carries; arguments as in `hidden`."""
+        state = cache or Nothing()
+        positions = state.positions(ids.shape, documents, ids.device)
+        wide = torch.promote_types(self.head.weight.dtype, torch.float32)
+        return Context(
+            ids=ids,
+            positions=positions,
+            rotation=self.rotary(positions, span or state.length + ids.shape[1], wide),
+            cache=state,
+            documents=documents,
+            key_documents=state.documents(documents),
+            values=self.value_embedding(ids),
+            window=window,
+        )
+
+    def hidden(
+        self,
+        ids: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        window: int = 0,
+        span: int = 0,
+    ) -> Tensor:
+        """Last hidden states (B, T, C) of ids (B, T), normalised, before the head.
+
+        documents (B, T): numbers, one a document, that attention and token shift never cross. cache: state of earlier
+        tokens, which these follow; it is updated. window: narrows layers that have a window (0: as configured). span:
+        length the sequence will have in the end, for dynamic frequency scaling (0: the tokens so far).
+        """
+        ctx = self.context(ids, documents=documents, cache=cache, window=window, span=span)
+        x = self.norm(self.trunk(self.embedder(ctx), ctx))
+        ctx.cache.advance(ids, ctx.positions, documents)
+        return x
+
+    def forward(
+        self,
+        ids: Tensor,
+        *,
+        documents: Tensor | None = None,
+        cache: Cache | None = None,
+        window: int = 0,
+        span: int = 0,
+    ) -> Tensor:
+        """Logits (B, T, V) of ids (B, T); arguments as in `hidden`."""
+        return self.head(self.hidden(ids, documents=documents, cache=cache, window=window, span=span))
