@@ -78,9 +78,10 @@ def _restore(name: str, parameter: nn.Parameter, saved: dict[str, Tensor], entri
             raise CheckpointError(f"The checkpoint lacks the optimizer tensor {missing[0]}: it is damaged; use an older one.")
         pieces = {piece: saved[key].to(parameter.device, copy=True) for piece, key in keys.items()}
         whole = eightbit.unpack(pieces, described["signed"], parameter.dtype) if described else pieces[""]
-        if whole.ndim and whole.shape != parameter.shape:
+        expected = torch.Size() if entry == "step" else parameter.shape
+        if whole.shape != expected:
             raise CheckpointError(
-                f"The optimizer tensor {name}/{entry} has the shape {tuple(whole.shape)} where the model has {tuple(parameter.shape)}: "
+                f"The optimizer tensor {name}/{entry} has the shape {tuple(whole.shape)} where the model needs {tuple(expected)}: "
                 "resume with the configuration that the checkpoint was written with."
             )
         restored[entry] = whole
