@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from andromeda.config.base import Part, Strings
+from andromeda.config.base import Part, Strings, as_tuple
 
 
 class Source(Part):
@@ -22,7 +22,7 @@ class DataConfig(Part):
 
     corpus: str = ""
     """Folder of a single corpus; empty when `sources` is given."""
-    sources: tuple[Source, ...] = ()
+    sources: Annotated[tuple[Source, ...], BeforeValidator(as_tuple)] = ()
     """A mixture of corpora; all must share one tokenizer."""
     packing: Literal["stream", "documents"] = "stream"
     """`stream` cuts one long token stream into rows; `documents` starts rows at document starts and never splits one that fits."""
@@ -46,4 +46,16 @@ class BuildConfig(Part):
     text_field: str = "text"
     """Key of the text in .jsonl and .parquet rows and in datasets."""
     include: Strings = ()
-    """Endings to read (such as ".py"); empty reads every known kind."""
+    """Endings to read (such as ".py"), unknown ones as plain text; empty reads every known kind."""
+    tokenizer_path: str = ""
+    """A tokenizer to use instead of training one: a folder that `save` wrote, a tokenizer.json or a SentencePiece .model."""
+    specials: Strings = ()
+    """Names of special tokens besides the document separator; text never turns into them."""
+    shortest: PositiveInt = 1
+    """Bytes; a shorter document is skipped."""
+    longest: PositiveInt = 1 << 30
+    """Bytes; a longer document is skipped."""
+    cut: int = Field(0, ge=0)
+    """Bytes; a longer document is cut at line ends into documents of at most this size. 0 leaves documents whole."""
+    max_bytes: int = Field(0, ge=0)
+    """Bytes of text to read from each source, in an order drawn by the hash of the file's name; 0 reads everything."""

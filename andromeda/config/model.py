@@ -11,6 +11,9 @@ from pydantic import Field, PositiveFloat, PositiveInt
 
 from andromeda.config.base import Part
 
+BACKENDS = ("auto", "eager", "sdpa", "flash", "cudnn", "flex", "fa4")
+"""Attention backends that `attention.backend` may name; `auto` takes the fastest that can compute the pattern."""
+
 
 class Embedding(Part):
     """How token ids become vectors, and whether the head shares that table."""

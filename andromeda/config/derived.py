@@ -1,0 +1,66 @@
+"""Figures that follow from a model's configuration and that several rooms need to agree on."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import sys
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.model import ModelConfig
+from andromeda.errors import ConfigError
+
+FOLDED_DIMS = 4
+"""Head dimensions that a folded ALiBi takes from the content."""
+FOLDED_REACH = 1 << 24
+"""Positions that three base-256 digits tell apart."""
+XPOS_BITS = math.log2(1.4 / 0.4)
+"""Powers of two by which xPos's fastest pair decays over `scale_base` tokens: zeta is 0.4 / 1.4 there."""
+GATED = ("swiglu", "geglu", "reglu")
+
+
+def hidden_width(model: ModelConfig) -> int:
+    """Inner width of the feed-forward: `hidden`, or mult x width; gated kinds take two thirds of that, to a multiple of 64."""
+    ff = model.feedforward
+    kind = model.experts.kind if ff.kind == "moe" else ff.kind
+    inner = ff.mult * model.width
+    return ff.hidden or (max(64, round(inner * 2 / 3 / 64) * 64) if kind in GATED else int(inner))
+
+
+def content_dim(model: ModelConfig) -> int:
+    """Head dimensions of queries and keys that are projected: all but those that a folded ALiBi takes."""
+    return model.attention.head_dim - (FOLDED_DIMS if model.alibi.heads and model.alibi.fold else 0)
+
+
+def rotated_dims(model: ModelConfig) -> int:
+    """Head dimensions that rotary turns: `fraction` of the content dimensions, in whole pairs."""
+    return round(model.rotary.fraction * content_dim(model) / 2) * 2
+
+
+def smallest_scale_base(model: ModelConfig, bits: int) -> int:
+    """The least xPos `scale_base` whose factors stay within 2^-bits and 2^bits over the whole context.
+
+    Positions are counted from the middle of the context, so the largest factor is (1.4/0.4)^(context / 2 / base), with
+    base = scale_base x the scaling's factor (the decay is stretched with the angles).
+    """
+    return math.ceil(XPOS_BITS * model.context / 2 / bits / model.rotary.scaling.factor)
+
+
+def find_class(path: str, key: str) -> Any:
+    """The object that `package.module:Class` names; modules in the current folder are found too.
+
+    Raises ConfigError naming the key.
+    """
+    module, _, name = path.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        # An installed command does not search the folder it is run in, where a user's own module lies.
+        sys.path.append(here)
+    try:
+        return getattr(importlib.import_module(module), name)
+    except Exception as error:  # whatever the user's module raises while it is imported
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise ConfigError(
+            f"{key} = {path!r} cannot be imported ({reason}): give package.module:Class, defined at the top of its module."
+        ) from None

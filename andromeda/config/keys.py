@@ -1,0 +1,77 @@
+"""Every key that a configuration has, by its dotted path, and tables of values addressed by such paths."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any, get_args
+
+from pydantic.fields import FieldInfo
+
+from andromeda.config.base import Part
+from andromeda.config.run import RunConfig
+
+
+def walk(part: type[Part], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Each field below `part` with its dotted path, a table before the keys inside it; a list of tables is `name[]`."""
+    for name, field in part.model_fields.items():
+        yield prefix + name, field
+        if inner := table(field):
+            yield from walk(inner, f"{prefix}{name}{'' if inner is field.annotation else '[]'}.")
+
+
+def table(field: FieldInfo) -> type[Part] | None:
+    """The part that a field holds, one or many of, when it is a table of keys."""
+    for kind in (field.annotation, *get_args(field.annotation)[:1]):
+        if isinstance(kind, type) and issubclass(kind, Part):
+            return kind
+    return None
+
+
+@cache
+def fields() -> dict[str, FieldInfo]:
+    """All keys of a run's configuration, tables included, by dotted path."""
+    return dict(walk(RunConfig))
+
+
+def is_text(path: str) -> bool:
+    """Whether the key at a dotted path holds free text."""
+    field = fields().get(path)
+    return field is not None and field.annotation is str
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested tables as one table with dotted paths."""
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def place(values: dict[str, Any], path: str, value: Any) -> None:
+    """Put a value at a dotted path, making the tables on the way; a plain value in the way gives way to a table."""
+    *tables, last = path.split(".")
+    for name in tables:
+        inner = values.get(name)
+        values[name] = inner if isinstance(inner, dict) else {}
+        values = values[name]
+    values[last] = value
+
+
+def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` with the keys of `change`: tables are merged, everything else is replaced."""
+    merged = dict(base)
+    for name, value in change.items():
+        old = merged.get(name)
+        merged[name] = merge(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
+
+
+def show(value: Any) -> str:
+    """A value as a user would write it, short."""
+    if isinstance(value, Mapping | Part):
+        return "a table"
+    if isinstance(value, bool):
+        return str(value).lower()
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

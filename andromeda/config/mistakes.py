@@ -1,0 +1,87 @@
+"""What is wrong with given values, in one sentence: each key by the path that the user typed, with the mend."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, TypeVar
+
+from pydantic import ValidationError
+
+from andromeda.config.base import Part
+from andromeda.config.keys import fields, show
+from andromeda.config.names import NAMES
+from andromeda.errors import ConfigError, nearest
+
+P = TypeVar("P", bound=Part)
+
+WANTED = {
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "finite_number": "a finite number",
+    "bool_type": "true or false",
+    "string_type": "text in quotes",
+    "tuple_type": "a list",
+    "model_type": "a table of keys",
+    "greater_than": "above {gt:g}",
+    "greater_than_equal": "at least {ge:g}",
+    "less_than": "below {lt:g}",
+    "less_than_equal": "at most {le:g}",
+}
+"""What a value must be, by pydantic's name for the mistake."""
+
+
+def read(part: type[P], values: Mapping[str, Any], prefix: str = "", spelled: Mapping[str, str] | None = None) -> P:
+    """The values as a typed part.
+
+    prefix: dotted path of the part within a run. spelled: for a full dotted path, the name under which the user gave it.
+    Raises ConfigError, one sentence for all mistakes.
+    """
+    try:
+        return part.model_validate(values)
+    except ValidationError as error:
+        raise ConfigError(sentence(_clause(finding, prefix, spelled or {}) for finding in error.errors())) from None
+
+
+def sentence(clauses: Iterable[str]) -> str:
+    """Clauses that each name a key, joined to one sentence."""
+    return "; ".join(dict.fromkeys(clauses)) + "."
+
+
+def unknown(path: str) -> str:
+    """The clause for a key that does not exist, with the one that was probably meant."""
+    plain = re.sub(r"\[\d+\]", "[]", path)
+    table, _, name = plain.rpartition(".")
+    elsewhere = [known for known in fields() if known.rpartition(".")[2] == name]
+    if len(elsewhere) == 1:
+        return f"there is no key {path} (did you mean {elsewhere[0]}?)"
+    siblings = [known.rpartition(".")[2] for known in fields() if known.rpartition(".")[0] == table]
+    extra = {"model": NAMES, "": ["preset"]}.get(table, ())
+    hint = nearest(name, [*siblings, *extra])
+    if hint and table:
+        hint = hint.replace("mean ", f"mean {path.rpartition('.')[0]}.")
+    return f"there is no key {path}" + (hint or nearest(plain, fields()))
+
+
+def _clause(finding: Any, prefix: str, spelled: Mapping[str, str]) -> str:
+    path = _path(finding["loc"], prefix)
+    name, kind, context, value = spelled.get(path, path), finding["type"], finding.get("ctx", {}), finding["input"]
+    if kind == "extra_forbidden":
+        return unknown(path)
+    if kind == "missing":
+        return f"{name} is missing"
+    if kind == "too_long":
+        return f"{name} must have {context['max_length']} values, not {context['actual_length']}"
+    if kind == "literal_error":
+        allowed = re.findall(r"'([^']*)'", context["expected"])
+        return f"{name} must be one of {', '.join(allowed)}, not {show(value)}{nearest(str(value), allowed)}"
+    if kind not in WANTED:
+        return f"{name} is not valid, {finding['msg'].lower()}"
+    return f"{name} must be {WANTED[kind].format(**context)}, not {show(value)}"
+
+
+def _path(location: tuple[int | str, ...], prefix: str) -> str:
+    path = prefix
+    for part in location:
+        path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
+    return path
