@@ -120,4 +120,4 @@ class XPos(Rotary):
 
 def rotated_dims(fraction: float, dim: int) -> int:
     """Dimensions of a head that are rotated: `fraction` of dim, rounded down to a whole number of pairs."""
-    return int(dim * fraction) // 2 * 2
+    return round(dim * fraction) // 2 * 2
