@@ -17,12 +17,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from andromeda.config.derived import GATED, content_dim, hidden_width
 from andromeda.config.model import ModelConfig
 from andromeda.errors import ConfigError
 from andromeda.model.attention import layer_window
-from andromeda.model.feedforward.dense import GATES, hidden_width
 from andromeda.model.hardware import peak_flops
-from andromeda.model.position import content_dim
 from andromeda.model.token_shift import Smear
 
 __all__ = [
@@ -102,7 +101,7 @@ def _feedforward(config: ModelConfig) -> dict[str, float]:
     ff, e = config.feedforward, config.experts
     mixture = ff.kind == "moe"
     kind = e.kind if mixture else ff.kind
-    network = 2.0 * (3 if kind in GATES else 2) * config.width * hidden_width(ff, kind, config.width)
+    network = 2.0 * (3 if kind in GATED else 2) * config.width * hidden_width(config)
     if not mixture:
         return {"feed-forward": network}
     return {"router": 2.0 * config.width * e.count, "experts": e.active * network, "shared experts": e.shared * network}
