@@ -1,0 +1,135 @@
+"""`andromeda data`: build a corpus from raw text, and look at one."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from andromeda.data.manifest import Manifest
+    from andromeda.data.read import Report
+
+app = typer.Typer(help="Build a corpus from raw text, and look at one.", no_args_is_help=True)
+Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
+
+
+@app.command()
+def build(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, folders, hf:NAME[:CONFIG][:SPLIT], or `python`.")],
+    out: Annotated[Path, typer.Option(help="Folder of the corpus.")],
+    tokenizer: Annotated[str, typer.Option(help="bpe, unigram or bytes.")] = "bpe",
+    vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary (4096; bytes: 257).")] = None,
+    tokenizer_path: Annotated[str, typer.Option(help="Use this tokenizer instead of training one.")] = "",
+    special: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
+    digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe).")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of documents held out.")] = None,
+    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="An ending to read, such as .py; may be repeated.")] = None,
+    shortest: Annotated[int | None, typer.Option(help="Skip documents of fewer bytes.")] = None,
+    longest: Annotated[int | None, typer.Option(help="Skip documents of more bytes.")] = None,
+    cut: Annotated[int | None, typer.Option(help="Cut longer documents at line ends into pieces of this many bytes.")] = None,
+    max_bytes: Annotated[int | None, typer.Option(help="Read this many bytes of each source.")] = None,
+    shard_tokens: Annotated[int | None, typer.Option(help="Tokens of one shard.")] = None,
+    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Read, check, deduplicate, split and tokenize text into a corpus folder. Run it again after an interruption to go on."""
+    from andromeda.data.corpus import build as run
+
+    given: dict[str, Any] = {
+        "vocab_size": vocab,
+        "digits": digits,
+        "validation": validation,
+        "text_field": field,
+        "include": tuple(include) if include else None,
+        "specials": tuple(special) if special else None,
+        "shortest": shortest,
+        "longest": longest,
+        "cut": cut,
+        "max_bytes": max_bytes,
+        "shard_tokens": shard_tokens,
+    }
+    config = _config({"tokenizer": tokenizer, "tokenizer_path": tokenizer_path} | {k: v for k, v in given.items() if v is not None})
+    with _progress() as report:
+        manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
+    _print(manifest, out, as_json)
+
+
+@app.command()
+def show(
+    folder: Annotated[Path, typer.Argument(help="A corpus folder.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Hash every file again and compare.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Print what a corpus holds and where it came from."""
+    from andromeda.data.manifest import Manifest
+
+    manifest = Manifest.load(folder)
+    _print(manifest, folder, as_json)
+
+
+def _config(values: dict[str, Any]) -> Any:
+    """The build's settings; a wrong value becomes one sentence."""
+    from pydantic import ValidationError
+
+    from andromeda.config.data import BuildConfig
+    from andromeda.errors import ConfigError
+
+    try:
+        return BuildConfig(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = str(first["loc"][0])
+        raise ConfigError(f"{name} = {values[name]!r}: {first['msg'].lower()}; see `andromeda data build --help`.") from None
+
+
+@contextmanager
+def _progress() -> Iterator[Report]:
+    """A progress bar on stderr when that is a terminal, else silence."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+    bar = Progress(
+        TextColumn("{task.description:<14}"),
+        BarColumn(),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TimeElapsedColumn(),
+        console=Console(stderr=True),
+        disable=not sys.stderr.isatty(),
+    )
+    tasks: dict[str, TaskID] = {}
+
+    def report(stage: str, done: int, total: int) -> None:
+        if stage not in tasks:
+            tasks[stage] = bar.add_task(stage, total=max(total, 1))
+        bar.update(tasks[stage], completed=done if total else 1)
+
+    with bar:
+        yield report
+
+
+def _print(manifest: Manifest, folder: Path, as_json: bool) -> None:
+    if as_json:
+        print(manifest.model_dump_json(indent=2))
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    splits = Table("split", "documents", "tokens", "bytes", "bytes/token", "shards", title=f"{folder}", title_justify="left")
+    for name, s in manifest.splits.items():
+        splits.add_row(name, f"{s.documents:,}", f"{s.tokens:,}", f"{s.bytes:,}", f"{s.bytes / s.tokens:.3f}", str(len(s.shards)))
+    sources = Table("source", "read", "kept", "tokens", "bytes", "skipped")
+    for r in manifest.sources:
+        skipped = ", ".join(f"{reason} {n:,}" for reason, n in r.skipped.items()) or "none"
+        sources.add_row(r.name, f"{r.read:,}", f"{r.kept:,}", f"{r.tokens:,}", f"{r.bytes:,}", skipped)
+    console.print(splits, sources)
+    t = manifest.tokenizer
+    console.print(f"tokenizer   {t.kind}, {t.vocab_size:,} entries, separator {t.eos}", highlight=False)
+    console.print(f"fingerprint {manifest.fingerprint}", highlight=False)

@@ -1,0 +1,131 @@
+"""From chosen documents to token shards: blocks are encoded by workers, then written out in order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from andromeda.data.files import whole_file, write_whole
+from andromeda.data.manifest import ShardReport, SplitReport
+from andromeda.data.pool import ordered_map
+from andromeda.data.read import Documents, Report
+from andromeda.data.shards import token_dtype, write_shard
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.errors import DataError
+
+BLOCK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Block:
+    """Neighbouring documents of one split that are encoded together."""
+
+    path: Path
+    work: Path
+    tokenizer: Path
+    documents: Documents
+
+
+def encode_blocks(split: str, documents: Documents, work: Path, tokenizer: Path, workers: int, report: Report) -> list[Path]:
+    """Encode a split into block files, those that exist already excepted; returns them in order."""
+    ends = np.cumsum(documents.size)
+    total = int(ends[-1])
+    numbers = (ends - documents.size) // BLOCK_BYTES
+    borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(documents)]
+    blocks = [Block(work / f"{split}-{i:06d}.npz", work, tokenizer, documents.part(a, b)) for i, (a, b) in enumerate(pairwise(borders))]
+    for stop, _ in zip(borders[1:], ordered_map(_encode, blocks, workers), strict=True):
+        report(f"encode {split}", int(ends[stop - 1]), total)
+    return [block.path for block in blocks]
+
+
+@lru_cache(maxsize=1)
+def _tokenizer(folder: Path) -> tuple[Tokenizer, np.ndarray]:
+    tokenizer = Tokenizer.load(folder)
+    return tokenizer, tokenizer.byte_lengths()
+
+
+def _encode(block: Block) -> None:
+    """Encode one block to its file: separator and tokens of each document, and how many they are."""
+    if block.path.is_file():
+        return
+    tokenizer, lengths = _tokenizer(block.tokenizer)
+    parts, counts = [], []
+    texts = [content.decode() for content in block.documents.contents(block.work)]
+    for start in range(0, len(texts), 256):
+        for ids in tokenizer.encode_batch(texts[start : start + 256]):
+            parts.append(np.array([tokenizer.eos, *ids], dtype=token_dtype(tokenizer.vocab_size)))
+            counts.append(len(ids) + 1)
+    tokens = np.concatenate(parts)
+    if int(lengths[tokens].sum()) != int(block.documents.size.sum()):
+        raise DataError("The tokenizer does not keep every byte of these documents: use a byte-level one.")
+    buffer = io.BytesIO()
+    np.savez(buffer, tokens=tokens, counts=np.array(counts, dtype=np.int64))
+    write_whole(block.path, buffer.getvalue())
+
+
+@dataclass(frozen=True)
+class Written:
+    """One finished split: its report, the sha256 of its tokens, and the number of tokens of each document."""
+
+    report: SplitReport
+    sha256: str
+    counts: np.ndarray
+
+
+def write_split(split: str, documents: Documents, blocks: list[Path], out: Path, shard_tokens: int) -> Written:
+    """Join the blocks into shards of exactly `shard_tokens` tokens (the last one shorter) and write the document offsets."""
+    digest, shards = hashlib.sha256(), []
+    counts: list[np.ndarray] = []
+    for number, tokens in enumerate(_regroup(blocks, shard_tokens, counts)):
+        path = out / f"{split}-{number:05d}.bin"
+        write_shard(path, tokens)
+        digest.update(tokens.tobytes())
+        shards.append(ShardReport(file=path.name, tokens=len(tokens), sha256=sha256_of(path)))
+    lengths = np.concatenate(counts)
+    path = out / f"{split}-documents.npy"
+    with whole_file(path) as file:
+        np.save(file, np.concatenate([[0], np.cumsum(lengths)]))
+    report = SplitReport(
+        documents=len(documents),
+        tokens=int(lengths.sum()),
+        bytes=int(documents.size.sum()),
+        shards=tuple(shards),
+        offsets_sha256=sha256_of(path),
+    )
+    return Written(report, digest.hexdigest(), lengths)
+
+
+def _regroup(blocks: list[Path], size: int, counts: list[np.ndarray]) -> Iterator[np.ndarray]:
+    """The blocks' tokens in arrays of `size`; collects the documents' token counts on the way."""
+    held: list[np.ndarray] = []
+    have = 0
+    for path in blocks:
+        with np.load(path) as block:
+            tokens = block["tokens"]
+            counts.append(block["counts"])
+        while have + len(tokens) >= size:
+            yield np.concatenate([*held, tokens[: size - have]])
+            tokens, held, have = tokens[size - have :], [], 0
+        held.append(tokens)
+        have += len(tokens)
+    if have:
+        yield np.concatenate(held)
+
+
+def write_text(documents: Documents, work: Path, path: Path) -> None:
+    """The documents' UTF-8 bytes one after the other, nothing between them."""
+    with whole_file(path) as file:
+        file.writelines(documents.contents(work))
+
+
+def sha256_of(path: Path) -> str:
+    """sha256 of a file's content."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

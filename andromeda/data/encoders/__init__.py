@@ -1,0 +1,26 @@
+"""The three ways from text to token ids and back, each one file with `train` and `load`."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+SEPARATOR = "<|endoftext|>"
+"""Name of the token that stands before every document."""
+
+
+class Encoder(Protocol):
+    """What a tokenizer needs of its kind; everything else (decoding, lengths, streaming) follows from `table`."""
+
+    kind: str
+    file: str
+    """Name of the model's file in a tokenizer folder."""
+    blob: bytes
+    """Content of that file."""
+    table: list[bytes]
+    """UTF-8 bytes that each token id stands for; empty for special tokens."""
+    specials: dict[str, int]
+    """Ids of the special tokens by name."""
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text; no special token is ever among them."""
+        ...

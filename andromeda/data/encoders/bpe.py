@@ -1,0 +1,110 @@
+"""Byte-level byte-pair encoding (Sennrich et al. 2016, arXiv:1508.07909; on bytes as in GPT-2), by Hugging Face `tokenizers`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.encoders import SEPARATOR
+from andromeda.errors import ConfigError, DataError
+
+
+def pattern(digits: int) -> str:
+    """The regular expression that cuts text before merging; it matches every character, so nothing is lost.
+
+    In order: a word with at most one sign or space before it; up to `digits` digits; a run of signs with the line end and the
+    indentation that follow; line ends with indentation; spaces, the last of which is left for the word behind them.
+    Taking the indentation into the token of the line end saves about 6 % of the tokens of Python sources at 4,096 entries,
+    compared with cutting after the line end.
+    """
+    return "|".join(
+        [
+            r"[^\r\n\p{L}\p{M}\p{N}]?+[\p{L}\p{M}]++",
+            rf"\p{{N}}{{1,{digits}}}",
+            r" ?[^\s\p{L}\p{M}\p{N}]++(?:\r?\n[ \t]*+)*+",
+            r"(?:\r?\n[ \t]*+)++",
+            r"\s+(?!\S)",
+            r"\s+",
+        ]
+    )
+
+
+def byte_of_character() -> dict[str, int]:
+    """The printable stand-ins of GPT-2's byte-level alphabet: bytes that print stand for themselves, others for 256, 257, ..."""
+    plain = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in set(plain)]
+    return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+class BytePairs:
+    """A byte-level BPE; special tokens are never read from text, only placed by id."""
+
+    kind = "bpe"
+    file = "tokenizer.json"
+
+    def __init__(self, blob: bytes) -> None:
+        from tokenizers import Tokenizer
+
+        self.blob = blob
+        try:
+            self._model = Tokenizer.from_str(blob.decode())
+        except Exception as error:  # the library raises bare Exception
+            raise DataError(f"The tokenizer file cannot be read ({str(error).splitlines()[0]}): build or export it again.") from error
+        self._model.encode_special_tokens = True
+        self._model.no_truncation()
+        self._model.no_padding()
+        added = self._model.get_added_tokens_decoder()
+        self.specials = {token.content: i for i, token in added.items() if token.special}
+        plain = {i: token.content.encode() for i, token in added.items() if not token.special}
+        self.table = self._spell(plain)
+
+    def _spell(self, plain: dict[int, bytes]) -> list[bytes]:
+        """Bytes of every id, from the vocabulary's stand-in characters; ids that no token has stay empty."""
+        byte = byte_of_character()
+        vocabulary = self._model.get_vocab(with_added_tokens=True)
+        table = [b""] * (max(vocabulary.values()) + 1)
+        special = set(self.specials.values())
+        for word, i in vocabulary.items():
+            if i in plain:
+                table[i] = plain[i]
+            elif i not in special:
+                try:
+                    table[i] = bytes(byte[c] for c in word)
+                except KeyError:
+                    raise DataError(f"This tokenizer is not byte-level (token {word!r} has no bytes): use a byte-level BPE.") from None
+        return table
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [e.ids for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
+
+
+def train(texts: Iterable[str], config: BuildConfig) -> BytePairs:
+    """Learn `config.vocab_size` entries: special tokens, the 256 bytes, then merges in order of frequency."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    specials = [SEPARATOR, *config.specials]
+    least = 256 + len(specials)
+    if config.vocab_size < least:
+        raise ConfigError(
+            f"A bpe vocabulary of {config.vocab_size} is too small: it holds at least {least} (256 bytes and special tokens)."
+        )
+    model = Tokenizer(models.BPE())
+    cut = pre_tokenizers.Split(Regex(pattern(config.digits)), "isolated")
+    model.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    model.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=config.vocab_size,
+        min_frequency=2,
+        special_tokens=specials,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer)
+    size = model.get_vocab_size()
+    if size < config.vocab_size:
+        raise ConfigError(f"The text allows a bpe vocabulary of only {size}, not {config.vocab_size}: ask for {size} or give more text.")
+    return BytePairs(model.to_str().encode())
+
+
+def load(blob: bytes) -> BytePairs:
+    return BytePairs(blob)

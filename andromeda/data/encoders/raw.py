@@ -1,0 +1,32 @@
+"""Raw bytes: every UTF-8 byte is a token. Nothing to train, nothing to lose."""
+
+from __future__ import annotations
+
+import json
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.encoders import SEPARATOR
+
+
+class RawBytes:
+    """Ids 0 to 255 are the bytes, the special tokens follow."""
+
+    kind = "bytes"
+    file = "bytes.json"
+
+    def __init__(self, specials: list[str]) -> None:
+        self.blob = json.dumps(specials).encode()
+        self.specials = {name: 256 + i for i, name in enumerate(specials)}
+        self.table = [bytes([i]) for i in range(256)] + [b""] * len(specials)
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        return [list(text.encode()) for text in texts]
+
+
+def create(config: BuildConfig) -> RawBytes:
+    """The byte tokenizer with the configuration's special tokens."""
+    return RawBytes([SEPARATOR, *config.specials])
+
+
+def load(blob: bytes) -> RawBytes:
+    return RawBytes(json.loads(blob))

@@ -1,0 +1,162 @@
+"""The training stream: a pure function of (configuration, seed, row number).
+
+So a run resumes from a row number, and any split into micro-batches or processes sees the same rows in the same order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from andromeda.config.data import DataConfig, Source
+from andromeda.data.mixture import Interleaved, Mixture
+from andromeda.data.opened import Corpus, open_corpus
+from andromeda.data.packing import IGNORE, PACKINGS, Packing
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.errors import ConfigError, DataError
+
+Split = Literal["train", "val"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of T tokens.
+
+    `targets` is -100 where there is nothing to predict. `documents` numbers the documents inside each row from 0 upwards;
+    padding has a number of its own.
+    """
+
+    ids: torch.Tensor
+    """int64 (B, T)."""
+    targets: torch.Tensor
+    """int64 (B, T)."""
+    documents: torch.Tensor
+    """int32 (B, T)."""
+    tokens: int
+    """Targets that count."""
+    bytes: int
+    """UTF-8 bytes that these targets stand for: the denominator of bits per byte. 0 without a tokenizer."""
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on another device."""
+        ids, targets, documents = (t.to(device, non_blocking=non_blocking) for t in (self.ids, self.targets, self.documents))
+        return replace(self, ids=ids, targets=targets, documents=documents)
+
+
+class Stream:
+    """Rows of tokens by number; see `open_stream`."""
+
+    def __init__(self, corpora: list[Corpus], packings: list[Packing], schedule: Mixture | Interleaved, fingerprint: str) -> None:
+        self._corpora, self._packings, self._schedule = corpora, packings, schedule
+        self.fingerprint = fingerprint
+        """sha256 of everything that decides which tokens row r holds."""
+        self.vocab_size = max(c.vocab_size for c in corpora)
+        """Every id is below it."""
+        self.tokenizer: Tokenizer | None = corpora[0].tokenizer
+        """None only for shards that were made elsewhere and lie beside no tokenizer."""
+        lengths = [p.length for p in packings]
+        self.rows_available = None if None in lengths else sum(n for n in lengths if n is not None)
+        """Rows of a held-out stream; None for training, which never ends."""
+        known = self.tokenizer.byte_lengths() if self.tokenizer else np.zeros(0, dtype=np.int64)
+        self._byte_lengths = np.pad(known, (0, self.vocab_size - len(known)))
+
+    def rows(self, start: int, count: int) -> Batch:
+        """Rows `start` to `start + count - 1`; fewer where a held-out stream ends, at least one."""
+        if self.rows_available is not None:
+            count = min(count, self.rows_available - start)
+        if start < 0 or count < 1:
+            raise DataError(f"Row {start} is outside of the stream, which has {self.rows_available or 'endless'} rows.")
+        rows = []
+        for number in range(start, start + count):
+            source, inside = self._schedule.locate(number)
+            rows.append(self._packings[source].row(inside))
+        ids, targets, documents = (np.stack(column) for column in zip(*rows, strict=True))
+        counted = targets[targets != IGNORE]
+        return Batch(
+            torch.from_numpy(ids),
+            torch.from_numpy(targets),
+            torch.from_numpy(documents.astype(np.int32)),
+            tokens=len(counted),
+            bytes=int(self._byte_lengths[counted].sum()),
+        )
+
+    def epochs(self, row: int) -> tuple[float, ...]:
+        """How often each source has been gone through when `row` rows have been read."""
+        return tuple(self._schedule.count(s, row) / p.per_epoch for s, p in enumerate(self._packings))
+
+
+class PrefetchedStream(Stream):
+    """A stream that reads ahead in threads; what a row holds, and so the order, stays the same.
+
+    The next calls are expected at the distance of the last two; another call is answered as well, only without the gain.
+    """
+
+    def __init__(self, *parts: Any, workers: int) -> None:
+        super().__init__(*parts)
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="rows")
+        self._workers = workers
+        self._ahead: dict[tuple[int, int], Future[Batch]] = {}
+        self._last: int | None = None
+
+    def rows(self, start: int, count: int) -> Batch:
+        stride = start - self._last if self._last is not None and start > self._last else count
+        self._last = start
+        ready = self._ahead.pop((start, count), None)
+        wanted = [(start + i * stride, count) for i in range(1, self._workers + 1)]
+        kept = {key: self._ahead[key] for key in wanted if key in self._ahead}
+        for key in self._ahead.keys() - kept.keys():
+            self._ahead[key].cancel()
+        for key in wanted:
+            if key not in kept and (self.rows_available is None or key[0] < self.rows_available):
+                kept[key] = self._pool.submit(super().rows, *key)
+        self._ahead = kept
+        return ready.result() if ready else super().rows(start, count)
+
+
+def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "train") -> Stream:
+    """Open the rows of `sequence` tokens that a run reads.
+
+    Training never ends: each source starts over when it is used up, reshuffled by (seed, epoch), and sources are mixed row by
+    row with exact shares. The held-out stream has a fixed order and ends; each of its tokens but the first of a source is a
+    target exactly once. Raises ConfigError or DataError when the corpora are missing, damaged, or of different tokenizers.
+    """
+    sources = _sources(config)
+    if sequence < 1:
+        raise ConfigError(f"A row must hold at least one token, not {sequence}: set train.sequence.")
+    corpora = [open_corpus(source.path, split) for source in sources]
+    _refuse_different_tokenizers(sources, corpora)
+    endless = split == "train"
+    shuffle = config.shuffle and endless
+    packings: list[Packing] = [
+        PACKINGS[config.packing](corpus.texts, sequence, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
+    ]
+    schedule = Mixture([s.weight for s in sources]) if endless else Interleaved([p.length or 0 for p in packings])
+    shares = [str(share) for share in schedule.shares] if isinstance(schedule, Mixture) else []
+    content = [split, [c.fingerprint for c in corpora], shares, config.packing, sequence, seed if shuffle else None]
+    fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
+    if config.workers:
+        return PrefetchedStream(corpora, packings, schedule, fingerprint, workers=config.workers)
+    return Stream(corpora, packings, schedule, fingerprint)
+
+
+def _sources(config: DataConfig) -> tuple[Source, ...]:
+    if bool(config.corpus) == bool(config.sources):
+        both = "both are given" if config.corpus else "neither is given"
+        raise ConfigError(f"Set either data.corpus or data.sources ({both}).")
+    return config.sources or (Source(path=config.corpus),)
+
+
+def _refuse_different_tokenizers(sources: tuple[Source, ...], corpora: list[Corpus]) -> None:
+    names = [c.tokenizer.fingerprint if c.tokenizer else "" for c in corpora]
+    for source, name in zip(sources, names, strict=True):
+        if name != names[0]:
+            raise DataError(
+                f"{source.path} and {sources[0].path} have different tokenizers: "
+                f"build one with `--tokenizer-path` naming the other's folder."
+            )

@@ -1,0 +1,171 @@
+"""How documents become rows of T tokens: two packings, each a pure function from a row's number to its content.
+
+A corpus is one array of tokens in which every document starts with the separator, so the target of a document's last token
+is the separator that would follow it.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import NamedTuple, Protocol
+
+import numpy as np
+
+from andromeda.data.order import shuffled
+from andromeda.data.shards import TokenArray
+
+IGNORE = -100
+"""Target of a position that has nothing to predict."""
+OPEN_ROWS = 64
+"""Unfinished rows that first-fit looks at."""
+
+
+class Row(NamedTuple):
+    """One row, each (T,) int64: token ids, targets, and the number of the document inside the row (0, 1, 2, ...)."""
+
+    ids: np.ndarray
+    targets: np.ndarray
+    documents: np.ndarray
+
+
+class Texts(NamedTuple):
+    """The documents to pack: all tokens, where each document starts (N + 1,), and the separator's id."""
+
+    tokens: TokenArray
+    offsets: np.ndarray
+    separator: int
+
+
+class Packing(Protocol):
+    """Rows by number. `per_epoch` is the number of rows (a fraction, in a stream) in which every document comes once."""
+
+    per_epoch: float
+    length: int | None
+    """Number of rows, or None when the packing goes on for ever."""
+
+    def row(self, number: int) -> Row: ...
+
+
+class StreamPacking:
+    """Documents one after the other, cut every T tokens; each epoch in its own order.
+
+    Row r holds tokens rT to rT + T of the endless text, so each token is a target exactly once in an epoch. With `endless`
+    false the text ends after one epoch and the last row is padded.
+    """
+
+    def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+        self._texts, self._T, self._seed = texts, sequence, seed
+        self._lengths = np.diff(texts.offsets)
+        self._size = texts.tokens.size
+        self.per_epoch = self._size / sequence
+        self.length = None if endless else max(-(-(self._size - 1) // sequence), 0)
+        self._epoch = lru_cache(maxsize=3)(self._arrange)
+
+    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+        """Documents of an epoch in order (N,) and where each ends in the epoch's text (N,)."""
+        count = len(self._lengths)
+        order = np.arange(count) if self._seed is None else shuffled(count, *self._seed, epoch)
+        return order, np.cumsum(self._lengths[order])
+
+    def row(self, number: int) -> Row:
+        T, at = self._T, number * self._T
+        wanted = T + 1 if self.length is None else min(T + 1, self._size - at)
+        parts: list[np.ndarray] = []
+        while wanted:
+            parts.append(self._piece(at, wanted))
+            at += len(parts[-1])
+            wanted -= len(parts[-1])
+        tokens = np.concatenate(parts)
+        owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
+        return _padded(tokens[:-1], tokens[1:], owner[:-1], T, self._texts.separator)
+
+    def _piece(self, at: int, wanted: int) -> np.ndarray:
+        """Up to `wanted` tokens from position `at` of the endless text, to the end of the document at most."""
+        epoch, inside = divmod(at, self._size)
+        order, ends = self._epoch(epoch)
+        place = int(np.searchsorted(ends, inside, side="right"))
+        document = order[place]
+        stop = int(self._texts.offsets[document + 1])
+        start = stop - (int(ends[place]) - inside)
+        return self._texts.tokens.read(start, min(stop, start + wanted))
+
+
+class DocumentPacking:
+    """Rows that start with a document's start: whole documents share a row, longer ones are cut into pieces of T.
+
+    Documents are taken in an order drawn by the seed and put into the first of up to 64 unfinished rows that has room
+    (first-fit). What shares a row is decided once; each epoch goes through the rows in its own order, so that a row is found
+    without packing the epochs before it.
+    """
+
+    def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+        self._texts, self._T, self._seed = texts, sequence, seed
+        starts, lengths = _pieces(texts.offsets, sequence)
+        order = np.arange(len(starts)) if seed is None else shuffled(len(starts), *seed)
+        starts, lengths = starts[order], lengths[order]
+        rows = first_fit(lengths, sequence)
+        by_row = np.argsort(rows, kind="stable")
+        self._starts, self._stops = starts[by_row], starts[by_row] + lengths[by_row]
+        self._borders = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+        self._count = len(self._borders) - 1
+        self.per_epoch = float(self._count)
+        self.length = None if endless else self._count
+        self._epoch = lru_cache(maxsize=3)(self._arrange)
+
+    def _arrange(self, epoch: int) -> np.ndarray:
+        return np.arange(self._count) if self._seed is None else shuffled(self._count, *self._seed, epoch)
+
+    def row(self, number: int) -> Row:
+        epoch, inside = divmod(number, self._count)
+        row = self._epoch(epoch)[inside]
+        first, last = self._borders[row], self._borders[row + 1]
+        ids, targets = [], []
+        for start, stop in zip(self._starts[first:last].tolist(), self._stops[first:last].tolist(), strict=True):
+            tokens = self._texts.tokens.read(start, min(stop + 1, self._texts.tokens.size))
+            ids.append(tokens[: stop - start])
+            targets.append(np.append(tokens, self._texts.separator)[1 : stop - start + 1])
+        owner = np.repeat(np.arange(len(ids)), [len(p) for p in ids])
+        return _padded(np.concatenate(ids), np.concatenate(targets), owner, self._T, self._texts.separator)
+
+
+PACKINGS: dict[str, type[StreamPacking] | type[DocumentPacking]] = {"stream": StreamPacking, "documents": DocumentPacking}
+
+
+def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, T: int, separator: int) -> Row:
+    """Fill a row up to T with separators that predict nothing and are a document of their own."""
+    missing = T - len(ids)
+    if not missing:
+        return Row(ids, targets, documents)
+    own = documents[-1] + 1 if len(documents) else 0
+    return Row(
+        np.concatenate([ids, np.full(missing, separator)]),
+        np.concatenate([targets, np.full(missing, IGNORE)]),
+        np.concatenate([documents, np.full(missing, own)]),
+    )
+
+
+def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
+    """Starts and lengths of all documents, those longer than T cut into pieces of T and a rest."""
+    lengths = np.diff(offsets)
+    counts = -(-lengths // T)
+    document = np.repeat(np.arange(len(lengths)), counts)
+    index = np.arange(len(document)) - np.repeat(np.cumsum(counts) - counts, counts)
+    starts = offsets[:-1][document] + index * T
+    return starts, np.minimum(offsets[1:][document] - starts, T)
+
+
+def first_fit(lengths: np.ndarray, T: int) -> np.ndarray:
+    """Row of each piece (N,): the first of the open rows with room, else a new one; the fullest row closes when too many are open."""
+    rows = np.zeros(len(lengths), dtype=np.int64)
+    room = np.zeros(OPEN_ROWS, dtype=np.int64)
+    name = np.zeros(OPEN_ROWS, dtype=np.int64)
+    used = 0
+    for i, length in enumerate(lengths.tolist()):
+        slot = int((room >= length).argmax())
+        if room[slot] < length:
+            slot = int(room.argmin())
+            room[slot], name[slot] = T, used
+            used += 1
+        rows[i] = name[slot]
+        room[slot] -= length
+    return rows

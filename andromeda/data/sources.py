@@ -1,0 +1,176 @@
+"""From what a user names (files, folders, `python`, `hf:...`) to units of work that readers can take independently."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.readers import KNOWN, TEXT, parquet_groups
+from andromeda.errors import ConfigError, DataError, MissingExtra, nearest
+
+UNIT_BYTES = 4 << 20
+RANGE_BYTES = 64 << 20
+"""Larger plain .jsonl files are read in ranges of this size, so that several workers share one file."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A piece of reading that one worker does and that is kept once done.
+
+    `files` are (name in reports, path); `start` and `stop` are bytes of a .jsonl, row groups of a .parquet, or the shard
+    number and count of a dataset.
+    """
+
+    source: int
+    kind: str
+    files: tuple[tuple[str, str], ...]
+    start: int = 0
+    stop: int = 0
+    size: int = 0
+    """Bytes on disk, for progress only."""
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Unit:
+        return cls(**{**value, "files": tuple((name, path) for name, path in value["files"])})
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What a source holds before anything is read."""
+
+    units: list[Unit]
+    ignored: int
+    """Files of a folder whose ending is not read."""
+    inputs: str
+    """sha256 of names, sizes and times: tells whether a source changed between two runs."""
+
+
+def list_source(index: int, source: str, config: BuildConfig) -> Listing:
+    """List one source. Raises DataError when it does not exist or nothing in it can be read."""
+    if source.startswith("hf:"):
+        return _list_dataset(index, source)
+    if source == "python" and not Path(source).exists():
+        return _list_files(index, source, _python_files(), config)
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _list_files(index, source, _walk(path), config)
+    if path.is_file():
+        ending = _ending(path.name)
+        if ending not in KNOWN and ending not in config.include:
+            raise DataError(
+                f"{source} has an unknown ending{nearest(ending, KNOWN)}: known are {' '.join(KNOWN)}; `--include {ending}` reads it."
+            )
+        return _list_files(index, source, iter([(path.name, path)]), config.model_copy(update={"include": ()}), only=ending)
+    known = ["python"] if "/" not in source else []
+    raise DataError(f"There is no file or folder {source}{nearest(source, known)}: check the path.")
+
+
+def _ending(name: str) -> str:
+    """The known ending of a file's name, double ones such as .jsonl.gz included, else its last suffix."""
+    name = name.lower()
+    return next((e for e in KNOWN if name.endswith(e)), os.path.splitext(name)[1])
+
+
+def _walk(root: Path) -> Iterator[tuple[str, Path]]:
+    """Every file below a folder as (relative name, path), sorted; hidden folders are left out."""
+    for folder, folders, names in os.walk(root):
+        folders[:] = sorted(f for f in folders if not f.startswith("."))
+        for name in sorted(names):
+            path = Path(folder, name)
+            yield path.relative_to(root).as_posix(), path
+
+
+def _python_files() -> Iterator[tuple[str, Path]]:
+    """The .py files of this interpreter's standard library and installed packages."""
+    roots = {Path(sysconfig.get_paths()["stdlib"]): "stdlib"}
+    roots |= {Path(p): "packages" for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)}
+    seen: set[str] = set()
+    for root, name in sorted(roots.items(), key=lambda item: -len(item[0].parts)):  # packages can lie inside the library
+        for relative, path in _walk(root):
+            real = os.path.realpath(path)
+            if relative.endswith(".py") and real not in seen:
+                seen.add(real)
+                yield f"{name}/{relative}", path
+
+
+def _list_files(index: int, source: str, found: Iterator[tuple[str, Path]], config: BuildConfig, only: str = "") -> Listing:
+    """Group files into units: small text files together, large containers in ranges."""
+    endings = (only,) if only else config.include or tuple(KNOWN)
+    files, ignored = [], 0
+    for name, path in found:
+        if _ending(name) in endings:
+            files.append((name, path))
+        else:
+            ignored += 1
+    if not files:
+        raise DataError(f"{source} holds no file that can be read: known endings are {' '.join(endings)}.")
+    if config.max_bytes:  # a sample of the whole folder rather than its first files in the alphabet
+        files.sort(key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest())
+    digest, units, held = hashlib.sha256(), list[Unit](), 0
+    group: list[tuple[str, str]] = []
+    for name, path in files:
+        size = _stamp(digest, name, path)
+        kind = KNOWN.get(_ending(name), TEXT)
+        if kind != TEXT:
+            units += [*_flush(index, group, held), *_ranges(index, kind, name, path, size)]
+            group, held = [], 0
+            continue
+        group.append((name, str(path)))
+        held += size
+        if held >= UNIT_BYTES or len(group) >= 2048:
+            units += _flush(index, group, held)
+            group, held = [], 0
+    return Listing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
+
+
+def _stamp(digest: Any, name: str, path: Path) -> int:
+    """Add a file's name, size and time to the digest; returns its size (0 when it cannot be asked)."""
+    try:
+        status = path.stat()
+        size, when = status.st_size, status.st_mtime_ns
+    except OSError:
+        size, when = 0, 0
+    digest.update(f"{name}\0{size}\0{when}\n".encode("utf-8", "surrogateescape"))
+    return size
+
+
+def _flush(index: int, group: list[tuple[str, str]], held: int) -> list[Unit]:
+    return [Unit(index, TEXT, tuple(group), size=held)] if group else []
+
+
+def _ranges(index: int, kind: str, name: str, path: Path, size: int) -> list[Unit]:
+    """One container as units: byte ranges of a plain .jsonl, row groups of a .parquet, else the file as a whole."""
+    files = ((name, str(path)),)
+    if kind == "jsonl":
+        borders = [*range(0, max(size, 1), RANGE_BYTES), size]
+        return [Unit(index, kind, files, a, b, b - a) for a, b in pairwise(borders)]
+    if kind == "parquet":
+        sizes = parquet_groups(path)
+        return [Unit(index, kind, files, i, i + 1, held) for i, held in enumerate(sizes)]
+    return [Unit(index, kind, files, size=size)]
+
+
+def _list_dataset(index: int, source: str) -> Listing:
+    """A Hugging Face dataset `hf:name[:config][:split]`, one unit for each of its files, streamed."""
+    from andromeda.data.readers import open_dataset
+
+    parts = source.split(":")
+    if len(parts) > 4 or not parts[1]:
+        raise ConfigError(f"{source} is no dataset name: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
+    try:
+        count = open_dataset(source).n_shards
+    except (DataError, MissingExtra):
+        raise
+    units = [Unit(index, "dataset", ((source, source),), i, count) for i in range(count)]
+    return Listing(units, 0, hashlib.sha256(source.encode()).hexdigest())

@@ -1,0 +1,164 @@
+"""One tokenizer interface over byte-level BPE, SentencePiece Unigram and raw bytes; always lossless."""
+
+from __future__ import annotations
+
+import codecs
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, unigram
+from andromeda.data.files import write_whole
+from andromeda.errors import ConfigError, DataError, nearest
+
+META = "andromeda.json"
+LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}
+SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
+"""Names under which other projects' tokenizers keep the document separator."""
+PROBE = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
+"""Text that every tokenizer must give back: other projects' tokenizers often normalise or drop some of it."""
+
+
+class Tokenizer:
+    """Text to token ids and back without loss.
+
+    `eos` is the document separator. It is placed before every document, so it begins a text (BOS) and ends it (EOS).
+    The text of a special token is ordinary text: only code places special ids.
+    """
+
+    def __init__(self, encoder: Encoder, eos: int | None = None) -> None:
+        self._encoder = encoder
+        self.kind = encoder.kind
+        self.specials = dict(encoder.specials)
+        self._table = list(encoder.table)
+        known = [self.specials[name] for name in SEPARATORS if name in self.specials]
+        self.eos = eos if eos is not None else known[0] if known else len(self._table)
+        self._table += [b""] * (self.eos + 1 - len(self._table))
+        self.specials.setdefault(SEPARATOR, self.eos)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of ids V; every id is below it."""
+        return len(self._table)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over the model file, its kind and the separator."""
+        head = json.dumps([self.kind, self.eos, self.vocab_size]).encode()
+        return hashlib.sha256(head + b"\0" + self._encoder.blob).hexdigest()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text, without separator."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Token ids of several texts. Raises DataError for text that has no UTF-8 spelling (a lone surrogate)."""
+        try:
+            for text in texts:
+                text.isascii() or text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"The text cannot be encoded as UTF-8 (character {error.start} is half of a pair): remove it.") from None
+        return self._encoder.encode_batch(list(texts))
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The exact bytes of a token sequence; special tokens are empty."""
+        table = self._table
+        try:
+            return b"".join([table[i] if i >= 0 else table[len(table)] for i in ids])
+        except IndexError:
+            raise DataError(f"A token id lies outside of the vocabulary of {len(table)}: another tokenizer wrote it.") from None
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of a token sequence; bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD."""
+        return self.decode_bytes(ids).decode("utf-8", "replace")
+
+    def stream(self) -> TextStream:
+        """A decoder for tokens that arrive one at a time."""
+        return TextStream(self)
+
+    def byte_lengths(self) -> np.ndarray:
+        """int64 (V,): UTF-8 bytes each token stands for, 0 for special tokens. Sums to a document's exact length."""
+        return np.array([len(b) for b in self._table], dtype=np.int64)
+
+    def save(self, folder: Path | str) -> None:
+        """Write the model file and `andromeda.json` into a folder."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / self._encoder.file, self._encoder.blob)
+        meta = {"kind": self.kind, "file": self._encoder.file, "eos": self.eos, "vocab_size": self.vocab_size, "sha256": self.fingerprint}
+        write_whole(folder / META, (json.dumps(meta, indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, path: Path | str, eos: int | None = None) -> Tokenizer:
+        """Read a folder that `save` wrote, a corpus folder, or another project's tokenizer.json or SentencePiece .model.
+
+        `eos` names the separator of another project's tokenizer; without it, it is found by its usual names or appended.
+        """
+        path = Path(path)
+        for folder in (path, path / "tokenizer"):
+            if (folder / META).is_file():
+                return _load_own(folder)
+        if (path / "tokenizer.json").is_file():
+            path = path / "tokenizer.json"
+        return _load_foreign(path, eos)
+
+
+class TextStream:
+    """Turns tokens into text as they come, holding back the bytes of an unfinished character."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def push(self, *ids: int) -> str:
+        """The text that became certain with these tokens; may be empty."""
+        return self._decoder.decode(self._tokenizer.decode_bytes(ids))
+
+    def finish(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._decoder.decode(b"", final=True)
+
+
+def train_tokenizer(texts: Iterable[str], config: BuildConfig) -> Tokenizer:
+    """Train the tokenizer that the configuration asks for. The result depends on the texts and the configuration alone."""
+    if len({SEPARATOR, *config.specials}) != 1 + len(config.specials):
+        raise ConfigError(f"Special tokens must differ from each other and from {SEPARATOR}: {', '.join(config.specials)}.")
+    if config.tokenizer == "bytes":
+        encoder = raw.create(config)
+        if "vocab_size" in config.model_fields_set and config.vocab_size != len(encoder.table):
+            raise ConfigError(f"The bytes tokenizer has {len(encoder.table)} entries, not {config.vocab_size}: leave vocab_size out.")
+        return Tokenizer(encoder)
+    if config.tokenizer == "unigram":
+        return Tokenizer(unigram.train(texts, config))
+    return Tokenizer(bpe.train(texts, config))
+
+
+def _load_own(folder: Path) -> Tokenizer:
+    try:
+        meta = json.loads((folder / META).read_text())
+        encoder = LOADERS[meta["kind"]]((folder / meta["file"]).read_bytes())
+        tokenizer = Tokenizer(encoder, meta["eos"])
+        expected = meta["sha256"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"The tokenizer in {folder} cannot be read ({error}): build the corpus again.") from error
+    if tokenizer.fingerprint != expected:
+        raise DataError(f"The tokenizer in {folder} does not match its sha256: it was changed or damaged; build the corpus again.")
+    return tokenizer
+
+
+def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
+    """A tokenizer of another project, accepted only if it gives every character back."""
+    kinds: dict[str, Callable[[bytes], Encoder]] = {".json": bpe.load, ".model": unigram.load}
+    if not path.is_file():
+        raise DataError(f"There is no tokenizer at {path}: name a corpus folder, a tokenizer.json or a .model file.")
+    if path.suffix not in kinds:
+        raise DataError(f"{path.name} is no tokenizer file{nearest(path.suffix, kinds)}: name a tokenizer.json or a SentencePiece .model.")
+    tokenizer = Tokenizer(kinds[path.suffix](path.read_bytes()), eos)
+    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+        raise DataError(f"The tokenizer {path.name} changes text (it normalises or drops characters): use a byte-level one.")
+    return tokenizer
