@@ -13,6 +13,7 @@ class Source(Part):
     """One corpus folder (made by `andromeda data build`) or .bin shard in a mixture."""
 
     path: str
+    """Corpus folder or .bin shard."""
     weight: PositiveFloat = 1.0
     """Share of the tokens, relative to the other sources; kept exactly at every point of the stream."""
 
@@ -29,6 +30,7 @@ class DataConfig(Part):
     document_mask: bool = True
     """Attention never crosses a document's boundary."""
     shuffle: bool = True
+    """Rows come in an order drawn from the seed; off is the order of the corpus."""
     workers: int = Field(0, ge=0)
     """Loader threads; the order does not depend on it."""
 
@@ -37,12 +39,15 @@ class BuildConfig(Part):
     """What `andromeda data build` does with raw text."""
 
     tokenizer: Literal["bpe", "unigram", "bytes"] = "bpe"
+    """Byte-level BPE, SentencePiece Unigram, or the 256 bytes."""
     vocab_size: PositiveInt = 4096
+    """Entries of a trained tokenizer, special tokens included."""
     digits: PositiveInt = 2
     """Longest run of digits that can be one token (bpe)."""
     validation: float = Field(0.01, gt=0.0, lt=0.5)
     """Share of documents held out, chosen by the hash of their content."""
     shard_tokens: PositiveInt = 1 << 24
+    """Tokens of one file."""
     text_field: str = "text"
     """Key of the text in .jsonl and .parquet rows and in datasets."""
     include: Strings = ()

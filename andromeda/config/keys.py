@@ -49,12 +49,12 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def place(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value at a dotted path, making the tables on the way; a plain value in the way gives way to a table."""
+    """Put a value at a dotted path, making the tables on the way. A plain value in the way stays, for the types to refuse."""
     *tables, last = path.split(".")
     for name in tables:
-        inner = values.get(name)
-        values[name] = inner if isinstance(inner, dict) else {}
-        values = values[name]
+        values = values.setdefault(name, {})
+        if not isinstance(values, dict):
+            return
     values[last] = value
 
 

@@ -6,6 +6,7 @@ layer may use the flat names (names.py) in its [model] table. What comes out is 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -18,7 +19,7 @@ import tomli_w
 from andromeda.config.keys import is_text, merge, place, show
 from andromeda.config.mistakes import read
 from andromeda.config.model import ModelConfig
-from andromeda.config.names import HUGGING_FACE_NAMES, SPEC_NAMES, translate
+from andromeda.config.names import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
 from andromeda.config.resolve import check, check_model
 from andromeda.config.run import RunConfig
 from andromeda.errors import ConfigError, nearest
@@ -26,13 +27,14 @@ from andromeda.errors import ConfigError, nearest
 Values = Mapping[str, Any]
 
 
-def load(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     """The configuration that `source` names, changed by `overrides` and checked.
 
     source: name of a preset, path of a TOML file, or a run folder (its config.toml). overrides: `key.path=value` each,
     the value as in TOML; a word without quotes is text, and the last of several for one key counts.
     Raises ConfigError, one sentence.
     """
+    source = str(source)
     return _checked([*_layers(_read(source), source), _override_values(overrides)])
 
 
@@ -46,12 +48,13 @@ def model_from_names(**names: Any) -> ModelConfig:
 
     What is not given comes from preset `andromeda`; from `andromeda-65b` when only Hugging Face's names are used.
     """
+    for name in names:
+        if name not in NAMES and name not in ModelConfig.model_fields:
+            raise ConfigError(f"Andromeda has no parameter {name}{nearest(name, [*NAMES, *ModelConfig.model_fields])}.")
     only_hugging_face = names.keys() & HUGGING_FACE_NAMES and not names.keys() & SPEC_NAMES
     base = load("andromeda-65b" if only_hugging_face else "andromeda").model
     values, spelled = translate(names, base, prefix="")
-    # Paths below are those of a model alone, as the user of Python sees them.
-    spelled = {path.removeprefix("model."): name for path, name in spelled.items()}
-    model = read(ModelConfig, merge(base.model_dump(), values), spelled=spelled)
+    model = read(ModelConfig, merge(base.model_dump(), values), "model", spelled)
     check_model(model)
     return model
 
@@ -64,9 +67,9 @@ def dumps(config: RunConfig) -> str:
 @cache
 def presets() -> dict[str, str]:
     """Each preset's name with one line about it (the first comment of its file)."""
-    folder = sorted(files("andromeda.config").joinpath("presets").iterdir(), key=lambda file: file.name)
+    folder = files("andromeda.config").joinpath("presets").iterdir()
     named = {file.name.removesuffix(".toml"): file for file in folder if file.name.endswith(".toml")}
-    return {name: file.read_text("utf-8").partition("\n")[0].lstrip("# ").strip() for name, file in named.items()}
+    return {name: named[name].read_text("utf-8").partition("\n")[0].lstrip("# ").strip() for name in sorted(named)}
 
 
 def _checked(layers: Sequence[Values]) -> RunConfig:
@@ -133,17 +136,19 @@ def _override_values(overrides: Sequence[str]) -> Values:
         key = key.strip()
         if not equals or not all(key.split(".")):
             raise ConfigError(f"{override!r} is not an override: write key.path=value, such as train.steps=100.")
+        if key == "preset":
+            raise ConfigError("preset cannot be overridden: name the preset as the configuration itself.")
         place(values, key, _value(key, text.strip()))
     return values
 
 
 def _value(key: str, text: str) -> Any:
     """A value as TOML reads it; text where the key holds text, or where TOML reads nothing, needs no quotes."""
-    quoted = text[:1] in "\"'"
-    if is_text(key) and not (text and quoted):
+    if is_text(key) and not text.startswith(('"', "'")):
         return text
     try:
         values = tomllib.loads(f"value = {text}")
     except tomllib.TOMLDecodeError:
-        return text
+        # TOML wants a digit on both sides of the point; shells and people do not.
+        return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", text) else text
     return values["value"] if values.keys() == {"value"} else text

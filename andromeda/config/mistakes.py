@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from andromeda.config.base import Part
-from andromeda.config.keys import fields, show
+from andromeda.config.keys import show, walk
 from andromeda.config.names import NAMES
 from andromeda.errors import ConfigError, nearest
 
@@ -40,34 +40,34 @@ def read(part: type[P], values: Mapping[str, Any], prefix: str = "", spelled: Ma
     try:
         return part.model_validate(values)
     except ValidationError as error:
-        raise ConfigError(sentence(_clause(finding, prefix, spelled or {}) for finding in error.errors())) from None
+        known = [path for path, _ in walk(part, prefix and f"{prefix}.")]
+        raise ConfigError(sentence(_clause(finding, prefix, spelled or {}, known) for finding in error.errors())) from None
 
 
 def sentence(clauses: Iterable[str]) -> str:
     """Clauses that each name a key, joined to one sentence."""
-    return "; ".join(dict.fromkeys(clauses)) + "."
+    return " ".join("; ".join(dict.fromkeys(clauses)).split()) + "."
 
 
-def unknown(path: str) -> str:
-    """The clause for a key that does not exist, with the one that was probably meant."""
+def unknown(path: str, known: Sequence[str]) -> str:
+    """The clause for a key that is not among the known paths, with the one that was probably meant."""
     plain = re.sub(r"\[\d+\]", "[]", path)
     table, _, name = plain.rpartition(".")
-    elsewhere = [known for known in fields() if known.rpartition(".")[2] == name]
-    if len(elsewhere) == 1:
-        return f"there is no key {path} (did you mean {elsewhere[0]}?)"
-    siblings = [known.rpartition(".")[2] for known in fields() if known.rpartition(".")[0] == table]
-    extra = {"model": NAMES, "": ["preset"]}.get(table, ())
-    hint = nearest(name, [*siblings, *extra])
+    elsewhere = [f"model.{name}"] if name in NAMES else [other for other in known if other.rpartition(".")[2] == name]
+    if 1 <= len(elsewhere) <= 2:
+        return f"there is no key {path} (did you mean {' or '.join(elsewhere)}?)"
+    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == table]
+    hint = nearest(name, [*siblings, *(NAMES if table == "model" else ())])
     if hint and table:
         hint = hint.replace("mean ", f"mean {path.rpartition('.')[0]}.")
-    return f"there is no key {path}" + (hint or nearest(plain, fields()))
+    return f"there is no key {path}" + (hint or nearest(plain, known))
 
 
-def _clause(finding: Any, prefix: str, spelled: Mapping[str, str]) -> str:
+def _clause(finding: Any, prefix: str, spelled: Mapping[str, str], known: Sequence[str]) -> str:
     path = _path(finding["loc"], prefix)
     name, kind, context, value = spelled.get(path, path), finding["type"], finding.get("ctx", {}), finding["input"]
     if kind == "extra_forbidden":
-        return unknown(path)
+        return unknown(path, known)
     if kind == "missing":
         return f"{name} is missing"
     if kind == "too_long":

@@ -19,6 +19,7 @@ class Embedding(Part):
     """How token ids become vectors, and whether the head shares that table."""
 
     kind: Literal["plain", "factorised", "custom"] = "plain"
+    """A table of vocabulary x width, the product of two thinner ones, or a user's own class."""
     rank: PositiveInt = 128
     """Inner width of a factorised table."""
     provider: str = ""
@@ -33,12 +34,15 @@ class Scaling(Part):
     """Frequency scaling that stretches rotary positions over a longer context."""
 
     kind: Literal["none", "linear", "ntk", "dynamic", "yarn"] = "none"
+    """Linear (position interpolation), NTK-aware, NTK that follows the length, or YaRN."""
     factor: float = Field(1.0, ge=1.0)
     """New context length over the original one."""
     original_context: int = Field(0, ge=0)
     """Context the model was trained at; 0 means `context / factor`."""
     beta_fast: PositiveFloat = 32.0
+    """YaRN: pairs that turn at least this often over the original context keep their frequency."""
     beta_slow: PositiveFloat = 1.0
+    """YaRN: pairs that turn at most this often are stretched by the whole factor."""
     ramp: Literal["index", "rotations"] = "index"
     """YaRN's ramp: over the dimension's index, as the released code and transformers do, or over its rotations, as the paper writes."""
 
@@ -47,7 +51,9 @@ class Rotary(Part):
     """Rotary positions, with or without xPos's decay (arXiv 2104.09864, 2212.10554)."""
 
     kind: Literal["none", "rope", "xpos"] = "xpos"
+    """RoPE turns pairs of dimensions with the position; xPos also lets them decay with the distance."""
     theta: PositiveFloat = 10000.0
+    """Base of the frequencies theta^(-2i/D)."""
     fraction: float = Field(1.0, gt=0.0, le=1.0)
     """Share of each head's dimensions that are rotated."""
     layout: Literal["half", "interleaved"] = "half"
@@ -61,6 +67,7 @@ class Alibi(Part):
     """Linear biases on the first `heads` heads (arXiv 2108.12409); 0 heads is off."""
 
     heads: int = Field(0, ge=0)
+    """How many heads, counted from the first, have a bias; the others see all distances alike."""
     fold: bool = False
     """Carry the bias in four reserved dimensions of each head, so that any causal kernel computes it."""
     scale: PositiveFloat = 1.0
@@ -73,10 +80,15 @@ class Attention(Part):
     mechanism: str = "softmax"
     """A registered mechanism, or `package.module:Class` of a user's own."""
     heads: PositiveInt = 24
+    """Query heads."""
     kv_heads: PositiveInt = 1
+    """Key/value heads: 1 is multi-query, as many as `heads` is multi-head, any divisor between is grouped."""
     head_dim: PositiveInt = 128
+    """Dimensions of a head; width need not be heads x head_dim."""
     bias: bool = False
+    """Biases in the query, key, value and output projections."""
     qk_norm: Literal["none", "l2", "l2_head_scale", "l2_dim_scale", "rms"] = "none"
+    """Queries and keys of unit length (l2), with a learned scale per head or per dimension, or of unit root mean square (rms)."""
     scale: float = Field(0.0, ge=0.0)
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
@@ -86,27 +98,35 @@ class Attention(Part):
     global_every: int = Field(0, ge=0)
     """With a window: every n-th layer sees everything; 0 is none."""
     backend: str = "auto"
+    """Kernel that computes attention: auto, eager, sdpa, flash, cudnn, flex or fa4."""
 
 
 class FeedForward(Part):
     """The position-wise network."""
 
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe"] = "gelu"
+    """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, reglu), or a mixture of experts."""
     hidden: int = Field(0, ge=0)
     """Inner width; 0 takes `mult` times the model's width (for gated kinds two thirds of that, to 64)."""
     mult: PositiveFloat = 4.0
+    """Inner width over the model's width, when `hidden` is 0."""
     bias: bool = False
+    """Biases in both projections."""
 
 
 class Experts(Part):
     """Mixture of experts (feedforward.kind moe): dropless top-k routing."""
 
     count: PositiveInt = 8
+    """Experts of a layer."""
     active: PositiveInt = 2
+    """Experts that each token goes through, besides the shared ones."""
     shared: int = Field(0, ge=0)
     """Experts that every token passes through."""
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "swiglu"
+    """Network of each expert, as in `model.feedforward.kind`."""
     score: Literal["sigmoid", "softmax"] = "sigmoid"
+    """What turns the router's outputs into gates."""
     normalise: bool = True
     """Gates of the chosen experts sum to one."""
     balance: Literal["none", "bias", "loss"] = "bias"
@@ -119,16 +139,20 @@ class Block(Part):
     """How attention and feed-forward are joined into a layer."""
 
     kind: Literal["serial", "parallel"] = "serial"
+    """Attention then feed-forward, or both on the same input, summed (arXiv 2204.02311)."""
     residual: Literal["pre", "deepnorm"] = "pre"
+    """Normalise before each branch, or after each sum with DeepNorm's scaling (arXiv 2203.00555)."""
     norm: Literal["rms", "layer", "rms_plain"] = "rms"
     """`rms_plain` has no learned gain."""
     eps: PositiveFloat = 1e-6
+    """Added to the variance in norms."""
 
 
 class Shift(Part):
     """Channels that come from previous tokens."""
 
     kind: Literal["none", "chunks", "lerp", "smear"] = "none"
+    """Groups of channels from earlier tokens, a learned mix with the token before, or a gated share of the embedding before."""
     tokens: PositiveInt = 1
     """kind chunks: how many previous tokens take part."""
 
@@ -137,6 +161,7 @@ class ValueEmbedding(Part):
     """A table of depth x width whose chunk is mixed into each layer's values."""
 
     kind: Literal["none", "layered"] = "none"
+    """One table whose row holds the values of all layers."""
     init: float = 0.5
     """Starting share of the table in the mix."""
 
@@ -154,27 +179,33 @@ class Head(Part):
     """The map from the last hidden state to logits."""
 
     tied: bool = False
+    """Use the embedding's table."""
     softcap: float = Field(0.0, ge=0.0)
     """Logits become cap * tanh(logits / cap); 0 is off."""
     bias: bool = False
+    """A learned bias for each token."""
 
 
 class Init(Part):
     """How weights start."""
 
     kind: Literal["normal", "zero_projections", "deepnorm"] = "normal"
+    """Normal; the same with branch outputs and head at zero; or Xavier with DeepNorm's gain."""
     std: float = Field(0.0, ge=0.0)
     """Standard deviation of `normal`; 0 takes 1/sqrt(fan in)."""
 
 
 class ModelConfig(Part):
-    """A whole model. The defaults are a small pre-norm transformer; presets name the interesting ones."""
+    """A whole model. The defaults are a plain pre-norm transformer; presets name the interesting ones."""
 
     vocab_size: PositiveInt = 50432
+    """Token ids that the model knows; round it up for speed, never below the tokenizer's."""
     context: PositiveInt = 8192
     """Longest sequence, in tokens."""
     width: PositiveInt = 2560
+    """Size of the residual stream."""
     depth: PositiveInt = 32
+    """Layers."""
     embedding: Embedding = Embedding()
     rotary: Rotary = Rotary()
     alibi: Alibi = Alibi()

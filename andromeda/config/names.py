@@ -169,6 +169,8 @@ def _provider(given: Names, model: Translation) -> Claims:
         yield from PROVIDERS[provider].items()
         return
     if not isinstance(provider, str):
+        if not callable(provider):
+            raise ConfigError(f"embedding_provider must be a name, a class or a module, not {show(provider)}.")
         kind = provider if isinstance(provider, type) else type(provider)
         provider = f"{kind.__module__}:{kind.__qualname__}"
     yield "embedding.kind", "custom"
@@ -212,10 +214,8 @@ ROPE_SCALING = {
 
 
 def _rope_scaling(given: Names, model: Translation) -> Claims:
-    """rope_scaling, a table or nothing, and rope_parameters, which newer configurations write in its place."""
+    """rope_scaling, and rope_parameters, which newer configurations write in its place."""
     for name, values in given.items():
-        if values is None:
-            values = {"rope_type": "default"}
         if not isinstance(values, Mapping):
             raise ConfigError(f"{name} must be a table with rope_type and factor, not {show(values)}.")
         kind = values.get("rope_type", values.get("type", "default"))
@@ -258,14 +258,15 @@ NAMES = SPEC_NAMES | HUGGING_FACE_NAMES
 def translate(table: Mapping[str, Any], base: ModelConfig, prefix: str = "model.") -> tuple[dict[str, Any], dict[str, str]]:
     """A [model] table that may hold flat names, as structured keys.
 
-    table: as read. base: the model that the table changes; names that depend on others (attn_one_kv_head on heads) look
-    there for what the table leaves out. Returns the nested keys, and for each full dotted path the name the user typed.
+    table: as read; a name that is None counts as absent. base: the model that the table changes; names that depend on
+    others (attn_one_kv_head on heads) look there for what the table leaves out.
+    Returns the nested keys, and for each full dotted path the name that the user typed.
     """
     result = Translation(base, prefix)
     structured = {name: value.model_dump() if isinstance(value, Part) else value for name, value in table.items() if name not in NAMES}
     for path, value in flatten(structured).items():
         result.claim(path, value, path)
-    given = {name: value for name, value in table.items() if name in NAMES}
+    given = {name: value for name, value in table.items() if name in NAMES and value is not None}
     for name, value in given.items():
         if name in DIRECT:
             result.claim(DIRECT[name], value, name)

@@ -169,6 +169,10 @@ RUN: tuple[Rule, ...] = (
         "train.schedule.cooldown = {c.train.schedule.cooldown} has no effect while train.schedule.kind is {c.train.schedule.kind!r}: "
         "set it to 'wsd'",
     ),
+    (
+        lambda c: not all(0 <= beta < 1 for beta in c.train.optim.betas),
+        "train.optim.betas = {c.train.optim.betas} must both be at least 0 and below 1",
+    ),
     # Window warm-up
     (
         lambda c: bool(c.train.window.start) != bool(c.train.window.end),

@@ -14,7 +14,9 @@ class RunConfig(Part):
     """Model, data and training, with the seed that all random numbers derive from."""
 
     name: str = "run"
+    """Title of the run, in its folder's reports."""
     seed: NonNegativeInt = 0
+    """All random numbers of a run derive from it."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()

@@ -13,17 +13,20 @@ class Schedule(Part):
     """Learning-rate factor over the steps, from 0 to 1 and down to `final`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
+    """After the warm-up: constant, linear or cosine descent, or constant until the cooldown (warm-up, stable, decay)."""
     warmup: NonNegativeInt = 0
     """Steps of linear warm-up."""
     cooldown: NonNegativeInt = 0
     """kind wsd: steps of the linear descent at the end."""
     final: float = Field(0.1, ge=0.0, le=1.0)
+    """Factor that the descent ends at."""
 
 
 class Clip(Part):
     """Gradient clipping, before the optimizer sees the gradients."""
 
     kind: Literal["none", "norm", "value", "adaptive"] = "norm"
+    """By the global norm, by value, or adaptive for each unit (arXiv 2102.06171)."""
     limit: PositiveFloat = 1.0
     """Largest global norm, largest absolute value, or (adaptive) gradient norm over weight norm of one unit."""
 
@@ -32,17 +35,23 @@ class Optim(Part):
     """The optimizer of matrices, and AdamW for everything else when that is Muon."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
+    """AdamW, AdamW with 8-bit states, or Muon for matrices with AdamW for the rest."""
     lr: PositiveFloat = 3e-4
     """Learning rate of matrices (all parameters, with AdamW)."""
     betas: Pair = (0.9, 0.95)
+    """AdamW: decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
+    """AdamW: added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled; applied to matrices only."""
     momentum: float = Field(0.95, ge=0.0, lt=1.0)
+    """Muon: momentum after its warm-up."""
     momentum_start: float = Field(0.85, ge=0.0, lt=1.0)
+    """Muon: momentum at the first step."""
     momentum_warmup: NonNegativeInt = 300
     """Muon: steps over which the momentum rises from `momentum_start` to `momentum`."""
     newton_schulz_steps: PositiveInt = 5
+    """Muon: iterations of the orthogonalisation."""
     embedding_lr: NonNegativeFloat = 0.0
     """Learning rate of embedding tables; 0 takes `lr` (AdamW) or 0.3 (Muon)."""
     head_lr: NonNegativeFloat = 0.0
@@ -55,6 +64,7 @@ class Guard(Part):
     """What counts as a bad step, and what happens then."""
 
     enabled: bool = True
+    """Watch the steps; off lets every step through."""
     spike: PositiveFloat = 20.0
     """A gradient norm above this multiple of the recent median is bad."""
     history: PositiveInt = 64
@@ -71,6 +81,7 @@ class Checkpoints(Part):
     every: NonNegativeInt = 500
     """Steps; 0 writes only at the end and on a signal."""
     keep: PositiveInt = 2
+    """How many are kept, the newest ones."""
 
 
 class Probes(Part):
@@ -79,23 +90,31 @@ class Probes(Part):
     every: NonNegativeInt = 0
     """Steps; 0 is off."""
     tasks: Strings = ("arithmetic", "recall", "induction", "multihop")
+    """Which tasks."""
     samples: PositiveInt = 64
+    """Questions of each task."""
 
 
 class Log(Part):
     """Where the figures go besides metrics.jsonl."""
 
     every: PositiveInt = 10
+    """Steps between lines."""
     tensorboard: bool = False
+    """Also write TensorBoard events into the run folder."""
     wandb: bool = False
+    """Also log to Weights & Biases (an extra)."""
     project: str = "andromeda"
+    """Project there."""
 
 
 class Window(Part):
     """Window warm-up: the attention window grows linearly over the run (0 is off)."""
 
     start: NonNegativeInt = 0
+    """Tokens that a query sees at the first step."""
     end: NonNegativeInt = 0
+    """Tokens that a query sees at the last step: `model.attention.window`."""
     step: PositiveInt = 64
     """The window is a multiple of this, so that few shapes are compiled."""
 
@@ -104,6 +123,7 @@ class TrainConfig(Part):
     """The run itself."""
 
     steps: PositiveInt = 1000
+    """Optimizer steps."""
     sequence: NonNegativeInt = 0
     """Tokens of a row; 0 takes the model's context."""
     batch: PositiveInt = 8
@@ -113,7 +133,9 @@ class TrainConfig(Part):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """`auto` is bf16 where the device computes it fast, else fp32."""
     device: str = "auto"
+    """auto, cpu, mps, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
+    """torch.compile; `auto` compiles on a GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing."""
     ema: float = Field(0.0, ge=0.0, lt=1.0)
@@ -121,7 +143,9 @@ class TrainConfig(Part):
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-partition term."""
     eval_every: NonNegativeInt = 250
+    """Steps between validations; 0 validates only at the end."""
     eval_tokens: PositiveInt = 65536
+    """Tokens of a validation."""
     window: Window = Window()
     schedule: Schedule = Schedule()
     optim: Optim = Optim()
