@@ -10,6 +10,8 @@ import sys
 
 import typer
 
+from andromeda.cli.data import app as data_app
+from andromeda.cli.doctor import doctor
 from andromeda.errors import AndromedaError
 
 app = typer.Typer(
@@ -19,6 +21,8 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+app.add_typer(data_app, name="data")
+app.command()(doctor)
 
 
 def main() -> None:
