@@ -42,9 +42,10 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     """The least xPos `scale_base` whose factors stay within 2^-bits and 2^bits over the whole context.
 
     Positions are counted from the middle of the context, so the largest factor is (1.4/0.4)^(context / 2 / base), with
-    base = scale_base x the scaling's factor (the decay is stretched with the angles).
+    base = scale_base x the scaling's factor (the decay is stretched with the angles; dynamic scaling does not stretch short sequences).
     """
-    return math.ceil(XPOS_BITS * model.context / 2 / bits / model.rotary.scaling.factor)
+    scaling = model.rotary.scaling
+    return math.ceil(XPOS_BITS * model.context / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))
 
 
 def find_class(path: str, key: str) -> Any:

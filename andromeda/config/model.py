@@ -14,6 +14,12 @@ from andromeda.config.base import Part
 BACKENDS = ("auto", "eager", "sdpa", "flash", "cudnn", "flex", "fa4")
 """Attention backends that `attention.backend` may name; `auto` takes the fastest that can compute the pattern."""
 
+MECHANISMS = {
+    "softmax": "andromeda.model.attention:Attention",
+    "sigmoid": "andromeda.model.sigmoid_attention:SigmoidAttention",
+}
+"""Attention mechanisms that `attention.mechanism` may name, each by its `package.module:Class`. A new one is one file and one row here."""
+
 
 class Embedding(Part):
     """How token ids become vectors, and whether the head shares that table."""

@@ -24,7 +24,7 @@ from andromeda.config.derived import (
     smallest_scale_base,
 )
 from andromeda.config.mistakes import sentence
-from andromeda.config.model import BACKENDS, ModelConfig
+from andromeda.config.model import BACKENDS, MECHANISMS, ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.errors import ConfigError, nearest
 
@@ -42,8 +42,13 @@ MODEL: tuple[Rule, ...] = (
         "model.attention.backend = {m.attention.backend!r} is not known{backend_hint}: give one of {backends}",
     ),
     (
-        lambda m: not re.fullmatch(r"\w+|[\w.]+:[\w.]+", m.attention.mechanism),
-        "model.attention.mechanism = {m.attention.mechanism!r} is neither a registered name nor package.module:Class",
+        lambda m: m.attention.mechanism not in MECHANISMS and not re.fullmatch(r"[\w.]+:[\w.]+", m.attention.mechanism),
+        "model.attention.mechanism = {m.attention.mechanism!r} is not registered{mechanism_hint}: "
+        "give {mechanisms} or package.module:Class",
+    ),
+    (
+        lambda m: m.attention.mechanism == "sigmoid" and m.attention.backend not in ("auto", "eager"),
+        "model.attention.backend = {m.attention.backend!r} computes softmax, not model.attention.mechanism = 'sigmoid': use auto",
     ),
     # ALiBi
     (
@@ -58,6 +63,16 @@ MODEL: tuple[Rule, ...] = (
     (
         lambda m: m.alibi.heads and m.alibi.fold and m.context > FOLDED_REACH,
         "model.alibi.fold reaches {reach} positions, fewer than model.context = {m.context}: set model.alibi.fold = false",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.attention.softcap,
+        "model.alibi.fold does not go with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
+        "set model.alibi.fold = false",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.attention.mechanism == "sigmoid",
+        "model.alibi.fold needs softmax, which ignores what is constant along a row, not model.attention.mechanism = 'sigmoid': "
+        "set model.alibi.fold = false",
     ),
     # Rotary positions
     (
@@ -118,6 +133,11 @@ MODEL: tuple[Rule, ...] = (
     (
         lambda m: m.head.tied and m.embedding.kind == "factorised",
         "model.head.tied = true does not go with model.embedding.kind = 'factorised': there is no table of vocabulary x width to share",
+    ),
+    (
+        lambda m: m.head.tied and m.init.kind == "zero_projections",
+        "model.head.tied = true does not go with model.init.kind = 'zero_projections', "
+        "which starts the head at zero and the embedding at one",
     ),
     (
         lambda m: m.embedding.kind == "factorised" and m.embedding.rank >= m.width,
@@ -191,6 +211,11 @@ RUN: tuple[Rule, ...] = (
     (
         lambda c: not re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", c.train.device),
         "train.device = {c.train.device!r} must be auto, cpu, mps, cuda or cuda:N",
+    ),
+    (
+        lambda c: c.train.precision == "fp16" and c.model.alibi.heads and c.model.alibi.fold,
+        "train.precision = 'fp16' cannot hold what model.alibi.fold puts into the queries, 65536 times a slope: "
+        "use bf16, or set model.alibi.fold = false",
     ),
     (
         lambda c: c.train.precision == "fp8" and c.train.device in ("cpu", "mps"),
@@ -336,6 +361,8 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
     return SimpleNamespace(
         backends=", ".join(BACKENDS),
         backend_hint=nearest(m.attention.backend, BACKENDS),
+        mechanisms=", ".join(MECHANISMS),
+        mechanism_hint=nearest(m.attention.mechanism, MECHANISMS),
         folded=FOLDED_DIMS,
         twice_folded=2 * FOLDED_DIMS,
         reach=FOLDED_REACH,

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from andromeda.config.model import ModelConfig
+from andromeda.config.derived import find_class
+from andromeda.config.model import MECHANISMS, ModelConfig
 from andromeda.model.context import Context
 from andromeda.model.feedforward import build_feedforward
 from andromeda.model.norm import build_norm
-from andromeda.model.registry import find_mechanism
 from andromeda.model.token_shift import build_shift
 
 
@@ -28,15 +28,21 @@ def deepnorm_beta(depth: int) -> float:
     return (8 * depth) ** -0.25
 
 
+def build_attention(config: ModelConfig, layer: int) -> nn.Module:
+    """The attention of layer number `layer`: a registered mechanism, or a user's own `package.module:Class`."""
+    name = config.attention.mechanism
+    return find_class(MECHANISMS.get(name, name), "model.attention.mechanism")(config, layer)
+
+
 class Serial(nn.Module):
     """Attention, then feed-forward, each on the normalised stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.attention_norm, self.feedforward_norm = build_norm(config), build_norm(config)
-        self.attention_shift = build_shift(config, f"{layer}.attention.shift")
-        self.feedforward_shift = build_shift(config, f"{layer}.feedforward.shift")
-        self.attention = find_mechanism(config.attention.mechanism)(config, layer)
+        self.attention_shift = build_shift(config, "attention")
+        self.feedforward_shift = build_shift(config, "feedforward")
+        self.attention = build_attention(config, layer)
         self.feedforward = build_feedforward(config)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
@@ -64,8 +70,8 @@ class Parallel(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         self.norm = build_norm(config)
-        self.shift = build_shift(config, f"{layer}.shift")
-        self.attention = find_mechanism(config.attention.mechanism)(config, layer)
+        self.shift = build_shift(config, "both")
+        self.attention = build_attention(config, layer)
         self.feedforward = build_feedforward(config)
 
     def branches(self, x: Tensor, ctx: Context) -> Tensor:

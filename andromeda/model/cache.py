@@ -1,8 +1,7 @@
 """Decode state: what each part remembers of the tokens before, so that a forward pass can go on where the last one ended.
 
-A part that has state owns a slot name, given to it when the model is built, and calls one of two methods:
-`extend` (attention: all keys and values so far) or `recall` (token shift: the last few vectors). Without a cache,
-`Nothing` answers the same calls, so parts never ask whether there is one.
+Every layer has a `State`, which its parts call: `extend` (attention: all keys and values so far) and `recall` (token
+shift: the last few vectors). Without a cache, `Nothing` answers the same calls, so parts never ask whether there is one.
 """
 
 from __future__ import annotations
@@ -11,104 +10,140 @@ import torch
 from torch import Tensor
 
 
+class State:
+    """What one layer remembers: nothing, in a pass over whole sequences."""
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """All keys and values so far, these included."""
+        return k, v
+
+    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
+        """The `count` vectors (B, count, C) before x (B, T, C); zeros before the first token."""
+        return x.new_zeros(x.shape[0], count, x.shape[2])
+
+
 class Nothing:
     """The identity cache of a forward pass over whole sequences."""
 
     length = 0
 
-    def extend(self, slot: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values as they came."""
-        return k, v
+    def __init__(self) -> None:
+        self._state = State()
 
-    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """Zeros (B, count, C): before the first token there is nothing."""
-        return x.new_zeros(x.shape[0], count, x.shape[2])
+    def state(self, layer: int) -> State:
+        """The state of layer number `layer` (-1: of the embedding)."""
+        return self._state
 
     def documents(self, documents: Tensor | None) -> Tensor | None:
         """Document numbers of all keys: those of this pass."""
         return documents
 
     def positions(self, shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
-        """Position of each token since its document began (B, T)."""
+        """Position of each token since its document began (B, T), or (1, T) without documents."""
         return document_positions(shape, documents, device)
 
-    def advance(self, ids: Tensor, positions: Tensor, documents: Tensor | None) -> None:
+    def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
         """Nothing to remember."""
 
 
-class Cache:
-    """Keys, values, shifted vectors and document numbers of the tokens seen so far, for B sequences.
+class Cache(Nothing):
+    """The state of all layers, and the document numbers and positions of the tokens seen so far, for B sequences.
 
     Buffers double when they are full, so that T tokens cost O(T) copies in all; `capacity` reserves room beforehand.
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self.length = 0
-        self._capacity = capacity
-        self._buffers: dict[str, tuple[Tensor, Tensor]] = {}
-        self._recent: dict[str, Tensor] = {}
+        self.length, self.capacity = 0, capacity
+        self._states: dict[int, LayerState] = {}
         self._documents: Tensor | None = None
         self._last_position: Tensor | None = None
 
-    def extend(self, slot: str, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Append k, v (B, T, G, D) and return all of them (B, S, G, D), S = length + T."""
-        end = self.length + k.shape[1]
-        if slot not in self._buffers or self._buffers[slot][0].shape[1] < end:
-            self._grow(slot, k, v, end)
-        keys, values = self._buffers[slot]
-        keys[:, self.length : end] = k
-        values[:, self.length : end] = v
-        return keys[:, :end], values[:, :end]
-
-    def _grow(self, slot: str, k: Tensor, v: Tensor, end: int) -> None:
-        size = max(end, self._capacity, 2 * self.length)
-        grown = tuple(x.new_empty(x.shape[0], size, *x.shape[2:]) for x in (k, v))
-        for new, old in zip(grown, self._buffers.get(slot, ()), strict=False):
-            new[:, : self.length] = old[:, : self.length]
-        self._buffers[slot] = (grown[0], grown[1])
-
-    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """The `count` vectors (B, count, C) before x (B, T, C); keeps x's own last ones for the next call."""
-        past = self._recent.get(slot)
-        if past is None:
-            past = x.new_zeros(x.shape[0], count, x.shape[2])
-        self._recent[slot] = torch.cat([past, x], 1)[:, -count:].detach()
-        return past
+    def state(self, layer: int) -> State:
+        """The state of layer number `layer` (-1: of the embedding)."""
+        return self._states.setdefault(layer, LayerState(self))
 
     def documents(self, documents: Tensor | None) -> Tensor | None:
         """Document numbers of all keys (B, S): the past ones and those of this pass."""
-        if self.length == 0 or documents is None:
+        if not self.length:
             return documents
-        if self._documents is None:
-            raise ValueError("a cache filled without document numbers cannot go on with them")
-        return torch.cat([self._documents, documents], 1)
+        if (documents is None) != (self._documents is None):
+            raise ValueError("a cache goes on as it began: every pass has document numbers, or none has")
+        return None if documents is None or self._documents is None else torch.cat([self._documents, documents], 1)
 
     def positions(self, shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
-        """Position of each token since its document began (B, T), counting the tokens of earlier passes."""
+        """Position of each token since its document began (B, T), or (1, T) without documents, counting earlier passes."""
         positions = document_positions(shape, documents, device)
         if self._last_position is None:
             return positions
-        goes_on: Tensor | bool = True
-        if documents is not None and self._documents is not None:
-            # Only the tokens of the document that the last pass ended in go on counting.
-            goes_on = (documents == self._documents[:, -1:]) & (documents == documents[:, :1])
-        return positions + torch.where(torch.as_tensor(goes_on, device=device), self._last_position + 1, 0)
+        if documents is None or self._documents is None:
+            return positions + self._last_position + 1
+        # Only the first run of equal numbers can go on counting, and only if it is of the document that the last pass ended in.
+        first_run = positions == torch.arange(shape[1], device=device)
+        goes_on = first_run & (documents[:, :1] == self._documents[:, -1:])
+        return positions + goes_on * (self._last_position + 1)
 
-    def advance(self, ids: Tensor, positions: Tensor, documents: Tensor | None) -> None:
-        """Take note that the pass over ids (B, T) is complete."""
-        self._documents = self.documents(documents)
-        self._last_position = positions[:, -1:]
-        self.length += ids.shape[1]
+    def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
+        """Take note that a pass over `count` tokens is complete; `documents` are the numbers of all keys."""
+        self._documents, self._last_position = documents, positions[:, -1:]
+        self.length += count
+
+    def keep(self, rows: Tensor) -> None:
+        """Go on with the sequences at the indices `rows` (n,) only, in that order."""
+        for state in self._states.values():
+            state.keep(rows)
+        self._documents = None if self._documents is None else self._documents[rows]
+        if self._last_position is not None and self._documents is not None:
+            self._last_position = self._last_position[rows]
 
     def bytes(self) -> int:
         """Memory held by the buffers, in bytes."""
-        held = [x for pair in self._buffers.values() for x in pair] + list(self._recent.values())
+        held = [x for state in self._states.values() for x in (*state.buffers, *state.recent.values())]
         return sum(x.numel() * x.element_size() for x in held)
 
 
+class LayerState(State):
+    """Keys, values and shifted vectors of the tokens that its cache has seen."""
+
+    def __init__(self, cache: Cache) -> None:
+        self.cache = cache
+        self.buffers: tuple[Tensor, ...] = ()
+        self.recent: dict[str, Tensor] = {}
+
+    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """Append k, v (B, T, G, D) and return all of them (B, S, G, D), S = length + T."""
+        start = self.cache.length
+        end = start + k.shape[1]
+        if not self.buffers or self.buffers[0].shape[1] < end:
+            self._grow(start, end, k, v)
+        keys, values = self.buffers
+        keys[:, start:end] = k
+        values[:, start:end] = v
+        return keys[:, :end], values[:, :end]
+
+    def _grow(self, start: int, end: int, *given: Tensor) -> None:
+        size = max(end, self.cache.capacity, 2 * start)
+        grown = tuple(x.new_empty(x.shape[0], size, *x.shape[2:]) for x in given)
+        for new, old in zip(grown, self.buffers, strict=False):
+            new[:, :start] = old[:, :start]
+        self.buffers = grown
+
+    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
+        """Also keeps x's own last vectors for the next call; `slot` tells the parts of one layer apart."""
+        past = self.recent.get(slot)
+        if past is None:
+            past = super().recall(slot, x, count)
+        self.recent[slot] = torch.cat([past, x], 1)[:, -count:].detach()
+        return past
+
+    def keep(self, rows: Tensor) -> None:
+        """Forget all other sequences."""
+        self.buffers = tuple(x[rows] for x in self.buffers)
+        self.recent = {slot: x[rows] for slot, x in self.recent.items()}
+
+
 def document_positions(shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each token since its document began (B, T); a document is a run of equal numbers."""
-    index = torch.arange(shape[1], device=device).expand(shape[0], -1)
+    """Position of each token since its document began; a document is a run of equal numbers. (B, T), (1, T) without documents."""
+    index = torch.arange(shape[1], device=device)[None]
     if documents is None:
         return index
     starts = torch.ones_like(documents, dtype=torch.bool)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from andromeda.model.cache import Cache, Nothing
+from andromeda.model.cache import Nothing, State
+from andromeda.model.position.alibi import NoBias
 from andromeda.model.position.rotary import Rotation
 
 
@@ -16,17 +17,24 @@ class Context:
 
     ids: Tensor
     positions: Tensor
-    """(B, T) position of each token since its document began."""
+    """Position of each token since its document began: (B, T), or (1, T) where all rows are alike."""
     rotation: Rotation
-    cache: Cache | Nothing
-    documents: Tensor | None = None
-    """(B, T) document numbers; None is one document a row."""
-    key_documents: Tensor | None = None
-    """(B, S) document numbers of all keys."""
+    bias: NoBias
+    cache: Nothing
+    state: State
+    """What the part that is called remembers of earlier tokens; `at` sets the layer's own."""
+    documents: tuple[Tensor, Tensor] | None = None
+    """Document numbers of this pass's tokens (B, T) and of all keys (B, S); None is one document a row."""
     values: tuple[Tensor | None, ...] = ()
     """Value embeddings of each layer (B, T, G, D), None where the model has none."""
+    value: Tensor | None = None
+    """The one of the layer that is called; `at` sets it."""
     window: int = 0
     """Narrows the layers that have a window (window warm-up); 0 leaves them as they are."""
+
+    def at(self, layer: int) -> Context:
+        """The context as layer number `layer` sees it; parts need no number of their own, so one compiled block serves all."""
+        return replace(self, state=self.cache.state(layer), value=self.values[layer])
 
     def narrow(self, window: int) -> int:
         """The reach of a layer whose own window is `window` tokens (0 is unlimited, and stays so)."""
@@ -34,9 +42,9 @@ class Context:
 
     def within_document(self, shifted: Tensor, distance: int) -> Tensor:
         """Zero where `shifted` (B, T, C), the vectors from `distance` tokens before, comes from another document."""
-        if self.key_documents is None:
+        if self.documents is None:
             return shifted
-        T = shifted.shape[1]
-        # The cache's answer before the first token is zeros already, so that those rows may compare as they like.
-        before = self.key_documents.roll(distance, 1)[:, -T:]
-        return shifted * (before == self.key_documents[:, -T:])[..., None]
+        own, keys = self.documents
+        # Before the first token there are zeros already, so that those rows may compare as they like.
+        before = keys.roll(distance, 1)[:, -own.shape[1] :]
+        return shifted * (before == own)[..., None]

@@ -6,14 +6,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
 from andromeda.model.context import Context
+from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import PlainRMSNorm
-from andromeda.model.registry import load_class
 from andromeda.model.token_shift import build_smear
 
 
-class PlainEmbedding(nn.Embedding):
+class PlainEmbedding(Embedding):
     """A table V x C."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -25,8 +26,8 @@ class FactorisedEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.embedding.rank)
-        self.project = nn.Linear(config.embedding.rank, config.width, bias=False)
+        self.table = Embedding(config.vocab_size, config.embedding.rank)
+        self.project = Linear(config.embedding.rank, config.width, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C)."""
@@ -46,7 +47,7 @@ class AbsolutePositions(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.context, config.width)
+        self.table = Embedding(config.context, config.width)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
@@ -58,7 +59,7 @@ class Embedder(nn.Module):
 
     def __init__(self, config: ModelConfig, provider: nn.Module | None = None) -> None:
         super().__init__()
-        self.tokens = provider or build_provider(config)
+        self.tokens = build_provider(config) if provider is None else provider
         self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolute()
         self.norm = PlainRMSNorm(config.width, config.block.eps) if config.embedding.norm else nn.Identity()
         self.smear = build_smear(config)
@@ -71,5 +72,5 @@ class Embedder(nn.Module):
 def build_provider(config: ModelConfig) -> nn.Module:
     """The embedding that the configuration names; a custom class is built with the model's configuration."""
     if config.embedding.kind == "custom":
-        return load_class(config.embedding.provider, "embedding.provider")(config)
+        return find_class(config.embedding.provider, "model.embedding.provider")(config)
     return {"plain": PlainEmbedding, "factorised": FactorisedEmbedding}[config.embedding.kind](config)

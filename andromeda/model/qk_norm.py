@@ -1,7 +1,7 @@
 """Normalisation of queries and keys before they are rotated (arXiv 2010.04245), which bounds the attention logits.
 
 The norm comes first and the rotation second: a learned scale per dimension after xPos would make the logits depend on
-absolute positions. Each part names the softmax scale that belongs to it.
+absolute positions. Each part names the softmax scale that belongs to it. All keep the type of their input.
 """
 
 from __future__ import annotations
@@ -12,8 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
-from andromeda.model.position import content_dim
+
+RMS_EPS = torch.finfo(torch.float32).eps
+"""As PyTorch's default for float32 and bfloat16, but the same in float64, so that all precisions compute one function."""
+
+
+def rms(x: Tensor) -> Tensor:
+    """x (..., D) with a root mean square of one."""
+    return F.rms_norm(x, x.shape[-1:], None, RMS_EPS).to(x.dtype)
+
+
+def unit(x: Tensor) -> Tensor:
+    """x (..., D) with length one."""
+    return F.normalize(x, dim=-1).to(x.dtype)
 
 
 class NoNorm(nn.Module):
@@ -33,57 +46,58 @@ class RMS(NoNorm):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return F.rms_norm(q, q.shape[-1:]), F.rms_norm(k, k.shape[-1:])
+        return rms(q), rms(k)
 
 
-class L2(nn.Module):
+class L2(NoNorm):
     """Unit length and a fixed temperature: logits are cosines times 10, as x-transformers has it."""
 
-    scale = 10.0
-
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
+        self.scale = 10.0
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        return unit(q), unit(k)
 
 
-class L2HeadScale(nn.Module):
+class L2HeadScale(NoNorm):
     """Unit length and a learned temperature for each query head, 10 at the start."""
 
-    scale = 1.0
+    role = "scalar"
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
+        self.scale = 1.0
         self.temperature = nn.Parameter(torch.full((config.attention.heads, 1), 10.0))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return F.normalize(q, dim=-1) * self.temperature.to(q.dtype), F.normalize(k, dim=-1)
+        return unit(q) * self.temperature.to(q.dtype), unit(k)
 
 
-class L2DimScale(nn.Module):
+class L2DimScale(NoNorm):
     """Unit length and a learned scale for each head and dimension, D^(1/4) at the start, with 1/sqrt(D) (x-transformers).
 
     Logits are bounded by one at the start, so that attention begins nearly uniform.
     """
 
+    role = "scalar"
+
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
+        super().__init__(config)
         D = content_dim(config)
-        self.scale = 1 / math.sqrt(D)
         self.query_scale = nn.Parameter(torch.full((config.attention.heads, D), D**0.25))
         self.key_scale = nn.Parameter(torch.full((config.attention.kv_heads, D), D**0.25))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return F.normalize(q, dim=-1) * self.query_scale.to(q.dtype), F.normalize(k, dim=-1) * self.key_scale.to(k.dtype)
+        return unit(q) * self.query_scale.to(q.dtype), unit(k) * self.key_scale.to(k.dtype)
 
 
-QK_NORMS: dict[str, type[nn.Module]] = {"none": NoNorm, "rms": RMS, "l2": L2, "l2_head_scale": L2HeadScale, "l2_dim_scale": L2DimScale}
+QK_NORMS: dict[str, type[NoNorm]] = {"none": NoNorm, "rms": RMS, "l2": L2, "l2_head_scale": L2HeadScale, "l2_dim_scale": L2DimScale}
 
 
-def build_qk_norm(config: ModelConfig) -> nn.Module:
+def build_qk_norm(config: ModelConfig) -> NoNorm:
     """The QK norm that the configuration asks for."""
     return QK_NORMS[config.attention.qk_norm](config)

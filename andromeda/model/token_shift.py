@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.context import Context
+from andromeda.model.layers import Linear
 
 
 def shifted(x: Tensor, past: Tensor, distance: int, ctx: Context) -> Tensor:
@@ -38,7 +39,7 @@ class ChunkShift(nn.Module):
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
         size = x.shape[-1] // (self.tokens + 1)
-        past = ctx.cache.recall(self.slot, x, self.tokens)
+        past = ctx.state.recall(self.slot, x, self.tokens)
         moved = [
             shifted(x[..., i * size : (i + 1) * size], past[..., i * size : (i + 1) * size], i, ctx) for i in range(1, self.tokens + 1)
         ]
@@ -55,7 +56,7 @@ class LerpShift(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
-        past = ctx.cache.recall(self.slot, x, 1)
+        past = ctx.state.recall(self.slot, x, 1)
         return torch.lerp(x, shifted(x, past, 1, ctx), self.mix.to(x.dtype))
 
 
@@ -63,25 +64,27 @@ class Smear(nn.Module):
     """x_t + w sigmoid(g . x_t[:12]) x_(t-1), on the embeddings; w starts at zero."""
 
     CHANNELS = 12
+    role = "scalar"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.slot = "embedding.smear"
+        self.slot = "smear"
         self.channels = min(self.CHANNELS, config.width)
-        self.gate = nn.Linear(self.channels, 1, bias=False)
+        self.gate = Linear(self.channels, 1, bias=False)
         self.weight = nn.Parameter(torch.zeros(()))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
-        before = shifted(x, ctx.cache.recall(self.slot, x, 1), 1, ctx)
+        before = shifted(x, ctx.state.recall(self.slot, x, 1), 1, ctx)
         return x + self.weight.to(x.dtype) * torch.sigmoid(self.gate(x[..., : self.channels])) * before
 
 
+SHIFTS = {"chunks": ChunkShift, "lerp": LerpShift}
+
+
 def build_shift(config: ModelConfig, slot: str) -> nn.Module:
-    """The shift before a sub-layer; `slot` names its state in the cache."""
-    return (
-        {"chunks": ChunkShift, "lerp": LerpShift}[config.shift.kind](config, slot) if config.shift.kind in ("chunks", "lerp") else NoShift()
-    )
+    """The shift before a sub-layer; `slot` names its state among those of its layer."""
+    return SHIFTS[config.shift.kind](config, slot) if config.shift.kind in SHIFTS else NoShift()
 
 
 def build_smear(config: ModelConfig) -> nn.Module:

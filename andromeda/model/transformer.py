@@ -8,7 +8,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-import andromeda.model.attention  # noqa: F401 - registers the softmax mechanism
 from andromeda.config.model import ModelConfig
 from andromeda.model.cache import Cache, Nothing
 from andromeda.model.context import Context
@@ -16,7 +15,7 @@ from andromeda.model.embedding import Embedder
 from andromeda.model.head import Head
 from andromeda.model.init import initialise
 from andromeda.model.norm import build_norm
-from andromeda.model.position import build_rotary
+from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.trunk import build_trunk
 from andromeda.model.value_embedding import build_value_embedding
 
@@ -25,12 +24,16 @@ class Transformer(nn.Module):
     """A decoder-only language model, every technique of which is a part chosen by `config`."""
 
     def __init__(self, config: ModelConfig, *, embedding: nn.Module | None = None, seed: int = 0) -> None:
+        """`embedding` replaces the configured provider and keeps its weights. Built on the meta device, nothing is filled."""
         super().__init__()
         self.config = config
-        self.embedder = Embedder(config, embedding)
-        self.value_embedding = build_value_embedding(config)
-        self.rotary = build_rotary(config)
-        self.trunk = build_trunk(config)
+        with torch.random.fork_rng(devices=[]):
+            # For parts of a user's own that fill themselves; the rest is filled below.
+            torch.default_generator.manual_seed(seed)
+            self.embedder = Embedder(config, embedding)
+            self.value_embedding = build_value_embedding(config)
+            self.rotary, self.alibi = build_rotary(config), build_alibi(config)
+            self.trunk = build_trunk(config)
         # DeepNorm's blocks end in a norm of their own.
         self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
         self.head = Head(config, self.embedder.tokens)
@@ -42,21 +45,23 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Nothing | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Context:
         """What one pass over ids (B, T) carries; arguments as in `hidden`."""
-        state = cache or Nothing()
-        positions = state.positions(ids.shape, documents, ids.device)
+        cache = cache or Nothing()
+        positions = cache.positions(ids.shape, documents, ids.device)
+        keys = cache.documents(documents)
         wide = torch.promote_types(self.head.weight.dtype, torch.float32)
         return Context(
             ids=ids,
             positions=positions,
-            rotation=self.rotary(positions, span or state.length + ids.shape[1], wide),
-            cache=state,
-            documents=documents,
-            key_documents=state.documents(documents),
+            rotation=self.rotary(positions, span or cache.length + ids.shape[1], wide),
+            bias=self.alibi(cache.length, ids.shape[1], ids.device),
+            cache=cache,
+            state=cache.state(-1),
+            documents=None if documents is None or keys is None else (documents, keys),
             values=self.value_embedding(ids),
             window=window,
         )
@@ -78,7 +83,7 @@ class Transformer(nn.Module):
         """
         ctx = self.context(ids, documents=documents, cache=cache, window=window, span=span)
         x = self.norm(self.trunk(self.embedder(ctx), ctx))
-        ctx.cache.advance(ids, ctx.positions, documents)
+        ctx.cache.advance(ids.shape[1], ctx.positions, ctx.documents and ctx.documents[1])
         return x
 
     def forward(

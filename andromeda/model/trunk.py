@@ -41,7 +41,7 @@ class Trunk(nn.Module):
 
     def layer(self, index: int, x: Tensor, first: Tensor, ctx: Context) -> Tensor:
         """One block with its mix."""
-        return self.blocks[index](self.mixes[index](x, first), ctx)
+        return self.blocks[index](self.mixes[index](x, first), ctx.at(index))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C), the embedded tokens."""
@@ -60,7 +60,8 @@ class UNetTrunk(Trunk):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C), the embedded tokens. With an odd depth the middle block has no partner."""
-        first, outputs = x, []
+        first = x
+        outputs: list[Tensor] = []
         half, depth = len(self.skip_weights), len(self.blocks)
         weights = self.skip_weights.to(x.dtype)
         for index in range(depth):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
+from andromeda.model.layers import Embedding
 
 
 class NoValueEmbedding(nn.Module):
@@ -31,7 +32,7 @@ class ValueEmbedding(nn.Module):
         super().__init__()
         a = config.attention
         self.shape = (config.depth, a.kv_heads, a.head_dim)
-        self.table = nn.Embedding(config.vocab_size, config.depth * a.kv_heads * a.head_dim)
+        self.table = Embedding(config.vocab_size, config.depth * a.kv_heads * a.head_dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids (B, T) -> for each layer (B, T, G, D)."""

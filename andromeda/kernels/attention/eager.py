@@ -15,17 +15,25 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """Softmax attention in at least float32. q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv)."""
+def logits(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
+    """Logits (B, H, T, S) of q (B, T, H, D) and k (B, S, G, D) in at least float32, minus infinity where a key is not seen."""
     wide = torch.promote_types(q.dtype, torch.float32)
-    (B, T, H, _), (S, G) = q.shape, k.shape[1:3]
-    q_grouped = q.to(wide).unflatten(2, (G, H // G))
-    logits = torch.einsum("btgrd,bsgd->bgrts", q_grouped, k.to(wide)).flatten(1, 2) * pattern.scale
+    T, (S, G) = q.shape[1], k.shape[1:3]
+    products = torch.einsum("btgrd,bsgd->bgrts", q.to(wide).unflatten(2, (G, -1)), k.to(wide)).flatten(1, 2) * pattern.scale
     if pattern.softcap:
-        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
+        products = pattern.softcap * torch.tanh(products / pattern.softcap)
     bias = pattern.bias(T, S, q.device)
     if bias is not None:
-        logits = logits + bias.to(wide)
-    logits = logits.masked_fill(~pattern.visible(T, S, q.device), float("-inf"))
-    weights = logits.softmax(-1).unflatten(1, (G, H // G))
-    return torch.einsum("bgrts,bsgd->btgrd", weights, v.to(wide)).flatten(2, 3).to(v.dtype)
+        products = products + bias.to(wide)
+    return products.masked_fill(~pattern.visible(T, S, q.device), float("-inf"))
+
+
+def average(weights: Tensor, v: Tensor) -> Tensor:
+    """Sums of v (B, S, G, Dv) with weights (B, H, T, S): (B, T, H, Dv)."""
+    grouped = weights.unflatten(1, (v.shape[2], -1))
+    return torch.einsum("bgrts,bsgd->btgrd", grouped, v.to(weights.dtype)).flatten(2, 3).to(v.dtype)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Softmax attention in at least float32. q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv)."""
+    return average(logits(q, k, pattern).softmax(-1), v)

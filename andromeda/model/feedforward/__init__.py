@@ -11,4 +11,5 @@ from andromeda.model.feedforward.moe import MoE
 
 def build_feedforward(config: ModelConfig) -> nn.Module:
     """The network that the configuration asks for: a module (B, T, C) -> (B, T, C)."""
-    return MoE(config) if config.feedforward.kind == "moe" else build_dense(config)
+    ff = config.feedforward
+    return MoE(config) if ff.kind == "moe" else build_dense(config, ff.kind, ff.bias)

@@ -8,7 +8,9 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.config.model import FeedForward, ModelConfig
+from andromeda.config.derived import hidden_width
+from andromeda.config.model import ModelConfig
+from andromeda.model.layers import Linear
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -26,21 +28,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 
 
-def hidden_width(config: FeedForward, kind: str, width: int) -> int:
-    """Inner width: `hidden`, or mult x width; gated kinds take two thirds of that, to a multiple of 64, for equal parameters."""
-    if config.hidden:
-        return config.hidden
-    inner = config.mult * width
-    return max(64, round(inner * 2 / 3 / 64) * 64) if kind in GATES else int(inner)
-
-
 class Dense(nn.Module):
     """W_out act(W_in x)."""
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
         super().__init__()
-        self.inner = nn.Linear(width, hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.inner = Linear(width, hidden, bias=bias)
+        self.out = Linear(hidden, width, bias=bias)
         self.activation = ACTIVATIONS[kind]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -53,9 +47,9 @@ class Gated(nn.Module):
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
         super().__init__()
-        self.gate = nn.Linear(width, hidden, bias=bias)
-        self.inner = nn.Linear(width, hidden, bias=bias)
-        self.out = nn.Linear(hidden, width, bias=bias)
+        self.gate = Linear(width, hidden, bias=bias)
+        self.inner = Linear(width, hidden, bias=bias)
+        self.out = Linear(hidden, width, bias=bias)
         self.activation = GATES[kind]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -63,8 +57,6 @@ class Gated(nn.Module):
         return self.out(self.activation(self.gate(x)) * self.inner(x))
 
 
-def build_dense(config: ModelConfig) -> nn.Module:
-    """The dense or gated network that the configuration asks for."""
-    ff = config.feedforward
-    part = Gated if ff.kind in GATES else Dense
-    return part(config.width, hidden_width(ff, ff.kind, config.width), ff.kind, ff.bias)
+def build_dense(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
+    """A dense or gated network of the configured inner width."""
+    return (Gated if kind in GATES else Dense)(config.width, hidden_width(config), kind, bias)

@@ -6,14 +6,20 @@ bias moves against the load by a fixed amount. The alternative is the auxiliary 
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, Dense, Gated, hidden_width
+from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_dense
+from andromeda.model.feedforward.grouped import grouped_linear
+from andromeda.model.layers import Linear
+
+SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
 
 
 class AddGradient(torch.autograd.Function):
@@ -38,42 +44,54 @@ class AddGradient(torch.autograd.Function):
 class Router(nn.Module):
     """Scores, choice and balance."""
 
+    votes: Tensor
+    """Votes for each expert (E,) since the start: one a step, for the idle and against the busy."""
+    load: Tensor
+    """(token, expert) pairs since the last `step` (E,)."""
+    loss_scale: Tensor
+    """What the trainer multiplies this pass's loss with; the auxiliary loss is multiplied alike."""
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e = config.experts
         self.count, self.active, self.normalise, self.balance, self.rate = e.count, e.active, e.normalise, e.balance, e.rate
-        self.score = {"sigmoid": torch.sigmoid, "softmax": lambda z: z.softmax(-1)}[e.score]
-        self.project = nn.Linear(config.width, e.count, bias=False)
-        # Kept in float32 whatever the model's precision: its steps of 1e-3 would drown in bfloat16.
-        self.register_buffer("bias", torch.zeros(e.count, dtype=torch.float32))
-        self.register_buffer("load", torch.zeros(e.count, dtype=torch.float32))
+        self.score = SCORES[e.score]
+        self.project = Linear(config.width, e.count, bias=False)
+        # Both are whole numbers, which no change of the model's precision rounds.
+        self.register_buffer("votes", torch.zeros(e.count, dtype=torch.int64))
+        self.register_buffer("load", torch.zeros(e.count, dtype=torch.int64))
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to the scores (E,) before experts are chosen: `rate` for each vote, with a mean of zero."""
+        votes = self.votes.float()
+        return self.rate * (votes - votes.mean())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> gates (N, k) and the experts chosen (N, k)."""
-        scores = self.score(F.linear(x, self.project.weight).to(torch.promote_types(x.dtype, torch.float32)))
+        scores = self.score(self.project(x).to(torch.promote_types(x.dtype, torch.float32)))
         chosen = (scores + self.bias).topk(self.active, -1).indices
         gates = scores.gather(-1, chosen)
         if self.normalise:
-            gates = gates / gates.sum(-1, keepdim=True)
+            gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         if self.training:
             gates = self._account(gates, scores, chosen)
         return gates, chosen
 
     def _account(self, gates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
-        load = torch.zeros_like(self.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten(), dtype=torch.float32))
+        load = torch.zeros_like(self.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
         self.load += load
         if self.balance != "loss":
             return gates
-        loss = self.rate * balance_loss(scores, load / load.sum() * self.active, self.active)
+        loss = self.rate * balance_loss(scores, load / chosen.shape[0], self.active)
         return AddGradient.apply(gates, loss, self.loss_scale.to(loss.dtype))
 
     @torch.no_grad()
     def step(self) -> None:
-        """After an optimizer step: move the bias against the load, keep its mean at zero, start counting anew."""
+        """After an optimizer step: vote against the load and start counting anew."""
         if self.balance == "bias":
-            self.bias += self.rate * torch.sign(self.load.mean() - self.load)
-            self.bias -= self.bias.mean()
+            self.votes += torch.sign(self.load.sum() - self.load * self.count)
         self.load.zero_()
 
 
@@ -88,19 +106,17 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        e, width = config.experts, config.width
-        hidden = hidden_width(config.feedforward, e.kind, width)
-        self.gated = e.kind in GATES
+        e, width, hidden = config.experts, config.width, hidden_width(config)
         self.activation = {**ACTIVATIONS, **GATES}[e.kind]
         self.inner = nn.Parameter(torch.empty(e.count, hidden, width))
-        self.gate = nn.Parameter(torch.empty(e.count, hidden, width)) if self.gated else None
+        self.gate = nn.Parameter(torch.empty(e.count, hidden, width)) if e.kind in GATES else None
         self.out = nn.Parameter(torch.empty(e.count, width, hidden))
 
-    def forward(self, x: Tensor, expert: int) -> Tensor:
-        """x (n, C), the tokens of one expert."""
-        inner = F.linear(x, self.inner[expert])
-        hidden = self.activation(inner) if self.gate is None else self.activation(F.linear(x, self.gate[expert])) * inner
-        return F.linear(hidden, self.out[expert])
+    def forward(self, x: Tensor, ends: Tensor) -> Tensor:
+        """x (N, C), rows sorted by expert; rows of expert i end at ends[i]."""
+        inner = grouped_linear(x, self.inner, ends)
+        hidden = self.activation(inner) if self.gate is None else self.activation(grouped_linear(x, self.gate, ends)) * inner
+        return grouped_linear(hidden, self.out, ends)
 
 
 class MoE(nn.Module):
@@ -110,20 +126,18 @@ class MoE(nn.Module):
         super().__init__()
         e = config.experts
         self.router, self.experts = Router(config), Experts(config)
-        hidden = hidden_width(config.feedforward, e.kind, config.width)
-        part = Gated if e.kind in GATES else Dense
-        self.shared = nn.ModuleList(part(config.width, hidden, e.kind, False) for _ in range(e.shared))
+        self.shared = nn.ModuleList(build_dense(config, e.kind, bias=False) for _ in range(e.shared))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C)."""
         flat = x.flatten(0, -2)
         gates, chosen = self.router(flat)
-        y = sum((expert(flat) for expert in self.shared), start=torch.zeros_like(flat))
         # Sorting the (token, expert) pairs by expert makes each expert's tokens one contiguous run.
-        order = chosen.flatten().argsort(stable=True)
-        token = order // chosen.shape[-1]
-        counts = torch.bincount(chosen.flatten(), minlength=self.router.count).tolist()
-        runs = flat[token].split(counts)
-        routed = torch.cat([self.experts(run, i) for i, run in enumerate(runs)])
-        weighted = routed * gates.flatten()[order, None].to(routed.dtype)
-        return y.index_add(0, token, weighted.to(y.dtype)).view_as(x)
+        sorted_experts, order = chosen.flatten().sort(stable=True)
+        ends = torch.searchsorted(sorted_experts, torch.arange(self.router.count, device=x.device), right=True, out_int32=True)
+        routed = self.experts(flat.index_select(0, order // chosen.shape[-1]), ends)
+        back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
+        y = torch.einsum("nkc,nk->nc", routed.index_select(0, back).unflatten(0, chosen.shape), gates.to(routed.dtype))
+        for expert in self.shared:
+            y = y + expert(flat)
+        return y.view_as(x)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.position.alibi import RESERVED, Alibi, FoldedAlibi, NoAlibi
+from andromeda.model.position.alibi import Alibi, FoldedAlibi, NoAlibi
 from andromeda.model.position.rotary import NoRotary, Rotary, XPos
 
 
@@ -14,13 +14,6 @@ def build_alibi(config: ModelConfig) -> NoAlibi:
     return FoldedAlibi(config) if config.alibi.fold else Alibi(config)
 
 
-def build_rotary(config: ModelConfig) -> NoRotary | Rotary:
-    """The rotary part that the configuration asks for, over the head dimensions that carry content."""
-    if config.rotary.kind == "none":
-        return NoRotary()
-    return {"rope": Rotary, "xpos": XPos}[config.rotary.kind](config, content_dim(config))
-
-
-def content_dim(config: ModelConfig) -> int:
-    """Head dimensions of queries and keys that are projected: all but those that a folded ALiBi reserves."""
-    return config.attention.head_dim - (RESERVED if config.alibi.heads and config.alibi.fold else 0)
+def build_rotary(config: ModelConfig) -> NoRotary:
+    """The rotary part that the configuration asks for."""
+    return {"none": NoRotary, "rope": Rotary, "xpos": XPos}[config.rotary.kind](config)

@@ -10,72 +10,93 @@ computes ALiBi at full speed. FlashBias (arXiv 2505.12044) describes the idea in
 
 from __future__ import annotations
 
-import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 
-RESERVED = 4
-"""Head dimensions that a folded bias takes from the content."""
+
+def slopes(heads: int, device: torch.device | None = None) -> Tensor:
+    """2^(-8h/heads) for h = 1..heads in float64 (heads,); between powers of two, the rest lie between the first ones.
+
+    The paper takes every other slope of the next power of two for the rest: for c = the power below, these are
+    2^(-8 (i + 1/2) / c), i = 0, 1, ... Computed on the device, so that a pass copies nothing to it.
+    """
+    closest = 1 << (heads.bit_length() - 1)
+    h = torch.arange(heads, dtype=torch.float64, device=device)
+    return torch.exp2(torch.where(h < closest, h + 1, h - closest + 0.5) * (-8 / closest))
 
 
-def slopes(heads: int) -> list[float]:
-    """2^(-8h/heads) for h = 1..heads; between powers of two, the paper's interleaving of the next power's slopes."""
-    closest = 2 ** math.floor(math.log2(heads))
-    first = [2 ** (-8 * (h + 1) / closest) for h in range(closest)]
-    return first + ([] if closest == heads else slopes(2 * closest)[0::2][: heads - closest])
+class NoBias:
+    """One pass without ALiBi."""
+
+    slopes: Tensor | None = None
+    """Slope of every query head (H,), for the attention kernel; None is no bias."""
+
+    def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D) and k (B, T, G, D) as they came."""
+        return q, k
 
 
-def head_slopes(config: ModelConfig) -> Tensor:
-    """Slope of every query head (H,) in float64: ALiBi on the first `alibi.heads`, zero on the rest."""
-    biased = [slope / config.alibi.scale for slope in slopes(config.alibi.heads)]
-    return torch.tensor(biased + [0.0] * (config.attention.heads - config.alibi.heads), dtype=torch.float64)
+class SlopeBias(NoBias):
+    """One pass in which the kernel is given slopes (H,)."""
+
+    def __init__(self, slopes: Tensor) -> None:
+        self.slopes = slopes
+
+
+@dataclass(frozen=True)
+class FoldedBias(NoBias):
+    """One pass in which queries and keys carry the bias."""
+
+    weights: Tensor
+    """Slope of every query head (H,) in float64."""
+    digits: Tensor
+    """Base-256 digits of the index of every key of this pass (T, 4), the highest first; the fourth is zero."""
+
+    def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Append the slopes over `scale` to q (B, T, H, D-4) and the digits to k (B, T, G, D-4)."""
+        # Rounded once, then multiplied by powers of 256, which is exact: every digit sees the same slope.
+        slope = (self.weights / scale).to(q.dtype)
+        tail = torch.stack([slope * 65536, slope * 256, slope, slope * 0], -1)
+        digits = self.digits.to(k.dtype)[:, None]
+        return (
+            torch.cat([q, tail.expand(*q.shape[:2], -1, -1)], -1),
+            torch.cat([k, digits.expand(k.shape[0], -1, k.shape[2], -1)], -1),
+        )
 
 
 class NoAlibi(nn.Module):
     """No bias."""
 
-    reserved = 0
-
-    def fold(self, q: Tensor, k: Tensor, scale: float, start: int) -> tuple[Tensor, Tensor]:
-        """Queries and keys as they came."""
-        return q, k
-
-    def slopes(self, device: torch.device) -> Tensor | None:
-        """None: logits get no bias."""
-        return None
+    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+        """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
+        return NoBias()
 
 
 class Alibi(NoAlibi):
-    """The bias is given to the attention kernel as slopes."""
+    """A bias on the first `alibi.heads` heads, which the kernel adds."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.config = config
+        self.biased, self.plain, self.scale = config.alibi.heads, config.attention.heads - config.alibi.heads, config.alibi.scale
 
-    def slopes(self, device: torch.device) -> Tensor | None:
-        """Slope of every query head (H,)."""
-        return head_slopes(self.config).to(device)
+    def head_slopes(self, device: torch.device) -> Tensor:
+        """Slope of every query head (H,) in float64, zero where there is no bias."""
+        return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))
+
+    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+        """Slopes for the kernel."""
+        return SlopeBias(self.head_slopes(device))
 
 
-class FoldedAlibi(NoAlibi):
-    """The bias is carried by the last four dimensions of queries and keys."""
+class FoldedAlibi(Alibi):
+    """The same bias, carried by the last four dimensions of queries and keys."""
 
-    reserved = RESERVED
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
-
-    def fold(self, q: Tensor, k: Tensor, scale: float, start: int) -> tuple[Tensor, Tensor]:
-        """Append the slopes to q (B, T, H, D-4) and the digits of the key's index, from `start`, to k (B, T, G, D-4)."""
-        powers = torch.tensor([65536.0, 256.0, 1.0, 0.0], dtype=torch.float64, device=q.device)
-        query = head_slopes(self.config).to(q.device)[:, None] / scale
-        # Rounded once, then multiplied by powers of 256, which is exact: every digit sees the same slope.
-        query = query.to(q.dtype) * powers.to(q.dtype)
-        index = torch.arange(start, start + k.shape[1], device=k.device)
-        digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1).to(k.dtype)
-        q = torch.cat([q, query.expand(*q.shape[:2], -1, -1)], -1)
-        return q, torch.cat([k, digits[:, None].expand(k.shape[0], -1, k.shape[2], -1)], -1)
+    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+        """Slopes and digits."""
+        index = torch.arange(start, start + length, device=device)
+        digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)
+        return FoldedBias(self.head_slopes(device), digits)

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from andromeda.config.derived import rotated_dims
 from andromeda.config.model import ModelConfig
-from andromeda.model.position.scaling import RULES
+from andromeda.model.position.scaling import RULES, Scaled, Span
 
 Table = tuple[Tensor, Tensor]
 """cos and sin (B, T, 1, R/2), each already times the xPos factor."""
@@ -60,37 +61,34 @@ class NoRotary(nn.Module):
 
     logit_factor = 1.0
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The identity."""
         nothing = (positions, positions)
         return Rotation(stay, nothing, nothing)
 
 
-class Rotary(nn.Module):
-    """RoPE's table of angles for the first `fraction` of `dim` head dimensions."""
+class Rotary(NoRotary):
+    """RoPE's table of angles for the rotated share of the head dimensions."""
 
-    def __init__(self, config: ModelConfig, dim: int) -> None:
-        super().__init__()
-        self.config, self.context = config.rotary, config.context
-        self.dim = rotated_dims(config.rotary.fraction, dim)
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.config, self.context, self.dim = config.rotary, config.context, rotated_dims(config)
+        self.original = config.rotary.scaling.original_context or round(config.context / config.rotary.scaling.factor)
         self.rule = RULES[config.rotary.scaling.kind]
         self.turn = TURNS[config.rotary.layout]
+        self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
 
-    @property
-    def logit_factor(self) -> float:
-        """What YaRN multiplies the softmax scale with (it does not depend on the length)."""
-        return self.rule(self.config.theta, self.dim, self.config.scaling, self.context, self.context)[1]
-
-    def angles(self, positions: Tensor, span: int) -> Table:
-        """cos and sin (B, T, 1, R/2) in float64."""
-        inverse, _ = self.rule(self.config.theta, self.dim, self.config.scaling, self.context, span)
-        angles = positions[..., None, None].double() * inverse.to(positions.device)
-        return angles.cos(), angles.sin()
+    def scaled(self, span: int, device: torch.device) -> Scaled:
+        """Frequencies for a sequence of `span` tokens in all."""
+        return self.rule(self.config, Span(self.dim, span, self.original, device))
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions` (B, T); `span` is the length of the whole sequence."""
-        cos, sin = self.angles(positions, span)
-        table = (cos.to(dtype), sin.to(dtype))
+        angles = positions[..., None, None].double() * self.scaled(span, positions.device).inverse
+        table = (angles.cos().to(dtype), angles.sin().to(dtype))
         return Rotation(self.turn, table, table)
 
 
@@ -105,19 +103,14 @@ class XPos(Rotary):
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions` (B, T), with the decay folded into cos and sin."""
-        cos, sin = self.angles(positions, span)
+        scaled = self.scaled(span, positions.device)
+        t = positions[..., None, None].double()
+        cos, sin = (t * scaled.inverse).cos(), (t * scaled.inverse).sin()
         index = torch.arange(0, self.dim, 2, dtype=torch.float64, device=positions.device)
         zeta = (index / self.dim + 0.4) / 1.4
-        base = self.config.scale_base * self.config.scaling.factor
-        power = (positions[..., None, None].double() - self.context // 2) / base
-        grow, shrink = zeta**power, zeta**-power
+        grow = zeta ** ((t - self.context // 2) / (self.config.scale_base * scaled.stretch))
         return Rotation(
             self.turn,
             ((cos * grow).to(dtype), (sin * grow).to(dtype)),
-            ((cos * shrink).to(dtype), (sin * shrink).to(dtype)),
+            ((cos / grow).to(dtype), (sin / grow).to(dtype)),
         )
-
-
-def rotated_dims(fraction: float, dim: int) -> int:
-    """Dimensions of a head that are rotated: `fraction` of dim, rounded down to a whole number of pairs."""
-    return round(dim * fraction) // 2 * 2

@@ -1,6 +1,6 @@
 """Frequency scaling: how rotary frequencies are stretched so that a model reads further than it was trained.
 
-Each rule is a pure function to `(inverse frequencies, logit factor)` and knows nothing of the rotation that uses them.
+Each rule is a pure function of the frequencies and knows nothing of the rotation that uses them.
 Sources: linear (position interpolation) arXiv 2306.15595; NTK-aware and dynamic NTK as described in arXiv 2309.00071,
 section 3; YaRN arXiv 2309.00071, equations 21 to 25.
 """
@@ -9,78 +9,98 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from andromeda.config.model import Scaling
-
-Frequencies = tuple[Tensor, float]
+from andromeda.config.model import Rotary
 
 
-def frequencies(theta: float, dim: int) -> Tensor:
-    """theta^(-2i/dim) for i < dim/2, in float64."""
-    return theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+@dataclass(frozen=True)
+class Span:
+    """What is turned: `dim` dimensions of a head, over `length` tokens in all, `original` of which the model was trained on."""
+
+    dim: int
+    length: int
+    original: int
+    device: torch.device | None = None
+
+    def frequencies(self, theta: float) -> Tensor:
+        """theta^(-2i/dim) for i < dim/2, in float64, made on the device so that a pass copies nothing to it."""
+        return theta ** (-torch.arange(0, self.dim, 2, dtype=torch.float64, device=self.device) / self.dim)
 
 
-def unscaled(theta: float, dim: int, scaling: Scaling, context: int, span: int) -> Frequencies:
+@dataclass(frozen=True)
+class Scaled:
+    """What a rule gives."""
+
+    inverse: Tensor
+    """Inverse frequency of each pair (dim/2,)."""
+    stretch: float = 1.0
+    """How much longer the context has become; xPos's decay is stretched by it too."""
+    logit_factor: float = 1.0
+    """Multiplies the softmax scale; it does not depend on the length."""
+
+
+def unscaled(rotary: Rotary, span: Span) -> Scaled:
     """The frequencies as trained."""
-    return frequencies(theta, dim), 1.0
+    return Scaled(span.frequencies(rotary.theta))
 
 
-def linear(theta: float, dim: int, scaling: Scaling, context: int, span: int) -> Frequencies:
+def linear(rotary: Rotary, span: Span) -> Scaled:
     """Positions divided by the factor."""
-    return frequencies(theta, dim) / scaling.factor, 1.0
+    return Scaled(span.frequencies(rotary.theta) / rotary.scaling.factor, rotary.scaling.factor)
 
 
-def ntk(theta: float, dim: int, scaling: Scaling, context: int, span: int) -> Frequencies:
+def ntk(rotary: Rotary, span: Span) -> Scaled:
     """A larger base: the slowest pair is stretched by the whole factor, the fastest not at all."""
-    return frequencies(theta * scaling.factor ** (dim / (dim - 2)), dim), 1.0
+    return _larger_base(rotary, span, rotary.scaling.factor)
 
 
-def dynamic(theta: float, dim: int, scaling: Scaling, context: int, span: int) -> Frequencies:
+def dynamic(rotary: Rotary, span: Span) -> Scaled:
     """NTK whose factor follows the length: nothing changes for a sequence of at most the original context.
 
-    `span` is the length the sequence will have in the end; it must be the same for all passes over one sequence.
+    The length must be the same for all passes over one sequence, or cached keys would be turned by other frequencies.
     """
-    original = _original(scaling, context)
-    if span <= original:
-        return frequencies(theta, dim), 1.0
-    factor = scaling.factor * span / original - (scaling.factor - 1)
-    return frequencies(theta * factor ** (dim / (dim - 2)), dim), 1.0
+    grown = max(span.length / span.original, 1.0)
+    return _larger_base(rotary, span, rotary.scaling.factor * grown - (rotary.scaling.factor - 1))
 
 
-def yarn(theta: float, dim: int, scaling: Scaling, context: int, span: int) -> Frequencies:
+def yarn(rotary: Rotary, span: Span) -> Scaled:
     """Fast pairs stay, slow pairs are interpolated, a ramp between; logits grow by (0.1 ln factor + 1)^2."""
-    inverse = frequencies(theta, dim)
-    ramp = _index_ramp if scaling.ramp == "index" else _rotation_ramp
-    kept = ramp(theta, dim, scaling, _original(scaling, context))
-    return inverse / scaling.factor * (1 - kept) + inverse * kept, (0.1 * math.log(scaling.factor) + 1) ** 2
+    factor, inverse = rotary.scaling.factor, span.frequencies(rotary.theta)
+    ramp = {"index": _index_ramp, "rotations": _rotation_ramp}[rotary.scaling.ramp]
+    kept = ramp(rotary, span)
+    return Scaled(inverse / factor * (1 - kept) + inverse * kept, factor, (0.1 * math.log(factor) + 1) ** 2)
 
 
-def _index_ramp(theta: float, dim: int, scaling: Scaling, original: int) -> Tensor:
+def _larger_base(rotary: Rotary, span: Span, factor: float) -> Scaled:
+    # A single pair has frequency one whatever the base.
+    exponent = span.dim / max(span.dim - 2, 1)
+    return Scaled(span.frequencies(rotary.theta * factor**exponent), factor)
+
+
+def _index_ramp(rotary: Rotary, span: Span) -> Tensor:
     """Linear in the pair's index between the pairs that turn beta_fast and beta_slow times over the original context."""
 
     def index(rotations: float) -> float:
-        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+        return span.dim * math.log(span.original / (rotations * 2 * math.pi)) / (2 * math.log(rotary.theta))
 
-    low = max(math.floor(index(scaling.beta_fast)), 0)
-    high = min(math.ceil(index(scaling.beta_slow)), dim - 1)
+    low = max(math.floor(index(rotary.scaling.beta_fast)), 0)
+    high = min(math.ceil(index(rotary.scaling.beta_slow)), span.dim - 1)
     width = max(high - low, 1e-3)
-    return 1 - ((torch.arange(dim // 2, dtype=torch.float64) - low) / width).clamp(0, 1)
+    return 1 - ((torch.arange(span.dim // 2, dtype=torch.float64, device=span.device) - low) / width).clamp(0, 1)
 
 
-def _rotation_ramp(theta: float, dim: int, scaling: Scaling, original: int) -> Tensor:
+def _rotation_ramp(rotary: Rotary, span: Span) -> Tensor:
     """Linear in the number of rotations over the original context, as the paper's equation 23 has it."""
-    rotations = original * frequencies(theta, dim) / (2 * math.pi)
-    return ((rotations - scaling.beta_slow) / (scaling.beta_fast - scaling.beta_slow)).clamp(0, 1)
+    rotations = span.original * span.frequencies(rotary.theta) / (2 * math.pi)
+    slow, fast = rotary.scaling.beta_slow, rotary.scaling.beta_fast
+    return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 
-def _original(scaling: Scaling, context: int) -> int:
-    return scaling.original_context or round(context / scaling.factor)
-
-
-RULES: dict[str, Callable[[float, int, Scaling, int, int], Frequencies]] = {
+RULES: dict[str, Callable[[Rotary, Span], Scaled]] = {
     "none": unscaled,
     "linear": linear,
     "ntk": ntk,

@@ -1,0 +1,30 @@
+"""Sigmoid attention (arXiv 2409.04431): every key is weighed on its own, nothing is normalised along a row.
+
+The weight of a key is sigmoid(logit + b) with b = -ln(context), so that a row of average logits sums to about one at the
+full context. The paper's b follows the length of the sequence; here it is a constant, so that a cached, a packed and a
+padded sequence are all computed alike.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from andromeda.config.model import ModelConfig
+from andromeda.kernels.attention import Pattern
+from andromeda.kernels.attention.eager import average, logits
+from andromeda.model.attention import Attention
+
+
+class SigmoidAttention(Attention):
+    """Causal sigmoid attention with the heads, norms, positions, window and documents of softmax attention."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.offset = -math.log(config.context)
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv), with T x S memory, in at least float32."""
+        return average(torch.sigmoid(logits(q, k, pattern) + self.offset), v)
