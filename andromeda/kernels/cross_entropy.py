@@ -1,0 +1,179 @@
+"""Cross entropy of a linear head without ever holding the logits of all tokens.
+
+The logits of a long batch are the largest tensor of a training step: 65,536 tokens x 50,304 words are 13 GB in float32, and
+their gradient as much again. Here tokens go through the head a chunk at a time, and since the loss of a token depends
+on no other token, its gradient is taken at once, in the forward pass, and only sums are kept: the way of Cut
+Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989), in plain torch operations.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100
+"""The target of a token that does not count."""
+
+_CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 28}
+"""Logits of one chunk: on a CPU what its cache holds, elsewhere what keeps the products large (measured: docs/optim.md)."""
+_CHUNK_TOKENS = 128
+"""Least tokens of one chunk, below which its products are too thin."""
+
+
+class CrossEntropy(NamedTuple):
+    """Losses in nats: one number each, or one for every token (reduction "none", zero where the target is ignored)."""
+
+    total: Tensor
+    """Cross entropy plus the z-loss; the one with gradients."""
+    nll: Tensor
+    """Cross entropy alone, without gradients."""
+    tokens: Tensor
+    """Targets that count, shape (), int64."""
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    targets: Tensor,
+    *,
+    bias: Tensor | None = None,
+    softcap: float = 0.0,
+    z_loss: float = 0.0,
+    chunk: int = 0,
+    reduction: Literal["sum", "none"] = "sum",
+) -> CrossEntropy:
+    """Cross entropy of softmax(cap(x W^T + b)) against `targets`, `chunk` tokens at a time.
+
+    x (..., C); weight (V, C); bias (V,); targets (...) of token ids, -100 where a token does not count. cap(z) =
+    softcap tanh(z / softcap), or z when softcap is 0 (arXiv 2408.00118). z_loss adds z_loss log(Z)^2 per token (PaLM,
+    arXiv 2204.02311, section 5). Softmax and sums are in float32 at least; the products in autocast's dtype where that is
+    on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
+    """
+    flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
+    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, weight.shape[0]), _product_dtype(x))
+    tokens = (labels != IGNORED).sum()
+    if reduction == "sum" and torch.is_grad_enabled():
+        total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, rule)
+        return CrossEntropy(total, nll, tokens)
+    with torch.no_grad():
+        total, nll, _ = _run(flat, weight, bias, labels, rule, (False, False, False))
+    if reduction == "sum":
+        return CrossEntropy(total.sum(), nll.sum(), tokens)
+    return CrossEntropy(total.view(targets.shape), nll.view(targets.shape), tokens)
+
+
+def reference(
+    x: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0
+) -> CrossEntropy:
+    """The same sums as they are defined, on all logits at once, in float64 and by autograd."""
+    logits = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).flatten(0, -2)
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
+    labels = targets.flatten()
+    counted = labels != IGNORED
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    return CrossEntropy(nll + z_loss * logits.logsumexp(-1)[counted].square().sum(), nll.detach(), counted.sum())
+
+
+Rule = tuple[float, float, int, torch.dtype]
+"""softcap, z_loss, tokens of a chunk, dtype of the products: plain values, so that torch.compile can trace them."""
+Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """The sums, with the gradients of x, weight and bias already taken in the forward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
+        total, nll, gradients = _run(x, weight, bias, labels, rule, ctx.needs_input_grad[:3])
+        ctx.save_for_backward(*gradients)
+        nll_sum = nll.sum()
+        ctx.mark_non_differentiable(nll_sum)
+        return total.sum(), nll_sum
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_total: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
+        scaled = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
+        return (*scaled, None, None)
+
+
+def _run(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule, needed: tuple[bool, bool, bool]
+) -> tuple[Tensor, Tensor, Gradients]:
+    """Losses of x (N, C), each (N,), and those gradients of their sum that are needed, in the dtypes of their inputs."""
+    softcap, z_loss, chunk, dtype = rule
+    wide = torch.promote_types(dtype, torch.float32)
+    head = weight.to(dtype)
+    totals, nlls, rows = [], [], []
+    d_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+    for x_n, labels_n in zip(x.split(chunk), labels.split(chunk), strict=True):
+        x_n = x_n.to(dtype)
+        logits = x_n @ head.T if bias is None else torch.addmm(bias.to(dtype), x_n, head.T)
+        total, nll, d_logits = _chunk(logits.to(wide), labels_n, softcap, z_loss, any(needed))
+        totals.append(total)
+        nlls.append(nll)
+        if d_bias is not None:
+            d_bias += d_logits.sum(0)
+        d_logits = d_logits.to(dtype)
+        if needed[0]:
+            rows.append((d_logits @ head).to(x.dtype))
+        if d_weight is not None:
+            _accumulate(d_weight, d_logits, x_n)
+    return (
+        torch.cat(totals),
+        torch.cat(nlls),
+        (
+            torch.cat(rows) if needed[0] else None,
+            None if d_weight is None else d_weight.to(weight.dtype),
+            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
+        ),
+    )
+
+
+def _chunk(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """logits (n, V), labels (n,) -> total and cross entropy, each (n,), and the total's gradient by the logits (n, V).
+
+    Without `gradient` the last is not meaningful. In-place steps keep at most two tensors of the logits' size.
+    """
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    counted = labels != IGNORED
+    index = torch.where(counted, labels, 0)[:, None]
+    p = F.log_softmax(z, dim=-1)
+    nll = -p.gather(1, index)[:, 0]
+    log_z = z.gather(1, index)[:, 0] + nll
+    total = nll + z_loss * log_z.square()
+    if gradient:
+        p = p.exp_()
+        if z_loss:
+            p = p.mul_(1.0 + 2.0 * z_loss * log_z[:, None])
+        p = p.scatter_add_(1, index, torch.full_like(nll, -1.0)[:, None])
+        if softcap:
+            p = p.mul_(1.0 - (z / softcap).square())
+        p = p.masked_fill_(~counted[:, None], 0.0)
+    return torch.where(counted, total, 0.0), torch.where(counted, nll, 0.0), p
+
+
+def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
+    """d_weight += d_logits^T x, always summed over chunks in at least float32."""
+    if d_logits.dtype == d_weight.dtype:
+        d_weight.addmm_(d_logits.T, x)
+    else:
+        d_weight.add_(d_logits.T @ x)
+
+
+def _chunk_tokens(device: str, vocabulary: int) -> int:
+    return max(_CHUNK_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
+
+
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """What a linear layer would compute in: autocast's dtype where that is on (it leaves float64 alone)."""
+    device = x.device.type
+    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
+        return torch.get_autocast_dtype(device)
+    return x.dtype
