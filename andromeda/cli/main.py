@@ -12,6 +12,7 @@ import typer
 
 from andromeda.cli.data import app as data_app
 from andromeda.cli.doctor import doctor
+from andromeda.cli.train import train
 from andromeda.errors import AndromedaError
 
 app = typer.Typer(
@@ -23,6 +24,7 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(doctor)
+app.command()(train)
 
 
 def main() -> None:

@@ -1,0 +1,37 @@
+"""`andromeda train`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from andromeda.errors import ConfigError
+
+
+def train(
+    config: Annotated[str, typer.Argument(help="A preset, a TOML file or a run folder; with --resume the run's own by default.")] = "",
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key.path=value, as many as you like.")] = None,
+    out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; short for train.device=.")] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each line of metrics.jsonl as it is written.")] = False,
+) -> None:
+    """Train a model, or go on training it. Ctrl-C and SIGTERM save a checkpoint and end the run."""
+    changes = list(overrides or [])
+    if "=" in config:
+        config, changes = "", [config, *changes]
+    if device:
+        changes.append(f"train.device={device}")
+    if not config and not (resume and out):
+        raise ConfigError("Name a preset or a TOML file to train, or give --out RUN --resume to go on with a run.")
+
+    from andromeda.config.load import load
+    from andromeda.train.run import train as run
+    from andromeda.train.screen import build_screen
+
+    settings = load(config or str(out), changes)
+    result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=build_screen(settings.train.steps, as_json))
+    if result.signal:
+        raise typer.Exit(128 + result.signal)

@@ -1,0 +1,196 @@
+"""Checkpoints on disk: safetensors and JSON, nothing that could run code when it is read.
+
+A checkpoint is a folder. It is written under a hidden name, made durable, read back and compared, and only then gets its
+own name; older ones go after that. Whatever moment a process dies at, every folder with a checkpoint's name is complete.
+A disk can still lie: `index.json` holds the size and SHA-256 of every file, and a checkpoint that does not match is passed over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from andromeda.errors import CheckpointError
+from andromeda.train.folder import replace_text, sync_folder
+
+FORMAT = 1
+Warn = Callable[[str], None]
+Tensors = dict[str, dict[str, Tensor]]
+"""Tensors of each part (model, optimizer, ema, random) by name."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """The whole state of a run at one step."""
+
+    step: int
+    tensors: Tensors
+    values: dict[str, Any]
+    """Everything that is not a tensor; JSON."""
+
+
+def name_of(step: int) -> str:
+    """Folder name of a step's checkpoint."""
+    return f"step-{step:08d}"
+
+
+def save(folder: Path, snapshot: Snapshot) -> Path:
+    """Write `snapshot` into `folder` (a run's checkpoints/) and return its path. Raises CheckpointError when the disk fails."""
+    final = folder / name_of(snapshot.step)
+    beside = folder / f".{final.name}.new"
+    try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        for part, tensors in snapshot.tensors.items():
+            _write_tensors(beside / f"{part}.safetensors", tensors)
+        replace_text(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.values}) + "\n")
+        index = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
+        replace_text(beside / "index.json", json.dumps(index, indent=1) + "\n")
+        _publish(beside, final)
+    except OSError as error:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise CheckpointError(
+            f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({error.strerror}): "
+            "make room there and go on with --resume; the older checkpoints are untouched."
+        ) from None
+    return final
+
+
+def _publish(beside: Path, final: Path) -> None:
+    if final.exists():  # after a rollback; the older checkpoint that the run went back to is still there
+        _remove(final)
+    os.rename(beside, final)
+    sync_folder(final.parent)
+
+
+def _remove(path: Path) -> None:
+    """Hidden first, so that a kill while its files go leaves no half of a checkpoint under a checkpoint's name."""
+    doomed = path.with_name(f".{path.name}.old")
+    os.rename(path, doomed)
+    shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write, make durable, read back, compare bit by bit."""
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(kept, path)
+    descriptor = os.open(path, os.O_RDWR)
+    os.fsync(descriptor)
+    os.close(descriptor)
+    with safe_open(path, framework="pt") as file:
+        for name, tensor in kept.items():
+            if not torch.equal(_bits(file.get_tensor(name)), _bits(tensor)):
+                raise CheckpointError(f"{path} does not read back as it was written: check the disk; the older checkpoints are untouched.")
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    """The bytes of a tensor; NaN equals NaN there."""
+    return tensor.reshape(-1).view(torch.uint8)
+
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with open(path, "rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def listed(folder: Path) -> list[Path]:
+    """Checkpoints in a folder, newest first, whether or not they are intact."""
+    found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
+    return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
+
+
+def damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
+    """What is wrong with a checkpoint, or None. parts: check only these (and the state); none is all."""
+    try:
+        index = json.loads((path / "index.json").read_text("utf-8"))
+        wanted = [*(f"{part}.safetensors" for part in parts), "state.json"] if parts else list(index)
+        for name in wanted:
+            file = path / name
+            if name not in index or not file.exists():
+                return f"{name} is missing"
+            if file.stat().st_size != index[name]["bytes"]:
+                return f"{name} has {file.stat().st_size} bytes instead of {index[name]['bytes']}"
+            if _fingerprint(file)["sha256"] != index[name]["sha256"]:
+                return f"{name} was changed after it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return "index.json cannot be read"
+    return None
+
+
+def intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Path]:
+    """Intact checkpoints, newest first, with a warning for each damaged one that is passed over."""
+    for path in listed(folder):
+        reason = damage(path, parts)
+        if reason is None:
+            yield path
+        else:
+            warn(f"checkpoint {path.name} is damaged ({reason}); trying the one before it.")
+
+
+def latest(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Path | None:
+    """The newest intact checkpoint, or None where there is no checkpoint at all. Raises CheckpointError when all are damaged."""
+    newest = next(intact(folder, warn, parts), None)
+    if newest is None and listed(folder):
+        raise CheckpointError(f"Every checkpoint in {folder} is damaged: copy them again from a backup, or train anew in another folder.")
+    return newest
+
+
+def read(path: Path) -> Snapshot:
+    """A checkpoint whose files are intact."""
+    values = read_values(path)
+    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
+    return Snapshot(values["step"], tensors, values)
+
+
+def read_values(path: Path) -> dict[str, Any]:
+    """The part of a checkpoint that is not tensors."""
+    try:
+        values = json.loads((path / "state.json").read_text("utf-8"))
+    except (OSError, ValueError):
+        raise CheckpointError(f"{path / 'state.json'} cannot be read: use an older checkpoint.") from None
+    if values.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path} has checkpoint format {values.get('format')} and this version reads {FORMAT}: use the version that wrote it."
+        )
+    return values
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """The tensors of one file, on the CPU."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): use an older checkpoint.") from None
+
+
+def set_aside(path: Path) -> None:
+    """Take a damaged checkpoint out of the list without deleting it."""
+    aside = path.with_name(f"damaged-{path.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.rename(path, aside)
+
+
+def prune(folder: Path, keep: int) -> None:
+    """Remove all older than the `keep` newest healthy checkpoints (those that a rollback may go to), and what killed processes left."""
+    for leftover in [*folder.glob(".step-*.new"), *folder.glob(".step-*.old")]:
+        shutil.rmtree(leftover, ignore_errors=True)
+    kept = 0
+    for path in listed(folder):
+        if kept >= keep:
+            _remove(path)
+        else:
+            kept += bool(read_values(path)["healthy"])

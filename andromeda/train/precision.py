@@ -1,0 +1,148 @@
+"""Numbers that a step computes in: one strategy object each, chosen once.
+
+Weights, gradients and optimizer state are float32 always; what varies is the dtype of the products (autocast) and
+whether the loss is scaled. fp32 is the identity of both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.errors import ConfigError
+
+
+class Precision:
+    """fp32, and what all others share: how a forward pass, a backward pass and an update are wrapped."""
+
+    name: ClassVar[str] = "fp32"
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._one = torch.ones((), device=device)
+
+    def prepare(self, model: nn.Module) -> nn.Module:
+        """The model with whatever the products need exchanged in it; float32 weights stay the ones that are trained."""
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Wraps the forward pass and the loss."""
+        return contextlib.nullcontext()
+
+    @property
+    def scale(self) -> Tensor:
+        """What the loss is multiplied with before the backward pass, shape ()."""
+        return self._one
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Bring the gradients back to their true size, in place, before they are clipped."""
+
+    watches = False
+    """Whether every step's norm must be known on the host."""
+
+    def overflowed(self, loss: float, norm: float) -> bool:
+        """Whether a step failed by this precision's own limits, which is no fault of the run."""
+        return False
+
+    def update(self, norm: float) -> None:
+        """After every step, taken or not."""
+
+    def values(self) -> dict[str, Any]:
+        """State, for JSON."""
+        return {}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Take back what `values` gave."""
+
+
+class BFloat16(Precision):
+    """Products in bfloat16, which has float32's range: no scaling."""
+
+    name = "bf16"
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in bfloat16."""
+        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+
+
+class Float16(Precision):
+    """Products in float16 with a scaled loss (arXiv 1710.03740).
+
+    The scale starts at 2^16, halves whenever a gradient is not finite (that step is not taken) and doubles after 2,000 good
+    steps in a row: the rule and constants of torch.amp.GradScaler, as plain numbers, so that they fit the checkpoint and
+    the guard's one look at the norm serves for both.
+    """
+
+    name = "fp16"
+    watches = True
+    START, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._scale, self._good = self.START, 0
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in float16."""
+        return torch.autocast(self.device.type, dtype=torch.float16)
+
+    @property
+    def scale(self) -> Tensor:
+        """The current scale."""
+        return self._one * self._scale
+
+    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Divide by the scale: exact, it is a power of two."""
+        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
+
+    def overflowed(self, loss: float, norm: float) -> bool:
+        """A gradient that is not finite below a loss that is, unless even a scale of one does not help."""
+        return math.isfinite(loss) and not math.isfinite(norm) and self._scale > 1.0
+
+    def update(self, norm: float) -> None:
+        """Halve after an overflow, double after INTERVAL good steps."""
+        if not math.isfinite(norm):
+            self._scale, self._good = max(1.0, self._scale * self.BACKOFF), 0
+            return
+        self._good += 1
+        if self._good == self.INTERVAL:
+            self._scale, self._good = self._scale * self.GROWTH, 0
+
+    def values(self) -> dict[str, Any]:
+        """Scale and count of good steps."""
+        return {"scale": self._scale, "good": self._good}
+
+    def load(self, values: dict[str, Any]) -> None:
+        """Take them back."""
+        self._scale, self._good = float(values["scale"]), int(values["good"])
+
+
+PRECISIONS: dict[str, type[Precision]] = {kind.name: kind for kind in (Precision, BFloat16, Float16)}
+
+
+def build_precision(name: str, device: torch.device) -> Precision:
+    """The strategy that `train.precision` names; `auto` is bf16 where the device computes it fast, else fp32.
+
+    Raises ConfigError for fp8 on a device without it.
+    """
+    if name == "auto":
+        name = "bf16" if fast_bfloat16(device) else "fp32"
+    if name not in PRECISIONS:
+        raise ConfigError(
+            f"train.precision = {name!r} needs a GPU with 8-bit products (compute capability 8.9 or newer), "
+            f"and {device} has none: use bf16 or auto."
+        )
+    return PRECISIONS[name](device)
+
+
+def fast_bfloat16(device: torch.device) -> bool:
+    """Whether bfloat16 products run on hardware of their own; emulated ones are slower than float32 (docs/training.md)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    if device.type == "cpu":
+        return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return False

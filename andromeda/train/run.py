@@ -1,0 +1,143 @@
+"""A run from its configuration to its last checkpoint: what `andromeda train` does."""
+
+from __future__ import annotations
+
+import uuid
+from dataclasses import dataclass
+from pathlib import Path
+
+from andromeda.config.keys import flatten
+from andromeda.config.run import RunConfig
+from andromeda.data.loader import Stream, open_stream
+from andromeda.errors import ConfigError
+from andromeda.train import checkpoint
+from andromeda.train.device import find_device
+from andromeda.train.folder import RunFolder
+from andromeda.train.loop import Loop, Surroundings
+from andromeda.train.manifest import start_entry
+from andromeda.train.metrics import MetricsFile, build_sinks
+from andromeda.train.screen import Screen, Silent
+from andromeda.train.session import Session, build_session
+from andromeda.train.signals import Signals
+from andromeda.train.speed import Speed
+from andromeda.train.validation import Validation
+
+FREE = (
+    "name",
+    "data.corpus",
+    "data.workers",
+    "train.device",
+    "train.compile",
+    "train.checkpointing",
+    "train.micro_batch",
+    "train.eval_every",
+    "train.eval_tokens",
+    "train.checkpoints",
+    "train.probes",
+    "train.log",
+)
+"""Keys (and tables) that a resumed run may change: none of them decides what is learned. The data's fingerprint guards its path."""
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a call of `train` ended."""
+
+    folder: Path
+    step: int
+    steps: int
+    signal: int | None
+    """The signal that ended it before the last step."""
+
+
+def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: Screen | None = None) -> Result:
+    """Train `config` in the run folder `out`, or go on with the run that is there.
+
+    Raises an AndromedaError, one sentence, for anything that cannot work; a new folder is made only when all else is right.
+    """
+    folder, screen, signals = RunFolder(out), screen or Silent(), Signals()
+    changes = _changes(folder, config, resume)
+    stream = open_stream(config.data, stream_length(config), config.seed)
+    session = _session(config, stream)
+    validation = _validation(config)
+    folder.create()
+    folder.lock()
+    try:
+        with signals.caught():
+            kept = _restore(session, folder, screen)
+            identity = _record(config, folder, session, changes)
+            sinks = build_sinks(config, folder, session.cursor.step, identity)
+            metrics = MetricsFile(folder.metrics_file)
+            metrics.cut(kept)
+            speed = Speed(config.model, stream_length(config), session.precision)
+            try:
+                Loop(config, session, Surroundings(folder, stream, validation, metrics, sinks, screen, signals, speed)).run()
+            finally:
+                for sink in (metrics, *sinks, screen):
+                    sink.close()
+    finally:
+        folder.unlock()
+    return Result(folder.path, session.cursor.step, config.train.steps, signals.received)
+
+
+def stream_length(config: RunConfig) -> int:
+    """Tokens of a row."""
+    return config.train.sequence or config.model.context
+
+
+def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
+    """Keys that differ from the run in `folder`. Raises ConfigError when there must be no run, or another one."""
+    if not folder.exists:
+        if resume and folder.path.exists():
+            raise ConfigError(f"There is no run in {folder.path} to resume: leave out --resume to begin one.")
+        if resume:
+            raise ConfigError(f"There is no run folder {folder.path}: give the right one with --out, or leave out --resume to begin one.")
+        return []
+    if not resume:
+        raise ConfigError(f"{folder.path} already holds a run: add --resume to go on with it, or give another folder with --out.")
+    old, new = flatten(folder.config().model_dump()), flatten(config.model_dump())
+    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
+    refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in FREE))
+    if refused:
+        told = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
+        raise ConfigError(f"The run in {folder.path} was begun with another configuration ({told}): give the old values, or another --out.")
+    return sorted(changed)
+
+
+def _session(config: RunConfig, stream: Stream) -> Session:
+    train = config.train
+    if stream.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
+            f"set model.vocab_size={stream.vocab_size} or more."
+        )
+    return build_session(config, find_device(train.device), stream.fingerprint)
+
+
+def _validation(config: RunConfig) -> Validation:
+    train, sequence = config.train, stream_length(config)
+    held_out = open_stream(config.data, sequence, config.seed, "val")
+    return Validation(held_out, train.eval_tokens, sequence, train.micro_batch or train.batch, config.data.document_mask)
+
+
+def _restore(session: Session, folder: RunFolder, screen: Screen) -> int:
+    """Take back the newest intact checkpoint, if there is one, setting damaged ones aside; returns the bytes of its metrics."""
+    newest = checkpoint.latest(folder.checkpoints, screen.note)
+    if newest is None:
+        return 0
+    snapshot = checkpoint.read(newest)
+    session.restore(snapshot)
+    listed = checkpoint.listed(folder.checkpoints)
+    for path in listed[: listed.index(newest)]:
+        checkpoint.set_aside(path)
+    screen.note(f"going on from step {snapshot.step}")
+    return snapshot.values["metrics_bytes"]
+
+
+def _record(config: RunConfig, folder: RunFolder, session: Session, changes: list[str]) -> str:
+    """Write the configuration and this start into the folder; returns the run's identity."""
+    folder.write_config(config)
+    manifest = folder.manifest() or {"identity": uuid.uuid4().hex[:12], "seed": config.seed, "data": session.fingerprint, "starts": []}
+    manifest["starts"].append(start_entry(session.cursor.step, session.precision.device, changes))
+    folder.write_manifest(manifest)
+    return manifest["identity"]

@@ -1,0 +1,138 @@
+"""Everything that a run consists of while it runs, and how it becomes a checkpoint and comes back."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.config.run import RunConfig
+from andromeda.errors import CheckpointError
+from andromeda.model.transformer import Transformer
+from andromeda.optim import Optimizer, build_optimizer
+from andromeda.train import randomness
+from andromeda.train.checkpoint import Snapshot
+from andromeda.train.ema import build_average
+from andromeda.train.guard import BadSteps
+from andromeda.train.meter import Meter
+from andromeda.train.precision import Precision, build_precision
+
+
+@dataclass
+class Cursor:
+    """How far the run is, in units that do not depend on the number of processes."""
+
+    step: int = 0
+    """Steps behind us, bad ones included."""
+    rows: int = 0
+    """Rows of the stream behind us, those passed over included."""
+    tokens: int = 0
+    """Targets learned from."""
+    seconds: float = 0.0
+    """Time spent training, over all starts."""
+
+
+@dataclass
+class Session:
+    """The live parts of a run."""
+
+    model: Transformer
+    optimizer: Optimizer
+    precision: Precision
+    guard: BadSteps
+    average: Any
+    meter: Meter
+    fingerprint: str
+    """Of the data."""
+    cursor: Cursor = field(default_factory=Cursor)
+
+    def snapshot(self, metrics_bytes: int) -> Snapshot:
+        """The whole state. metrics_bytes: how much of metrics.jsonl belongs to it."""
+        tensors = {
+            "model": model_tensors(self.model),
+            "optimizer": self.optimizer.tensors(),
+            "average": self.average.tensors(),
+            "random": randomness.tensors(),
+        }
+        values = {
+            "healthy": self.guard.healthy,
+            "cursor": asdict(self.cursor),
+            "data": self.fingerprint,
+            "model": self.model.config.model_dump(),
+            "optimizer": self.optimizer.values(),
+            "average": self.average.updates,
+            "precision": {"name": self.precision.name, **self.precision.values()},
+            "guard": self.guard.values(),
+            "meter": self.meter.values(),
+            "random": randomness.values(),
+            "metrics_bytes": metrics_bytes,
+        }
+        return Snapshot(self.cursor.step, {part: held for part, held in tensors.items() if held}, values)
+
+    def restore(self, snapshot: Snapshot) -> None:
+        """Take a whole state back. Raises CheckpointError, one sentence, when it is of another model, optimizer or data."""
+        values = snapshot.values
+        if values["data"] != self.fingerprint:
+            raise CheckpointError(
+                f"The data has changed since the checkpoint (fingerprint {self.fingerprint[:12]}, then {values['data'][:12]}): "
+                "give the run its old corpus, or train in another folder."
+            )
+        if values["precision"]["name"] != self.precision.name:
+            raise CheckpointError(
+                f"The checkpoint was trained in {values['precision']['name']} and this start would use {self.precision.name}: "
+                f"add train.precision={values['precision']['name']}."
+            )
+        load_model(self.model, snapshot.tensors["model"])
+        self.optimizer.load(snapshot.tensors.get("optimizer", {}), values["optimizer"])
+        self.average.load(snapshot.tensors.get("average", {}), values["average"])
+        self.precision.load(values["precision"])
+        self.guard.load(values["guard"])
+        self.meter.load(values["meter"])
+        randomness.load(snapshot.tensors["random"], values["random"])
+        self.cursor = Cursor(**values["cursor"])
+
+
+def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> Session:
+    """A run at its beginning."""
+    randomness.seed_all(config.seed)
+    train = config.train
+    model = Transformer(config.model, seed=config.seed).to(device)
+    return Session(
+        model,
+        build_optimizer(model, train.optim),
+        build_precision(train.precision, device),
+        BadSteps(train.guard),
+        build_average(model, train.ema),
+        Meter(device),
+        fingerprint,
+    )
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Weights and kept buffers by name, each once (a tied head is the embedding's table)."""
+    seen: set[int] = set()
+    kept: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            kept[name] = tensor.detach()
+    return kept
+
+
+def load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
+    """Copy saved tensors into a model. Raises CheckpointError, saying what differs, before anything changes."""
+    live = model_tensors(model)
+    different = [f"{name} is only in the {'model' if name in live else 'checkpoint'}" for name in sorted(live.keys() ^ saved.keys())]
+    different += [
+        f"{name} has the shape {tuple(saved[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
+        for name, tensor in live.items()
+        if name in saved and saved[name].shape != tensor.shape
+    ]
+    if different:
+        more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""
+        raise CheckpointError(f"The checkpoint is of another model: {different[0]}{more}; use the configuration that it was trained with.")
+    with torch.no_grad():
+        for name, tensor in live.items():
+            tensor.copy_(saved[name])

@@ -1,0 +1,39 @@
+"""Loss on held-out rows."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from andromeda.data.loader import Stream
+from andromeda.train.objective import Sums
+from andromeda.train.precision import Precision
+from andromeda.train.rows import Rows
+
+
+class Validation:
+    """The first rows of the held-out stream, the same at every call."""
+
+    def __init__(self, stream: Stream, tokens: int, sequence: int, rows_at_once: int, document_mask: bool) -> None:
+        self._stream, self._mask, self._at_once = stream, document_mask, rows_at_once
+        self._rows = min(max(1, tokens // sequence), stream.rows_available or 0)
+
+    @torch.no_grad()
+    def __call__(self, model: nn.Module, objective: Callable[[Rows, int], Sums], precision: Precision) -> dict[str, float]:
+        """Loss in nats per token and bits per byte of text; nothing when nothing is held out."""
+        nll = torch.zeros((), dtype=torch.float64, device=precision.device)
+        targets, text = 0, 0
+        model.eval()
+        for start in range(0, self._rows, self._at_once):
+            batch = self._stream.rows(start, min(self._at_once, self._rows - start))
+            with precision.autocast():
+                nll += objective(Rows.of(batch, self._mask).to(precision.device), 0).nll
+            targets, text = targets + batch.tokens, text + batch.bytes
+        model.train()
+        if not targets:
+            return {}
+        figures = {"validation/loss": float(nll) / targets}
+        return figures | ({"validation/bits_per_byte": float(nll) / math.log(2) / text} if text else {})

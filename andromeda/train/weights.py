@@ -1,0 +1,52 @@
+"""A trained model from its run folder, for whatever is done with it afterwards."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from andromeda.errors import CheckpointError
+from andromeda.model.transformer import Transformer
+from andromeda.train import checkpoint
+from andromeda.train.folder import RunFolder
+from andromeda.train.session import load_model
+
+
+def load_weights(
+    run: str | Path, *, average: bool = False, step: int | None = None, device: torch.device | str = "cpu", warn: checkpoint.Warn = print
+) -> Transformer:
+    """The model of the run folder `run`, in evaluation mode, float32.
+
+    average: its moving average instead of the last weights. step: an older checkpoint instead of the newest intact one.
+    Raises CheckpointError, one sentence, when there is none.
+    """
+    folder = RunFolder(run)
+    if not folder.exists:
+        raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+    parts = ("model", "average") if average else ("model",)
+    path = _chosen(folder, step, parts, warn)
+    model = Transformer(folder.config().model).to(device)
+    weights = checkpoint.read_tensors(path / "model.safetensors")
+    if average:
+        weights |= checkpoint.read_tensors(path / "average.safetensors")
+    load_model(model, weights)
+    return model.eval()
+
+
+def _chosen(folder: RunFolder, step: int | None, parts: tuple[str, ...], warn: checkpoint.Warn) -> Path:
+    there = checkpoint.listed(folder.checkpoints)
+    if not there:
+        raise CheckpointError(f"{folder.path} holds no checkpoint yet: wait for the first one.")
+    if "average" in parts and not (there[0] / "average.safetensors").exists():
+        raise CheckpointError(f"{folder.path} keeps no moving average: train with train.ema=0.999, or use the weights themselves.")
+    if step is None:
+        path = checkpoint.latest(folder.checkpoints, warn, parts)
+        assert path is not None
+        return path
+    path = folder.checkpoints / checkpoint.name_of(step)
+    reason = checkpoint.damage(path, parts) if path in there else "it does not exist"
+    if reason:
+        steps = ", ".join(str(int(other.name[5:])) for other in there)
+        raise CheckpointError(f"The checkpoint of step {step} in {folder.path} cannot be used ({reason}): there are steps {steps}.")
+    return path
