@@ -137,7 +137,7 @@ class MoE(nn.Module):
         ends = torch.searchsorted(sorted_experts, torch.arange(self.router.count, device=x.device), right=True, out_int32=True)
         routed = self.experts(flat.index_select(0, order // chosen.shape[-1]), ends)
         back = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
-        y = torch.einsum("nkc,nk->nc", routed.index_select(0, back).unflatten(0, chosen.shape), gates.to(routed.dtype))
+        y = (routed.index_select(0, back).unflatten(0, chosen.shape) * gates[..., None].to(routed.dtype)).sum(1)
         for expert in self.shared:
             y = y + expert(flat)
         return y.view_as(x)
