@@ -95,14 +95,6 @@ class Cache(Nothing):
         if self._last_position is not None and self._documents is not None:
             self._last_position = self._last_position[rows]
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but those with these numbers (n,), in this order."""
-        for state in self._states.values():
-            state.buffers = tuple(x.index_select(0, rows) for x in state.buffers)
-            state.recent = {slot: x.index_select(0, rows) for slot, x in state.recent.items()}
-        if self._documents is not None and self._last_position is not None:
-            self._documents, self._last_position = self._documents[rows], self._last_position[rows]
-
     def bytes(self) -> int:
         """Memory held by the buffers, in bytes."""
         held = [x for state in self._states.values() for x in (*state.buffers, *state.recent.values())]
