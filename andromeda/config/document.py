@@ -125,7 +125,7 @@ def _rules() -> Iterator[str]:
 
 
 def _blank(clause: str) -> str:
-    return _text(re.sub(r"\{[^}]*\}", "…", clause.replace("{backend_hint}", "")))
+    return _text(re.sub(r"\{[^}]*\}", "…", re.sub(r"\{\w+_hint\}", "", clause)))
 
 
 def _build() -> Iterator[str]:

@@ -111,21 +111,26 @@ def _preset(name: str) -> Values:
 def _read(source: str) -> Values:
     if source in presets():
         return _preset(source)
+    try:
+        return tomllib.loads(_file(source).read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{source[:200]} cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{source} is not a text file in UTF-8.") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{source} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
+
+
+def _file(source: str) -> Path:
+    """The TOML file that a path which is no preset's name means."""
     path = Path(source)
-    if path.is_dir():
+    if source and path.is_dir():
         path = path / "config.toml"
         if not path.is_file():
             raise ConfigError(f"{source} is not a run folder: it holds no config.toml.")
     if not path.is_file():
         raise ConfigError(f"There is no preset and no file {source!r}{_hint(source)}.")
-    try:
-        return tomllib.loads(path.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file in UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
+    return path
 
 
 def _override_values(overrides: Sequence[str]) -> Values:

@@ -1,0 +1,156 @@
+"""Reading and writing: layers, overrides, files, round trips."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pydantic.fields import FieldInfo
+
+from andromeda.config.base import Part
+from andromeda.config.keys import table
+from andromeda.config.load import dumps, from_values, load, presets
+from andromeda.config.mistakes import read
+from andromeda.config.resolve import check, resolve
+from andromeda.config.run import RunConfig
+
+NAMES = sorted(presets())
+
+
+def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
+    """Any value that the field's type allows."""
+    kind = field.annotation
+    if isinstance(kind, type) and issubclass(kind, Part):
+        return parts_of(kind)
+    if inner := table(field):
+        return st.lists(parts_of(inner), max_size=2).map(tuple)
+    if get_origin(kind) is Literal:
+        return st.sampled_from(get_args(kind))
+    if get_origin(kind) is tuple:
+        of, length = get_args(kind)[0], (0, 3) if ... in get_args(kind) else (2, 2)
+        return st.lists(plain(of, {}), min_size=length[0], max_size=length[1]).map(tuple)
+    return plain(
+        kind, {name: getattr(limit, name) for limit in field.metadata for name in ("gt", "ge", "lt", "le") if hasattr(limit, name)}
+    )
+
+
+def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
+    if kind is bool:
+        return st.booleans()
+    if kind is str:
+        return st.text()
+    if kind is int:
+        return st.integers(limits.get("ge", limits.get("gt", -(2**63)) + 1), 2**63 - 1)
+    low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
+    return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="gt" in limits, exclude_max="lt" in limits)
+
+
+def parts_of(part: type[Part]) -> st.SearchStrategy[Any]:
+    return st.fixed_dictionaries({name: values_of(field) for name, field in part.model_fields.items()}).map(lambda values: part(**values))
+
+
+@settings(max_examples=60, deadline=None)
+@given(parts_of(RunConfig))
+def test_what_is_written_is_read_back_equal(config: RunConfig) -> None:
+    assert read(RunConfig, tomllib.loads(dumps(config))) == config
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_preset_loads_fits_together_and_survives_a_run_folder(name: str, tmp_path: Path) -> None:
+    config = load(name)
+    assert config.name == name
+    (tmp_path / "config.toml").write_text(dumps(config), "utf-8")
+    assert load(str(tmp_path)) == load(tmp_path / "config.toml") == config
+    assert from_values(config.model_dump()) == config
+    resolved = resolve(config)
+    check(resolved)
+    assert resolve(resolved) == resolved
+    assert (resolved.train.sequence, resolved.train.micro_batch) == (
+        config.train.sequence or config.model.context,
+        config.train.micro_batch or config.train.batch,
+    )
+
+
+def test_every_preset_has_one_line_about_it() -> None:
+    assert {"nano", "andromeda", "andromeda-65b", "speedrun", "andromeda-125m", "andromeda-360m", "andromeda-1b", "andromeda-7b"} <= set(
+        NAMES
+    )
+    for line in presets().values():
+        assert 20 < len(line) < 140
+        assert line.endswith(".")
+
+
+def test_a_file_changes_the_preset_it_names_and_overrides_change_both(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('preset = "nano"\n[model]\ndepth = 3\nwidth = 128\n[model.attention]\nheads = 2\n')
+    nano, mine = load("nano"), load(path, ["model.width=192", "train.optim.kind=adamw"])
+    assert (mine.model.depth, mine.model.width, mine.model.attention.heads) == (3, 192, 2)
+    assert mine.train.optim.kind == "adamw"
+    # What neither says is the preset's.
+    assert mine.model.attention.qk_norm == nano.model.attention.qk_norm
+    assert mine.train.schedule == nano.train.schedule
+    assert mine.model.vocab_size == nano.model.vocab_size
+
+
+def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
+    path = tmp_path / "empty.toml"
+    path.write_text("")
+    assert load(path) == RunConfig()
+
+
+@pytest.mark.parametrize(
+    ("override", "path", "value"),
+    [
+        ("train.optim.kind=adamw", "train.optim.kind", "adamw"),
+        ('train.optim.kind="adamw"', "train.optim.kind", "adamw"),
+        ("train.optim.lr=3e-4", "train.optim.lr", 3e-4),
+        ("train.optim.lr=.05", "train.optim.lr", 0.05),
+        ("train.optim.lr=2.", "train.optim.lr", 2.0),
+        ("train.optim.lr=1", "train.optim.lr", 1.0),
+        ("train.batch = 32", "train.batch", 32),
+        ("train.batch=1_024", "train.batch", 1024),
+        ("model.attention.bias=true", "model.attention.bias", True),
+        ("name=x", "name", "x"),
+        ("name=12", "name", "12"),
+        ("name=2024-01-01", "name", "2024-01-01"),
+        ("name=true", "name", "true"),
+        ("name='a = b'", "name", "a = b"),
+        ("name=a = b", "name", "a = b"),
+        ("name=", "name", ""),
+        ("data.corpus=/a b/c", "data.corpus", "/a b/c"),
+        ("train.optim.betas=[0.8, 0.9]", "train.optim.betas", (0.8, 0.9)),
+        ('train.probes.tasks=["recall"]', "train.probes.tasks", ("recall",)),
+        ("model.dim=192", "model.width", 192),
+    ],
+)
+def test_an_override_says_what_it_seems_to(override: str, path: str, value: Any) -> None:
+    found: Any = load("nano", [override])
+    for name in path.split("."):
+        found = getattr(found, name)
+    assert found == value
+    assert type(found) is type(value)
+
+
+def test_the_last_override_of_a_key_counts_and_a_mixture_can_be_written() -> None:
+    config = load("nano", ["seed=1", "data.sources=[{path='a', weight=2.0}, {path='b'}]", "seed=2"])
+    assert config.seed == 2
+    assert [(source.path, source.weight) for source in config.data.sources] == [("a", 2.0), ("b", 1.0)]
+
+
+def test_a_value_with_a_line_end_cannot_smuggle_a_second_key() -> None:
+    assert load("nano", ["name='x'\nseed = 7"]).seed == 0
+
+
+def test_reading_a_configuration_loads_no_torch() -> None:
+    program = (
+        "import sys; from andromeda.config import convert, document, load, resolve; load.load('nano');"
+        "print(sorted({'torch', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

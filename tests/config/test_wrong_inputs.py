@@ -1,0 +1,247 @@
+"""Every kind of mistake ends in one sentence that names the key that the user typed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from andromeda.config.load import from_values, load, model_from_names
+from andromeda.config.resolve import check_training
+from andromeda.errors import ConfigError
+
+
+def assert_one_sentence(message: str, *parts: str) -> None:
+    """One line, one full stop, no trace of the libraries below, and everything that the user needs to find the place."""
+    assert "\n" not in message
+    assert message.endswith(".")
+    assert ". " not in message
+    assert "pydantic" not in message
+    assert "Input should" not in message
+    assert len(message) < 320
+    for part in parts:
+        assert part in message, f"{part!r} is not in {message!r}"
+
+
+# Overrides of preset nano (4 heads of 64, one key/value head, width 256, depth 6, context 256), and what the sentence says.
+# ` | ` stands between two overrides.
+OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
+    # Keys that do not exist
+    ("modle.width=64", ("modle", "did you mean model?")),
+    ("model.widht=64", ("model.widht", "did you mean model.width?")),
+    ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
+    ("model.attention.kv_head=1", ("model.attention.kv_head", "model.attention.kv_heads?")),
+    ("model.kv_heads=1", ("model.kv_heads", "did you mean model.attention.kv_heads?")),
+    ("dim=64", ("dim", "did you mean model.dim?")),
+    ("steps=5", ("steps", "did you mean train.steps?")),
+    ("lr=0.1", ("lr", "did you mean train.optim.lr?")),
+    ("train.optim.learning_rate=0.1", ("train.optim.learning_rate",)),
+    ("model.attention.heads.count=4", ("model.attention.heads", "whole number", "a table")),
+    ("data.sources=[{path='x', wieght=1.0}]", ("data.sources[0].wieght", "data.sources[0].weight?")),
+    ("zzz=1", ("zzz",)),
+    # Values of the wrong type
+    ("model.depth=six", ("model.depth", "whole number", "'six'")),
+    ("model.depth=6.5", ("model.depth", "whole number", "6.5")),
+    ("model.depth=true", ("model.depth", "whole number", "true")),
+    ("model.depth=[6]", ("model.depth", "whole number", "[6]")),
+    ("model.attention.bias=yes", ("model.attention.bias", "true or false", "'yes'")),
+    ("model.attention.bias=1", ("model.attention.bias", "true or false")),
+    ("model.rotary.theta=big", ("model.rotary.theta", "number", "'big'")),
+    ("model.attention=3", ("model.attention", "table")),
+    ("model=3", ("model", "table")),
+    ("train.probes.tasks=recall", ("train.probes.tasks", "list")),
+    ("train.optim.betas=0.9", ("train.optim.betas", "list")),
+    ("train.optim.betas=[0.9]", ("train.optim.betas[1]", "missing")),
+    ("train.optim.betas=[0.9, 0.95, 0.99]", ("train.optim.betas", "2 values", "3")),
+    ("train.probes.tasks=[1]", ("train.probes.tasks[0]", "text")),
+    ("data.sources=[{weight=1.0}]", ("data.sources[0].path", "missing")),
+    ("data.sources=[{path='x', weight=0.0}]", ("data.sources[0].weight", "above 0")),
+    # Values out of range
+    ("model.depth=0", ("model.depth", "above 0")),
+    ("model.vocab_size=-1", ("model.vocab_size", "above 0", "-1")),
+    ("model.rotary.fraction=1.5", ("model.rotary.fraction", "at most 1", "1.5")),
+    ("model.rotary.scaling.factor=0.5", ("model.rotary.scaling.factor", "at least 1")),
+    ("seed=-1", ("seed", "at least 0")),
+    ("train.optim.lr=0", ("train.optim.lr", "above 0")),
+    ("train.optim.lr=nan", ("train.optim.lr", "finite")),
+    ("train.optim.lr=inf", ("train.optim.lr", "finite")),
+    ("train.optim.momentum=1.0", ("train.optim.momentum", "below 1")),
+    ("train.optim.betas=[0.9, 1.0]", ("train.optim.betas", "below 1")),
+    ("train.ema=-0.1", ("train.ema", "at least 0")),
+    # Values that are not among the choices
+    ("model.rotary.kind=ropes", ("model.rotary.kind", "none, rope, xpos", "did you mean rope?")),
+    ("train.optim.kind=adam", ("train.optim.kind", "adamw8bit", "did you mean adamw")),
+    ("train.precision=16", ("train.precision", "fp16")),
+    ("model.attention.backend=flahs", ("model.attention.backend", "did you mean flash?", "eager")),
+    ("model.attention.mechanism=softmx", ("model.attention.mechanism", "did you mean softmax?")),
+    ("model.attention.mechanism=a b", ("model.attention.mechanism", "package.module:Class")),
+    ("model.attention.mechanism=no_such_module:X", ("model.attention.mechanism", "no_such_module")),
+    ("train.device=gpu", ("train.device", "cuda")),
+    # Parts that do not fit together
+    ("model.attention.heads=6 | model.attention.kv_heads=4", ("model.attention.heads = 6", "model.attention.kv_heads = 4")),
+    ("model.alibi.heads=5", ("model.alibi.heads = 5", "model.attention.heads = 4")),
+    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.head_dim=8", ("model.alibi.fold", "head_dim = 8")),
+    ("model.alibi.heads=2 | model.alibi.fold=true | model.context=16777217", ("model.alibi.fold", "model.context = 16777217")),
+    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.softcap=30.0", ("model.alibi.fold", "model.attention.softcap = 30")),
+    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.mechanism=sigmoid", ("model.alibi.fold", "sigmoid")),
+    ("model.alibi.heads=2 | model.alibi.fold=true | train.precision=fp16", ("train.precision", "model.alibi.fold")),
+    ("model.attention.mechanism=sigmoid | model.attention.backend=flash", ("model.attention.backend", "sigmoid")),
+    ("model.head.tied=true", ("model.head.tied", "zero_projections")),
+    ("model.rotary.fraction=0.52", ("model.rotary.fraction = 0.52", "pairs", "0.53125")),
+    ("model.rotary.fraction=0.01", ("model.rotary.fraction = 0.01", "0.03125")),
+    (
+        "model.rotary.kind=none | model.rotary.scaling.kind=yarn | model.rotary.scaling.factor=4.0",
+        ("model.rotary.scaling.kind", "model.rotary.kind"),
+    ),
+    ("model.rotary.scaling.factor=4.0", ("model.rotary.scaling.factor = 4", "linear")),
+    ("model.rotary.scaling.beta_fast=1.0", ("beta_fast", "beta_slow")),
+    ("model.rotary.kind=xpos | model.context=131072", ("model.rotary.scale_base = 512", "float32", "988")),
+    ("model.rotary.kind=xpos | model.context=16384 | train.precision=fp16", ("model.rotary.scale_base = 512", "float16", "988")),
+    ("model.attention.window=256", ("model.attention.window = 256", "model.context = 256")),
+    ("model.attention.global_every=3", ("model.attention.global_every", "model.attention.window")),
+    ("model.attention.window=64 | model.attention.global_every=7", ("model.attention.global_every = 7", "model.depth = 6")),
+    ("model.feedforward.kind=moe | model.experts.active=9", ("model.experts.active = 9", "model.experts.count = 8")),
+    ("model.feedforward.kind=moe | model.feedforward.bias=true", ("model.feedforward.bias", "moe")),
+    ("model.block.residual=deepnorm", ("model.init.kind", "model.block.residual")),
+    ("model.block.residual=deepnorm | model.init.kind=deepnorm | model.skips.unet=true", ("model.skips", "deepnorm")),
+    ("model.init.kind=deepnorm", ("model.init.kind", "model.block.residual")),
+    ("model.head.tied=true | model.embedding.kind=factorised", ("model.head.tied", "factorised")),
+    ("model.embedding.kind=factorised | model.embedding.rank=256", ("model.embedding.rank = 256", "model.width = 256")),
+    ("model.embedding.kind=custom", ("model.embedding.provider", "package.module:Class")),
+    ("model.embedding.kind=custom | model.embedding.provider=no_such_module:X", ("model.embedding.provider", "No module named")),
+    ("model.embedding.kind=custom | model.embedding.provider=math:NoSuchClass", ("model.embedding.provider", "NoSuchClass")),
+    ("model.embedding.provider=math:pi", ("model.embedding.provider", "custom")),
+    ("model.shift.kind=chunks | model.shift.tokens=256", ("model.shift.tokens = 256", "model.width = 256")),
+    ("train.batch=10 | train.micro_batch=4", ("train.batch = 10", "train.micro_batch = 4")),
+    ("train.sequence=512", ("train.sequence = 512", "model.context = 256")),
+    ("train.steps=100", ("train.schedule.cooldown = 400", "train.steps = 100")),
+    ("train.schedule.kind=cosine | train.schedule.cooldown=10", ("train.schedule.cooldown", "wsd")),
+    (
+        "train.schedule.kind=cosine | train.schedule.cooldown=0 | train.schedule.warmup=5000",
+        ("train.schedule.warmup = 5000", "train.steps"),
+    ),
+    ("train.window.start=64", ("train.window", "start and end")),
+    ("train.window.start=128 | train.window.end=64 | model.attention.window=64", ("train.window.start = 128", "train.window.end = 64")),
+    ("train.window.start=64 | train.window.end=128", ("train.window.end = 128", "model.attention.window = 0")),
+    ("train.precision=fp8 | train.device=cpu", ("train.precision", "fp8", "train.device")),
+    ("train.precision=fp8 | model.width=250", ("train.precision", "multiples of 16", "250")),
+    ("train.probes.every=10 | train.probes.tasks=[]", ("train.probes.every", "train.probes.tasks")),
+    ("data.corpus=a | data.sources=[{path='b'}]", ("data.corpus", "data.sources")),
+    # Flat names
+    ("model.heads=6 | model.attention.heads=4", ("model.heads", "model.attention.heads", "6", "4")),
+    ("model.dim=64 | model.hidden_size=128", ("model.dim", "model.hidden_size")),
+    ("model.hidden_act=selu", ("hidden_act", "'selu'", "swiglu")),
+    ("model.attn_flash=maybe", ("attn_flash", "true or false")),
+    ("model.shift_tokens=-1", ("shift_tokens", "at least 0")),
+    ("model.qk_norm=true | model.attn_qk_norm=false", ("qk_norm", "attn_qk_norm")),
+    ("model.attn_qk_norm=false | model.attn_qk_norm_dim_scale=true", ("attn_qk_norm_dim_scale", "attn_qk_norm")),
+    ("model.embedding_provider=plane", ("embedding_provider", "did you mean plain?")),
+    ("model.num_attention_heads=3", ("num_attention_heads = 3", "256")),
+    ("model.rope_scaling={rope_type='llama3'}", ("rope_scaling.rope_type", "yarn")),
+    ("model.rope_scaling={rope_type='yarn', facto=2.0}", ("rope_scaling.facto", "factor?")),
+    ("model.rope_scaling=2", ("rope_scaling", "table")),
+    # Overrides that are none
+    ("train.steps", ("'train.steps'", "key.path=value")),
+    ("=5", ("'=5'", "key.path=value")),
+    ("train..steps=5", ("'train..steps=5'", "key.path=value")),
+    ("preset=andromeda", ("preset",)),
+]
+
+
+@pytest.mark.parametrize(("overrides", "parts"), OVERRIDES, ids=[row[0] for row in OVERRIDES])
+def test_an_override_that_is_wrong(overrides: str, parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load("nano", overrides.split(" | "))
+    assert_one_sentence(str(caught.value), *parts)
+
+
+FILES: list[tuple[str, bytes, tuple[str, ...]]] = [
+    ("not TOML", b"seed = 1\nmodel = {\n", ("run.toml", "TOML", "line 2")),
+    ("a key twice", b"seed = 1\nseed = 2\n", ("run.toml", "TOML", "line 2")),
+    ("not text", b"\xff\xfe\x00name", ("run.toml", "UTF-8")),
+    ("a preset that does not exist", b"preset = 'nono'\n", ("run.toml", "'nono'", "nano")),
+    ("a preset that is no name", b"preset = 3\n", ("run.toml", "3")),
+    ("a table that does not exist", b"[modell]\nwidth = 3\n", ("modell", "model?")),
+    ("a date", b"name = 2024-01-01\n", ("name", "text")),
+    ("a key with a line's end", b'"a\\nb" = 1\n', ("a b",)),
+    ("two mistakes", b"seed = -1\n[model]\ndepth = 'x'\n", ("seed", "model.depth", ";")),
+    (
+        "two rules",
+        b"[model.attention]\nheads = 3\nkv_heads = 2\n[train]\nbatch = 3\nmicro_batch = 2\n",
+        ("kv_heads = 2", "micro_batch = 2", ";"),
+    ),
+]
+
+
+@pytest.mark.parametrize(("content", "parts"), [row[1:] for row in FILES], ids=[row[0] for row in FILES])
+def test_a_file_that_is_wrong(tmp_path: Path, content: bytes, parts: tuple[str, ...]) -> None:
+    path = tmp_path / "run.toml"
+    path.write_bytes(content)
+    with pytest.raises(ConfigError) as caught:
+        load(str(path))
+    assert_one_sentence(str(caught.value).replace(str(tmp_path), ""), *parts)
+
+
+def test_a_source_that_is_none(tmp_path: Path) -> None:
+    for source, part in (
+        ("nanoo", "did you mean nano?"),
+        (str(tmp_path), "config.toml"),
+        ("/no/such/file.toml", "andromeda-1b"),
+        ("", "nano"),
+        ("x" * 5000, "too long"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            load(source)
+        assert part in str(caught.value)
+
+
+def test_a_file_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("")
+
+    def refuse(self: Path, *args: Any) -> str:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "read_text", refuse)
+    with pytest.raises(ConfigError, match="cannot be read \\(Permission denied\\)"):
+        load(str(path))
+
+
+ARGUMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
+    ({"dimm": 512}, ("dimm", "did you mean dim?")),
+    ({"dim": "512"}, ("dim", "whole number", "'512'")),
+    ({"dim": 512, "width": 256}, ("dim", "width", "512", "256")),
+    ({"num_tokens": 100, "vocab_size": 200}, ("num_tokens", "vocab_size")),
+    ({"heads": 0}, ("heads", "above 0")),
+    ({"heads": "a"}, ("heads", "'a'")),
+    ({"alibi_num_heads": 25}, ("alibi.heads = 25", "24")),
+    ({"alibi_num_heads": True}, ("alibi_num_heads", "whole number")),
+    ({"alibi_pos_bias": 1}, ("alibi_pos_bias", "true or false")),
+    ({"attention": 3, "heads": 8}, ("attention", "table")),
+    ({"attention": {"widow": 3}}, ("attention.widow", "window?")),
+    ({"max_seq_len": 200_000}, ("scale_base", "200000", "1507")),
+    ({"embedding_provider": 3}, ("embedding_provider", "3")),
+    ({"embedding_provider": type("Local", (), {"__qualname__": "f.<locals>.Local"})}, ("embedding.provider", "function")),
+    ({"hidden_size": 100, "num_attention_heads": 3}, ("hidden_size = 100", "num_attention_heads = 3")),
+]
+
+
+@pytest.mark.parametrize(("names", "parts"), ARGUMENTS, ids=[str(row[0])[:60] for row in ARGUMENTS])
+def test_an_argument_that_is_wrong(names: dict[str, Any], parts: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        model_from_names(**names)
+    assert_one_sentence(str(caught.value), *parts)
+
+
+def test_values_are_checked_like_a_file() -> None:
+    with pytest.raises(ConfigError, match=r"model\.depth must be above 0"):
+        from_values({"model": {"depth": 0}})
+
+
+def test_a_run_without_tokens_is_refused_only_when_it_starts() -> None:
+    config = load("nano")
+    with pytest.raises(ConfigError) as caught:
+        check_training(config)
+    assert_one_sentence(str(caught.value), "data.corpus", "andromeda data build")
+    check_training(load("nano", ["data.corpus=somewhere"]))
