@@ -66,6 +66,9 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
         with signals.caught():
             kept = _restore(session, folder, screen)
             identity = _record(config, folder, session, changes)
+            if stream.tokenizer:
+                # A run writes text without its corpus.
+                stream.tokenizer.save(folder.path / "tokenizer")
             sinks = build_sinks(config, folder, session.cursor.step, identity)
             metrics = MetricsFile(folder.metrics_file)
             metrics.cut(kept)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from andromeda.config.model import ModelConfig
 from andromeda.errors import CheckpointError
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
@@ -16,7 +18,17 @@ from andromeda.train.session import load_model
 def load_weights(
     run: str | Path, *, average: bool = False, step: int | None = None, device: torch.device | str = "cpu", warn: checkpoint.Warn = print
 ) -> Transformer:
-    """The model of the run folder `run`, in evaluation mode, float32.
+    """The model of the run folder `run`, in evaluation mode, float32; arguments as in `read_weights`."""
+    config, weights = read_weights(run, average=average, step=step, warn=warn)
+    model = Transformer(config).to(device)
+    load_model(model, weights)
+    return model.eval()
+
+
+def read_weights(
+    run: str | Path, *, average: bool = False, step: int | None = None, warn: checkpoint.Warn = print
+) -> tuple[ModelConfig, dict[str, Tensor]]:
+    """The configuration of the model in the run folder `run` and its weights by name, on the CPU.
 
     average: its moving average instead of the last weights. step: an older checkpoint instead of the newest intact one.
     Raises CheckpointError, one sentence, when there is none.
@@ -26,12 +38,10 @@ def load_weights(
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     parts = ("model", "average") if average else ("model",)
     path = _chosen(folder, step, parts, warn)
-    model = Transformer(folder.config().model).to(device)
     weights = checkpoint.read_tensors(path / "model.safetensors")
     if average:
         weights |= checkpoint.read_tensors(path / "average.safetensors")
-    load_model(model, weights)
-    return model.eval()
+    return folder.config().model, weights
 
 
 def _chosen(folder: RunFolder, step: int | None, parts: tuple[str, ...], warn: checkpoint.Warn) -> Path:
