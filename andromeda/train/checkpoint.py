@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from andromeda.data.files import sync_folder, write_whole
 from andromeda.errors import CheckpointError
-from andromeda.train.folder import replace_text, sync_folder
 
 FORMAT = 1
 Warn = Callable[[str], None]
@@ -55,9 +55,9 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         beside.mkdir(parents=True)
         for part, tensors in snapshot.tensors.items():
             _write_tensors(beside / f"{part}.safetensors", tensors)
-        replace_text(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.values}) + "\n")
+        write_whole(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.values}).encode())
         index = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
-        replace_text(beside / "index.json", json.dumps(index, indent=1) + "\n")
+        write_whole(beside / "index.json", json.dumps(index, indent=1).encode())
         _publish(beside, final)
     except OSError as error:
         shutil.rmtree(beside, ignore_errors=True)

@@ -18,11 +18,12 @@ from typing import IO, Any
 
 from andromeda.config.load import dumps, load
 from andromeda.config.run import RunConfig
+from andromeda.data.files import PART, write_whole
 from andromeda.errors import CheckpointError, ConfigError
 
 
 class RunFolder:
-    """Paths and small files of one run. Everything here is written beside its target and renamed, so that a kill leaves the old file."""
+    """Paths and small files of one run."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -47,7 +48,10 @@ class RunFolder:
             raise ConfigError(f"The run folder {self.path} cannot be made ({error.strerror}): give another one with --out.") from None
 
     def lock(self) -> None:
-        """Claim the folder until this process ends, however it ends. Raises CheckpointError when another process holds it."""
+        """Claim the folder until this process ends, however it ends, and clear up after a killed one.
+
+        Raises CheckpointError when another process holds it.
+        """
         # flock belongs to the open file, not to its name: the system drops it with the process, so that no kill leaves it behind.
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - stays open for the life of the run
         try:
@@ -63,6 +67,8 @@ class RunFolder:
         self._lock.truncate(0)
         self._lock.write(str(os.getpid()))
         self._lock.flush()
+        for leftover in self.path.glob(f"*{PART}"):
+            leftover.unlink()
 
     def unlock(self) -> None:
         """Give the folder back."""
@@ -76,7 +82,7 @@ class RunFolder:
 
     def write_config(self, config: RunConfig) -> None:
         """Write config.toml."""
-        replace_text(self.config_file, dumps(config))
+        write_whole(self.config_file, dumps(config).encode())
 
     def manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one."""
@@ -89,24 +95,4 @@ class RunFolder:
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write manifest.json."""
-        replace_text(self.manifest_file, json.dumps(manifest, indent=1) + "\n")
-
-
-def replace_text(path: Path, text: str) -> None:
-    """Write a small file beside `path`, make it durable, and give it the name in one act."""
-    beside = path.with_name(f".{path.name}.new")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
-
-
-def sync_folder(path: Path) -> None:
-    """Make the names in a folder durable."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+        write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
