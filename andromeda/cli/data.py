@@ -23,9 +23,9 @@ Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON."
 def build(
     sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, folders, hf:NAME[:CONFIG][:SPLIT], or `python`.")],
     out: Annotated[Path, typer.Option(help="Folder of the corpus.")],
-    tokenizer: Annotated[str, typer.Option(help="bpe, unigram or bytes.")] = "bpe",
+    tokenizer: Annotated[str | None, typer.Option(help="bpe (default), unigram or bytes.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary (4096; bytes: 257).")] = None,
-    tokenizer_path: Annotated[str, typer.Option(help="Use this tokenizer instead of training one.")] = "",
+    tokenizer_path: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
     special: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
     digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe).")] = None,
     validation: Annotated[float | None, typer.Option(help="Share of documents held out.")] = None,
@@ -43,6 +43,8 @@ def build(
     from andromeda.data.corpus import build as run
 
     given: dict[str, Any] = {
+        "tokenizer": tokenizer,
+        "tokenizer_path": tokenizer_path,
         "vocab_size": vocab,
         "digits": digits,
         "validation": validation,
@@ -55,7 +57,7 @@ def build(
         "max_bytes": max_bytes,
         "shard_tokens": shard_tokens,
     }
-    config = _config({"tokenizer": tokenizer, "tokenizer_path": tokenizer_path} | {k: v for k, v in given.items() if v is not None})
+    config = _config({k: v for k, v in given.items() if v is not None})
     with _progress() as report:
         manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
     _print(manifest, out, as_json)
@@ -69,9 +71,12 @@ def show(
 ) -> None:
     """Print what a corpus holds and where it came from."""
     from andromeda.data.manifest import Manifest
+    from andromeda.data.verify import verify as check
 
-    manifest = Manifest.load(folder)
+    manifest = check(folder) if verify else Manifest.load(folder)
     _print(manifest, folder, as_json)
+    if verify and not as_json:
+        print("verified    every shard, the document borders, the tokenizer and the held-out text")
 
 
 def _config(values: dict[str, Any]) -> Any:

@@ -8,7 +8,6 @@ result does not depend on the order or names of files, on the number of workers,
 from __future__ import annotations
 
 import fcntl
-import hashlib
 import json
 import os
 import platform
@@ -25,15 +24,14 @@ import andromeda
 from andromeda.config.data import BuildConfig
 from andromeda.data.encode import Written, encode_blocks, write_split, write_text
 from andromeda.data.files import PART, write_whole
-from andromeda.data.manifest import FORMAT, NAME, Manifest, SourceReport, TokenizerReport
+from andromeda.data.manifest import FORMAT, HELD_OUT_TEXT, NAME, Manifest, SourceReport, TokenizerReport, fingerprint
 from andromeda.data.read import Documents, Report, Selection, read_units, select
 from andromeda.data.sources import Listing, list_source
 from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
-from andromeda.errors import ConfigError, DataError
+from andromeda.errors import AndromedaError, ConfigError, DataError
 
 WORK = "work"
 PLAN = "plan.json"
-HELD_OUT_TEXT = "val.txt"
 SKIPPED = "skipped.jsonl"
 SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
 """Text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
@@ -46,12 +44,15 @@ def build(sources: list[str], out: Path, config: BuildConfig, *, workers: int = 
     """
     if not sources:
         raise ConfigError("Nothing to build from: name files, folders, hf:NAME or `python`.")
+    trained = config.model_fields_set & {"tokenizer", "vocab_size", "digits", "specials"}
+    if config.tokenizer_path and trained:
+        raise ConfigError(f"A tokenizer that is given is not trained: leave out {', '.join(sorted(trained))} or tokenizer_path.")
     out = Path(out)
     try:
+        given = Tokenizer.load(config.tokenizer_path) if config.tokenizer_path else None
+        listings = [list_source(i, source, config) for i, source in enumerate(sources)]
+        plan = _plan(sources, config, listings, given)
         with _locked(out):
-            given = Tokenizer.load(config.tokenizer_path) if config.tokenizer_path else None
-            listings = [list_source(i, source, config) for i, source in enumerate(sources)]
-            plan = _plan(sources, config, listings, given)
             if not _begin(out, plan):
                 return Manifest.load(out)
             return _Build(sources, out, config, listings, workers, report).run(given, plan)
@@ -131,8 +132,12 @@ class _Build:
     def run(self, given: Tokenizer | None, plan: dict[str, Any]) -> Manifest:
         units = [unit for listing in self.listings for unit in listing.units]
         read_units(units, self.work, self.config, self.workers, self.report)
-        chosen = select(units, self.sources, self.work, self.config)
-        tokenizer = self._tokenizer(chosen.train, given)
+        try:
+            chosen = select(units, self.sources, self.work, self.config)
+            tokenizer = self._tokenizer(chosen.train, given)
+        except AndromedaError:  # the settings do not fit the text, so a changed command will follow: leave nothing in its way
+            self._discard()
+            raise
         train, val = self._encode("train", chosen.train), self._encode("val", chosen.val)
         write_text(chosen.val, self.work, self.out / HELD_OUT_TEXT)
         write_whole(self.out / SKIPPED, b"".join(json.dumps(line).encode() + b"\n" for line in chosen.log))
@@ -141,6 +146,11 @@ class _Build:
         manifest.save(self.out)
         shutil.rmtree(self.work)
         return manifest
+
+    def _discard(self) -> None:
+        shutil.rmtree(self.work)
+        if not any(self.out.iterdir()):
+            self.out.rmdir()
 
     def _tokenizer(self, documents: Documents, given: Tokenizer | None) -> Tokenizer:
         """The given tokenizer or one trained on the beginning of the training split; kept from an interrupted run."""
@@ -164,10 +174,9 @@ class _Build:
 
     def _manifest(self, chosen: Selection, tokenizer: Tokenizer, train: Written, val: Written) -> Manifest:
         splits = {"train": train, "val": val}
-        content = [tokenizer.fingerprint, *((k, w.sha256, w.report.offsets_sha256) for k, w in splits.items())]
         return Manifest(
             format=FORMAT,
-            fingerprint=hashlib.sha256(json.dumps(content).encode()).hexdigest(),
+            fingerprint=fingerprint(tokenizer.fingerprint, {k: (w.sha256, w.report.offsets_sha256) for k, w in splits.items()}),
             tokenizer=TokenizerReport(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eos=tokenizer.eos, fingerprint=tokenizer.fingerprint
             ),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -21,6 +22,8 @@ from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import DataError
 
 BLOCK_BYTES = 4 << 20
+CHUNK = 1 << 18
+WORD_END = re.compile(r"(?<=[^\W_])\n")
 
 
 @dataclass(frozen=True)
@@ -56,18 +59,37 @@ def _encode(block: Block) -> None:
     if block.path.is_file():
         return
     tokenizer, lengths = _tokenizer(block.tokenizer)
-    parts, counts = [], []
+    dtype = token_dtype(tokenizer.vocab_size)
+    separator = np.array([tokenizer.eos], dtype=dtype)
+    parts, counts = list[np.ndarray](), list[int]()
     texts = [content.decode() for content in block.documents.contents(block.work)]
     for start in range(0, len(texts), 256):
-        for ids in tokenizer.encode_batch(texts[start : start + 256]):
-            parts.append(np.array([tokenizer.eos, *ids], dtype=token_dtype(tokenizer.vocab_size)))
-            counts.append(len(ids) + 1)
+        chunks = [[*chunked(text)] for text in texts[start : start + 256]]
+        encoded = iter(tokenizer.encode_batch([chunk for text in chunks for chunk in text]))
+        for text in chunks:
+            ids = [np.array(next(encoded), dtype=dtype) for _ in text]
+            parts += [separator, *ids]
+            counts.append(1 + sum(map(len, ids)))
     tokens = np.concatenate(parts)
     if int(lengths[tokens].sum()) != int(block.documents.size.sum()):
         raise DataError("The tokenizer does not keep every byte of these documents: use a byte-level one.")
     buffer = io.BytesIO()
     np.savez(buffer, tokens=tokens, counts=np.array(counts, dtype=np.int64))
     write_whole(block.path, buffer.getvalue())
+
+
+def chunked(text: str) -> Iterator[str]:
+    """A long text in pieces of about CHUNK characters, because the tokenizer's memory is many times that of its text.
+
+    Pieces end between a letter or digit and a line end, where byte-level BPE always cuts, so that the tokens are the same.
+    """
+    start = 0
+    while len(text) - start > 2 * CHUNK:
+        found = WORD_END.search(text, start + CHUNK, start + 2 * CHUNK)
+        stop = found.start() if found else start + CHUNK
+        yield text[start:stop]
+        start = stop
+    yield text[start:]
 
 
 @dataclass(frozen=True)

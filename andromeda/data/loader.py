@@ -71,7 +71,8 @@ class Stream:
         if self.rows_available is not None:
             count = min(count, self.rows_available - start)
         if start < 0 or count < 1:
-            raise DataError(f"Row {start} is outside of the stream, which has {self.rows_available or 'endless'} rows.")
+            end = f"has rows 0 to {self.rows_available - 1}" if self.rows_available else "begins at row 0"
+            raise DataError(f"There are no {count} rows at row {start}: the stream {end}.")
         rows = []
         for number in range(start, start + count):
             source, inside = self._schedule.locate(number)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,6 +16,8 @@ from andromeda.data.files import write_whole
 from andromeda.errors import DataError
 
 NAME = "manifest.json"
+HELD_OUT_TEXT = "val.txt"
+"""The held-out documents' UTF-8 bytes one after the other, for compressors to be compared on the very same bytes."""
 FORMAT = 1
 
 
@@ -83,6 +87,14 @@ class Manifest(Part):
     def load(cls, folder: Path) -> Manifest:
         """Read a corpus folder's manifest. Raises DataError when there is none or it is damaged."""
         return cls.model_validate(_parse(folder))
+
+
+def fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, str]]) -> str:
+    """sha256 that names the data: the tokenizer's fingerprint and, for each split, the sha256 of its tokens and of its offsets.
+
+    Tokens are hashed without shard headers, so that the size of the shards does not matter.
+    """
+    return hashlib.sha256(json.dumps([tokenizer, *sorted((k, *v) for k, v in splits.items())]).encode()).hexdigest()
 
 
 def _parse(folder: Path) -> dict[str, Any]:

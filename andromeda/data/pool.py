@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing as mp
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -47,6 +48,7 @@ def ordered_map(function: Callable[[Task], Result], tasks: Iterable[Task], worke
 def _start_worker() -> None:
     """One thread each, since there is one worker for each core; and no worker outlives a killed parent."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent says what happens
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

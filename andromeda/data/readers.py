@@ -125,10 +125,17 @@ def _read_packed(unit: Unit, config: BuildConfig) -> Iterator[Found]:
         with _unpacked(path) as file:
             for number, line in enumerate(file, 1):
                 yield from _read_line(f"{name}:{number}", line, config)
-    except MissingExtra:
-        raise
     except Exception as error:  # each library has its own family of errors for damaged data
         yield Found(name, None, f"unreadable: {type(error).__name__}")
+
+
+def zstd_decompressor() -> Any:
+    """Raises MissingExtra, so that a build asks for it before it starts."""
+    try:
+        from zstandard import ZstdDecompressor
+    except ImportError:
+        raise MissingExtra("zstandard", "data", "Reading .zst files") from None
+    return ZstdDecompressor()
 
 
 @contextmanager
@@ -137,11 +144,7 @@ def _unpacked(path: str) -> Iterator[IO[bytes]]:
         with gzip.open(path) as file:
             yield cast(IO[bytes], file)
         return
-    try:
-        import zstandard
-    except ImportError:
-        raise MissingExtra("zstandard", "data", "Reading .zst files") from None
-    with open(path, "rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True) as reader:
+    with open(path, "rb") as raw, zstd_decompressor().stream_reader(raw, read_across_frames=True) as reader:
         yield io.BufferedReader(reader)
 
 
@@ -199,8 +202,6 @@ def _read_parquet(unit: Unit, config: BuildConfig) -> Iterator[Found]:
             for row in batch.to_pylist():
                 yield _from_row(f"{name}:{unit.start}:{number}", row, config)
                 number += 1
-    except MissingExtra:
-        raise
     except Exception as error:  # as above
         yield Found(name, None, f"unreadable: {type(error).__name__}")
 
@@ -235,10 +236,13 @@ def open_dataset(source: str) -> Any:
     try:
         return load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
     except Exception as error:  # the library lets errors of many others through
-        first = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise DataError(
-            f"The dataset {source} cannot be opened ({first}): check its name, configuration and split, and the network."
+            f"The dataset {source} cannot be opened ({_first_line(error)}): check its name, configuration and split, and the network."
         ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
 def _read_dataset(unit: Unit, config: BuildConfig) -> Iterator[Found]:
@@ -246,8 +250,11 @@ def _read_dataset(unit: Unit, config: BuildConfig) -> Iterator[Found]:
 
     source = unit.files[0][1]
     part = split_dataset_by_node(open_dataset(source), rank=unit.start, world_size=unit.stop)
-    for number, row in enumerate(part):
-        yield _from_row(f"{source}:{unit.start}:{number}", row, config)
+    try:
+        for number, row in enumerate(part):
+            yield _from_row(f"{source}:{unit.start}:{number}", row, config)
+    except Exception as error:  # a lost connection must not pass for the end of the data
+        raise DataError(f"The dataset {source} broke off ({_first_line(error)}): run the same command again to go on.") from error
 
 
 READERS: dict[str, Callable[[Unit, BuildConfig], Iterator[Found]]] = {

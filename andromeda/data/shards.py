@@ -81,6 +81,7 @@ class TokenArray:
         self._shards = shards
         self._starts = np.cumsum([0, *[s.tokens for s in shards]])
         self.size = int(self._starts[-1])
+        self.dtype = shards[0].dtype
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """int64 copy of the tokens from `start` up to `stop`, across shard borders."""

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.readers import KNOWN, TEXT, parquet_groups
-from andromeda.errors import ConfigError, DataError, MissingExtra, nearest
+from andromeda.data.readers import KNOWN, TEXT, open_dataset, parquet_groups, zstd_decompressor
+from andromeda.errors import ConfigError, DataError, nearest
 
 UNIT_BYTES = 4 << 20
 RANGE_BYTES = 64 << 20
@@ -158,19 +158,16 @@ def _ranges(index: int, kind: str, name: str, path: Path, size: int) -> list[Uni
     if kind == "parquet":
         sizes = parquet_groups(path)
         return [Unit(index, kind, files, i, i + 1, held) for i, held in enumerate(sizes)]
+    if name.lower().endswith(".zst"):
+        zstd_decompressor()
     return [Unit(index, kind, files, size=size)]
 
 
 def _list_dataset(index: int, source: str) -> Listing:
     """A Hugging Face dataset `hf:name[:config][:split]`, one unit for each of its files, streamed."""
-    from andromeda.data.readers import open_dataset
-
     parts = source.split(":")
     if len(parts) > 4 or not parts[1]:
         raise ConfigError(f"{source} is no dataset name: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
-    try:
-        count = open_dataset(source).n_shards
-    except (DataError, MissingExtra):
-        raise
+    count = open_dataset(source).n_shards
     units = [Unit(index, "dataset", ((source, source),), i, count) for i in range(count)]
     return Listing(units, 0, hashlib.sha256(source.encode()).hexdigest())
