@@ -18,9 +18,9 @@ from torch.autograd.function import once_differentiable
 IGNORED = -100
 """The target of a token that does not count."""
 
-_CHUNK_LOGITS = {"cpu": 1 << 19, "cuda": 1 << 28}
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 28}
 """Logits of one chunk: on a CPU what its cache holds, elsewhere what keeps the products large (measured: docs/optim.md)."""
-_CHUNK_TOKENS = 128
+_CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
 
 
@@ -98,7 +98,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = [None if g is None else g * grad_total.to(g.dtype) for g in ctx.saved_tensors]
+        # In float32 at least: 1 / tokens rounded to bfloat16 would scale a whole gradient by up to 0.4 %.
+        scaled = [None if g is None else (g.to(_wide(g.dtype)) * grad_total).to(g.dtype) for g in ctx.saved_tensors]
         return (*scaled, None, None)
 
 
@@ -107,7 +108,7 @@ def _run(
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses of x (N, C), each (N,), and those gradients of their sum that are needed, in the dtypes of their inputs."""
     softcap, z_loss, chunk, dtype = rule
-    wide = torch.promote_types(dtype, torch.float32)
+    wide = _wide(dtype)
     head = weight.to(dtype)
     totals, nlls, rows = [], [], []
     d_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
@@ -169,6 +170,10 @@ def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
 
 def _chunk_tokens(device: str, vocabulary: int) -> int:
     return max(_CHUNK_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
