@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from andromeda.config.derived import original_context
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import CheckpointError
 from andromeda.infer.batch import Batch
@@ -79,7 +80,7 @@ class Engine:
         if self.model.config.rotary.scaling.kind != "dynamic":
             return self.model.config.context
         # Up to the length it was trained at, all lengths turn alike.
-        return max(len(row.prompt) + row.limit, self.model.rotary.original)
+        return max(len(row.prompt) + row.limit, original_context(self.model.config))
 
 
 @contextmanager

@@ -119,7 +119,9 @@ class Penalty(NoPenalty):
 class Sampler:
     """Chooses the next token of every sequence of a batch, each with a generator of its own, seeded by its own seed."""
 
-    def __init__(self, settings: Settings, prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab: int, device: torch.device) -> None:
+    def __init__(
+        self, settings: Settings, prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab: int, device: torch.device
+    ) -> None:
         off = settings.repetition_penalty == 1
         self._penalty = NoPenalty() if off else Penalty(settings.repetition_penalty, prompts, vocab, device)
         self._steps = chain(settings)

@@ -75,7 +75,13 @@ def test_the_whole_chain_is_that_of_transformers(monkeypatch: pytest.MonkeyPatch
     """The order matters: what reaches the draw is what transformers' list of processors makes of the same logits."""
     settings = Settings(temperature=0.7, top_k=20, top_p=0.8, min_p=0.02, repetition_penalty=1.4)
     theirs = LogitsProcessorList(
-        [RepetitionPenaltyLogitsProcessor(1.4), TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.8), MinPLogitsWarper(0.02)]
+        [
+            RepetitionPenaltyLogitsProcessor(1.4),
+            TemperatureLogitsWarper(0.7),
+            TopKLogitsWarper(20),
+            TopPLogitsWarper(0.8),
+            MinPLogitsWarper(0.02),
+        ]
     )
     reached: list[torch.Tensor] = []
     draw = sampling.draw
