@@ -38,6 +38,12 @@ def rotated_dims(model: ModelConfig) -> int:
     return round(model.rotary.fraction * content_dim(model) / 2) * 2
 
 
+def original_context(model: ModelConfig) -> int:
+    """Tokens that the rotary frequencies were trained on, before they were stretched."""
+    scaling = model.rotary.scaling
+    return scaling.original_context or round(model.context / scaling.factor)
+
+
 def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     """The least xPos `scale_base` whose factors stay within 2^-bits and 2^bits over the whole context.
 

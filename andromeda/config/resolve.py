@@ -20,6 +20,7 @@ from andromeda.config.derived import (
     content_dim,
     find_class,
     hidden_width,
+    original_context,
     rotated_dims,
     smallest_scale_base,
 )
@@ -324,8 +325,8 @@ def resolve(config: RunConfig) -> RunConfig:
     train, rotary = config.train, config.model.rotary
     train = train.model_copy(update={"sequence": train.sequence or config.model.context, "micro_batch": train.micro_batch or train.batch})
     if rotary.scaling.kind != "none":
-        original = rotary.scaling.original_context or round(config.model.context / rotary.scaling.factor)
-        rotary = rotary.model_copy(update={"scaling": rotary.scaling.model_copy(update={"original_context": original})})
+        scaling = rotary.scaling.model_copy(update={"original_context": original_context(config.model)})
+        rotary = rotary.model_copy(update={"scaling": scaling})
     return config.model_copy(update={"train": train, "model": config.model.model_copy(update={"rotary": rotary})})
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from andromeda.config.derived import rotated_dims
+from andromeda.config.derived import original_context, rotated_dims
 from andromeda.config.model import ModelConfig
 from andromeda.model.position.scaling import RULES, Scaled, Span
 
@@ -76,7 +76,7 @@ class Rotary(NoRotary):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.config, self.context, self.dim = config.rotary, config.context, rotated_dims(config)
-        self.original = config.rotary.scaling.original_context or round(config.context / config.rotary.scaling.factor)
+        self.original = original_context(config)
         self.rule = RULES[config.rotary.scaling.kind]
         self.turn = TURNS[config.rotary.layout]
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
