@@ -16,6 +16,8 @@ from andromeda.data.shards import TokenArray
 
 IGNORE = -100
 """Target of a position that has nothing to predict."""
+CUTS = 1
+"""Keeps the order of rows apart from the order of documents under the same seed."""
 OPEN_ROWS = 64
 """Unfinished rows that first-fit looks at."""
 
@@ -49,8 +51,10 @@ class Packing(Protocol):
 class StreamPacking:
     """Documents one after the other, cut every T tokens; each epoch in its own order.
 
-    Row r holds tokens rT to rT + T of the endless text, so each token is a target exactly once in an epoch. With `endless`
-    false the text ends after one epoch and the last row is padded.
+    Cut c holds tokens cT to cT + T of the endless text, so each token is a target exactly once in an epoch. With a seed, rows
+    are the cuts of about one epoch after the other, shuffled: neighbouring cuts are mostly of one document, and a batch of
+    such rows would be worth little more than one of them. With `endless` false the text ends after one epoch and the last
+    row is padded.
     """
 
     def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
@@ -59,7 +63,13 @@ class StreamPacking:
         self._size = texts.tokens.size
         self.per_epoch = self._size / sequence
         self.length = None if endless else max(-(-(self._size - 1) // sequence), 0)
+        self._block = max(1, self._size // sequence)
         self._epoch = lru_cache(maxsize=3)(self._arrange)
+        self._cuts = lru_cache(maxsize=3)(self._shuffle)
+
+    def _shuffle(self, block: int) -> np.ndarray:
+        """Order of the cuts of one block (block size,)."""
+        return np.arange(self._block) if self._seed is None else shuffled(self._block, *self._seed, CUTS, block)
 
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         """Documents of an epoch in order (N,) and where each ends in the epoch's text (N,)."""
@@ -68,7 +78,8 @@ class StreamPacking:
         return order, np.cumsum(self._lengths[order])
 
     def row(self, number: int) -> Row:
-        T, at = self._T, number * self._T
+        block, inside = divmod(number, self._block)
+        T, at = self._T, (block * self._block + int(self._cuts(block)[inside])) * self._T
         wanted = T + 1 if self.length is None else min(T + 1, self._size - at)
         parts: list[np.ndarray] = []
         while wanted:

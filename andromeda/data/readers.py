@@ -13,6 +13,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 import numpy as np
 
 from andromeda.config.data import BuildConfig
+from andromeda.data.opened import open_corpus
 from andromeda.data.shards import open_shard
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import AndromedaError, DataError, MissingExtra
@@ -219,6 +220,16 @@ def _read_shard(unit: Unit, config: BuildConfig) -> Iterator[Found]:
         yield Found(name, None, f"unreadable: {error}")
 
 
+def _read_corpus(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """Documents of a finished corpus."""
+    split, folder = unit.files[0]
+    corpus = open_corpus(folder, split)
+    tokenizer, (tokens, offsets, _) = corpus.tokenizer, corpus.texts
+    assert tokenizer is not None
+    for i in range(unit.start, unit.stop):
+        yield _decoded(f"{split}:{i}", tokenizer.decode_bytes(tokens.read(int(offsets[i]) + 1, int(offsets[i + 1])).tolist()))
+
+
 def _decoded(where: str, content: bytes) -> Found:
     try:
         return Found(where, content.decode())
@@ -263,5 +274,6 @@ READERS: dict[str, Callable[[Unit, BuildConfig], Iterator[Found]]] = {
     "packed": _read_packed,
     "parquet": _read_parquet,
     "shard": _read_shard,
+    "corpus": _read_corpus,
     "dataset": _read_dataset,
 }

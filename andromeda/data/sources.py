@@ -8,11 +8,14 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from andromeda.config.data import BuildConfig
+from andromeda.data.manifest import NAME as MANIFEST
+from andromeda.data.manifest import Manifest
 from andromeda.data.readers import KNOWN, TEXT, open_dataset, parquet_groups, zstd_decompressor
 from andromeda.errors import ConfigError, DataError, nearest
 
@@ -25,8 +28,8 @@ RANGE_BYTES = 64 << 20
 class Unit:
     """A piece of reading that one worker does and that is kept once done.
 
-    `files` are (name in reports, path); `start` and `stop` are bytes of a .jsonl, row groups of a .parquet, or the shard
-    number and count of a dataset.
+    `files` are (name in reports, path); `start` and `stop` are bytes of a .jsonl, row groups of a .parquet, documents of a
+    corpus, or the shard number and count of a dataset.
     """
 
     source: int
@@ -63,6 +66,8 @@ def list_source(index: int, source: str, config: BuildConfig) -> Listing:
     if source == "python" and not Path(source).exists():
         return _list_files(index, source, _python_files(), config)
     path = Path(source).expanduser()
+    if (path / MANIFEST).is_file():
+        return _list_corpus(index, path)
     if path.is_dir():
         return _list_files(index, source, _walk(path), config)
     if path.is_file():
@@ -86,19 +91,21 @@ def _walk(root: Path) -> Iterator[tuple[str, Path]]:
     """Every file below a folder as (relative name, path), sorted; hidden folders are left out."""
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith("."))
+        inside = Path(folder).relative_to(root).as_posix()
+        prefix = "" if inside == "." else inside + "/"
         for name in sorted(names):
-            path = Path(folder, name)
-            yield path.relative_to(root).as_posix(), path
+            yield prefix + name, Path(folder, name)
 
 
 def _python_files() -> Iterator[tuple[str, Path]]:
     """The .py files of this interpreter's standard library and installed packages."""
     roots = {Path(sysconfig.get_paths()["stdlib"]): "stdlib"}
     roots |= {Path(p): "packages" for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)}
-    seen: set[str] = set()
+    real_folder = lru_cache(maxsize=None)(os.path.realpath)
+    seen: set[tuple[str, str]] = set()
     for root, name in sorted(roots.items(), key=lambda item: -len(item[0].parts)):  # packages can lie inside the library
         for relative, path in _walk(root):
-            real = os.path.realpath(path)
+            real = real_folder(path.parent), path.name
             if relative.endswith(".py") and real not in seen:
                 seen.add(real)
                 yield f"{name}/{relative}", path
@@ -161,6 +168,19 @@ def _ranges(index: int, kind: str, name: str, path: Path, size: int) -> list[Uni
     if name.lower().endswith(".zst"):
         zstd_decompressor()
     return [Unit(index, kind, files, size=size)]
+
+
+def _list_corpus(index: int, folder: Path) -> Listing:
+    """A finished corpus, decoded again: for another tokenizer on the same documents."""
+    manifest = Manifest.load(folder)
+    units = []
+    for split, report in manifest.splits.items():
+        step = max(report.documents * UNIT_BYTES // max(report.bytes, 1), 1)
+        files = ((split, str(folder)),)
+        for start in range(0, report.documents, step):
+            stop = min(start + step, report.documents)
+            units.append(Unit(index, "corpus", files, start, stop, (stop - start) * report.bytes // report.documents))
+    return Listing(units, 0, manifest.fingerprint)
 
 
 def _list_dataset(index: int, source: str) -> Listing:
