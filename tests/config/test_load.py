@@ -19,7 +19,9 @@ from andromeda.config.load import dumps, from_values, load, presets
 from andromeda.config.mistakes import read
 from andromeda.config.resolve import check, resolve
 from andromeda.config.run import RunConfig
+from andromeda.errors import ConfigError
 
+SMALL = Path(__file__).with_name("small.toml")
 NAMES = sorted(presets())
 
 
@@ -130,7 +132,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
     ],
 )
 def test_an_override_says_what_it_seems_to(override: str, path: str, value: Any) -> None:
-    found: Any = load("nano", [override])
+    found: Any = load(SMALL, [override])
     for name in path.split("."):
         found = getattr(found, name)
     assert found == value
@@ -138,13 +140,15 @@ def test_an_override_says_what_it_seems_to(override: str, path: str, value: Any)
 
 
 def test_the_last_override_of_a_key_counts_and_a_mixture_can_be_written() -> None:
-    config = load("nano", ["seed=1", "data.sources=[{path='a', weight=2.0}, {path='b'}]", "seed=2"])
+    config = load(SMALL, ["seed=1", "data.sources=[{path='a', weight=2.0}, {path='b'}]", "seed=2"])
     assert config.seed == 2
     assert [(source.path, source.weight) for source in config.data.sources] == [("a", 2.0), ("b", 1.0)]
 
 
 def test_a_value_with_a_line_end_cannot_smuggle_a_second_key() -> None:
-    assert load("nano", ["name='x'\nseed = 7"]).seed == 0
+    assert load(SMALL, ["name='x'\nseed = 7"]).seed == 0
+    with pytest.raises(ConfigError, match=r"train\.steps must be a whole number"):
+        load(SMALL, ["train.steps=500\nseed = 7"])
 
 
 def test_reading_a_configuration_loads_no_torch() -> None:

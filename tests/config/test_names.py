@@ -289,6 +289,10 @@ def test_an_exported_configuration_comes_back_whole(preset: str) -> None:
         from_hugging_face({"hidden_size": 96})
 
 
+def test_an_export_spells_out_the_inner_width() -> None:
+    assert to_hugging_face(load("andromeda").model)["intermediate_size"] == 4 * 2560
+
+
 def test_hugging_face_names_alone_say_a_llama_style_model() -> None:
     model = load("andromeda-65b", ["model.rotary.scaling.kind=yarn", "model.rotary.scaling.factor=4.0", "model.attention.kv_heads=8"]).model
     names = {name: value for name, value in to_hugging_face(model).items() if name != "andromeda"}

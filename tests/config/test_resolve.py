@@ -17,6 +17,8 @@ from andromeda.config.run import RunConfig
 from andromeda.config.train import TrainConfig
 from andromeda.errors import ConfigError
 
+SMALL = Path(__file__).with_name("small.toml")
+
 
 @pytest.mark.parametrize("context", [8192, 65536, 131072, 1_000_000])
 @pytest.mark.parametrize(("dtype", "precision"), [(np.float32, "bf16"), (np.float16, "fp16")])
@@ -49,10 +51,10 @@ def test_stretching_stretches_the_decay_with_it() -> None:
 
 
 def test_interpolation_reaches_past_the_model_it_stretches() -> None:
-    config = load("nano", ["model.context=1024", "model.rotary.scaling.kind=yarn", "model.rotary.scaling.factor=4.0"])
+    config = load(SMALL, ["model.context=1024", "model.rotary.scaling.kind=yarn", "model.rotary.scaling.factor=4.0"])
     assert resolve(config).model.rotary.scaling.original_context == 256
     config = load(
-        "nano",
+        SMALL,
         [
             "model.context=1024",
             "model.rotary.scaling.kind=yarn",
@@ -104,17 +106,17 @@ def test_a_plain_run_has_no_notes() -> None:
     ids=str,
 )
 def test_unusual_pairs_are_legal_and_noted(overrides: list[str], part: str) -> None:
-    assert any(part in note for note in notes(load("nano", overrides)))
+    assert any(part in note for note in notes(load(SMALL, overrides)))
 
 
 def test_an_odd_depth_may_have_u_net_skips() -> None:
-    assert load("nano", ["model.skips.unet=true", "model.depth=5"]).model.skips.unet
+    assert load(SMALL, ["model.skips.unet=true", "model.depth=5"]).model.skips.unet
 
 
 @pytest.mark.parametrize(
     ("kind", "width", "expected"),
     # Llama's own inner widths are two thirds of 4 x width, rounded to the hardware's liking.
-    [("relu2", 768, 3072), ("swiglu", 768, 2048), ("swiglu", 4096, 10944), ("geglu", 8, 64), ("gelu", 2560, 10240)],
+    [("relu2", 768, 3072), ("swiglu", 768, 2048), ("swiglu", 512, 1344), ("swiglu", 4096, 10944), ("geglu", 8, 64), ("gelu", 2560, 10240)],
 )
 def test_the_inner_width(kind: str, width: int, expected: int) -> None:
     assert hidden_width(ModelConfig.model_validate({"width": width, "feedforward": {"kind": kind}})) == expected
@@ -134,9 +136,9 @@ def test_a_fraction_turns_the_dimensions_that_it_says() -> None:
 
 
 def test_a_folded_bias_leaves_the_rest_to_the_content() -> None:
-    config = load("nano", ["model.alibi.heads=2", "model.alibi.fold=true"]).model
+    config = load(SMALL, ["model.alibi.heads=2", "model.alibi.fold=true"]).model
     assert content_dim(config) == 64 - FOLDED_DIMS == 60
-    assert content_dim(load("nano", ["model.alibi.heads=2"]).model) == 64
+    assert content_dim(load(SMALL, ["model.alibi.heads=2"]).model) == 64
 
 
 def test_a_class_of_ones_own_is_found_in_the_folder_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,6 +11,8 @@ from andromeda.config.load import from_values, load, model_from_names
 from andromeda.config.resolve import check_training
 from andromeda.errors import ConfigError
 
+SMALL = Path(__file__).with_name("small.toml")
+
 
 def assert_one_sentence(message: str, *parts: str) -> None:
     """One line, one full stop, no trace of the libraries below, and everything that the user needs to find the place."""
@@ -24,7 +26,7 @@ def assert_one_sentence(message: str, *parts: str) -> None:
         assert part in message, f"{part!r} is not in {message!r}"
 
 
-# Overrides of preset nano (4 heads of 64, one key/value head, width 256, depth 6, context 256), and what the sentence says.
+# Overrides of small.toml (4 heads of 64, one key/value head, width 256, depth 6, context 256), and what the sentence says.
 # ` | ` stands between two overrides.
 OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     # Keys that do not exist
@@ -152,7 +154,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
 @pytest.mark.parametrize(("overrides", "parts"), OVERRIDES, ids=[row[0] for row in OVERRIDES])
 def test_an_override_that_is_wrong(overrides: str, parts: tuple[str, ...]) -> None:
     with pytest.raises(ConfigError) as caught:
-        load("nano", overrides.split(" | "))
+        load(SMALL, overrides.split(" | "))
     assert_one_sentence(str(caught.value), *parts)
 
 
@@ -240,8 +242,8 @@ def test_values_are_checked_like_a_file() -> None:
 
 
 def test_a_run_without_tokens_is_refused_only_when_it_starts() -> None:
-    config = load("nano")
+    config = load(SMALL)
     with pytest.raises(ConfigError) as caught:
         check_training(config)
     assert_one_sentence(str(caught.value), "data.corpus", "andromeda data build")
-    check_training(load("nano", ["data.corpus=somewhere"]))
+    check_training(load(SMALL, ["data.corpus=somewhere"]))
