@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 from torch import Tensor
 
+from andromeda.config.model import ModelConfig
 from andromeda.kernels.attention import backends
 from andromeda.model.feedforward.moe import Router
 from andromeda.model.transformer import Transformer
@@ -23,18 +24,23 @@ def ids(seed: int = 0, batch: int = 2, length: int = T) -> Tensor:
     return torch.randint(0, 29, (batch, length), generator=torch.Generator().manual_seed(seed))
 
 
-@lru_cache(maxsize=4)
-def build(row: str) -> Transformer:
-    """The model of a row: zeros, ones and equal gains are moved apart, so that no part is the identity by chance."""
-    model = Transformer(rows()[row], seed=1).double().eval()
+def shaken(config: ModelConfig) -> Transformer:
+    """A model whose zeros, ones and equal gains are moved apart, so that no part is the identity by chance."""
+    model = Transformer(config, seed=1).double().eval()
     noise = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter += 0.2 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
         for router in (module for module in model.modules() if isinstance(module, Router)):
             router.votes.copy_(torch.tensor([150, -60, 0, 20]))
-    use_backend(model, "eager" if rows()[row].attention.mechanism == "softmax" else "auto")
+    use_backend(model, "eager" if config.attention.mechanism == "softmax" else "auto")
     return model
+
+
+@cache
+def build(row: str) -> Transformer:
+    """The model of a row, shaken."""
+    return shaken(rows()[row])
 
 
 def use_backend(model: Transformer, name: str) -> None:
@@ -44,6 +50,7 @@ def use_backend(model: Transformer, name: str) -> None:
         block.attention.backend = name
 
 
+@cache
 @torch.no_grad()
 def logits(row: str) -> Tensor:
     """Logits (B, T, V) of `ids()` in one pass."""
