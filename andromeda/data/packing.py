@@ -18,6 +18,8 @@ IGNORE = -100
 """Target of a position that has nothing to predict."""
 CUTS = 1
 """Keeps the order of rows apart from the order of documents under the same seed."""
+ROWS = 1
+"""Keeps the order of rows apart from the order of documents under the same seed."""
 OPEN_ROWS = 64
 """Unfinished rows that first-fit looks at."""
 
@@ -39,7 +41,7 @@ class Texts(NamedTuple):
 
 
 class Packing(Protocol):
-    """Rows by number. `per_epoch` is the number of rows (a fraction, in a stream) in which every document comes once."""
+    """Rows by number. `per_epoch` is the number of rows in which every document comes once."""
 
     per_epoch: float
     length: int | None
@@ -49,56 +51,52 @@ class Packing(Protocol):
 
 
 class StreamPacking:
-    """Documents one after the other, cut every T tokens; each epoch in its own order.
+    """Documents one after the other, cut every T tokens; each epoch has its own order of documents and of rows.
 
-    Cut c holds tokens cT to cT + T of the endless text, so each token is a target exactly once in an epoch. With a seed, rows
-    are the cuts of about one epoch after the other, shuffled: neighbouring cuts are mostly of one document, and a batch of
-    such rows would be worth little more than one of them. With `endless` false the text ends after one epoch and the last
-    row is padded.
+    Row c of an epoch's text holds tokens cT to cT + T, so each token but the first is a target exactly once; the last row is
+    padded. With a seed the rows are shuffled as well: neighbours in the text are mostly of one document, and a batch of them
+    would teach little more than one.
     """
 
     def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
         self._texts, self._T, self._seed = texts, sequence, seed
         self._lengths = np.diff(texts.offsets)
         self._size = texts.tokens.size
-        self.per_epoch = self._size / sequence
-        self.length = None if endless else max(-(-(self._size - 1) // sequence), 0)
-        self._block = max(1, self._size // sequence)
+        rows = -(-(self._size - 1) // sequence)
+        self.length = None if endless else rows
+        # A text of one token has nothing to predict; an endless stream of it is rows of padding.
+        self._count = max(1, rows)
+        self.per_epoch = float(self._count)
         self._epoch = lru_cache(maxsize=3)(self._arrange)
-        self._cuts = lru_cache(maxsize=3)(self._shuffle)
 
-    def _shuffle(self, block: int) -> np.ndarray:
-        """Order of the cuts of one block (block size,)."""
-        return np.arange(self._block) if self._seed is None else shuffled(self._block, *self._seed, CUTS, block)
-
-    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Documents of an epoch in order (N,) and where each ends in the epoch's text (N,)."""
-        count = len(self._lengths)
-        order = np.arange(count) if self._seed is None else shuffled(count, *self._seed, epoch)
-        return order, np.cumsum(self._lengths[order])
+    def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Documents of an epoch in order (N,), where each ends in the epoch's text (N,), and its rows in order (count,)."""
+        if self._seed is None:
+            order, rows = np.arange(len(self._lengths)), np.arange(self._count)
+        else:
+            order = shuffled(len(self._lengths), *self._seed, epoch)
+            rows = shuffled(self._count, *self._seed, epoch, ROWS)
+        return order, np.cumsum(self._lengths[order]), rows
 
     def row(self, number: int) -> Row:
-        block, inside = divmod(number, self._block)
-        T, at = self._T, (block * self._block + int(self._cuts(block)[inside])) * self._T
-        wanted = T + 1 if self.length is None else min(T + 1, self._size - at)
+        epoch, inside = divmod(number, self._count)
+        order, ends, rows = self._epoch(epoch)
+        at = int(rows[inside]) * self._T
+        stop = min(at + self._T + 1, self._size)
         parts: list[np.ndarray] = []
-        while wanted:
-            parts.append(self._piece(at, wanted))
+        while at < stop:
+            parts.append(self._piece(order, ends, at, stop))
             at += len(parts[-1])
-            wanted -= len(parts[-1])
         tokens = np.concatenate(parts)
         owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
-        return _padded(tokens[:-1], tokens[1:], owner[:-1], T, self._texts.separator)
+        return _padded(tokens[:-1], tokens[1:], owner[:-1], self._T, self._texts.separator)
 
-    def _piece(self, at: int, wanted: int) -> np.ndarray:
-        """Up to `wanted` tokens from position `at` of the endless text, to the end of the document at most."""
-        epoch, inside = divmod(at, self._size)
-        order, ends = self._epoch(epoch)
-        place = int(np.searchsorted(ends, inside, side="right"))
-        document = order[place]
-        stop = int(self._texts.offsets[document + 1])
-        start = stop - (int(ends[place]) - inside)
-        return self._texts.tokens.read(start, min(stop, start + wanted))
+    def _piece(self, order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> np.ndarray:
+        """Tokens from `at` up to `stop` of an epoch's text, to the end of the document at most."""
+        place = int(np.searchsorted(ends, at, side="right"))
+        end = int(self._texts.offsets[order[place] + 1])
+        start = end - (int(ends[place]) - at)
+        return self._texts.tokens.read(start, min(end, start + stop - at))
 
 
 class DocumentPacking:
