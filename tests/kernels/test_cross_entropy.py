@@ -114,7 +114,7 @@ def test_narrow_dtypes_stay_within_their_rounding(dtype: torch.dtype, autocast: 
         assert got.dtype == held
         assert (got.double() - want).norm() / want.norm() < 2 * eps
         # Rounding must not lean to one side: a factor rounded once would scale all of a gradient.
-        assert ((got.double() * want).sum() / want.square().sum()).item() == pytest.approx(1.0, abs=eps / 4)
+        assert ((got.double() * want).sum() / want.square().sum()).item() == pytest.approx(1.0, abs=max(eps / 4, 1e-6))
 
 
 def test_equals_torch_in_float32() -> None:
@@ -222,7 +222,7 @@ def test_a_target_outside_the_vocabulary_is_an_error() -> None:
 def test_compiles_into_one_graph(backend: str) -> None:
     x, weight, targets, bias = problem()
     compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=backend)
-    out, gradients = with_gradients(compiled, x, weight, targets, bias, softcap=3.0, z_loss=0.1, chunk=4)
+    out, gradients = with_gradients(compiled, x, weight, targets, bias, softcap=3.0, z_loss=0.1, chunk=16)
     expected, wanted = with_gradients(reference, x, weight, targets, bias, softcap=3.0, z_loss=0.1)
     torch.testing.assert_close(out.total, expected.total)
     torch.testing.assert_close(gradients, wanted)

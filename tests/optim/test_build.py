@@ -73,6 +73,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, shuffle: bool) -> No
     optimizer.load(tensors, values)
     for name, tensor in straight.tensors().items():
         assert torch.equal(tensor, optimizer.tensors()[name]), name
+    assert optimizer.values() == straight.values()
     train(whole, straight, 2, seed=1)
     train(resumed, optimizer, 2, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
