@@ -11,7 +11,9 @@ import sys
 import typer
 
 from andromeda.cli.data import app as data_app
+from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
+from andromeda.cli.generate import generate
 from andromeda.cli.train import train
 from andromeda.errors import AndromedaError
 
@@ -24,7 +26,9 @@ app = typer.Typer(
 )
 app.add_typer(data_app, name="data")
 app.command()(doctor)
+app.command()(demo)
 app.command()(train)
+app.command()(generate)
 
 
 def main() -> None:

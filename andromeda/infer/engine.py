@@ -16,7 +16,7 @@ from torch import nn
 
 from andromeda.config.derived import original_context
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import CheckpointError
+from andromeda.errors import CheckpointError, RequestError
 from andromeda.infer.batch import Batch
 from andromeda.infer.prompt import Prompt, encode, room
 from andromeda.infer.row import Completion, NoText, Piece, Row
@@ -52,7 +52,13 @@ class Engine:
     def stream(self, prompts: Sequence[Prompt], **wishes: Any) -> Iterator[Piece]:
         """Pieces as they are written; those of one batch alternate. Raises RequestError at once, before any work."""
         wish = settings(**wishes)
-        return self._run([self._row(index, prompt, wish) for index, prompt in enumerate(prompts)], wish)
+        rows = []
+        for index, prompt in enumerate(prompts):
+            try:
+                rows.append(self._row(index, prompt, wish))
+            except RequestError as error:
+                raise error if len(prompts) == 1 else RequestError(f"Prompt {index + 1} of {len(prompts)}: {error}") from None
+        return self._run(rows, wish)
 
     def _row(self, index: int, prompt: Prompt, wish: Settings) -> Row:
         ids = encode(prompt, self.tokenizer, self.eos, self.model.config.vocab_size)

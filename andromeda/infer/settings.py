@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
@@ -33,19 +34,23 @@ class Settings(Part):
 
 
 DEFAULT_NEW_TOKENS = 256
+NO_OTHER_NAMES: Mapping[str, str] = {}
 
 
-def settings(**values: Any) -> Settings:
-    """The settings that a request names. Raises RequestError, one sentence for all mistakes."""
+def settings(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> Settings:
+    """The settings that a request names. Raises RequestError, one sentence for all mistakes.
+
+    spelled: for a setting, the name by which the user gave it.
+    """
     unknown = [name for name in values if name not in Settings.model_fields]
     if unknown:
         raise RequestError(f"There is no generation setting {unknown[0]!r}{nearest(unknown[0], Settings.model_fields)}.")
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     try:
-        checked = read(Settings, values)
+        checked = read(Settings, values, spelled=spelled)
     except ConfigError as error:
         raise RequestError(str(error)) from None
     if "" in checked.stop:
-        raise RequestError("stop must not hold empty text, which would end every answer at once: leave it out.")
+        raise RequestError(f"{spelled.get('stop', 'stop')} must not be empty text, which would end every answer at once: leave it out.")
     return checked

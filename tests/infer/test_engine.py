@@ -259,6 +259,11 @@ def test_bad_requests_get_one_sentence(prompt: Any, wishes: dict[str, Any], word
         Engine(build()).stream([prompt], **wishes)
 
 
+def test_the_prompt_at_fault_is_named() -> None:
+    with pytest.raises(RequestError, match="^Prompt 2 of 3: The prompt has 128 tokens"):
+        Engine(build()).stream([[1], [1] * 128, [2]])
+
+
 def test_text_that_is_not_unicode_is_refused() -> None:
     with pytest.raises(RequestError, match="UTF-8"):
         Engine(build(vocab_size=300), BYTES).stream(["a\ud800b"])

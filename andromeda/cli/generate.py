@@ -1,0 +1,150 @@
+"""`andromeda generate`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from andromeda.errors import RequestError
+
+if TYPE_CHECKING:
+    from andromeda.infer.row import Completion, Piece
+
+FLAGS = {name: "--" + name.replace("_", "-") for name in ("stop", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")}
+FLAGS["max_new_tokens"] = "--max-tokens"
+
+
+def generate(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    prompt: Annotated[str, typer.Argument(help="How the text begins; - reads it from standard input, nothing begins a new text.")] = "",
+    file: Annotated[
+        Path | None, typer.Option(help="Prompts, one a line: .txt, or .jsonl with texts, id lists, or objects with a prompt.")
+    ] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; by default 256, or what the context has left.")] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token always; 0.8 by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 50 by default, 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability; 1 (off) by default.")] = None,
+    min_p: Annotated[
+        float | None, typer.Option(help="Only tokens of this share of the likeliest one's probability; 0 (off) by default.")
+    ] = None,
+    repetition_penalty: Annotated[
+        float | None, typer.Option(help="Above 1 makes tokens seen before less likely; 1 (off) by default.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text; by default another one each time.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
+    ema: Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights.")] = False,
+    step: Annotated[int | None, typer.Option(help="Use the checkpoint of this step; the newest by default.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp64.")] = "auto",
+    batch: Annotated[int, typer.Option(min=1, help="Prompts of a file that are written at once.")] = 8,
+    as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
+) -> None:
+    """Write text that follows a prompt."""
+    given = {
+        "max_new_tokens": max_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+        "stop": tuple(stop) if stop else None,
+    }
+    wishes = {name: value for name, value in given.items() if value is not None}
+    prompts = _prompts(prompt, file, wishes)
+
+    from andromeda.api import Andromeda
+    from andromeda.infer.engine import Engine
+
+    model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
+    pieces = Engine(model, model.tokenizer, batch=batch).stream(prompts, **wishes)
+    if as_json:
+        _print_json(pieces, prompts)
+    elif file:
+        _print_blocks(pieces, prompts)
+    else:
+        _print_stream(pieces)
+
+
+def _prompts(prompt: str, file: Path | None, wishes: dict[str, Any]) -> Sequence[str | list[int]]:
+    """The prompts; they and the wishes are checked before anything slow is imported."""
+    from andromeda.infer.prompt_file import read_prompts, read_stdin
+    from andromeda.infer.settings import settings
+
+    settings(FLAGS, **wishes)
+    if file and prompt:
+        raise RequestError("Give a prompt or --file, not both.")
+    if file:
+        return read_prompts(file)
+    return [read_stdin() if prompt == "-" else prompt]
+
+
+def _print_stream(pieces: Iterator[Piece]) -> None:
+    """Text as it comes on stdout, figures on stderr."""
+    for piece in pieces:
+        sys.stdout.write(_printable(piece.text))
+        sys.stdout.flush()
+        if piece.completion:
+            sys.stdout.write("\n")
+            sys.stdout.flush()
+            _print_figures(piece.completion)
+
+
+def _print_blocks(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> None:
+    """A heading and an answer for each prompt, in their order."""
+    for completion in _in_order(pieces, len(prompts)):
+        prompt = prompts[completion.index]
+        heading = json.dumps(prompt, ensure_ascii=False)
+        print(f"{completion.index + 1}. {heading if len(heading) <= 100 else heading[:97] + '...'}")
+        print(_printable(completion.text) or completion.ids, end="\n\n", flush=True)
+
+
+def _print_json(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> None:
+    from dataclasses import asdict
+
+    for completion in _in_order(pieces, len(prompts)):
+        figures = {"new_tokens": len(completion.ids), "tokens_per_second": round(completion.tokens_per_second, 2)}
+        print(json.dumps({"prompt": prompts[completion.index], **asdict(completion), **figures}, ensure_ascii=False), flush=True)
+
+
+def _in_order(pieces: Iterator[Piece], count: int) -> Iterator[Completion]:
+    """Answers in the order of their prompts, each as soon as those before it are there; a bar on stderr counts them."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    waiting: dict[int, Completion] = {}
+    following = 0
+    with Progress(console=Console(stderr=True), disable=count == 1 or not sys.stderr.isatty(), transient=True) as bar:
+        task = bar.add_task("prompts", total=count)
+        for piece in pieces:
+            if piece.completion:
+                waiting[piece.index] = piece.completion
+                bar.advance(task)
+            while following in waiting:
+                yield waiting.pop(following)
+                following += 1
+
+
+def _print_figures(completion: Completion) -> None:
+    from rich.console import Console
+
+    c = completion
+    Console(stderr=True, highlight=False).print(
+        f"{len(c.ids)} tokens after a prompt of {c.prompt_tokens}, {c.tokens_per_second:.1f} a second, ended by {c.finish}, "
+        f"cache {c.cache_bytes / 2**20:.2f} MiB, seed {c.seed}",
+        style="dim",
+        soft_wrap=True,
+    )
+
+
+def _printable(text: str) -> str:
+    """On a terminal, control characters as pictures: a model may write any byte, and escapes would command the terminal."""
+    if not sys.stdout.isatty():
+        return text
+    controls = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "\ufffd")
+    return text.translate(controls)
