@@ -43,7 +43,6 @@ def call(*arguments: str | Path) -> int:
         patch.setattr(sys, "argv", ["andromeda", "generate", *map(str, arguments)])
         with pytest.raises(SystemExit) as ended:
             cli.main()
-            sys.exit(0)
     return int(ended.value.code or 0)
 
 

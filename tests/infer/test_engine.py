@@ -260,7 +260,7 @@ def test_bad_requests_get_one_sentence(prompt: Any, wishes: dict[str, Any], word
 
 
 def test_the_prompt_at_fault_is_named() -> None:
-    with pytest.raises(RequestError, match="^Prompt 2 of 3: The prompt has 128 tokens"):
+    with pytest.raises(RequestError, match=r"^Prompt 2 of 3: The prompt has 128 tokens"):
         Engine(build()).stream([[1], [1] * 128, [2]])
 
 
