@@ -58,7 +58,7 @@ def build(
         "shard_tokens": shard_tokens,
     }
     config = _config({k: v for k, v in given.items() if v is not None})
-    with _progress() as report:
+    with progress() as report:
         manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
     _print(manifest, out, as_json)
 
@@ -95,7 +95,7 @@ def _config(values: dict[str, Any]) -> Any:
 
 
 @contextmanager
-def _progress() -> Iterator[Report]:
+def progress() -> Iterator[Report]:
     """A progress bar on stderr when that is a terminal, else silence."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn

@@ -16,8 +16,6 @@ from andromeda.data.shards import TokenArray
 
 IGNORE = -100
 """Target of a position that has nothing to predict."""
-CUTS = 1
-"""Keeps the order of rows apart from the order of documents under the same seed."""
 ROWS = 1
 """Keeps the order of rows apart from the order of documents under the same seed."""
 OPEN_ROWS = 64

@@ -174,7 +174,7 @@ def _from_row(where: str, row: Any, config: BuildConfig) -> Found:
     return Found(where, None, f"no text in field {config.text_field!r} (fields with text: {fields or 'none'})")
 
 
-def parquet_groups(path: Path) -> list[int]:
+def parquet_groups(path: str) -> list[int]:
     """Bytes of each row group of a .parquet; a file that is none has one group, which the reader then reports."""
     try:
         meta = _parquet(path).metadata
@@ -185,7 +185,7 @@ def parquet_groups(path: Path) -> list[int]:
     return [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
 
 
-def _parquet(path: str | Path) -> Any:
+def _parquet(path: str) -> Any:
     try:
         from pyarrow.parquet import ParquetFile
     except ImportError:

@@ -8,7 +8,6 @@ import sys
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from andromeda.data.readers import KNOWN, TEXT, open_dataset, parquet_groups, zs
 from andromeda.errors import ConfigError, DataError, nearest
 
 UNIT_BYTES = 4 << 20
+PACKAGES = frozenset({"site-packages", "dist-packages"})
 RANGE_BYTES = 64 << 20
 """Larger plain .jsonl files are read in ranges of this size, so that several workers share one file."""
 
@@ -69,14 +69,14 @@ def list_source(index: int, source: str, config: BuildConfig) -> Listing:
     if (path / MANIFEST).is_file():
         return _list_corpus(index, path)
     if path.is_dir():
-        return _list_files(index, source, _walk(path), config)
+        return _list_files(index, source, _walk(str(path)), config)
     if path.is_file():
         ending = _ending(path.name)
         if ending not in KNOWN and ending not in config.include:
             raise DataError(
                 f"{source} has an unknown ending{nearest(ending, KNOWN)}: known are {' '.join(KNOWN)}; `--include {ending}` reads it."
             )
-        return _list_files(index, source, iter([(path.name, path)]), config.model_copy(update={"include": ()}), only=ending)
+        return _list_files(index, source, iter([(path.name, str(path))]), config.model_copy(update={"include": ()}), only=ending)
     known = ["python"] if "/" not in source else []
     raise DataError(f"There is no file or folder {source}{nearest(source, known)}: check the path.")
 
@@ -87,31 +87,25 @@ def _ending(name: str) -> str:
     return next((e for e in KNOWN if name.endswith(e)), os.path.splitext(name)[1])
 
 
-def _walk(root: Path) -> Iterator[tuple[str, Path]]:
-    """Every file below a folder as (relative name, path), sorted; hidden folders are left out."""
+def _walk(root: str, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
+    """Every file below a folder as (relative name, path), sorted; hidden folders and those to skip are left out."""
     for folder, folders, names in os.walk(root):
-        folders[:] = sorted(f for f in folders if not f.startswith("."))
-        inside = Path(folder).relative_to(root).as_posix()
+        folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
+        inside = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if inside == "." else inside + "/"
         for name in sorted(names):
-            yield prefix + name, Path(folder, name)
+            yield prefix + name, os.path.join(folder, name)
 
 
-def _python_files() -> Iterator[tuple[str, Path]]:
-    """The .py files of this interpreter's standard library and installed packages."""
-    roots = {Path(sysconfig.get_paths()["stdlib"]): "stdlib"}
-    roots |= {Path(p): "packages" for p in sys.path if p.endswith(("site-packages", "dist-packages")) and os.path.isdir(p)}
-    real_folder = lru_cache(maxsize=None)(os.path.realpath)
-    seen: set[tuple[str, str]] = set()
-    for root, name in sorted(roots.items(), key=lambda item: -len(item[0].parts)):  # packages can lie inside the library
-        for relative, path in _walk(root):
-            real = real_folder(path.parent), path.name
-            if relative.endswith(".py") and real not in seen:
-                seen.add(real)
-                yield f"{name}/{relative}", path
+def _python_files() -> Iterator[tuple[str, str]]:
+    """The .py files of this interpreter's standard library and installed packages (which may lie inside the library)."""
+    packages = [p for p in sys.path if os.path.basename(p) in PACKAGES and os.path.isdir(p)]
+    roots = {os.path.realpath(sysconfig.get_paths()["stdlib"]): "stdlib"} | {os.path.realpath(p): "packages" for p in packages}
+    for root, label in roots.items():
+        yield from ((f"{label}/{name}", path) for name, path in _walk(root, PACKAGES) if name.endswith(".py"))
 
 
-def _list_files(index: int, source: str, found: Iterator[tuple[str, Path]], config: BuildConfig, only: str = "") -> Listing:
+def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], config: BuildConfig, only: str = "") -> Listing:
     """Group files into units: small text files together, large containers in ranges."""
     endings = (only,) if only else config.include or tuple(KNOWN)
     files, ignored = [], 0
@@ -133,7 +127,7 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, Path]], conf
             units += [*_flush(index, group, held), *_ranges(index, kind, name, path, size)]
             group, held = [], 0
             continue
-        group.append((name, str(path)))
+        group.append((name, path))
         held += size
         if held >= UNIT_BYTES or len(group) >= 2048:
             units += _flush(index, group, held)
@@ -141,10 +135,10 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, Path]], conf
     return Listing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
 
 
-def _stamp(digest: Any, name: str, path: Path) -> int:
+def _stamp(digest: Any, name: str, path: str) -> int:
     """Add a file's name, size and time to the digest; returns its size (0 when it cannot be asked)."""
     try:
-        status = path.stat()
+        status = os.stat(path)
         size, when = status.st_size, status.st_mtime_ns
     except OSError:
         size, when = 0, 0
@@ -156,9 +150,9 @@ def _flush(index: int, group: list[tuple[str, str]], held: int) -> list[Unit]:
     return [Unit(index, TEXT, tuple(group), size=held)] if group else []
 
 
-def _ranges(index: int, kind: str, name: str, path: Path, size: int) -> list[Unit]:
+def _ranges(index: int, kind: str, name: str, path: str, size: int) -> list[Unit]:
     """One container as units: byte ranges of a plain .jsonl, row groups of a .parquet, else the file as a whole."""
-    files = ((name, str(path)),)
+    files = ((name, path),)
     if kind == "jsonl":
         borders = [*range(0, max(size, 1), RANGE_BYTES), size]
         return [Unit(index, kind, files, a, b, b - a) for a, b in pairwise(borders)]

@@ -1,0 +1,71 @@
+"""`andromeda data` as a user meets it: output, exit codes, one sentence for each mistake."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from andromeda.cli.main import main
+from andromeda.data.manifest import Manifest
+from tests.data.conftest import texts, write_files
+
+
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:
+    monkeypatch.setattr(sys, "argv", ["andromeda", "data", *map(str, arguments)])
+    monkeypatch.setenv("COLUMNS", "200")
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = int(stop.code or 0)
+    out, err = capsys.readouterr()
+    return code, out, err
+
+
+def test_build_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, out = write_files(tmp_path / "raw", texts(60)), tmp_path / "out"
+    options = ["--tokenizer", "unigram", "--vocab", "300", "--special", "<|a|>", "--special", "<|b|>", "--workers", "1"]
+    code, text, err = run(monkeypatch, capsys, "build", raw, "--out", out, *options)
+    assert (code, err) == (0, "")
+    manifest = Manifest.load(out)
+    assert manifest.fingerprint in text
+    assert f"{manifest.splits['train'].tokens:,}" in text
+    code, shown, _ = run(monkeypatch, capsys, "show", out)
+    assert (code, shown) == (0, text)
+    code, shown, _ = run(monkeypatch, capsys, "show", out, "--json")
+    assert Manifest.model_validate_json(shown) == manifest
+    code, again, _ = run(monkeypatch, capsys, "build", raw, "--out", out, *options, "--json")
+    assert json.loads(again) == json.loads(shown)
+    code, shown, _ = run(monkeypatch, capsys, "show", out, "--verify")
+    assert "verified" in shown
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["build", "{raw}/missing.txt", "--out", "{out}"], "There is no file or folder"),
+        (["build", "{raw}", "--out", "{out}", "--tokenizer", "bpee"], "tokenizer = 'bpee'"),
+        (["build", "{raw}", "--out", "{out}", "--validation", "0.9"], "validation = 0.9"),
+        (["build", "{raw}", "--out", "{out}", "--vocab", "0"], "vocab_size = 0"),
+        (["build", "{raw}", "--out", "{out}", "--vocab", "50"], "too small"),
+        (["build", "{raw}", "--out", "{out}", "--vocab", "999999"], "allows a bpe vocabulary of only"),
+        (["build", "{raw}", "--out", "{raw}"], "not empty"),
+        (["build", "{raw}", "--out", "{raw}/00000.txt"], "is a file"),
+        (["build", "{raw}", "--out", "/proc/nothing"], "/proc/nothing"),
+        (["show", "{raw}"], "no finished corpus"),
+        (["show", "{raw}/missing"], "no finished corpus"),
+    ],
+)
+def test_mistakes_end_with_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
+) -> None:
+    raw = write_files(tmp_path / "raw", texts(20))
+    code, out, err = run(monkeypatch, capsys, *(a.format(raw=raw, out=tmp_path / "out") for a in arguments))
+    assert (code, out) == (2, "")
+    assert err.startswith("andromeda: ")
+    assert err.count("\n") == 1
+    assert sentence in err
+    assert len(list(raw.iterdir())) == 20
