@@ -1,0 +1,45 @@
+"""`andromeda demo`."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from andromeda.cli.data import progress
+
+
+def demo(
+    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to preset nano: key.path=value.")] = None,
+    out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
+    corpus: Annotated[Path, typer.Option(help="The corpus folder, made on the first call.")] = Path("corpora/python"),
+) -> None:
+    """Train a small model on this machine's own Python sources and read what it writes. Run it again after an interruption."""
+    from andromeda.api import Andromeda
+    from andromeda.study import demo as steps
+    from andromeda.train.screen import build_screen
+
+    print(f"Corpus: the Python sources of {sys.executable}, in {corpus}", flush=True)
+    with progress() as report:
+        manifest = steps.build_corpus(corpus, os.cpu_count() or 1, report)
+    train, held_out = (manifest.splits[name] for name in ("train", "val"))
+    print(f"  {train.documents:,} documents, {train.tokens:,} tokens to learn from; {held_out.bytes:,} bytes held out")
+
+    config = steps.configuration(corpus, list(overrides or []))
+    print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
+    result = steps.train_or_go_on(config, out, build_screen(config.train.steps, False))
+    if result.signal:
+        print("Interrupted; the state is saved. Run the same command to go on.")
+        raise typer.Exit(128 + result.signal)
+
+    model = Andromeda.from_run(out)
+    print("\nWhat it writes:\n")
+    steps.write_samples(model, out, lambda piece: print(piece, end="", flush=True))
+    measured = steps.measure(model, config, corpus, out)
+    print(f"bits per byte: held-out {measured.held_out:.3f}, xz {measured.xz:.3f}, zlib {measured.zlib:.3f}")
+    print(f"parameters: {measured.parameters:,}")
+    print(f"training: {measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.tokens_per_second:,.0f} tokens/s")
+    print(f"run folder: {out}")
