@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from andromeda.config.train import Optim
 from andromeda.optim import state
-from andromeda.optim.eightbit import adamw8bit, quantisable
+from andromeda.optim.eightbit import Compile, adamw8bit, quantisable
 from andromeda.optim.groups import ROLES, Role, roles
 from andromeda.optim.muon import Muon
 
@@ -82,13 +83,14 @@ class Optimizer:
             yield from part.param_groups
 
 
-def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
+def build_optimizer(model: nn.Module, config: Optim, compile: Compile = "auto") -> Optimizer:
     """The optimizer that `config` names, over the trainable parameters of `model` (not of its compiled wrapper).
 
     - `adamw`: AdamW (arXiv 1711.05101) for everything.
     - `adamw8bit`: 8-bit moments for matrices and the head; embeddings and small tensors keep 32 bits.
     - `muon`: Muon for matrices, AdamW for the rest.
 
+    `compile` is `train.compile`, for `adamw8bit` alone: the others are kernels or matrix products already.
     Weight decay is decoupled and applied to matrices only. Raises MissingExtra without torchao, ConfigError for a role
     that does not exist.
     """
@@ -98,8 +100,12 @@ def build_optimizer(model: nn.Module, config: Optim) -> Optimizer:
     for parameter, name in names.items():
         by_role[every_role[name]].append(parameter)
     groups = [_group(role, params, config) for role, params in by_role.items() if params]
-    parts = {"adamw": _adamw, "adamw8bit": _adamw8bit, "muon": _muon}[config.kind](groups, config)
-    return Optimizer(config.kind, parts, names, momentum_warmup(config))
+    makers: dict[str, Callable[[Groups, Optim], list[torch.optim.Optimizer]]] = {
+        "adamw": _adamw,
+        "adamw8bit": partial(_adamw8bit, compile=compile),
+        "muon": _muon,
+    }
+    return Optimizer(config.kind, makers[config.kind](groups, config), names, momentum_warmup(config))
 
 
 def momentum_warmup(config: Optim) -> Callable[[int], float]:
@@ -132,7 +138,7 @@ def _adamw(groups: Groups, config: Optim) -> list[torch.optim.Optimizer]:
     return [torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)]
 
 
-def _adamw8bit(groups: Groups, config: Optim) -> list[torch.optim.Optimizer]:
+def _adamw8bit(groups: Groups, config: Optim, compile: Compile) -> list[torch.optim.Optimizer]:
     large: Groups = []
     small: Groups = []
     for group in groups:
@@ -141,7 +147,7 @@ def _adamw8bit(groups: Groups, config: Optim) -> list[torch.optim.Optimizer]:
             params = [p for p, fit in zip(group["params"], fits, strict=True) if fit is wanted]
             if params:
                 target.append({**group, "params": params})
-    eight = [adamw8bit(large, betas=config.betas, eps=config.eps)] if large else []
+    eight = [adamw8bit(large, compile, betas=config.betas, eps=config.eps)] if large else []
     return [*eight, *_adamw(small, config)]
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -16,17 +17,23 @@ BLOCK = 256
 SMALLEST = 4096
 """Tensors with fewer elements keep 32-bit moments, as the paper does: they cost nothing and are often the sensitive ones."""
 
+WORTH_IT = 1 << 20
+"""Elements from which a run of a few hundred steps on a CPU wins back the time that compiling takes."""
+
+Compile = Literal["auto", "on", "off"]
+
 
 def quantisable(parameter: Tensor) -> bool:
     """Whether torchao would store this parameter's moments in 8 bits."""
     return parameter.numel() >= SMALLEST and parameter.numel() % BLOCK == 0
 
 
-def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Optimizer:
+def adamw8bit(groups: list[dict[str, Any]], compile: Compile, **settings: Any) -> torch.optim.Optimizer:
     """torchao's AdamW8bit over `groups`, in which each learning rate is a tensor that is changed by `fill_`.
 
-    Its step compiles itself, once for every shape: about 36 s on a CPU before the first update. There the step is run
-    eagerly instead (measured 3 to 4 times slower than compiled, still below the cost of a forward pass); on a GPU it is compiled.
+    Its step compiles itself, once for every shape, which takes a minute on a CPU before the first update (seconds when
+    it is cached); run eagerly it costs 7 times more a step. `auto` therefore compiles on a GPU, and on a CPU where there
+    are enough elements and a C++ compiler (docs/optim.md has the measurement).
 
     Raises MissingExtra when torchao is not installed.
     """
@@ -43,8 +50,14 @@ def adamw8bit(groups: list[dict[str, Any]], **settings: Any) -> torch.optim.Opti
             with torch.compiler.set_stance("force_eager"):
                 return super().step(closure)
 
-    on_cpu = all(p.device.type == "cpu" for group in groups for p in group["params"])
-    return (Eager if on_cpu else AdamW8bit)(groups, block_size=BLOCK, **settings)
+    compiled = compile == "on" or (compile == "auto" and _worth_compiling([p for group in groups for p in group["params"]]))
+    return (AdamW8bit if compiled else Eager)(groups, block_size=BLOCK, **settings)
+
+
+def _worth_compiling(parameters: list[Tensor]) -> bool:
+    if any(p.device.type != "cpu" for p in parameters):
+        return True
+    return sum(p.numel() for p in parameters) >= WORTH_IT and bool(shutil.which("g++") or shutil.which("clang++"))
 
 
 def pack(state: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:

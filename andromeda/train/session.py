@@ -101,7 +101,7 @@ def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> 
     model = Transformer(config.model, seed=config.seed).to(device)
     return Session(
         model,
-        build_optimizer(model, train.optim),
+        build_optimizer(model, train.optim, train.compile),
         build_precision(train.precision, device),
         BadSteps(train.guard),
         build_average(model, train.ema),

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import random
+import shutil
 import sys
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from andromeda.config.train import Optim
 from andromeda.errors import CheckpointError, MissingExtra
-from andromeda.optim import Optimizer, build_optimizer
+from andromeda.optim import Optimizer, build_optimizer, eightbit
 
 KINDS = ["adamw", "adamw8bit", "muon"]
 
@@ -131,6 +133,36 @@ def test_eight_bit_stays_near_32_bits() -> None:
     before, after, eight = (model.get_parameter("blocks.0.weight") for model in (start, wide, narrow))
     moved, apart = (after - before).norm(), (after - eight).norm()
     assert 0 < apart / moved < 0.05
+
+
+@pytest.mark.parametrize(
+    ("compile", "elements", "compiler", "compiled"),
+    [
+        ("off", 1, "g++", False),
+        ("on", 1 << 40, None, True),
+        ("auto", 1 << 40, "g++", False),
+        ("auto", 1, None, False),
+        ("auto", 1, "g++", True),
+    ],
+)
+def test_eight_bit_compiles_where_it_pays(
+    monkeypatch: pytest.MonkeyPatch, compile: Any, elements: int, compiler: str | None, compiled: bool
+) -> None:
+    """What is asked for, and of itself only with enough elements and a compiler: seen by the stance of its step."""
+    stances: list[str] = []
+
+    def watched(stance: str) -> contextlib.AbstractContextManager[None]:
+        stances.append(stance)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(eightbit, "WORTH_IT", elements)
+    monkeypatch.setattr(shutil, "which", lambda name: compiler)
+    model = Tiny()
+    optimizer = build_optimizer(model, Optim(kind="adamw8bit"), compile)
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    monkeypatch.setattr(torch.compiler, "set_stance", watched)
+    train(model, optimizer, 1)
+    assert stances == ([] if compiled else ["force_eager"])
 
 
 def test_eight_bit_without_torchao_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
