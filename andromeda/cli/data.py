@@ -21,21 +21,21 @@ Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON."
 
 @app.command()
 def build(
-    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, folders, hf:NAME[:CONFIG][:SPLIT], or `python`.")],
+    sources: Annotated[list[str], typer.Argument(metavar="SRC", help="Files, folders, hf:NAME[:CONFIG][:SPLIT], or `python`.")],
     out: Annotated[Path, typer.Option(help="Folder of the corpus.")],
     tokenizer: Annotated[str | None, typer.Option(help="bpe (default), unigram or bytes.")] = None,
     vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary (4096; bytes: 257).")] = None,
     tokenizer_path: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
     special: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
-    digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe).")] = None,
-    validation: Annotated[float | None, typer.Option(help="Share of documents held out.")] = None,
-    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets.")] = None,
+    digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe; 2).")] = None,
+    validation: Annotated[float | None, typer.Option(help="Share of documents held out (0.01).")] = None,
+    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets (text).")] = None,
     include: Annotated[list[str] | None, typer.Option(help="An ending to read, such as .py; may be repeated.")] = None,
     shortest: Annotated[int | None, typer.Option(help="Skip documents of fewer bytes.")] = None,
     longest: Annotated[int | None, typer.Option(help="Skip documents of more bytes.")] = None,
     cut: Annotated[int | None, typer.Option(help="Cut longer documents at line ends into pieces of this many bytes.")] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Read this many bytes of each source.")] = None,
-    shard_tokens: Annotated[int | None, typer.Option(help="Tokens of one shard.")] = None,
+    shard_tokens: Annotated[int | None, typer.Option(help="Tokens of one shard (16 Mi).")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -77,6 +77,30 @@ def show(
     _print(manifest, folder, as_json)
     if verify and not as_json:
         print("verified    every shard, the document borders, the tokenizer and the held-out text")
+
+
+@app.command()
+def compare(
+    folders: Annotated[list[Path], typer.Argument(metavar="DIR", help="Corpora of the same documents with different tokenizers.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Measure the tokenizers of corpora on the same held-out bytes."""
+    import json
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    from andromeda.data.compare import compare as measure
+
+    figures = measure(folders)
+    if as_json:
+        print(json.dumps([asdict(f) for f in figures], indent=2))
+        return
+    table = Table("corpus", "tokenizer", "entries", "bytes/token", "tokens/word", "entries used")
+    for f in figures:
+        table.add_row(f.folder, f.kind, f"{f.vocab_size:,}", f"{f.bytes_per_token:.3f}", f"{f.tokens_per_word:.3f}", f"{f.used:.1%}")
+    Console().print(table)
 
 
 def _config(values: dict[str, Any]) -> Any:

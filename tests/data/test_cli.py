@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from andromeda.cli.main import main
 from andromeda.data.manifest import Manifest
@@ -43,6 +44,23 @@ def test_build_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "verified" in shown
 
 
+def test_compare_counts_on_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raw = write_files(tmp_path / "raw", texts(60))
+    for kind, vocab in (("bytes", "257"), ("bpe", "300")):
+        run(monkeypatch, capsys, "build", raw, "--out", tmp_path / kind, "--tokenizer", kind, "--vocab", vocab, "--workers", "1")
+    code, out, _ = run(monkeypatch, capsys, "compare", tmp_path / "bytes", tmp_path / "bpe", "--json")
+    raw_bytes, pairs = json.loads(out)
+    held_out = (tmp_path / "bytes" / "val.txt").read_bytes()
+    assert code == 0
+    assert raw_bytes["bytes_per_token"] == 1.0
+    assert raw_bytes["tokens_per_word"] == len(held_out) / len(held_out.split())
+    assert raw_bytes["used"] == (len(set(held_out)) + 1) / 257
+    library = tokenizers.Tokenizer.from_file(str(tmp_path / "bpe" / "tokenizer" / "tokenizer.json"))
+    documents = [t for t in texts(60) if t.encode() in held_out]
+    assert pairs["bytes_per_token"] == len(held_out) / sum(len(library.encode(t).ids) for t in documents)
+    assert "100.0%" not in run(monkeypatch, capsys, "compare", tmp_path / "bytes")[1]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -57,6 +75,7 @@ def test_build_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
         (["build", "{raw}", "--out", "/proc/nothing"], "/proc/nothing"),
         (["show", "{raw}"], "no finished corpus"),
         (["show", "{raw}/missing"], "no finished corpus"),
+        (["compare", "{raw}"], "no held-out text"),
     ],
 )
 def test_mistakes_end_with_one_sentence(
