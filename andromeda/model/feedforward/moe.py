@@ -84,7 +84,7 @@ class Router(nn.Module):
         self.load += load
         if self.balance != "loss":
             return gates
-        loss = self.rate * balance_loss(scores, load / chosen.shape[0], self.active)
+        loss = self.rate * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
         return AddGradient.apply(gates, loss, self.loss_scale.to(loss.dtype))
 
     @torch.no_grad()
@@ -98,7 +98,7 @@ class Router(nn.Module):
 def balance_loss(scores: Tensor, fraction: Tensor, active: int) -> Tensor:
     """(E/k) sum_i f_i P_i for scores (N, E) and the fraction of tokens (E,) that chose each expert: 1 when balanced, E/k collapsed."""
     probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
-    return scores.shape[-1] / active * (fraction.to(scores.dtype) * probability).sum()
+    return scores.shape[-1] / active * (fraction * probability).sum()
 
 
 class Experts(nn.Module):
