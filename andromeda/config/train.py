@@ -100,6 +100,8 @@ class Log(Part):
 
     every: PositiveInt = 10
     """Steps between lines."""
+    health: NonNegativeInt = 0
+    """Steps between measurements of updates, activations and attention logits, each of which costs a forward pass; 0 is off."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
     wandb: bool = False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,8 +12,10 @@ from andromeda.errors import AndromedaError
 from andromeda.optim import build_schedule
 from andromeda.train import checkpoint
 from andromeda.train.folder import RunFolder
+from andromeda.train.health import Health
 from andromeda.train.metrics import MetricsFile, Sink
 from andromeda.train.objective import NextToken
+from andromeda.train.probes import Probes
 from andromeda.train.rows import Rows
 from andromeda.train.screen import Screen
 from andromeda.train.session import Session
@@ -36,6 +39,7 @@ class Surroundings:
     folder: RunFolder
     stream: Stream
     validation: Validation
+    probes: Probes
     metrics: MetricsFile
     sinks: list[Sink]
     screen: Screen
@@ -53,6 +57,7 @@ class Loop:
         self._window = build_window(train.window, train.steps)
         self._objective = NextToken(session.model, train.z_loss)
         self._step = Stepper(session, self._objective, train)
+        self._health = Health(session.model, session.precision)
         self._saved = session.cursor.step
 
     def run(self) -> None:
@@ -72,11 +77,13 @@ class Loop:
         """One step of the run."""
         session, cursor, size = self._session, self._session.cursor, self._train.batch
         first = session.guard.next_row(cursor.rows)
-        with self._around.speed.running(size, cursor):
+        with self._around.speed.running(0, cursor):
             batch = self._around.stream.rows(first, size)
-            session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
-            rows = Rows.of(batch, self._config.data.document_mask)
-            outcome = self._step(Work(rows, batch.tokens, (first, first + size), self._window(cursor.step)))
+        work = Work(Rows.of(batch, self._config.data.document_mask), batch.tokens, (first, first + size), self._window(cursor.step))
+        session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
+        watched = self._due(self._train.log.health, cursor.step + 1)
+        with self._health.watching(work.rows) if watched else nullcontext(), self._around.speed.running(size, cursor):
+            outcome = self._step(work)
         cursor.step, cursor.rows = cursor.step + 1, first + size
         if outcome.bad is None:
             cursor.tokens += batch.tokens
@@ -86,16 +93,23 @@ class Loop:
 
     def _observe(self) -> None:
         """Figures and checkpoints that are due after this step."""
-        step, train = self._session.cursor.step, self._train
-        last = step == train.steps
-        if last or step % train.log.every == 0:
+        session, step, train = self._session, self._session.cursor.step, self._train
+        if self._due(train.log.every, step):
             self._write(self._figures())
-        if train.eval_every and (last or step % train.eval_every == 0):
-            self._write(self._around.validation(self._session.model, self._objective, self._session.precision))
+        if self._due(train.log.health, step):
+            self._write(self._health.figures)
+        if self._due(train.eval_every, step):
+            self._write(self._around.validation(session.model, self._objective, session.precision))
+        if self._due(train.probes.every, step):
+            self._write(self._around.probes(session.model, session.precision))
         every = train.checkpoints.every
         # A checkpoint between two bad steps would be one that a rollback cannot use: it waits for a good step.
-        if every and step // every > self._saved // every and self._session.guard.healthy:
+        if every and step // every > self._saved // every and session.guard.healthy:
             self._save()
+
+    def _due(self, every: int, step: int) -> bool:
+        """Whether what happens `every` steps (0: never) happens after this one; all of it happens after the last."""
+        return bool(every) and (step == self._train.steps or step % every == 0)
 
     def _figures(self) -> dict[str, Any]:
         session = self._session

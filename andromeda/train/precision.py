@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.errors import ConfigError
+from andromeda.model.transformer import Transformer
 
 
 class Precision:
@@ -26,7 +27,7 @@ class Precision:
         self.device = device
         self._one = torch.ones((), device=device)
 
-    def prepare(self, model: nn.Module) -> nn.Module:
+    def prepare(self, model: Transformer) -> Transformer:
         """The model with whatever the products need exchanged in it; float32 weights stay the ones that are trained."""
         return model
 

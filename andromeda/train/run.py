@@ -16,6 +16,7 @@ from andromeda.train.folder import RunFolder
 from andromeda.train.loop import Loop, Surroundings
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import MetricsFile, build_sinks
+from andromeda.train.probes import build_probes
 from andromeda.train.screen import Screen, Silent
 from andromeda.train.session import Session, build_session
 from andromeda.train.signals import Signals
@@ -59,7 +60,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
     changes = _changes(folder, config, resume)
     stream = open_stream(config.data, stream_length(config), config.seed)
     session = _session(config, stream)
-    validation = _validation(config)
+    validation, probes = _validation(config), build_probes(config, stream)
     folder.create()
     folder.lock()
     try:
@@ -74,7 +75,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
             metrics.cut(kept)
             speed = Speed(config.model, stream_length(config), session.precision)
             try:
-                Loop(config, session, Surroundings(folder, stream, validation, metrics, sinks, screen, signals, speed)).run()
+                Loop(config, session, Surroundings(folder, stream, validation, probes, metrics, sinks, screen, signals, speed)).run()
             finally:
                 for sink in (metrics, *sinks, screen):
                     sink.close()

@@ -58,7 +58,8 @@ class Lines(Silent):
 
     def write(self, step: int, figures: Figures) -> None:
         """One line."""
-        print(f"step {step}/{self._steps}  {describe(figures)}", flush=True)
+        if shown := describe(figures):
+            print(f"step {step}/{self._steps}  {shown}", flush=True)
 
     def note(self, text: str) -> None:
         """One line."""
@@ -85,8 +86,8 @@ class Live(Silent):
         """Into the bar, or above it."""
         if "loss" in figures:
             self._progress.update(self._task, completed=step, figures=describe(figures))
-        else:
-            self._progress.console.print(f"step {step}/{self._steps}  {describe(figures)}", highlight=False)
+        elif shown := describe(figures):
+            self._progress.console.print(f"step {step}/{self._steps}  {shown}", highlight=False)
 
     def note(self, text: str) -> None:
         """Above the bar."""
@@ -114,6 +115,9 @@ FORMATS = {
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.1%}"),
     "memory_gib": ("GiB", "{:.2f}"),
+    "update_ratio/matrix": ("update/weight of matrices", "{:.2g}"),
+    "activation_max": ("largest activation", "{:.3g}"),
+    "attention_logit_bound": ("attention logit", "{:.3g}"),
 }
 """How figures are shown; those not here stay in metrics.jsonl."""
 

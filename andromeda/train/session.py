@@ -14,10 +14,12 @@ from andromeda.model.transformer import Transformer
 from andromeda.optim import Optimizer, build_optimizer
 from andromeda.train import randomness
 from andromeda.train.checkpoint import Snapshot
+from andromeda.train.compiling import compile_blocks
 from andromeda.train.ema import build_average
 from andromeda.train.guard import BadSteps
 from andromeda.train.meter import Meter
 from andromeda.train.precision import Precision, build_precision
+from andromeda.train.recompute import checkpoint_blocks
 
 
 @dataclass
@@ -98,11 +100,14 @@ def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> 
     """A run at its beginning."""
     randomness.seed_all(config.seed)
     train = config.train
-    model = Transformer(config.model, seed=config.seed).to(device)
+    precision = build_precision(train.precision, device)
+    model = precision.prepare(Transformer(config.model, seed=config.seed).to(device))
+    checkpoint_blocks(model, train.checkpointing)
+    compile_blocks(model, config, device)
     return Session(
         model,
         build_optimizer(model, train.optim, train.compile),
-        build_precision(train.precision, device),
+        precision,
         BadSteps(train.guard),
         build_average(model, train.ema),
         Meter(device),
