@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+from typing import Any, cast
 
 import typer
 
@@ -16,6 +17,9 @@ from andromeda.cli.doctor import doctor
 from andromeda.cli.generate import generate
 from andromeda.cli.train import train
 from andromeda.errors import AndromedaError
+
+WRONG_CALL = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""UsageError, which typer raises for every call that it cannot read, and does not export."""
 
 app = typer.Typer(
     name="andromeda",
@@ -34,7 +38,13 @@ app.command()(generate)
 def main() -> None:
     """Run the command line; bad input ends with its sentence on stderr and exit code 2."""
     try:
-        app()
+        # Not standalone: typer would print a wrong call as a box of several lines instead of one sentence.
+        code = app(standalone_mode=False)
+        sys.exit(code if isinstance(code, int) else 0)
+    except WRONG_CALL as error:
+        _refuse_call(error)
+    except typer.Abort:
+        sys.exit(130)
     except AndromedaError as error:
         print(f"andromeda: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
@@ -45,6 +55,15 @@ def main() -> None:
         # The reader of our output went away (`| head`): point stdout elsewhere so that the interpreter's flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _refuse_call(error: Any) -> None:
+    """A call that the command line does not understand. Without any arguments the help has been printed, which says enough."""
+    sentence = error.format_message().rstrip(".")
+    if sentence:
+        command = error.ctx.command_path if error.ctx else "andromeda"
+        print(f"andromeda: {sentence}: see `{command} --help`.", file=sys.stderr)
+    sys.exit(error.exit_code)
 
 
 if __name__ == "__main__":
