@@ -1,5 +1,6 @@
-"""What the loss, the optimizers and the clippers cost on one CPU core: `python benchmarks/optim.py [seconds] > benchmarks/results/optim.json`.
+"""What the loss, the optimizers and the clippers cost on one CPU core.
 
+`python benchmarks/optim.py [seconds] > benchmarks/results/optim.json`
 CPU time of one thread, the least of many interleaved rounds, so that other work on the machine changes little.
 """
 

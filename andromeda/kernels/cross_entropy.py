@@ -19,7 +19,7 @@ IGNORED = -100
 """The target of a token that does not count."""
 
 _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Logits of one chunk: on a CPU what its cache holds, elsewhere what keeps the products large (measured: docs/optim.md)."""
+"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 1 GiB, so that its products are large."""
 _CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
 

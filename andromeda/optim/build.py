@@ -21,8 +21,7 @@ Groups = list[dict[str, Any]]
 class Optimizer:
     """One or several torch optimizers that together hold every trainable parameter exactly once.
 
-    `parts` are the torch optimizers (a gradient scaler steps and unscales them one by one). Each of their groups has, beside
-    torch's own entries, `role` and `base_lr`.
+    `parts` are the torch optimizers; each of their groups has, beside torch's own entries, `role` and `base_lr`.
     """
 
     def __init__(
