@@ -6,8 +6,33 @@ shift: the last few vectors). Without a cache, `Nothing` answers the same calls,
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class LayerContents:
+    """What one layer remembers."""
+
+    buffers: tuple[Tensor, ...]
+    """Keys and values (B, S, G, D) of all tokens seen."""
+    recent: dict[str, Tensor]
+    """Shifted vectors (B, count, C) by slot."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that a cache holds, for another kind of cache to go on from."""
+
+    layers: dict[int, LayerContents]
+    documents: Tensor
+    """Document numbers (B, S) of all tokens seen; zeros where none were given."""
+    last_position: Tensor
+    """(B, 1), or (1, 1) where all rows are alike."""
+    length: int | Tensor
+    """Tokens seen."""
 
 
 class State:
@@ -25,7 +50,7 @@ class State:
 class Nothing:
     """The identity cache of a forward pass over whole sequences."""
 
-    length = 0
+    length: int | Tensor = 0
 
     def __init__(self) -> None:
         self._state = State()
@@ -94,6 +119,19 @@ class Cache(Nothing):
         self._documents = None if self._documents is None else self._documents[rows]
         if self._last_position is not None and self._documents is not None:
             self._last_position = self._last_position[rows]
+
+    def contents(self) -> Contents:
+        """All that it holds. Raises ValueError when it has seen nothing yet."""
+        if self._last_position is None or not self._states:
+            raise ValueError("a cache that has seen no token has no contents")
+        layers = {
+            layer: LayerContents(tuple(x[:, : self.length] for x in state.buffers), state.recent) for layer, state in self._states.items()
+        }
+        documents = self._documents
+        if documents is None:
+            x = next(x for state in self._states.values() for x in (*state.buffers, *state.recent.values()))
+            documents = torch.zeros(x.shape[0], self.length, dtype=torch.long, device=x.device)
+        return Contents(layers, documents, self._last_position, self.length)
 
     def bytes(self) -> int:
         """Memory held by the buffers, in bytes."""

@@ -36,7 +36,7 @@ def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
         if parameter.ndim < 2 or "qk_norm" in name or id(parameter) in kept:
             continue
         # Drawn on the CPU in float32, so that a seed gives one model whatever the device and precision.
-        drawn = torch.randn(parameter.shape, generator=generator) * _std(name, parameter, config)
+        drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float32, device="cpu") * _std(name, parameter, config)
         with torch.no_grad():
             parameter.copy_(drawn)
 

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from andromeda.config.derived import hidden_width
@@ -70,7 +71,10 @@ class Router(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> gates (N, k) and the experts chosen (N, k)."""
-        scores = self.score(self.project(x).to(torch.promote_types(x.dtype, torch.float32)))
+        # In float32 whatever the precision (arXiv 2101.03961, section 2.4): a rounded score sends the token to another expert.
+        wide = torch.promote_types(x.dtype, torch.float32)
+        with torch.autocast(x.device.type, enabled=False):
+            scores = self.score(F.linear(x.to(wide), self.project.weight.to(wide)))
         chosen = (scores + self.bias).topk(self.active, -1).indices
         gates = scores.gather(-1, chosen)
         if self.normalise:

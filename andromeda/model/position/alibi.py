@@ -71,7 +71,7 @@ class FoldedBias(NoBias):
 class NoAlibi(nn.Module):
     """No bias."""
 
-    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
         """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
         return NoBias()
 
@@ -87,7 +87,7 @@ class Alibi(NoAlibi):
         """Slope of every query head (H,) in float64, zero where there is no bias."""
         return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))
 
-    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
         """Slopes for the kernel."""
         return SlopeBias(self.head_slopes(device))
 
@@ -95,8 +95,8 @@ class Alibi(NoAlibi):
 class FoldedAlibi(Alibi):
     """The same bias, carried by the last four dimensions of queries and keys."""
 
-    def forward(self, start: int, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
         """Slopes and digits."""
-        index = torch.arange(start, start + length, device=device)
+        index = start + torch.arange(length, device=device)
         digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)
         return FoldedBias(self.head_slopes(device), digits)
