@@ -10,6 +10,7 @@ from pydantic.fields import FieldInfo
 
 from andromeda.config.base import Part
 from andromeda.config.run import RunConfig
+from andromeda.errors import ConfigError
 
 
 def walk(part: type[Part], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
@@ -49,12 +50,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def place(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value at a dotted path, making the tables on the way. A plain value in the way stays, for the types to refuse."""
+    """Put a value at a dotted path, making the tables on the way. Raises ConfigError when a plain value is in the way."""
     *tables, last = path.split(".")
-    for name in tables:
+    for depth, name in enumerate(tables, 1):
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
-            return
+            raise ConfigError(
+                f"{path} cannot be set beside {'.'.join(tables[:depth])}, which is a value and no table: leave one of them out."
+            )
     values[last] = value
 
 

@@ -112,13 +112,14 @@ def _read(source: str) -> Values:
     if source in presets():
         return _preset(source)
     try:
-        return tomllib.loads(_file(source).read_text("utf-8"))
+        path = _file(source)
+        return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{source[:200]} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
-        raise ConfigError(f"{source} is not a text file in UTF-8.") from None
+        raise ConfigError(f"{path} is not a text file in UTF-8.") from None
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{source} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
+        raise ConfigError(f"{path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
 
 
 def _file(source: str) -> Path:

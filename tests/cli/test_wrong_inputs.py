@@ -1,0 +1,245 @@
+"""Every kind of bad input, through the command line as a user types it: one sentence, exit code 2, no traceback, nothing lost."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from andromeda.cli.main import main
+
+MODEL = [
+    "model.width=16",
+    "model.depth=1",
+    "model.context=32",
+    "model.attention.heads=2",
+    "model.attention.kv_heads=1",
+    "model.attention.head_dim=8",
+    "model.vocab_size=257",
+]
+RUN = [
+    *MODEL,
+    "train.steps=2",
+    "train.batch=2",
+    "train.schedule.cooldown=1",
+    "train.schedule.warmup=0",
+    "train.compile=off",
+    "train.device=cpu",
+]
+
+
+def call(*arguments: str) -> int:
+    """The command line in this process; the exit code."""
+    before, sys.argv = sys.argv, ["andromeda", *arguments]
+    try:
+        with pytest.raises(SystemExit) as end:
+            main()
+    finally:
+        sys.argv = before
+    return int(end.value.code or 0)
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A corpus of bytes and a run of two steps, to be copied."""
+    place = tmp_path_factory.mktemp("made")
+    texts = place / "texts"
+    texts.mkdir()
+    for i in range(40):
+        (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus\n" * 3)
+    assert (
+        call("data", "build", str(texts), "--out", str(place / "corpus"), "--tokenizer", "bytes", "--validation", "0.2", "--workers", "1")
+        == 0
+    )
+    assert call("train", "nano", *RUN, f"data.corpus={place / 'corpus'}", "--out", str(place / "run")) == 0
+    return place
+
+
+@pytest.fixture
+def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh copy to break, as the working folder."""
+    shutil.copytree(made, tmp_path / "w")
+    monkeypatch.chdir(tmp_path / "w")
+    return tmp_path / "w"
+
+
+def truncate(name: str, keep: int) -> Callable[[Path], None]:
+    def act(place: Path) -> None:
+        for path in sorted(place.glob(name)):
+            path.write_bytes(path.read_bytes()[:keep])
+
+    return act
+
+
+def write(name: str, content: bytes) -> Callable[[Path], None]:
+    def act(place: Path) -> None:
+        (place / name).parent.mkdir(parents=True, exist_ok=True)
+        (place / name).write_bytes(content)
+
+    return act
+
+
+def remove(name: str) -> Callable[[Path], None]:
+    def act(place: Path) -> None:
+        for path in place.glob(name):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+    return act
+
+
+def nothing(place: Path) -> None:
+    """The place as it is."""
+
+
+TRAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "new"]
+AGAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "run"]
+BUILD = ["data", "build", "texts", "--out", "built", "--workers", "1"]
+WRITE = ["generate", "run", "the", "--device", "cpu"]
+
+# name, what is done to the folder, the command, a part of the sentence
+CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
+    ("no such verb", nothing, ["trian"], "trian"),
+    ("no such option", nothing, ["train", "--bogus"], "--bogus"),
+    ("option without a value", nothing, ["train", "nano", "--out"], "--out"),
+    # configuration
+    ("unknown preset", nothing, ["train", "nanoo"], "nano"),
+    ("missing file", nothing, ["train", "missing.toml"], "missing.toml"),
+    ("binary junk as a file", write("junk.toml", b"\x00\xff\x00\x01"), ["train", "junk.toml"], "junk.toml"),
+    ("broken TOML", write("broken.toml", b"[model\nwidth = 3"), ["train", "broken.toml"], "broken.toml"),
+    ("empty override", nothing, [*TRAIN, "model.width="], "model.width"),
+    ("override that is no assignment", nothing, [*TRAIN, "model.width"], "model.width"),
+    ("unknown key", nothing, [*TRAIN, "model.widht=32"], "width"),
+    ("unknown table", nothing, [*TRAIN, "modle.width=32"], "model"),
+    ("key below a value", nothing, [*TRAIN, "model.width.x=3"], "model.width"),
+    ("text for a number", nothing, [*TRAIN, "model.depth=four"], "model.depth"),
+    ("fraction for a count", nothing, [*TRAIN, "model.depth=2.5"], "model.depth"),
+    ("negative count", nothing, [*TRAIN, "model.depth=-1"], "model.depth"),
+    ("zero heads", nothing, [*TRAIN, "model.attention.heads=0"], "model.attention.heads"),
+    ("not a number", nothing, [*TRAIN, "train.optim.lr=nan"], "train.optim.lr"),
+    ("negative rate", nothing, [*TRAIN, "train.optim.lr=-0.1"], "train.optim.lr"),
+    ("unknown optimizer", nothing, [*TRAIN, "train.optim.kind=moun"], "muon"),
+    ("unknown feed-forward", nothing, [*TRAIN, "model.feedforward.kind=swigl"], "swiglu"),
+    ("unknown backend", nothing, [*TRAIN, "model.attention.backend=flsh"], "flash"),
+    ("unknown mechanism", nothing, [*TRAIN, "model.attention.mechanism=sofmax"], "softmax"),
+    ("heads that do not divide", nothing, [*TRAIN, "model.attention.heads=3", "model.attention.kv_heads=2"], "kv_heads"),
+    ("more ALiBi heads than heads", nothing, [*TRAIN, "model.alibi.heads=9"], "model.alibi.heads"),
+    (
+        "more experts active than there are",
+        nothing,
+        [*TRAIN, "model.feedforward.kind=moe", "model.experts.active=99"],
+        "model.experts.active",
+    ),
+    ("xPos beyond its range", nothing, [*TRAIN, "model.rotary.kind=xpos", "model.context=400000"], "scale_base"),
+    ("scaling without rotation", nothing, [*TRAIN, "model.rotary.kind=none", "model.rotary.scaling.kind=yarn"], "scaling"),
+    ("embedding that cannot be imported", nothing, [*TRAIN, "model.embedding.kind=custom", "model.embedding.provider=no:Such"], "no"),
+    ("row longer than the context", nothing, [*TRAIN, "train.sequence=64"], "train.sequence"),
+    ("batch that does not divide", nothing, [*TRAIN, "train.batch=3", "train.micro_batch=2"], "micro_batch"),
+    ("cooldown longer than the run", nothing, [*TRAIN, "train.schedule.cooldown=50"], "cooldown"),
+    ("fp8 on a CPU", nothing, [*TRAIN, "train.precision=fp8"], "fp8"),
+    ("no such device", nothing, [*TRAIN, "train.device=tpu"], "tpu"),
+    ("a GPU that is not there", nothing, [*TRAIN, "train.device=cuda:99"], "cuda"),
+    ("vocabulary smaller than the corpus's", nothing, [*TRAIN, "model.vocab_size=100"], "vocab_size"),
+    # data
+    ("no corpus", nothing, ["train", "nano", *RUN, "--out", "new"], "data.corpus"),
+    ("corpus that is not there", nothing, [*TRAIN, "data.corpus=nowhere"], "nowhere"),
+    ("corpus and sources", nothing, [*TRAIN, 'data.sources=[{path="corpus"}]'], "data."),
+    ("folder that is no corpus", nothing, [*TRAIN, "data.corpus=texts"], "texts"),
+    ("truncated shard", truncate("corpus/train-*.bin", 1100), TRAIN, "truncated"),
+    ("shard of another kind", write("corpus/train-00000.bin", b"PK\x03\x04" * 600), TRAIN, "train-00000.bin"),
+    ("manifest that is no JSON", write("corpus/manifest.json", b"{"), TRAIN, "manifest"),
+    ("missing shard", remove("corpus/train-*.bin"), TRAIN, "train"),
+    ("missing source", nothing, ["data", "build", "nowhere", "--out", "built"], "nowhere"),
+    ("empty folder", lambda place: (place / "void").mkdir(), ["data", "build", "void", "--out", "built"], "void"),
+    ("only binary junk", write("junk/a.txt", b"\x00\xff" * 900), ["data", "build", "junk", "--out", "built", "--workers", "1"], "junk"),
+    ("only empty files", write("empty/a.txt", b""), ["data", "build", "empty", "--out", "built", "--workers", "1"], "empty"),
+    ("ending that is not known", write("x.exe", b"MZ text"), ["data", "build", "x.exe", "--out", "built"], "x.exe"),
+    ("broken lines", write("b.jsonl", b"{\n{\n"), ["data", "build", "b.jsonl", "--out", "built", "--workers", "1"], "b.jsonl"),
+    (
+        "field that no row has",
+        write("r.jsonl", b'{"body": "x"}\n'),
+        ["data", "build", "r.jsonl", "--out", "built", "--workers", "1"],
+        "text",
+    ),
+    ("parquet that is none", write("p.parquet", b"PAR0"), ["data", "build", "p.parquet", "--out", "built", "--workers", "1"], "p.parquet"),
+    ("unknown tokenizer", nothing, [*BUILD, "--tokenizer", "wordpiece"], "tokenizer"),
+    ("vocabulary too small", nothing, [*BUILD, "--vocab", "10"], "vocab"),
+    ("share that is none", nothing, [*BUILD, "--validation", "1.5"], "validation"),
+    ("out folder of another build", nothing, ["data", "build", "texts", "--out", "corpus", "--vocab", "300", "--workers", "1"], "corpus"),
+    ("out that is a file", write("afile", b"x"), ["data", "build", "texts", "--out", "afile", "--workers", "1"], "afile"),
+    ("show of nothing", nothing, ["data", "show", "nowhere"], "nowhere"),
+    # runs and checkpoints
+    ("run that exists", nothing, AGAIN, "--resume"),
+    ("resume of nothing", nothing, [*TRAIN, "--resume"], "new"),
+    ("resume with another model", nothing, [*AGAIN, "--resume", "model.width=32"], "model.width"),
+    ("resume with another seed", nothing, [*AGAIN, "--resume", "seed=7"], "seed"),
+    ("resume on other data", truncate("corpus/val-*.bin", 0), [*AGAIN, "--resume"], "val"),
+    ("run folder without configuration", remove("run/config.toml"), WRITE, "run"),
+    ("broken configuration of a run", write("run/config.toml", b"="), WRITE, "config.toml"),
+    ("no checkpoint left", remove("run/checkpoints/*"), WRITE, "checkpoint"),
+    ("truncated checkpoints", truncate("run/checkpoints/*/model.safetensors", 100), WRITE, "checkpoint"),
+    (
+        "checkpoints of junk",
+        lambda place: [p.write_bytes(b"\x80junk") for p in place.glob("run/checkpoints/*/*")] and None,
+        WRITE,
+        "checkpoint",
+    ),
+    ("step that was not kept", nothing, [*WRITE, "--step", "77"], "77"),
+    ("average that was not kept", nothing, [*WRITE, "--ema"], "ema"),
+    # generation
+    ("no run", nothing, ["generate", "nowhere", "the"], "nowhere"),
+    ("prompt too long", nothing, ["generate", "run", "x" * 100], "32"),
+    ("too many tokens asked for", nothing, [*WRITE, "--max-tokens", "1000"], "32"),
+    ("no tokens asked for", nothing, [*WRITE, "--max-tokens", "0"], "--max-tokens"),
+    ("negative temperature", nothing, [*WRITE, "--temperature", "-1"], "--temperature"),
+    ("temperature that is no number", nothing, [*WRITE, "--temperature", "nan"], "--temperature"),
+    ("share above one", nothing, [*WRITE, "--top-p", "1.5"], "--top-p"),
+    ("negative k", nothing, [*WRITE, "--top-k", "-3"], "--top-k"),
+    ("share below zero", nothing, [*WRITE, "--min-p", "-0.1"], "--min-p"),
+    ("penalty of zero", nothing, [*WRITE, "--repetition-penalty", "0"], "--repetition-penalty"),
+    ("empty stop", nothing, [*WRITE, "--stop", ""], "stop"),
+    ("prompt file that is not there", nothing, ["generate", "run", "--file", "nowhere.txt"], "nowhere.txt"),
+    ("prompt file that is empty", write("none.txt", b""), ["generate", "run", "--file", "none.txt"], "none.txt"),
+    ("prompt file of junk", write("junk.txt", b"\xff\xfe\x00"), ["generate", "run", "--file", "junk.txt"], "junk.txt"),
+    ("broken prompt line", write("p.jsonl", b"{\n"), ["generate", "run", "--file", "p.jsonl"], "p.jsonl"),
+    ("ids outside the vocabulary", write("p.jsonl", b"[1, 99999]\n"), ["generate", "run", "--file", "p.jsonl"], "99999"),
+    ("numbers that do not exist", nothing, [*WRITE, "--dtype", "fp7"], "fp7"),
+]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """All files of a run that a failed command must leave as they were (the lock is none of them)."""
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize(("damage", "command", "part"), [case[1:] for case in CASES], ids=[case[0] for case in CASES])
+def test_bad_input_ends_in_one_sentence(
+    damage: Callable[[Path], None], command: list[str], part: str, place: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    damage(place)
+    before = contents(place)
+    capsys.readouterr()
+    code = call(*command)
+    printed = capsys.readouterr()
+    last = printed.err.strip().splitlines()[-1]
+    assert code == 2, printed.err
+    assert last.startswith("andromeda: ")
+    assert last.endswith(".")
+    assert part in last
+    assert "Traceback" not in printed.err
+    assert "pydantic" not in printed.err
+    after = contents(place)
+    assert all(after.get(name) == content for name, content in before.items())
+
+
+def test_there_are_enough_cases() -> None:
+    assert len(CASES) >= 60
+    assert len({case[0] for case in CASES}) == len(CASES)
+
+
+def test_what_works_still_works_after_all_that(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(*WRITE, "--max-tokens", "5", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["text"] is not None
