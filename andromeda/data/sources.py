@@ -76,7 +76,7 @@ def list_source(index: int, source: str, config: BuildConfig) -> Listing:
             raise DataError(
                 f"{source} has an unknown ending{nearest(ending, KNOWN)}: known are {' '.join(KNOWN)}; `--include {ending}` reads it."
             )
-        return _list_files(index, source, iter([(path.name, str(path))]), config.model_copy(update={"include": ()}), only=ending)
+        return _list_files(index, source, iter([(path.name, str(path))]), config, only=ending)
     known = ["python"] if "/" not in source else []
     raise DataError(f"There is no file or folder {source}{nearest(source, known)}: check the path.")
 
@@ -107,7 +107,7 @@ def _python_files() -> Iterator[tuple[str, str]]:
 
 def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], config: BuildConfig, only: str = "") -> Listing:
     """Group files into units: small text files together, large containers in ranges."""
-    endings = (only,) if only else config.include or tuple(KNOWN)
+    endings = [only] if only else [e if e.startswith(".") else f".{e}" for e in config.include] or [*KNOWN]
     files, ignored = [], 0
     for name, path in found:
         if _ending(name) in endings:

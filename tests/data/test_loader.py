@@ -135,6 +135,21 @@ def test_bytes_are_those_of_the_counted_targets(mixture: DataConfig) -> None:
     assert batch.bytes == len(stream.tokenizer.decode_bytes(counted.tolist()))
 
 
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_seed_decides_the_order(corpus: Path, packing: str) -> None:
+    config = DataConfig(corpus=str(corpus), packing=packing)
+    streams = [open_stream(config, 24, seed) for seed in (0, 0, 1)]
+    a, b, c = (s.rows(0, 8) for s in streams)
+    assert same(a, b)
+    assert not same(a, c)
+
+
+def test_equal_sources_are_not_shuffled_alike(corpus: Path) -> None:
+    twice = DataConfig(sources=(Source(path=str(corpus)), Source(path=str(corpus))))
+    rows = open_stream(twice, 24, 0).rows(0, 200).ids
+    assert not torch.equal(rows[0::2], rows[1::2])
+
+
 def test_the_held_out_order_has_no_seed(mixture: DataConfig) -> None:
     a, b = (open_stream(mixture, 24, seed, "val") for seed in (0, 1))
     assert a.fingerprint == b.fingerprint
