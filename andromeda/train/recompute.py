@@ -41,13 +41,20 @@ def _none(block: nn.Module) -> Callable[..., Any]:
 
 
 def _full(block: nn.Module) -> Callable[..., Any]:
-    # No part draws random numbers, so that there are no states to bring back.
-    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    return _wrapped(block.forward)
 
 
 def _selective(block: nn.Module) -> Callable[..., Any]:
-    contexts = partial(create_selective_checkpoint_contexts, _policy)
-    return partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+    return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+
+
+def _wrapped(forward: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    # A function of its own, not a partial: torch.compile passes over a block whose forward is a partial, without a word.
+    def recomputed(*args: Any) -> Any:
+        # No part draws random numbers, so that there are no states to bring back.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **settings)
+
+    return recomputed
 
 
 def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:

@@ -79,3 +79,21 @@ def test_compiled_blocks_keep_gradients(tiny: Callable[..., RunConfig]) -> None:
 
         for key, gradient in gradients(config, prepare).items():
             torch.testing.assert_close(gradient, plain[key], rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("kind", ["none", "selective", "full"])
+def test_checkpointed_blocks_are_still_compiled(tiny: Callable[..., RunConfig], kind: str) -> None:
+    """torch.compile passes over what it does not understand without a word; so the graphs are counted."""
+    graphs = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[Tensor]) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    torch._dynamo.reset()
+    model = Transformer(tiny().model)
+    checkpoint_blocks(model, kind)
+    for block in model.trunk.blocks:
+        block.compile(backend=backend)
+    model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
+    assert graphs
