@@ -59,10 +59,10 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         index = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
         write_whole(beside / "index.json", json.dumps(index, indent=1).encode())
         _publish(beside, final)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
-            f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({error.strerror}): "
+            f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
             "make room there and go on with --resume; the older checkpoints are untouched."
         ) from None
     return final
