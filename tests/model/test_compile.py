@@ -1,0 +1,85 @@
+"""torch.compile per block: one graph without a break, and one compiled block for all layers that are alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from andromeda.config.load import load
+from andromeda.config.model import ModelConfig
+from andromeda.model.transformer import Transformer
+from tests.conformance.covering import CHOICES, DEFAULTS, model_config
+
+OUTSIDE = ("scaling", "scale", "bias", "embedding", "head", "init")
+"""Slots that change numbers or what lies outside of the blocks, not what a block calls."""
+ALONE = [next(iter(DEFAULTS.items())), *(c for c in CHOICES if c[1] != DEFAULTS[c[0]] and c[0] not in OUTSIDE)]
+
+
+@pytest.fixture(autouse=True)
+def _forget() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+def ids(model: Transformer) -> torch.Tensor:
+    return torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
+
+
+def graphs(model: Transformer, documents: torch.Tensor | None = None) -> int:
+    """Graphs that a forward and backward pass compiles; a break inside a block is an error. The outcome is that of eager mode."""
+    expected = model(ids(model), documents=documents)
+    counter = CompileCounter()
+    for block in model.trunk.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    found = model(ids(model), documents=documents)
+    found.float().square().mean().backward()
+    assert torch.equal(found, expected)
+    return counter.frame_count
+
+
+@pytest.mark.parametrize(("slot", "value"), ALONE)
+def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
+    # Grouped products are one kernel in bfloat16 alone.
+    model = Transformer(model_config({slot: value})).to(torch.bfloat16 if value.startswith("moe") else torch.float32)
+    assert graphs(model) == (2 if value == "window-global" else 1)
+
+
+def small(preset: str) -> ModelConfig:
+    """A preset with twelve layers, more than torch compiles of one function before it gives up."""
+    sizes = ["vocab_size=64", "context=64", "width=48", "depth=12", "attention.heads=4", "attention.head_dim=16", "feedforward.hidden=32"]
+    changes = [f"model.{size}" for size in sizes] + (["model.alibi.heads=2"] if preset == "andromeda" else [])
+    if preset == "speedrun":
+        changes += [
+            "model.attention.kv_heads=4",
+            "model.attention.window=8",
+            "train.window.end=8",
+            "train.window.start=4",
+            "train.sequence=64",
+        ]
+    return load(preset, changes).model
+
+
+@pytest.mark.parametrize("preset", ["andromeda", "speedrun", "andromeda-125m"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_presets_compile_once_however_deep(preset: str, packed: bool) -> None:
+    model = Transformer(small(preset))
+    assert len(model.trunk.blocks) == 12
+    documents = torch.arange(12)[None].expand(2, -1) // 5 if packed else None
+    assert graphs(model, documents) <= 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", ["andromeda", "speedrun"])
+def test_inductor_agrees(preset: str) -> None:
+    model = Transformer(small(preset))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    expected = model(ids(model))
+    for block in model.trunk.blocks:
+        block.compile(fullgraph=True)
+    torch.testing.assert_close(model(ids(model)), expected, rtol=1e-4, atol=1e-4)
