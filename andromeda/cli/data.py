@@ -58,8 +58,12 @@ def build(
         "shard_tokens": shard_tokens,
     }
     config = _config({k: v for k, v in given.items() if v is not None})
-    with progress() as report:
-        manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
+    try:
+        with progress() as report:
+            manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
+    except KeyboardInterrupt:  # typer would end without a word
+        print("andromeda: interrupted; the same command goes on from here.", file=sys.stderr)
+        raise typer.Exit(130) from None
     _print(manifest, out, as_json)
 
 

@@ -61,6 +61,22 @@ def test_compare_counts_on_the_same_bytes(tmp_path: Path, monkeypatch: pytest.Mo
     assert "100.0%" not in run(monkeypatch, capsys, "compare", tmp_path / "bytes")[1]
 
 
+def test_an_interruption_says_that_work_is_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = write_files(tmp_path / "raw", texts(60)), tmp_path / "out"
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    arguments = ["build", raw, "--out", out, "--tokenizer", "bytes", "--workers", "1"]
+    with monkeypatch.context() as patch:
+        patch.setattr("andromeda.data.corpus.write_text", stop)
+        code, _, err = run(monkeypatch, capsys, *arguments)
+    assert (code, err) == (130, "andromeda: interrupted; the same command goes on from here.\n")
+    assert run(monkeypatch, capsys, *arguments)[0] == 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
