@@ -15,13 +15,18 @@ import torch
 from torch import Tensor
 
 from andromeda.errors import CheckpointError
-from andromeda.infer.row import Completion, Piece, Row
+from andromeda.infer.row import Completion, Finish, Piece, Row
 from andromeda.infer.sampling import Sampler
-from andromeda.model.cache import Cache
+from andromeda.infer.step import GraphStep, PlainStep, Step, recordable
+from andromeda.model.cache import Cache, Nothing
 from andromeda.model.transformer import Transformer
 
 PADDING, CONTENT = 0, 1
 """Document numbers."""
+
+
+SHORT = 16
+"""Tokens that are written before recording a step pays."""
 
 
 class Batch:
@@ -32,84 +37,85 @@ class Batch:
         self.model, self.rows, self.sampler = model, list(rows), sampler
         self.span, self.eos, self.tokens = span, eos, tokens
         self.device = model.head.weight.device
-        longest = max(len(row.prompt) for row in rows)
-        self.padded = any(len(row.prompt) < longest for row in rows)
-        self.cache = Cache(capacity=longest + max(row.limit for row in rows))
+        self.longest = max(len(row.prompt) for row in rows)
+        self.most = max(row.limit for row in rows)
         self.prefill_seconds = self.decode_seconds = 0.0
 
+    # Not inference_mode: kernels share masks among the layers only of tensors that count their changes.
+    @torch.no_grad()
     def run(self, chunk: int) -> Iterator[Piece]:
         """Every piece of every sequence, in the order in which they come. chunk: tokens of a row that prefill reads at once."""
         start = time.perf_counter()
-        ids = self._choose(self._prefill(chunk))
-        chosen = ids.tolist()
+        logits, step = self._prefill(chunk)
+        ids, chosen = self._choose(logits)
         self.prefill_seconds = time.perf_counter() - start
         while True:
-            yield from [self._piece(row, token) for row, token in zip(self.rows, chosen, strict=True)]
-            ids = self._leave(ids)
-            if not self.rows:
-                return
+            size = step.bytes() // len(self.rows)
+            yield from [self._piece(row, token, size) for row, token in zip(self.rows, chosen, strict=True)]
             start = time.perf_counter()
-            ids = self._choose(self._forward(ids[:, None], self._documents(len(self.rows), 1)))
-            chosen = ids.tolist()
+            stay = [i for i, row in enumerate(self.rows) if not row.finish]
+            if not stay:
+                return
+            if len(stay) < len(self.rows):
+                ids = self._leave(stay, ids, step)
+            ids, chosen = self._choose(step(ids))
             self.decode_seconds += time.perf_counter() - start
 
-    def _prefill(self, chunk: int) -> Tensor:
-        """Logits (B, V) after the prompts."""
-        longest = max(len(row.prompt) for row in self.rows)
-        padded = [[0] * (longest - len(row.prompt)) + row.prompt for row in self.rows]
+    def _prefill(self, chunk: int) -> tuple[Tensor, Step]:
+        """Logits (B, V) after the prompts, and what writes on from there."""
+        padded = [[0] * (self.longest - len(row.prompt)) + row.prompt for row in self.rows]
         ids = torch.tensor(padded, device=self.device)
-        documents = self._documents(*ids.shape)
-        if documents is not None:
-            for numbers, row in zip(documents, self.rows, strict=True):
-                numbers[: longest - len(row.prompt)] = PADDING
-        for start in range(0, longest, chunk):
+        documents = self._documents()
+        record = self.most > SHORT and recordable(self.model.config, self.device)
+        cache = Cache(capacity=self.longest + (0 if record else self.most))
+        for start in range(0, self.longest, chunk):
             part = slice(start, start + chunk)
-            logits = self._forward(ids[:, part], None if documents is None else documents[:, part])
+            logits = self._read(ids[:, part], None if documents is None else documents[:, part], cache)
         if logits.isnan().any():
             raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
-        return logits
+        if record:
+            return logits, GraphStep(self._read, cache, self.most)
+        return logits, PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
 
-    def _documents(self, B: int, T: int) -> Tensor | None:
-        """Document numbers of tokens that are not padding, None in a batch that has none (attention is faster without)."""
-        return torch.full((B, T), CONTENT, device=self.device) if self.padded else None
+    def _documents(self) -> Tensor | None:
+        """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""
+        missing = torch.tensor([self.longest - len(row.prompt) for row in self.rows], device=self.device)
+        if not missing.any():
+            return None
+        padding = torch.arange(self.longest, device=self.device) < missing[:, None]
+        return torch.where(padding, PADDING, CONTENT)
 
-    @torch.inference_mode()
-    def _forward(self, ids: Tensor, documents: Tensor | None) -> Tensor:
+    def _read(self, ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
         """Logits (B, V) at the last of ids (B, T); no others are computed."""
-        hidden = self.model.hidden(ids, documents=documents, cache=self.cache, span=self.span)
+        hidden = self.model.hidden(ids, documents=documents, cache=cache, span=self.span)
         return self.model.head(hidden[:, -1])[:, : self.tokens]
 
-    @torch.inference_mode()
-    def _choose(self, logits: Tensor) -> Tensor:
-        return self.sampler(logits)
+    def _choose(self, logits: Tensor) -> tuple[Tensor, list[int]]:
+        """The next tokens, on the device and on the host."""
+        ids = self.sampler(logits)
+        return ids, ids.tolist()
 
-    def _piece(self, row: Row, token: int) -> Piece:
+    def _leave(self, stay: list[int], ids: Tensor, step: Step) -> Tensor:
+        """Let the other sequences go; ids (B,) of those that stay."""
+        self.rows = [self.rows[i] for i in stay]
+        rows = torch.tensor(stay, device=self.device)
+        step.keep(rows)
+        self.sampler.keep(rows)
+        return ids[rows]
+
+    def _piece(self, row: Row, token: int, size: int) -> Piece:
         text = row.take(token, self.eos)
-        return Piece(row.index, token, text, self._completion(row) if row.finish else None)
+        return Piece(row.index, token, text, self._completion(row, row.finish, size) if row.finish else None)
 
-    def _completion(self, row: Row) -> Completion:
-        assert row.finish
+    def _completion(self, row: Row, finish: Finish, size: int) -> Completion:
         return Completion(
             index=row.index,
             text=row.text,
             ids=tuple(row.ids),
-            finish=row.finish,
+            finish=finish,
             prompt_tokens=len(row.prompt),
             seed=row.seed,
             prefill_seconds=self.prefill_seconds,
             decode_seconds=self.decode_seconds,
-            cache_bytes=self.cache.bytes() // len(self.rows),
+            cache_bytes=size,
         )
-
-    @torch.inference_mode()
-    def _leave(self, ids: Tensor) -> Tensor:
-        """Let finished sequences go; ids (B,) of those that stay."""
-        stay = [i for i, row in enumerate(self.rows) if not row.finish]
-        if len(stay) < len(self.rows):
-            self.rows = [self.rows[i] for i in stay]
-            rows = torch.tensor(stay, dtype=torch.long, device=self.device)
-            ids = ids[rows]
-            if stay:
-                self.cache.keep(rows)
-                self.sampler.keep(rows)
-        return ids

@@ -78,7 +78,8 @@ class Cache(Nothing):
     """
 
     def __init__(self, capacity: int = 0) -> None:
-        self.length, self.capacity = 0, capacity
+        self.length: int = 0
+        self.capacity = capacity
         self._states: dict[int, LayerState] = {}
         self._documents: Tensor | None = None
         self._last_position: Tensor | None = None

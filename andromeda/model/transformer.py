@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.cache import Cache, Nothing
+from andromeda.model.cache import Nothing
 from andromeda.model.context import Context
 from andromeda.model.embedding import Embedder
 from andromeda.model.head import Head
@@ -71,7 +71,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Nothing | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:
@@ -91,7 +91,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Cache | None = None,
+        cache: Nothing | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:

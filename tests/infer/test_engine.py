@@ -28,6 +28,7 @@ from andromeda.config.model import (
 )
 from andromeda.data.tokenizer import train_tokenizer
 from andromeda.errors import CheckpointError, RequestError
+from andromeda.infer import batch, step
 from andromeda.infer.engine import Engine
 from andromeda.infer.row import Completion
 from andromeda.model.transformer import Transformer
@@ -87,28 +88,40 @@ def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
     return ids[len(prompt) :]
 
 
+@pytest.fixture(params=["plain", "fixed"])
+def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways of writing on: with a growing cache, and as it is recorded for a GPU, grown anew every few tokens."""
+    if request.param == "fixed":
+        monkeypatch.setattr(batch, "recordable", lambda config, device: True)
+        monkeypatch.setattr(batch, "GraphStep", step.FixedStep)
+        monkeypatch.setattr(step, "ROOM", 3)
+
+
+@pytest.mark.usefixtures("_steps")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_greedy_text_is_the_argmax_of_full_passes(name: str) -> None:
-    model, batch = build(**VARIANTS[name]), prompts(1, 23, 9, 40)
-    answers = Engine(model, chunk=8).generate(batch, temperature=0, max_new_tokens=16)
-    for prompt, answer in zip(batch, answers, strict=True):
-        assert list(answer.ids) == greedy(model, prompt, 16)
+    model, asked = build(**VARIANTS[name]), prompts(1, 23, 9, 40)
+    answers = Engine(model, chunk=8).generate(asked, temperature=0, max_new_tokens=20)
+    for prompt, answer in zip(asked, answers, strict=True):
+        assert list(answer.ids) == greedy(model, prompt, 20)
         assert answer.finish == "length"
 
 
+@pytest.mark.usefixtures("_steps")
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
     """Sequences of one batch end at different times, by the separator or the context; those that stay must not notice."""
-    model, batch = build(**VARIANTS[name] | {"context": 48}), prompts(5, 31, 31, 2, 12)
+    model, asked = build(**VARIANTS[name] | {"context": 48}), prompts(5, 31, 31, 2, 12)
     engine = Engine(model, eos=3, batch=4, chunk=1000)
     wishes = {"temperature": 1.5, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
-    together = engine.generate(batch, **wishes)
-    alone = [engine.generate([prompt], **wishes)[0] for prompt in batch]
+    together = engine.generate(asked, **wishes)
+    alone = [engine.generate([prompt], **wishes)[0] for prompt in asked]
     assert [a.ids for a in together] == [a.ids for a in alone]
     assert [a.finish for a in together] == [a.finish for a in alone]
     assert [a.index for a in together] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.usefixtures("_steps")
 def test_sequences_that_ended_leave_the_batch() -> None:
     """A short prompt with room for more tokens goes on after a long one has filled the context of learned positions."""
     model = build(context=48, embedding=Embedding(absolute=True))
