@@ -138,7 +138,7 @@ class _Build:
         except AndromedaError:  # the settings do not fit the text, so a changed command will follow: leave nothing in its way
             self._discard()
             raise
-        train, val = self._encode("train", chosen.train), self._encode("val", chosen.val)
+        train, val = (self._encode(split, d, tokenizer) for split, d in (("train", chosen.train), ("val", chosen.val)))
         write_text(chosen.val, self.work, self.out / HELD_OUT_TEXT)
         write_whole(self.out / SKIPPED, b"".join(json.dumps(line).encode() + b"\n" for line in chosen.log))
         write_whole(self.out / PLAN, json.dumps(plan).encode())
@@ -168,8 +168,8 @@ class _Build:
         count = int(np.searchsorted(before, SAMPLE_BYTES[self.config.tokenizer]))
         return (content.decode() for content in documents.part(0, count).contents(self.work))
 
-    def _encode(self, split: str, documents: Documents) -> Written:
-        blocks = encode_blocks(split, documents, self.work, self.out / "tokenizer", self.workers, self.report)
+    def _encode(self, split: str, documents: Documents, tokenizer: Tokenizer) -> Written:
+        blocks = encode_blocks(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report)
         return write_split(split, documents, blocks, self.out, self.config.shard_tokens)
 
     def _manifest(self, chosen: Selection, tokenizer: Tokenizer, train: Written, val: Written) -> Manifest:

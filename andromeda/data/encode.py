@@ -33,23 +33,27 @@ class Block:
     path: Path
     work: Path
     tokenizer: Path
+    fingerprint: str
+    """Of the tokenizer, which is kept between blocks."""
     documents: Documents
 
 
-def encode_blocks(split: str, documents: Documents, work: Path, tokenizer: Path, workers: int, report: Report) -> list[Path]:
+def encode_blocks(split: str, documents: Documents, work: Path, folder: Path, fingerprint: str, workers: int, report: Report) -> list[Path]:
     """Encode a split into block files, those that exist already excepted; returns them in order."""
     ends = np.cumsum(documents.size)
     total = int(ends[-1])
     numbers = (ends - documents.size) // BLOCK_BYTES
     borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(documents)]
-    blocks = [Block(work / f"{split}-{i:06d}.npz", work, tokenizer, documents.part(a, b)) for i, (a, b) in enumerate(pairwise(borders))]
+    blocks = [
+        Block(work / f"{split}-{i:06d}.npz", work, folder, fingerprint, documents.part(a, b)) for i, (a, b) in enumerate(pairwise(borders))
+    ]
     for stop, _ in zip(borders[1:], ordered_map(_encode, blocks, workers), strict=True):
         report(f"encode {split}", int(ends[stop - 1]), total)
     return [block.path for block in blocks]
 
 
 @lru_cache(maxsize=1)
-def _tokenizer(folder: Path) -> tuple[Tokenizer, np.ndarray]:
+def _tokenizer(folder: Path, fingerprint: str) -> tuple[Tokenizer, np.ndarray]:
     tokenizer = Tokenizer.load(folder)
     return tokenizer, tokenizer.byte_lengths()
 
@@ -58,7 +62,7 @@ def _encode(block: Block) -> None:
     """Encode one block to its file: separator and tokens of each document, and how many they are."""
     if block.path.is_file():
         return
-    tokenizer, lengths = _tokenizer(block.tokenizer)
+    tokenizer, lengths = _tokenizer(block.tokenizer, block.fingerprint)
     dtype = token_dtype(tokenizer.vocab_size)
     separator = np.array([tokenizer.eos], dtype=dtype)
     parts, counts = list[np.ndarray](), list[int]()

@@ -52,8 +52,9 @@ class Documents:
 
     def contents(self, work: Path) -> Iterator[bytes]:
         """The UTF-8 text of every document."""
+        blob = lru_cache(maxsize=128)(_mapped)  # of this call alone: the same path may hold another build's text later
         for unit, offset, size in zip(self.unit.tolist(), self.offset.tolist(), self.size.tolist(), strict=True):
-            yield _blob(text_path(work, unit))[offset : offset + size]
+            yield blob(text_path(work, unit))[offset : offset + size]
 
 
 @dataclass(frozen=True)
@@ -76,8 +77,7 @@ def index_path(work: Path, number: int) -> Path:
     return work / f"read-{number:06d}.npz"
 
 
-@lru_cache(maxsize=128)
-def _blob(path: Path) -> mmap.mmap:
+def _mapped(path: Path) -> mmap.mmap:
     with path.open("rb") as file:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 

@@ -27,16 +27,18 @@ class Shard:
     path: Path
     tokens: int
     dtype: np.dtype
+    stamp: tuple[int, int]
+    """Inode and time of the file, because the same path may hold another shard later."""
 
     def view(self) -> np.ndarray:
         """The tokens, memory-mapped read-only: (tokens,) of uint16 or uint32."""
-        return _map(self.path, self.dtype, self.tokens)
+        return _map(self)
 
 
 @lru_cache(maxsize=256)
-def _map(path: Path, dtype: np.dtype, tokens: int) -> np.ndarray:
+def _map(shard: Shard) -> np.ndarray:
     """Bounded, because every mapping holds a file descriptor and a large corpus has more shards than those."""
-    return np.memmap(path, dtype=dtype, mode="r", offset=4 * HEADER, shape=(tokens,))
+    return np.memmap(shard.path, dtype=shard.dtype, mode="r", offset=4 * HEADER, shape=(shard.tokens,))
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
@@ -57,7 +59,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
 def open_shard(path: Path) -> Shard:
     """Check a shard's header against its size. Raises DataError with the cause when it is no whole shard."""
     try:
-        size = path.stat().st_size
+        status = path.stat()
         header = np.fromfile(path, dtype="<i4", count=HEADER)
     except OSError as error:
         raise DataError(f"The shard {path} cannot be read ({error.strerror}): check the path or build the corpus again.") from error
@@ -68,10 +70,11 @@ def open_shard(path: Path) -> Shard:
     version, dtype = FORMATS[int(header[0])]
     if header[1] != version:
         raise DataError(f"The shard {path} has version {header[1]}, but only version {version} is known: write it again.")
+    size = status.st_size
     tokens, expected = int(header[2]), 4 * HEADER + int(header[2]) * dtype.itemsize
     if tokens <= 0 or size != expected:
         raise DataError(f"The shard {path} is truncated or damaged: {tokens} tokens need {expected} bytes, it has {size}; write it again.")
-    return Shard(path, tokens, dtype)
+    return Shard(path, tokens, dtype, (status.st_ino, status.st_mtime_ns))
 
 
 class TokenArray:

@@ -19,18 +19,20 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import tokenizers
+import torch
 import zstandard
 
-from andromeda.config.data import BuildConfig
+from andromeda.config.data import BuildConfig, DataConfig
 from andromeda.data.corpus import build
 from andromeda.data.encode import chunked
+from andromeda.data.loader import open_stream
 from andromeda.data.manifest import Manifest
 from andromeda.data.readers import read_unit
 from andromeda.data.shards import write_shard
 from andromeda.data.sources import RANGE_BYTES, Unit, list_source
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.data.verify import verify
-from andromeda.errors import AndromedaError, DataError
+from andromeda.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts, write_files
 
 DOCUMENTS = texts(200)
@@ -331,6 +333,26 @@ def test_a_refused_build_leaves_nothing_in_the_way(tmp_path: Path) -> None:
     assert not out.exists()
     fitting = CONFIG.model_copy(update={"text_field": "body"})
     assert build([str(tmp_path / "a.jsonl")], out, fitting).sources[0].kept == 200
+
+
+def test_a_folder_used_again_holds_only_the_new_build(tmp_path: Path) -> None:
+    """Nothing of a deleted or refused build is remembered by the process."""
+    out, expected = tmp_path / "out", tmp_path / "expected"
+    for seed, kind in ((1, {"vocab_size": 300}), (2, {"vocab_size": 310}), (3, {"tokenizer": "bytes"})):
+        config = BuildConfig(validation=0.1, **kind)
+        source = str(write_files(tmp_path / f"{seed}", [t.ljust(200) for t in texts(50, seed=seed, longest=5)]))
+        with pytest.raises(ConfigError):
+            build([source], out, BuildConfig(vocab_size=99_999))
+        manifest = build([source], out, config)
+        rows = open_stream(DataConfig(corpus=str(out)), 50, 0).rows(0, 20).ids
+        script = (
+            f"from tests.data.test_corpus import *; build([{source!r}], Path({str(expected)!r}), BuildConfig(validation=0.1, **{kind!r}))"
+        )
+        subprocess.run([sys.executable, "-c", script], check=True)
+        assert Manifest.load(expected) == manifest == verify(out)
+        assert torch.equal(open_stream(DataConfig(corpus=str(expected)), 50, 0).rows(0, 20).ids, rows)
+        shutil.rmtree(out)
+        shutil.rmtree(expected)
 
 
 def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
