@@ -5,6 +5,6 @@ drops a part of it. A backend is a module with `name`, `refuse(pattern, q, k, v)
 """
 
 from andromeda.kernels.attention.pattern import Pattern
-from andromeda.kernels.attention.select import attend, backends, choose
+from andromeda.kernels.attention.select import attend, backends, choose, ranking
 
-__all__ = ["Pattern", "attend", "backends", "choose"]
+__all__ = ["Pattern", "attend", "backends", "choose", "ranking"]

@@ -5,7 +5,7 @@ Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -27,7 +27,10 @@ class Pattern:
     window: int = 0
     """Tokens that a query sees, itself included; 0 is all."""
     documents: tuple[Tensor, Tensor] | None = None
-    """Document numbers of the queries (B, T) and of the keys (B, S); None is one document."""
+    """Document numbers of the queries (B, T) and of the keys (B, S), which never fall along a row; None is one document.
+
+    What backends derive from them is kept as long as a later call brings the same tensors, unchanged in place.
+    """
     slopes: Tensor | None = None
     """ALiBi slope of each query head (H,), in float32 or wider; None is no bias."""
     softcap: float = 0.0
@@ -58,3 +61,14 @@ class Pattern:
         if self.slopes is None:
             return None
         return -self.slopes.to(device)[:, None, None] * self.distance(T, S, device)
+
+    def trimmed(self, T: int, S: int) -> tuple[Pattern, int]:
+        """The same attention over the keys from the returned index on: what no query's window reaches is left out.
+
+        A window that then covers every key is no window, so that decoding one token in a window is plain attention.
+        """
+        if not self.window:
+            return self, 0
+        first = max(0, S - T - self.window + 1)
+        documents = self.documents and (self.documents[0], self.documents[1][:, first:])
+        return replace(self, window=0 if self.window >= S - first else self.window, documents=documents), first

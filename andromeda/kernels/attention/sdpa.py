@@ -1,42 +1,119 @@
-"""PyTorch's scaled_dot_product_attention: its own flash kernel for plain causal attention, a mask for the rest."""
+"""PyTorch's scaled_dot_product_attention, which picks a kernel of its own: flash for plain causal attention, masks for the rest.
+
+Under a mask, 256 queries at a time meet the keys that some of them see: that nearly halves the work of a causal mask and
+makes a window cost O(T window).
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from andromeda.kernels.attention.memo import Memo
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "sdpa"
 
+ROWS = 256
+"""Queries under one mask. Forward and backward of 2 heads of 64 on a CPU: 68 ms instead of 75 for 512 tokens, 191 instead of 286 for 2048."""
+
+HALF = (torch.bfloat16, torch.float16)
+
+Strip = tuple[slice, slice, Tensor]
+"""Some queries, the keys that some of them see, and zero where a query sees a key, minus infinity elsewhere."""
+
+_strips: Memo[list[Strip]] = Memo(4)
+_single: Memo[bool] = Memo(4)
+
 
 def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Cannot cap logits: the function has no place for it."""
-    return "it has no soft cap" if pattern.softcap else None
+    """No soft cap; on GPUs no bias that the mask would have to round."""
+    if pattern.softcap:
+        return "it has no soft cap"
+    if pattern.slopes is not None and q.device.type != "cpu" and q.dtype in HALF:
+        return "its mask would round ALiBi's bias to 16 bits"
+    return None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
-    """Same contract as `eager.attend`; anything but plain causal attention costs a T x S mask."""
+    """Same contract as `eager.attend`."""
+    if q.device.type == "cpu" and q.dtype in HALF and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+        # A CPU's backward in 16 bits takes 2.4 times as long as one in float32 with the conversions.
+        return attend(q.float(), k.float(), v.float(), pattern).to(v.dtype)
     T, S = q.shape[1], k.shape[1]
-    square = T == S and pattern.plain
+    if pattern.documents is not None and _one_document(pattern.documents):
+        pattern = replace(pattern, documents=None)
+    if pattern.plain and T == S:
+        return _call(q, k, v, pattern.scale)
+    if T == 1:
+        return _decode(q, k, v, pattern)
+    strips = _strips.get(pattern.documents or (), (pattern.window, T, S, q.dtype, q.device), lambda: list(_cut(pattern, q, S)))
+    parts = [_call(q[:, rows], k[:, keys], v[:, keys], pattern.scale, _biased(pattern, hidden)) for rows, keys, hidden in strips]
+    return torch.cat(parts, 1)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """The function itself: causal without a mask."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        attn_mask=None if square or T == 1 and pattern.plain else _mask(pattern, q, S),
-        is_causal=square and T > 1,
-        scale=pattern.scale,
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
         enable_gqa=q.shape[2] != k.shape[2],
     )
     return out.transpose(1, 2)
 
 
-def _mask(pattern: Pattern, q: Tensor, S: int) -> Tensor:
-    """A boolean mask, or with ALiBi an additive one, broadcastable to (B, H, T, S)."""
+def _decode(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """One query, q (B, 1, H, D): the heads that share keys stand in for queries, so that no kernel copies keys for them."""
+    G, mask = k.shape[2], None
+    if not pattern.plain:
+        mask = _biased(pattern, _hidden(pattern, q, k.shape[1]))
+        if pattern.slopes is not None:
+            mask = mask.unflatten(-3, (G, -1)).squeeze(-2)
+    out = F.scaled_dot_product_attention(
+        q.squeeze(1).unflatten(1, (G, -1)), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=pattern.scale
+    )
+    return out.flatten(1, 2)[:, None]
+
+
+def _one_document(documents: tuple[Tensor, Tensor]) -> bool:
+    """Whether every row holds one document only; asked on CPUs alone, since on a GPU the answer has to be waited for."""
+    queries, keys = documents
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return _single.get(documents, None, lambda: bool((keys == queries[:, :1]).all()))
+
+
+def _cut(pattern: Pattern, q: Tensor, S: int) -> Iterator[Strip]:
+    """Strips of ROWS queries."""
     T = q.shape[1]
-    visible = pattern.visible(T, S, q.device)
-    bias = pattern.bias(T, S, q.device)
-    if bias is None:
-        return visible
-    return torch.where(visible, bias.to(q.dtype), float("-inf"))
+    for start in range(0, T, ROWS):
+        stop = min(start + ROWS, T)
+        end = S - T + stop
+        documents = pattern.documents and (pattern.documents[0][:, start:stop], pattern.documents[1][:, :end])
+        # The last of these queries stands at the last of these keys, as in the whole.
+        part, first = replace(pattern, documents=documents).trimmed(stop - start, end)
+        yield slice(start, stop), slice(first, end), _hidden(part, q[:, start:stop], end - first)
+
+
+def _hidden(pattern: Pattern, q: Tensor, S: int) -> Tensor:
+    """Zero where a query sees a key, minus infinity elsewhere: (T, S), or (B, 1, T, S) with documents."""
+    # CPU kernels take a mask in float32 with queries in 16 bits, and ALiBi's bias then loses nothing.
+    dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+    visible = pattern.visible(q.shape[1], S, q.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
+
+
+def _biased(pattern: Pattern, hidden: Tensor) -> Tensor:
+    """The mask together with ALiBi's bias, if there is one: (H, T, S) then, or (B, H, T, S) with documents."""
+    bias = pattern.bias(*hidden.shape[-2:], hidden.device)
+    return hidden if bias is None else hidden + bias.to(hidden.dtype)
