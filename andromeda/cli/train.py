@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +33,7 @@ def train(
     from andromeda.train.screen import build_screen
 
     settings = load(config or str(out), changes)
-    result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=build_screen(settings.train.steps, as_json))
+    with closing(build_screen(settings.train.steps, as_json)) as screen:
+        result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=screen)
     if result.signal:
         raise typer.Exit(128 + result.signal)

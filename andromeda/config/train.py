@@ -135,7 +135,7 @@ class TrainConfig(Part):
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """`auto` is bf16 where the device computes it fast, else fp32."""
     device: str = "auto"
-    """auto, cpu, mps, cuda or cuda:N."""
+    """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` compiles on a GPU."""
     checkpointing: Literal["none", "selective", "full"] = "none"

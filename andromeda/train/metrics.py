@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -78,10 +79,8 @@ class WeightsAndBiases:
     """Figures for wandb, under the run's own id, so that a resumed run goes on in the same chart."""
 
     def __init__(self, config: RunConfig, folder: RunFolder, identity: str) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise MissingExtra("wandb", "wandb", "Logging to Weights & Biases (train.log.wandb)") from None
+        import wandb
+
         self._run = wandb.init(
             project=config.train.log.project,
             name=config.name,
@@ -100,8 +99,14 @@ class WeightsAndBiases:
         self._run.finish()
 
 
+def check_extras(config: RunConfig) -> None:
+    """Raises MissingExtra when the configuration asks for a sink that is not installed."""
+    if config.train.log.wandb and find_spec("wandb") is None:
+        raise MissingExtra("wandb", "wandb", "Logging to Weights & Biases (train.log.wandb)")
+
+
 def build_sinks(config: RunConfig, folder: RunFolder, step: int, identity: str) -> list[Sink]:
-    """What the configuration asks for besides metrics.jsonl. Raises MissingExtra."""
+    """What the configuration asks for besides metrics.jsonl."""
     sinks: list[Sink] = []
     if config.train.log.wandb:
         sinks.append(WeightsAndBiases(config, folder, identity))

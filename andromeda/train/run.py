@@ -15,7 +15,7 @@ from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
 from andromeda.train.loop import Loop, Surroundings
 from andromeda.train.manifest import start_entry
-from andromeda.train.metrics import MetricsFile, build_sinks
+from andromeda.train.metrics import MetricsFile, build_sinks, check_extras
 from andromeda.train.probes import build_probes
 from andromeda.train.screen import Screen, Silent
 from andromeda.train.session import Session, build_session
@@ -58,6 +58,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
     """
     folder, screen, signals = RunFolder(out), screen or Silent(), Signals()
     changes = _changes(folder, config, resume)
+    check_extras(config)
     stream = open_stream(config.data, stream_length(config), config.seed)
     session = _session(config, stream)
     validation, probes = _validation(config), build_probes(config, stream)
@@ -65,6 +66,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
     folder.lock()
     try:
         with signals.caught():
+            _changes(folder, config, resume)  # again, now that no other process can begin a run here
             kept = _restore(session, folder, screen)
             identity = _record(config, folder, session, changes)
             if stream.tokenizer:
@@ -77,10 +79,13 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
             try:
                 Loop(config, session, Surroundings(folder, stream, validation, probes, metrics, sinks, screen, signals, speed)).run()
             finally:
-                for sink in (metrics, *sinks, screen):
+                for sink in (metrics, *sinks):
                     sink.close()
     finally:
         folder.unlock()
+    if signals.received:
+        name = Signals.name(signals.received)
+        screen.note(f"stopped by {name} after step {session.cursor.step}, which is saved: go on with --resume --out {folder.path}")
     return Result(folder.path, session.cursor.step, config.train.steps, signals.received)
 
 

@@ -80,10 +80,10 @@ class Live(Silent):
         )
         self._steps = steps
         self._task = self._progress.add_task("train", total=steps, figures="")
-        self._progress.start()
 
     def write(self, step: int, figures: Figures) -> None:
         """Into the bar, or above it."""
+        self._progress.start()
         if "loss" in figures:
             self._progress.update(self._task, completed=step, figures=describe(figures))
         elif shown := describe(figures):

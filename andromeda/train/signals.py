@@ -30,6 +30,11 @@ class Signals:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    @staticmethod
+    def name(number: int) -> str:
+        """A signal in words."""
+        return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(number)]
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
