@@ -60,7 +60,7 @@ def build(
     config = _config({k: v for k, v in given.items() if v is not None})
     try:
         with progress() as report:
-            manifest = run(sources, out, config, workers=workers or os.cpu_count() or 1, report=report)
+            manifest = run(sources, out, config, workers=workers or _cores(), report=report)
     except KeyboardInterrupt:  # typer would end without a word
         print("andromeda: interrupted; the same command goes on from here.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -120,6 +120,11 @@ def _config(values: dict[str, Any]) -> Any:
         first = error.errors()[0]
         name = str(first["loc"][0])
         raise ConfigError(f"{name} = {values[name]!r}: {first['msg'].lower()}; see `andromeda data build --help`.") from None
+
+
+def _cores() -> int:
+    """Cores that this process may use, which in a container are often fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """`andromeda data build`: raw text to a corpus folder, in stages that each keep what they finished.
 
-The stages are list, read, tokenizer, encode, write. Each piece of work is one file in `work/` that appears whole or not at
+The stages are list, read, tokenizer, encode, write. Each piece of work is one file in `.work/` that appears whole or not at
 all, so a build that was killed at any moment goes on from there. Documents are ordered by the sha256 of their text: the
 result does not depend on the order or names of files, on the number of workers, or on interruptions.
 """
@@ -30,8 +30,10 @@ from andromeda.data.sources import Listing, list_source
 from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
 from andromeda.errors import AndromedaError, ConfigError, DataError
 
-WORK = "work"
+WORK = ".work"
 PLAN = "plan.json"
+LAYOUT = 1
+"""Raised when work is cut into other pieces, so that another version's pieces are never mixed with these."""
 SKIPPED = "skipped.jsonl"
 SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
 """Text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
@@ -82,6 +84,7 @@ def _locked(out: Path) -> Iterator[None]:
 def _plan(sources: list[str], config: BuildConfig, listings: list[Listing], given: Tokenizer | None) -> dict[str, Any]:
     """What makes two builds the same: settings, tokenizer, and the files as they were when listed."""
     return {
+        "layout": LAYOUT,
         "config": config.model_dump(mode="json"),
         "sources": sources,
         "tokenizer": given.fingerprint if given else "",
@@ -91,29 +94,33 @@ def _plan(sources: list[str], config: BuildConfig, listings: list[Listing], give
 
 def _begin(out: Path, plan: dict[str, Any]) -> bool:
     """True when there is work to do, False when this very build is finished. Refuses a folder that holds anything else."""
-    for leftover in [*out.glob(f"*{PART}"), *out.glob(f"*/*{PART}")]:
-        leftover.unlink()
-    path = out / WORK / PLAN
     finished = (out / NAME).is_file()
-    if finished:
-        path = out / PLAN
+    path = (out if finished else out / WORK) / PLAN
     if path.is_file():
-        _refuse_other(out, plan, json.loads(path.read_text("utf-8")))
+        _refuse_other(out, plan, path)
+        for leftover in out.rglob(f"*{PART}"):
+            leftover.unlink()
         if finished:
             shutil.rmtree(out / WORK, ignore_errors=True)
         return not finished
-    if {entry.name for entry in out.iterdir()} - {WORK}:
+    if any(entry.name != WORK for entry in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no corpus of this command: name a new folder.")
     (out / WORK).mkdir(exist_ok=True)
     write_whole(path, json.dumps(plan).encode())
     return True
 
 
-def _refuse_other(out: Path, plan: dict[str, Any], old: dict[str, Any]) -> None:
+def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
     """One sentence when the folder was begun with other settings, or its sources have changed since."""
     mend = "name another folder with --out, or delete this one"
-    settings = [k for k, v in plan["config"].items() if old.get("config", {}).get(k) != v]
-    if plan["sources"] != old.get("sources"):
+    try:
+        old = json.loads(path.read_text("utf-8"))
+    except ValueError as error:
+        raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
+    if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
+        raise DataError(f"{out} holds a build of another version: {mend}.")
+    settings = [k for k, v in plan["config"].items() if old["config"].get(k) != v]
+    if plan["sources"] != old["sources"]:
         settings.insert(0, "sources")
     if settings:
         raise DataError(f"{out} holds a build with other settings ({', '.join(settings)}): {mend}.")

@@ -7,7 +7,7 @@ import os
 import sys
 import sysconfig
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -39,13 +39,6 @@ class Unit:
     stop: int = 0
     size: int = 0
     """Bytes on disk, for progress only."""
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Unit:
-        return cls(**{**value, "files": tuple((name, path) for name, path in value["files"])})
 
 
 @dataclass(frozen=True)
@@ -184,4 +177,4 @@ def _list_dataset(index: int, source: str) -> Listing:
         raise ConfigError(f"{source} is no dataset name: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     count = open_dataset(source).n_shards
     units = [Unit(index, "dataset", ((source, source),), i, count) for i in range(count)]
-    return Listing(units, 0, hashlib.sha256(source.encode()).hexdigest())
+    return Listing(units, 0, hashlib.sha256(f"{source} {count}".encode()).hexdigest())

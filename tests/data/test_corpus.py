@@ -323,6 +323,23 @@ def test_another_build_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is a file"):
         build([source], tmp_path / "home" / "thesis.txt", CONFIG)
     assert (tmp_path / "home" / "thesis.txt").read_text() == "mine"
+    (tmp_path / "home" / "thesis.txt").rename(tmp_path / "home" / "film.part")
+    with pytest.raises(DataError, match="not empty"):
+        build([source], tmp_path / "home", CONFIG)
+    assert (tmp_path / "home" / "film.part").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("plan", "sentence"), [("{", "not JSON"), ("[]", "another version"), ("{}", "another version"), (None, "another version")]
+)
+def test_a_damaged_plan_is_refused(tmp_path: Path, plan: str | None, sentence: str) -> None:
+    source, out = as_txt(tmp_path), tmp_path / "out"
+    build([source], out, CONFIG)
+    path = out / "plan.json"
+    path.write_text(plan or path.read_text().replace('"layout": 1', '"layout": 0'))
+    with pytest.raises(DataError, match=sentence):
+        build([source], out, CONFIG)
+    verify(out)
 
 
 def test_a_refused_build_leaves_nothing_in_the_way(tmp_path: Path) -> None:
@@ -337,7 +354,7 @@ def test_a_refused_build_leaves_nothing_in_the_way(tmp_path: Path) -> None:
 
 def test_a_folder_used_again_holds_only_the_new_build(tmp_path: Path) -> None:
     """Nothing of a deleted or refused build is remembered by the process."""
-    out, expected = tmp_path / "out", tmp_path / "expected"
+    out = tmp_path / "out"
     for seed, kind in ((1, {"vocab_size": 300}), (2, {"vocab_size": 310}), (3, {"tokenizer": "bytes"})):
         config = BuildConfig(validation=0.1, **kind)
         source = str(write_files(tmp_path / f"{seed}", [t.ljust(200) for t in texts(50, seed=seed, longest=5)]))
@@ -345,14 +362,10 @@ def test_a_folder_used_again_holds_only_the_new_build(tmp_path: Path) -> None:
             build([source], out, BuildConfig(vocab_size=99_999))
         manifest = build([source], out, config)
         rows = open_stream(DataConfig(corpus=str(out)), 50, 0).rows(0, 20).ids
-        script = (
-            f"from tests.data.test_corpus import *; build([{source!r}], Path({str(expected)!r}), BuildConfig(validation=0.1, **{kind!r}))"
-        )
-        subprocess.run([sys.executable, "-c", script], check=True)
-        assert Manifest.load(expected) == manifest == verify(out)
-        assert torch.equal(open_stream(DataConfig(corpus=str(expected)), 50, 0).rows(0, 20).ids, rows)
+        fresh = tmp_path / f"fresh-{seed}"
+        assert build([source], fresh, config) == manifest == verify(out)
+        assert torch.equal(open_stream(DataConfig(corpus=str(fresh)), 50, 0).rows(0, 20).ids, rows)
         shutil.rmtree(out)
-        shutil.rmtree(expected)
 
 
 def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
