@@ -8,6 +8,7 @@ Shapes: B batch, T time, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -20,6 +21,8 @@ from andromeda.infer.sampling import Sampler
 from andromeda.infer.step import GraphStep, PlainStep, Step, recordable
 from andromeda.model.cache import Cache, Nothing
 from andromeda.model.transformer import Transformer
+
+log = logging.getLogger(__name__)
 
 PADDING, CONTENT = 0, 1
 """Document numbers."""
@@ -73,9 +76,17 @@ class Batch:
             logits = self._read(ids[:, part], None if documents is None else documents[:, part], cache)
         if logits.isnan().any():
             raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
-        if record:
-            return logits, GraphStep(self._read, cache, self.most)
-        return logits, PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
+        plain = PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
+        return logits, (self._record(cache) if record else None) or plain
+
+    def _record(self, cache: Cache) -> Step | None:
+        """The step as a CUDA graph; None, with a word, where that fails."""
+        try:
+            return GraphStep(self._read, cache, self.most)
+        except RuntimeError as error:
+            reason = str(error).partition("\n")[0]
+            log.warning("Writing without a CUDA graph, several times slower: recording a step failed (%s).", reason)
+            return None
 
     def _documents(self) -> Tensor | None:
         """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""

@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import nn
 
 from andromeda.config.derived import original_context
@@ -29,7 +30,7 @@ class Engine:
     """Writes with one model."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer | None = None, *, eos: int | None = None, batch: int = 8, chunk: int = 2048
+        self, model: Transformer, tokenizer: Tokenizer | None = None, *, eos: int | None = None, batch: int = 8, chunk: int = 8192
     ) -> None:
         """eos: the id that ends a text, the tokenizer's own unless given. batch: prompts that are written together.
         chunk: tokens of a prompt that are read at once. Raises CheckpointError when the tokenizer is not the model's."""
@@ -71,7 +72,13 @@ class Engine:
             for span, group in self._groups(rows):
                 seeds, prompts = [row.seed for row in group], [row.prompt for row in group]
                 sampler = Sampler(wish, prompts, seeds, self.tokens, self.model.head.weight.device)
-                yield from Batch(self.model, group, sampler, span=span, eos=self.eos, tokens=self.tokens).run(self.chunk)
+                try:
+                    yield from Batch(self.model, group, sampler, span=span, eos=self.eos, tokens=self.tokens).run(self.chunk)
+                except torch.OutOfMemoryError:
+                    size = max(len(row.prompt) + row.limit for row in group)
+                    raise RequestError(
+                        f"The device has no room for {len(group)} x {size} tokens: write fewer prompts at once, or shorter ones."
+                    ) from None
 
     def _groups(self, rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
         """Rows that can be written together, with their span: dynamic scaling turns by the length, so there it must agree."""
