@@ -29,7 +29,7 @@ def test_figures(tiny: Callable[..., RunConfig], qk_norm: str) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     with health.watching(Rows(IDS, IDS, None)), torch.no_grad():
         for p in model.parameters():
-            p *= 1.01
+            p.mul_(1.01)
         model.head.weight[:] = before["head.weight"] * 0.5
 
     logits: list[torch.Tensor] = []

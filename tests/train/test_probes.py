@@ -143,7 +143,7 @@ def test_only_ordinary_tokens_are_drawn(tiny: Callable[..., RunConfig]) -> None:
 
 def test_text_probes_need_a_tokenizer(tiny: Callable[..., RunConfig]) -> None:
     bare: Any = SimpleNamespace(tokenizer=None, vocab_size=300)
-    with pytest.raises(ConfigError, match="no tokenizer to spell text probes with: set train.probes.tasks to recall and induction"):
+    with pytest.raises(ConfigError, match=r"no tokenizer to spell text probes with: set train\.probes\.tasks to recall and induction"):
         build_probes(tiny(train__probes={"every": 1}), bare)
     build_probes(tiny(model__context=64, train__probes={"every": 1, "tasks": ["recall", "induction"]}), bare)
 
