@@ -103,10 +103,8 @@ class Cache(Nothing):
             return positions
         if documents is None or self._documents is None:
             return positions + self._last_position + 1
-        # Only the first run of equal numbers can go on counting, and only if it is of the document that the last pass ended in.
-        first_run = positions == torch.arange(shape[1], device=device)
-        goes_on = first_run & (documents[:, :1] == self._documents[:, -1:])
-        return positions + goes_on * (self._last_position + 1)
+        # Only the document that the last pass ended in goes on counting.
+        return positions + (documents == self._documents[:, -1:]) * (self._last_position + 1)
 
     def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
         """Take note that a pass over `count` tokens is complete; `documents` are the numbers of all keys."""
