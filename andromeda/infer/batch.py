@@ -53,8 +53,7 @@ class Batch:
         ids, chosen = self._choose(logits)
         self.prefill_seconds = time.perf_counter() - start
         while True:
-            size = step.bytes() // len(self.rows)
-            yield from [self._piece(row, token, size) for row, token in zip(self.rows, chosen, strict=True)]
+            yield from [self._piece(row, token, step.bytes()) for row, token in zip(self.rows, chosen, strict=True)]
             start = time.perf_counter()
             stay = [i for i, row in enumerate(self.rows) if not row.finish]
             if not stay:

@@ -139,8 +139,10 @@ def test_only_the_last_position_of_a_prompt_reaches_the_head() -> None:
 
 def test_cache_bytes_are_those_of_keys_and_values() -> None:
     model = build()
-    (answer,) = Engine(model).generate(prompts(20), temperature=0, max_new_tokens=12)
-    assert answer.cache_bytes == 3 * (20 + 12) * 2 * (16 + 16) * 8  # layers x tokens x heads x (key + value) x float64
+    for rows in (1, 3):
+        answers = Engine(model).generate(prompts(*[20] * rows), temperature=0, max_new_tokens=12)
+        expected = 3 * (20 + 12) * 2 * (16 + 16) * 8  # layers x tokens x heads x (key + value) x float64
+        assert [answer.cache_bytes for answer in answers] == rows * [expected]
 
 
 def test_the_model_is_left_in_its_mode() -> None:
