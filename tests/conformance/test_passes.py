@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from andromeda.model.cache import Cache
+from andromeda.model.rolling import RollingCache
 from andromeda.model.transformer import Transformer
 from tests.conformance.models import ROWS, T, agree, build, ids, logits
 
@@ -100,6 +101,18 @@ def test_rows_kept_in_a_cache_go_on_as_they_were(row: str) -> None:
     kept = torch.tensor([2, 0])
     cache.keep(kept)
     agree(model(tokens[kept, 7:], cache=cache, span=T), full[kept, 7:])
+
+
+@every_row
+@torch.no_grad()
+def test_a_cache_of_one_size_goes_on_where_another_ended(row: str) -> None:
+    model, cache, rolling = build(row), Cache(), RollingCache(2, T + 1, torch.device("cpu"))
+    document = torch.zeros(2, 1, dtype=torch.long)
+    model(ids()[:, :7], cache=cache, span=T)
+    model(ids()[:, :1], documents=document, cache=rolling, span=T)
+    rolling.load(cache.contents())
+    pieces = [model(ids()[:, t : t + 1], documents=document, cache=rolling, span=T) for t in range(7, T)]
+    agree(torch.cat(pieces, 1), logits(row)[:, 7:])
 
 
 @every_row
