@@ -77,7 +77,7 @@ class Transformer(nn.Module):
     ) -> Tensor:
         """Last hidden states (B, T, C) of ids (B, T), normalised, before the head.
 
-        documents (B, T): numbers, one a document, that attention and token shift never cross. cache: state of earlier
+        documents (B, T): numbers, one a document and never falling, that attention and token shift do not cross. cache: state of earlier
         tokens, which these follow; it is updated. window: narrows layers that have a window (0: as configured). span:
         length the sequence will have in the end, for dynamic frequency scaling (0: the tokens so far).
         """

@@ -58,8 +58,8 @@ def test_prefill_in_chunks_is_the_full_pass(row: str) -> None:
         agree(in_chunks(build(row), ids(), sizes), logits(row))
 
 
-DOCUMENTS = torch.tensor([[7] * 5 + [2] + [9] * 6, [3, 4] + [1] * 8 + [5] * 2])
-"""Lengths 5, 1, 6 and 1, 1, 8, 2: longer and shorter than windows and shifts, in no order of numbers."""
+DOCUMENTS = torch.tensor([[2] * 5 + [3] + [9] * 6, [0, 4] + [5] * 8 + [7] * 2])
+"""Lengths 5, 1, 6 and 1, 1, 8, 2: longer and shorter than windows and shifts. Numbers never fall along a row."""
 
 
 @every_row

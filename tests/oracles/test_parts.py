@@ -54,7 +54,7 @@ def agree(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-11, atol=1e-11)
 
 
-DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [5, 4, 4, 4, 4, 4, 3, 3, 3]])
+DOCUMENTS = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 2, 2], [3, 4, 4, 4, 4, 4, 5, 5, 5]])
 
 
 def before(x: Tensor, b: int, t: int, distance: int) -> Tensor:
