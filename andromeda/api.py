@@ -93,7 +93,7 @@ class Andromeda(Transformer):
     ) -> Self:
         """The trained model of a run folder, in evaluation mode, with its tokenizer.
 
-        device: auto takes the first GPU, else the CPU. dtype: auto takes bf16 where the device computes it fast, else fp32.
+        device: auto takes the first GPU, else the CPU. dtype: auto takes bf16 on a GPU that computes it fast, else fp32.
         ema: the moving average of the weights. step: an older checkpoint. Raises CheckpointError, one sentence.
         """
         config, weights = read_weights(path, average=ema, step=step, warn=log.warning)
@@ -168,7 +168,8 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype | str) -> N
     """Move a model and give its weights a type. Buffers keep theirs: those that are float32 have a reason."""
     if isinstance(dtype, str):
         if dtype == "auto":
-            dtype = "bf16" if fast_bfloat16(device) else "fp32"
+            # On CPUs with bfloat16 products decoding gains nothing and prefill loses (docs/generation.md).
+            dtype = "bf16" if device.type == "cuda" and fast_bfloat16(device) else "fp32"
         if dtype not in DTYPES:
             raise ConfigError(f"There is no dtype {dtype!r}{nearest(dtype, DTYPES)}: give auto, {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]

@@ -27,7 +27,6 @@ log = logging.getLogger(__name__)
 PADDING, CONTENT = 0, 1
 """Document numbers."""
 
-
 SHORT = 16
 """Tokens that are written before recording a step pays."""
 
@@ -49,9 +48,14 @@ class Batch:
     def run(self, chunk: int) -> Iterator[Piece]:
         """Every piece of every sequence, in the order in which they come. chunk: tokens of a row that prefill reads at once."""
         start = time.perf_counter()
-        logits, step = self._prefill(chunk)
-        ids, chosen = self._choose(logits)
+        documents = self._documents()
+        record = self.most > SHORT and recordable(self.model.config, self.device)
+        cache = Cache(capacity=self.longest + (0 if record else self.most))
+        ids, chosen = self._choose(self._prefill(documents, cache, chunk))
         self.prefill_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        step = self._step(documents, cache, record)
+        self.decode_seconds = time.perf_counter() - start
         while True:
             yield from [self._piece(row, token, step.bytes()) for row, token in zip(self.rows, chosen, strict=True)]
             start = time.perf_counter()
@@ -63,29 +67,26 @@ class Batch:
             ids, chosen = self._choose(step(ids))
             self.decode_seconds += time.perf_counter() - start
 
-    def _prefill(self, chunk: int) -> tuple[Tensor, Step]:
-        """Logits (B, V) after the prompts, and what writes on from there."""
+    def _prefill(self, documents: Tensor | None, cache: Cache, chunk: int) -> Tensor:
+        """Logits (B, V) after the prompts, which fill the cache."""
         padded = [[0] * (self.longest - len(row.prompt)) + row.prompt for row in self.rows]
         ids = torch.tensor(padded, device=self.device)
-        documents = self._documents()
-        record = self.most > SHORT and recordable(self.model.config, self.device)
-        cache = Cache(capacity=self.longest + (0 if record else self.most))
         for start in range(0, self.longest, chunk):
             part = slice(start, start + chunk)
             logits = self._read(ids[:, part], None if documents is None else documents[:, part], cache)
         if logits.isnan().any():
             raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
-        plain = PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
-        return logits, (self._record(cache) if record else None) or plain
+        return logits
 
-    def _record(self, cache: Cache) -> Step | None:
-        """The step as a CUDA graph; None, with a word, where that fails."""
-        try:
-            return GraphStep(self._read, cache, self.most)
-        except RuntimeError as error:
-            reason = str(error).partition("\n")[0]
-            log.warning("Writing without a CUDA graph, several times slower: recording a step failed (%s).", reason)
-            return None
+    def _step(self, documents: Tensor | None, cache: Cache, record: bool) -> Step:
+        """What writes on from the cache: a recorded step, or, with a word where recording fails, a plain one."""
+        if record:
+            try:
+                return GraphStep(self._read, cache, self.most)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                log.warning("Writing without a CUDA graph, several times slower: recording a step failed (%s).", reason)
+        return PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
 
     def _documents(self) -> Tensor | None:
         """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""

@@ -33,7 +33,9 @@ class Engine:
         self, model: Transformer, tokenizer: Tokenizer | None = None, *, eos: int | None = None, batch: int = 8, chunk: int = 8192
     ) -> None:
         """eos: the id that ends a text, the tokenizer's own unless given. batch: prompts that are written together.
-        chunk: tokens of a prompt that are read at once. Raises CheckpointError when the tokenizer is not the model's."""
+        chunk: tokens of a prompt that are read at once. Raises CheckpointError when the tokenizer is not the model's, RequestError."""
+        if min(batch, chunk) < 1:
+            raise RequestError(f"batch = {batch} and chunk = {chunk} must be at least 1.")
         vocab = model.config.vocab_size
         if tokenizer and tokenizer.vocab_size > vocab:
             raise CheckpointError(
