@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from andromeda.kernels.attention import Pattern, backends
+from andromeda.kernels.attention import Pattern, backends, ranking
 from andromeda.model.hardware import recognise
 from andromeda.train.precision import build_precision
 
@@ -148,8 +148,8 @@ def attention(device: torch.device) -> Iterator[Choice]:
     k = v = torch.zeros(1, TOKENS, KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
     for name, pattern, queries in patterns(device):
         refusals: dict[str, str] = {}
-        for backend, module in backends().items():
-            reason = module.refuse(pattern, q[:, -queries:], k, v)
+        for backend in ranking(pattern, q[:, -queries:]).order:
+            reason = backends()[backend].refuse(pattern, q[:, -queries:], k, v)
             if reason is None:
                 yield Choice(name, str(device), backend, refusals)
                 break

@@ -49,6 +49,7 @@ HALF_ON_CUDA = ({"cpu"}, {"float32"}, {"float64"})
 REFUSALS: dict[str, tuple[set[str], ...]] = {
     "eager": (),
     "sdpa": ({"softcap"}, {"slopes", "cuda", "bfloat16"}, {"slopes", "cuda", "float16"}),
+    "decode": ({"whole"}, {"chunk"}, {"one key head"}, {"as many key heads"}, {"narrow values"}, {"gradients"}, {"cpu", "bfloat16"}),
     "flash": (*HALF_ON_CUDA, *PLAIN_ONLY),
     "cudnn": (*HALF_ON_CUDA, *PLAIN_ONLY, {"chunk"}, {"token"}),
     "flex": ({"cpu", "gradients"}, {"cuda", "float64"}),
@@ -97,7 +98,7 @@ def cases() -> Iterator[Case]:
                 for dtype in ("float64", "float32", "bfloat16"):
                     for gradients in (False, True):
                         case = Case(backend, "cpu", dtype, features, shape, gradients)
-                        if common and (backend in ("eager", "sdpa") or (backend, shape, dtype) in SELDOM or features == "causal"):
+                        if common and (backend in ("eager", "sdpa") or (backend == "decode" and shape == "token") or (backend, shape, dtype) in SELDOM or features == "causal"):
                             yield case
                 if (shape == "whole" and " " not in features) or features in ("causal", "window documents", EVERYTHING):
                     yield Case(backend, "cuda", "bfloat16", features, shape, shape not in ("chunk", "token"))

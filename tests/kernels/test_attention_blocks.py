@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask
 
-from andromeda.kernels.attention import Pattern, eager, sdpa
+from andromeda.kernels.attention import Pattern, eager, flex, sdpa
 from andromeda.kernels.attention.blocks import BLOCK, block_mask, visible_blocks
 from andromeda.kernels.attention.memo import Memo
 
@@ -103,6 +103,10 @@ class TestMemo:
         other = t.clone() if change == "another tensor" else t
         assert memo.get((other,), "b" if change == "another key" else "a", lambda: 2) == 2
 
+    def test_as_many_tensors_are_compared_as_there_are(self) -> None:
+        memo, t = Memo[int](4), torch.zeros(3)
+        assert [memo.get(tensors, None, lambda n=n: n) for n, tensors in enumerate([(t,), (), (t, t), (t,), ()])] == [0, 1, 2, 0, 1]
+
     def test_a_dead_tensor_is_not_mistaken_for_a_new_one_at_its_address(self) -> None:
         memo = Memo[float](4)
         for value in range(20):
@@ -114,9 +118,27 @@ class TestMemo:
             t = torch.zeros(3)
             assert [memo.get((t,), None, lambda n=n: n) for n in range(3)] == [0, 1, 2]
 
+    def test_training_goes_on_after_inference_with_the_same_masks(self) -> None:
+        q, k, v = (torch.randn(1, 6, 2, 4, requires_grad=True) for _ in range(3))
+        with torch.inference_mode():
+            sdpa.attend(q, k, v, Pattern(1.0, window=3))
+        sdpa.attend(q, k, v, Pattern(1.0, window=3)).sum().backward()
+
     def test_only_the_last_few_are_kept(self) -> None:
         memo, tensors = Memo[int](2), [torch.zeros(1) for _ in range(3)]
         for n, t in enumerate(tensors):
             memo.get((t,), None, lambda n=n: n)
         assert [memo.get((t,), None, lambda: -1) for t in tensors[1:]] == [1, 2]
         assert memo.get((tensors[0],), None, lambda: -1) == -1
+
+
+def test_lengths_and_windows_that_change_are_not_compiled_for_each_anew() -> None:
+    torch._dynamo.reset()
+    flex._compiled.cache_clear()
+    torch._dynamo.utils.counters.clear()
+    with torch.no_grad():
+        for T in range(150, 270, 10):
+            q, k, v = (torch.randn(2, T, heads, 16) for heads in (2, 1, 1))
+            pattern = Pattern(0.3, window=T // 2)
+            torch.testing.assert_close(flex.attend(q, k, v, pattern), eager.attend(q, k, v, pattern))
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 3

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from andromeda.errors import ConfigError, nearest
-from andromeda.kernels.attention import cudnn, eager, fa4, flash, flex, sdpa
+from andromeda.kernels.attention import cudnn, decode, eager, fa4, flash, flex, sdpa
 from andromeda.kernels.attention.pattern import Pattern
 
-_BACKENDS = {module.name: module for module in (sdpa, flash, cudnn, flex, fa4, eager)}
+_BACKENDS = {module.name: module for module in (sdpa, decode, flash, cudnn, flex, fa4, eager)}
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ RANKINGS = {
     ),
     ("cuda", "biased"): Ranking(("flex", "sdpa", "eager"), "flex alone has slopes without a mask of T x S"),
     ("cuda", "decode"): Ranking(
-        ("flash", "sdpa", "flex", "eager"), "not measured: flash splits long caches over the whole GPU, and sdpa compiles nothing"
+        ("flash", "decode", "sdpa", "flex", "eager"), "not measured: flash and decode spread one query over the whole GPU, the others do not"
     ),
     ("cpu", ""): Ranking(
         ("sdpa", "eager"), "Xeon, one thread, 4 heads of 64, 16 x 256 tokens: forward and backward in 43 (sdpa) and 60 ms (eager's matrices)"

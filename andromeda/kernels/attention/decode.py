@@ -1,0 +1,49 @@
+"""One query for each sequence, as cached decoding asks: two matrix products that read every key and value once.
+
+Fused kernels give a (sequence, key head) to one multiprocessor, which then reads a long cache alone; a product of 1 x S
+spreads over the whole GPU. Logits are accumulated and kept in float32. Nothing is compiled and nothing waits for the device.
+
+Shapes: B batch, S keys, H query heads, G key/value heads, R = H / G, D head dim.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from andromeda.kernels.attention.pattern import Pattern
+
+name = "decode"
+
+HALF = (torch.bfloat16, torch.float16)
+
+
+def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Any pattern of one query, without gradients."""
+    if q.shape[1] != 1:
+        return "it computes one query at a time"
+    if any(x.requires_grad for x in (q, k, v)):
+        return "it has no backward pass"
+    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF and q.device.type != "cuda" else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Same contract as `eager.attend`, for T = 1."""
+    (B, _, H, _), (S, G) = q.shape, k.shape[1:3]
+    # With several sequences and several key heads this copies the keys, as no product has two strided batch dimensions.
+    rows, keys, values = q.reshape(B * G, H // G, -1), k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
+    logits = _product(rows, keys.mT).view(B, H, 1, S) * pattern.scale
+    if pattern.softcap:
+        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
+    bias = pattern.bias(1, S, q.device)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    if pattern.window or pattern.documents is not None:
+        logits = logits.masked_fill(~pattern.visible(1, S, q.device), float("-inf"))
+    weights = logits.softmax(-1).to(v.dtype).view(B * G, H // G, S)
+    return torch.bmm(weights, values).view(B, 1, H, -1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Products of matrices, in float32 at least."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.bmm(a, b)
