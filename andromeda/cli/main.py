@@ -11,10 +11,12 @@ from typing import Any, cast
 
 import typer
 
+from andromeda.cli.bench import app as bench_app
 from andromeda.cli.data import app as data_app
 from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
 from andromeda.cli.generate import generate
+from andromeda.cli.plan import plan
 from andromeda.cli.train import train
 from andromeda.errors import AndromedaError
 
@@ -29,7 +31,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(bench_app, name="bench")
 app.command()(doctor)
+app.command()(plan)
 app.command()(demo)
 app.command()(train)
 app.command()(generate)

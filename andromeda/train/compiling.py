@@ -21,7 +21,7 @@ VARIANTS = 32
 
 def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) -> bool:
     """Compile the blocks if `train.compile` says so; returns whether. Raises ConfigError for `on` without a C++ compiler."""
-    if not _wanted(config, device):
+    if not wants_compile(config, device):
         return False
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
@@ -30,7 +30,8 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
     return True
 
 
-def _wanted(config: RunConfig, device: torch.device) -> bool:
+def wants_compile(config: RunConfig, device: torch.device) -> bool:
+    """Whether a run on `device` compiles its blocks. Raises ConfigError for `on` without a C++ compiler."""
     train = config.train
     if train.compile == "off":
         return False

@@ -1,0 +1,53 @@
+"""Counts the bytes that tensor operations hold, on tensors without memory as on real ones."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Ledger(TorchDispatchMode):
+    """While active: every storage that an operation returns counts from then until nothing refers to it.
+
+    What a kernel takes for itself within one operation is not seen.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.held, self.peak = 0, 0
+        self._sizes: dict[int, int] = {}
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It changes no result, so torch.compile may go on under it."""
+        return True
+
+    def enter(self, tensors: Iterable[Tensor]) -> None:
+        """Count tensors that were there before."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._sizes:
+                self._sizes[storage._cdata] = storage.nbytes()
+                self.held += storage.nbytes()
+                weakref.finalize(storage, self._leave, storage._cdata)
+        self.peak = max(self.peak, self.held)
+
+    def restart(self) -> None:
+        """Forget the peak so far."""
+        self.peak = self.held
+
+    def _leave(self, storage: int) -> None:
+        self.held -= self._sizes.pop(storage)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.enter(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        return out

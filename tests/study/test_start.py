@@ -1,0 +1,17 @@
+"""`andromeda --help` must answer at once, so the command line's root may import nothing that takes long."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+HEAVY = {"torch", "numpy", "pydantic", "transformers", "tokenizers", "datasets", "tensorboard", "triton", "psutil", "safetensors"}
+
+
+def test_the_root_imports_nothing_heavy() -> None:
+    code = "import sys, json, andromeda.cli.main; print(json.dumps(sorted({name.partition('.')[0] for name in sys.modules})))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(json.loads(done.stdout))
+    assert "typer" in imported
+    assert not imported & HEAVY
