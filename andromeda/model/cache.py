@@ -1,11 +1,13 @@
 """Decode state: what each part remembers of the tokens before, so that a forward pass can go on where the last one ended.
 
-Every layer has a `State`, which its parts call: `extend` (attention: all keys and values so far) and `recall` (token
-shift: the last few vectors). Without a cache, `Nothing` answers the same calls, so parts never ask whether there is one.
+Every layer has a `State`, which its parts call: `extend` (attention: all keys and values so far), `recall` (token shift:
+the last few vectors), `get` and `put` (anything else, a recurrence's sum say). Without a cache, `Nothing` answers the same
+calls, so parts never ask whether there is one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +21,7 @@ class LayerContents:
     buffers: tuple[Tensor, ...]
     """Keys and values (B, S, G, D) of all tokens seen."""
     recent: dict[str, Tensor]
-    """Shifted vectors (B, count, C) by slot."""
+    """What was put into each slot (B, ...)."""
 
 
 @dataclass(frozen=True)
@@ -42,9 +44,18 @@ class State:
         """All keys and values so far, these included."""
         return k, v
 
+    def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the last pass put there; before the first token zeros of this shape (B, ...), of the type and device of `like`."""
+        return like.new_zeros(shape)
+
+    def put(self, slot: str, value: Tensor) -> None:
+        """Keep `value` (B, ...) for the next pass; `slot` tells the parts of one layer apart."""
+
     def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """The `count` vectors (B, count, C) before x (B, T, C); zeros before the first token."""
-        return x.new_zeros(x.shape[0], count, x.shape[2])
+        """The `count` vectors (B, count, C) before x (B, T, C), zeros before the first token; keeps x's own last ones."""
+        past = self.get(slot, x, (x.shape[0], count, x.shape[2]))
+        self.put(slot, torch.cat([past, x[:, -count:]], 1)[:, -count:])
+        return past
 
 
 class Nothing:
@@ -139,7 +150,7 @@ class Cache(Nothing):
 
 
 class LayerState(State):
-    """Keys, values and shifted vectors of the tokens that its cache has seen."""
+    """What one layer remembers of the tokens that its cache has seen."""
 
     def __init__(self, cache: Cache) -> None:
         self.cache = cache
@@ -164,13 +175,13 @@ class LayerState(State):
             new[:, :start] = old[:, :start]
         self.buffers = grown
 
-    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """Also keeps x's own last vectors for the next call; `slot` tells the parts of one layer apart."""
-        past = self.recent.get(slot)
-        if past is None:
-            past = super().recall(slot, x, count)
-        self.recent[slot] = torch.cat([past, x], 1)[:, -count:].detach()
-        return past
+    def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the last pass put there, or zeros."""
+        return self.recent[slot] if slot in self.recent else super().get(slot, like, shape)
+
+    def put(self, slot: str, value: Tensor) -> None:
+        """Keep `value` (B, ...) for the next pass."""
+        self.recent[slot] = value.detach()
 
     def keep(self, rows: Tensor) -> None:
         """Forget all other sequences."""

@@ -7,6 +7,8 @@ reads and writes the cache once more a step; a graph saves thousands of kernel l
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -71,7 +73,7 @@ class RollingCache(Nothing):
 
 
 class RollingState(State):
-    """One layer's keys, values and shifted vectors, in buffers that stay where they are."""
+    """What one layer remembers, in buffers that stay where they are."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -87,13 +89,15 @@ class RollingState(State):
         self.buffers[1].copy_(values)
         return keys, values
 
-    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """Also keeps x (B, 1, C) as the last of the `count` vectors for the next pass."""
+    def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
+        """What the last pass put there, or zeros."""
         if slot not in self.recent:
-            self.recent[slot] = super().recall(slot, x, count)
-        past = self.recent[slot].clone()
-        self.recent[slot].copy_(push(past, x))
-        return past
+            self.recent[slot] = super().get(slot, like, shape)
+        return self.recent[slot].clone()
+
+    def put(self, slot: str, value: Tensor) -> None:
+        """Keep `value` (B, ...) for the next pass, where the last one was."""
+        self.recent.setdefault(slot, torch.empty_like(value)).copy_(value)
 
     def load(self, contents: LayerContents) -> None:
         """Go on from what another cache's layer holds."""
