@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from andromeda.kernels.precision import product_dtype
+
 IGNORED = -100
 """The target of a token that does not count."""
 
@@ -54,7 +56,7 @@ def linear_cross_entropy(
     on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, weight.shape[0]), _product_dtype(x))
+    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, weight.shape[0]), product_dtype(x))
     tokens = (labels != IGNORED).sum()
     if reduction == "sum" and torch.is_grad_enabled():
         total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, rule)
@@ -174,11 +176,3 @@ def _chunk_tokens(device: str, vocabulary: int) -> int:
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
-
-
-def _product_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer would compute in: autocast's dtype where that is on (it leaves float64 alone)."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
-        return torch.get_autocast_dtype(device)
-    return x.dtype

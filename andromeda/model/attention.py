@@ -13,6 +13,7 @@ from andromeda.kernels.attention import Pattern, attend
 from andromeda.model.context import Context
 from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
+from andromeda.model.prepare import prepare
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.model.value_embedding import build_value_mix
 
@@ -47,8 +48,7 @@ class Attention(nn.Module):
         q = self.query(x).unflatten(-1, (self.heads, -1))
         k = self.key(x).unflatten(-1, (self.kv_heads, -1))
         v = self.value_mix(self.value(x).unflatten(-1, (self.kv_heads, -1)), ctx.value)
-        q, k = ctx.rotation(*self.qk_norm(q, k))
-        q, k = ctx.bias.fold(q, k, self.scale)
+        q, k = prepare(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale)
         k, v = ctx.state.extend(k, v)
         return self.out(self.mix(q, k, v, self.pattern(ctx)).flatten(-2))
 

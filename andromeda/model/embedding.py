@@ -3,11 +3,11 @@ with the head has `weight` (V, C)."""
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
+from andromeda.kernels.embedding import embed
 from andromeda.model.context import Context
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import PlainRMSNorm
@@ -51,7 +51,7 @@ class AbsolutePositions(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
-        return x + F.embedding(ctx.positions, self.table.weight.to(x.dtype))
+        return x + embed(ctx.positions, self.table.weight, x.dtype)
 
 
 class Embedder(nn.Module):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from torch import nn
+from torch import Tensor, nn
+
+from andromeda.kernels.embedding import embed
 
 
 class Linear(nn.Linear):
@@ -19,3 +21,7 @@ class Embedding(nn.Embedding):
 
     def reset_parameters(self) -> None:
         """Called by the constructor."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """ids (...) -> (..., C)."""
+        return embed(ids, self.weight)

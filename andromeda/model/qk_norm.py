@@ -36,6 +36,11 @@ class NoNorm(nn.Module):
         super().__init__()
         self.scale = 1 / math.sqrt(content_dim(config))
 
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """Learned factors of queries (H, 1 or D) and of keys (G, 1 or D) after the norm."""
+        return None, None
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
         return q, k
@@ -71,6 +76,11 @@ class L2HeadScale(NoNorm):
         self.scale = 1.0
         self.temperature = nn.Parameter(torch.full((config.attention.heads, 1), 10.0))
 
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """(H, 1) and nothing."""
+        return self.temperature, None
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
         return unit(q) * self.temperature.to(q.dtype), unit(k)
@@ -89,6 +99,11 @@ class L2DimScale(NoNorm):
         D = content_dim(config)
         self.query_scale = nn.Parameter(torch.full((config.attention.heads, D), D**0.25))
         self.key_scale = nn.Parameter(torch.full((config.attention.kv_heads, D), D**0.25))
+
+    @property
+    def scales(self) -> tuple[Tensor | None, Tensor | None]:
+        """(H, D) and (G, D)."""
+        return self.query_scale, self.key_scale
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""

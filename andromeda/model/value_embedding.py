@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
+from andromeda.kernels.embedding import embed_parts
+from andromeda.kernels.precision import product_dtype
 from andromeda.model.layers import Embedding
 
 
@@ -31,12 +33,14 @@ class ValueEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         a = config.attention
-        self.shape = (config.depth, a.kv_heads, a.head_dim)
+        self.depth, self.shape = config.depth, (a.kv_heads, a.head_dim)
         self.table = Embedding(config.vocab_size, config.depth * a.kv_heads * a.head_dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids (B, T) -> for each layer (B, T, G, D)."""
-        return self.table(ids).unflatten(-1, self.shape).unbind(2)
+        # In the type that the layers compute in, and apart: the gradients of all layers together are the largest of a step.
+        parts = embed_parts(ids, self.table.weight, self.depth, product_dtype(self.table.weight))
+        return tuple(v.unflatten(-1, self.shape) for v in parts)
 
 
 class NoValueMix(nn.Module):

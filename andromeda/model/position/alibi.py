@@ -35,6 +35,10 @@ class NoBias:
     slopes: Tensor | None = None
     """Slope of every query head (H,), for the attention kernel; None is no bias."""
 
+    def tails(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `fold` appends: slopes over `scale` in `dtype` (H,) and digits of the keys (T, 4), or nothing."""
+        return ()
+
     def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D) and k (B, T, G, D) as they came."""
         return q, k
@@ -56,10 +60,13 @@ class FoldedBias(NoBias):
     digits: Tensor
     """Base-256 digits of the index of every key of this pass (T, 4), the highest first; the fourth is zero."""
 
+    def tails(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """Slopes, rounded once, then to be multiplied by powers of 256, which is exact: every digit sees the same slope."""
+        return (self.weights / scale).to(dtype), self.digits
+
     def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Append the slopes over `scale` to q (B, T, H, D-4) and the digits to k (B, T, G, D-4)."""
-        # Rounded once, then multiplied by powers of 256, which is exact: every digit sees the same slope.
-        slope = (self.weights / scale).to(q.dtype)
+        slope, _ = self.tails(scale, q.dtype)
         tail = torch.stack([slope * 65536, slope * 256, slope, slope * 0], -1)
         digits = self.digits.to(k.dtype)[:, None]
         return (

@@ -1,0 +1,418 @@
+"""Triton kernels that prepare queries and keys for attention: norm, learned scales, rotation and folded ALiBi in one pass.
+
+A program takes a block of tokens and a few heads, of the queries or of the keys: it reads the tokens' angles once and then
+each head once. The backward pass reads the raw vectors again and computes their norms anew, so that forward saves nothing.
+
+A head is read as D/2 pairs of columns; those that rotary leaves alone are pairs that turn by nothing. Shapes: n tokens of a
+block, P pairs, rounded up to a power of two.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import gcd
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
+UNIT_EPS = tl.constexpr(1e-12)
+"""The constants of `F.rms_norm` and `F.normalize`."""
+
+
+Pair = tuple[Tensor, Tensor]
+Maybe = tuple[Tensor | None, Tensor | None]
+
+
+class Launch(NamedTuple):
+    """How the work is cut."""
+
+    tokens: int
+    """Tokens of a program, a power of two."""
+    heads: int
+    """Heads of a program."""
+    warps: int
+
+
+FORWARD, BACKWARD, DECODE = Launch(32, 6, 4), Launch(32, 6, 4), Launch(4, 1, 1)
+FEW_TOKENS = 1024
+"""Up to here a program has one head, so that few tokens still occupy the whole GPU."""
+
+
+class Shape(NamedTuple):
+    """What is known when a kernel is compiled."""
+
+    D: int
+    """Columns of a head."""
+    OUT: int
+    """The same with those of a folded ALiBi."""
+    HALF: int
+    """Pairs that turn."""
+    P: int
+    unit: int
+    """Divides all strides, so that the compiler knows how many columns it may read at once."""
+    width: int
+    """Pairs of one thread that lie side by side: as many as can be read at once everywhere, so that threads exchange nothing."""
+    norm: str
+    interleaved: bool
+    tokens: int
+    """Tokens of a program."""
+    heads: int
+    """Heads of a program."""
+
+
+class Side(NamedTuple):
+    """The queries or the keys, as the kernels see them; None where there is nothing."""
+
+    query: Any
+    count: Any
+    """Heads."""
+    x: Any
+    """Raw vectors (B, T, heads, D)."""
+    x_b: Any
+    """Stride of batch, as a multiple of the shape's unit."""
+    x_t: Any
+    x_h: Any
+    """Stride of the heads in full."""
+    y: Any
+    """Prepared vectors (B, T, heads, OUT), or their gradient."""
+    y_b: Any
+    y_t: Any
+    y_h: Any
+    cos: Any
+    sin: Any
+    table_b: Any
+    """Rows of the tables from one sequence to the next, 0 where all share them."""
+    scale: Any
+    """Learned scales (heads, 1) or (heads, D)."""
+    per_dim: Any
+    tail: Any = None
+    """Slopes (heads,) of queries, digits (T, OUT - D) of keys."""
+    dx: Any = None
+    """Gradient of the raw vectors (B, T, heads, D)."""
+    dx_b: Any = None
+    dx_t: Any = None
+    partial: Any = None
+    """Gradient of the scales, for each block of tokens."""
+
+
+class Block(NamedTuple):
+    """The tokens of a program, each (n,), and the number of their block."""
+
+    token: Any
+    batch: Any
+    time: Any
+    live: Any
+    index: Any
+
+
+@triton.jit
+def _pairs(shape: tl.constexpr):
+    """Numbers of the pairs (P,), of which a thread takes `shape.width` side by side."""
+    width: tl.constexpr = shape.width
+    return tl.max_contiguous(tl.arange(0, shape.P), width)
+
+
+@triton.jit
+def _columns(shape: tl.constexpr):
+    """Columns of the first and the second of each pair, each (P,)."""
+    width: tl.constexpr = shape.width
+    pair = tl.arange(0, shape.P)
+    if shape.interleaved:
+        first, second = 2 * pair, 2 * pair + 1
+    else:
+        # Plain sums where all pairs turn, which the compiler sees through best.
+        if 2 * shape.HALF == shape.D:
+            first, second = pair, pair + shape.HALF
+        else:
+            first = tl.where(pair < shape.HALF, pair, pair + shape.HALF)
+            second = tl.where(pair < shape.HALF, pair + shape.HALF, pair + shape.D // 2)
+        first, second = tl.max_contiguous(first, width), tl.max_contiguous(second, width)
+    return first, second
+
+
+@triton.jit
+def _exists(live, shape: tl.constexpr):
+    """Which pairs of the tokens there are (n, P)."""
+    return live[:, None] & (tl.arange(0, shape.P) < shape.D // 2)[None, :]
+
+
+@triton.jit
+def _words(rows, shape: tl.constexpr):
+    """Where interleaved pairs lie (n, P), each pair as one number: two reads with gaps would be twice as many instructions."""
+    if rows.dtype.element_ty.primitive_bitwidth == 32:
+        start = rows.to(tl.pointer_type(tl.uint64), bitcast=True)
+    else:
+        start = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
+    return start[:, None] + _pairs(shape)[None, :]
+
+
+@triton.jit
+def _load(rows, live, shape: tl.constexpr):
+    """The vectors at `rows` (n,) in float32: firsts and seconds of pairs, each (n, P), zero where there are none."""
+    mask = _exists(live, shape)
+    kind: tl.constexpr = rows.dtype.element_ty
+    if shape.interleaved:
+        word = tl.load(_words(rows, shape), mask=mask, other=0)
+        bits: tl.constexpr = tl.uint16 if kind.primitive_bitwidth == 16 else tl.uint32
+        a = word.to(bits).to(kind, bitcast=True)
+        b = (word >> kind.primitive_bitwidth).to(bits).to(kind, bitcast=True)
+    else:
+        first, second = _columns(shape)
+        a = tl.load(rows[:, None] + first[None, :], mask=mask, other=0.0)
+        b = tl.load(rows[:, None] + second[None, :], mask=mask, other=0.0)
+    return a.to(tl.float32), b.to(tl.float32)
+
+
+@triton.jit
+def _store(rows, live, a, b, shape: tl.constexpr):
+    """The opposite of `_load`."""
+    mask = _exists(live, shape)
+    kind: tl.constexpr = rows.dtype.element_ty
+    if shape.interleaved:
+        bits: tl.constexpr = tl.uint16 if kind.primitive_bitwidth == 16 else tl.uint32
+        whole: tl.constexpr = tl.uint32 if kind.primitive_bitwidth == 16 else tl.uint64
+        low = a.to(kind).to(bits, bitcast=True).to(whole)
+        high = b.to(kind).to(bits, bitcast=True).to(whole)
+        tl.store(_words(rows, shape), low | (high << kind.primitive_bitwidth), mask=mask)
+    else:
+        first, second = _columns(shape)
+        tl.store(rows[:, None] + first[None, :], a.to(kind), mask=mask)
+        tl.store(rows[:, None] + second[None, :], b.to(kind), mask=mask)
+
+
+@triton.jit
+def _angles(side, at, shape: tl.constexpr):
+    """The tokens' cosines and sines (n, P)."""
+    pair = tl.arange(0, shape.P)
+    entry = (at.batch * side.table_b + at.time)[:, None] * shape.HALF + _pairs(shape)[None, :]
+    mask = at.live[:, None] & (pair < shape.HALF)[None, :]
+    return tl.load(side.cos + entry, mask=mask, other=1.0), tl.load(side.sin + entry, mask=mask, other=0.0)
+
+
+@triton.jit
+def _rows(x, stride_b, stride_t, at, shape: tl.constexpr):
+    """Where the tokens' first heads lie (n,)."""
+    return x + (at.batch.to(tl.int64) * stride_b + at.time.to(tl.int64) * stride_t) * shape.unit
+
+
+@triton.jit
+def _scales(side, head, shape: tl.constexpr):
+    """A head's learned scales, to be multiplied with (n, P) and (n, P)."""
+    if side.per_dim:
+        first, second = _columns(shape)
+        exists = tl.arange(0, shape.P) < shape.D // 2
+        row = side.scale + head * shape.D
+        a = tl.load(row + first, mask=exists, other=0.0)[None, :]
+        b = tl.load(row + second, mask=exists, other=0.0)[None, :]
+    else:
+        a = tl.load(side.scale + head)
+        b = a
+    return a, b
+
+
+@triton.jit
+def _store_scale_gradient(side, index, head, a, b, shape: tl.constexpr):
+    """A block's share in the gradient of a head's scales, summed from the tokens' shares a and b, each (n, P)."""
+    row = index * side.count + head
+    if side.per_dim:
+        first, second = _columns(shape)
+        exists = tl.arange(0, shape.P) < shape.D // 2
+        tl.store(side.partial + row * shape.D + first, tl.sum(a, 0), mask=exists)
+        tl.store(side.partial + row * shape.D + second, tl.sum(b, 0), mask=exists)
+    else:
+        tl.store(side.partial + row, tl.sum(tl.sum(a + b, 1), 0))
+
+
+@triton.jit
+def _norm(a, b, shape: tl.constexpr):
+    """f (n, 1), by which the vectors are multiplied, and w (n, 1) in its gradient dx = f (dn - w n <n, dn>)."""
+    square = tl.sum(a * a + b * b, 1)[:, None]
+    if shape.norm == "rms":
+        f = 1.0 / tl.sqrt(square / shape.D + RMS_EPS)
+        w = 1.0 / shape.D
+    else:
+        length = tl.sqrt(square)
+        f = 1.0 / tl.maximum(length, UNIT_EPS)
+        # Shorter vectors are divided by a constant.
+        w = tl.where(length > UNIT_EPS, 1.0, 0.0)
+    return f, w
+
+
+@triton.jit
+def _store_bias(rows, side, head, at, shape: tl.constexpr):
+    """The columns of a folded ALiBi."""
+    column = tl.arange(0, shape.OUT - shape.D)
+    if side.query:
+        power = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
+        tail = power[None, :] * tl.load(side.tail + head).to(tl.float32)
+    else:
+        tail = tl.load(side.tail + at.time[:, None] * (shape.OUT - shape.D) + column[None, :], mask=at.live[:, None], other=0)
+    tl.store(rows[:, None] + shape.D + column[None, :], tail.to(rows.dtype.element_ty), mask=at.live[:, None])
+
+
+@triton.jit
+def _forward_side(side, at, begin, shape: tl.constexpr):
+    """Some heads of a block of tokens, from head `begin` on."""
+    if shape.HALF > 0:
+        cos, sin = _angles(side, at, shape)
+    x, y = _rows(side.x, side.x_b, side.x_t, at, shape), _rows(side.y, side.y_b, side.y_t, at, shape)
+    for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
+        a, b = _load(x + head * side.x_h, at.live, shape)
+        if shape.norm != "none":
+            f, _ = _norm(a, b, shape)
+            a, b = a * f, b * f
+        if side.scale is not None:
+            s_a, s_b = _scales(side, head, shape)
+            a, b = a * s_a, b * s_b
+        if shape.HALF > 0:
+            a, b = a * cos - b * sin, b * cos + a * sin
+        _store(y + head * side.y_h, at.live, a, b, shape)
+        if side.tail is not None:
+            _store_bias(y + head * side.y_h, side, head, at, shape)
+
+
+@triton.jit
+def _backward_side(side, at, begin, shape: tl.constexpr):
+    """Gradients of some heads of a block of tokens, from head `begin` on, and the block's share of those of the scales."""
+    if shape.HALF > 0:
+        cos, sin = _angles(side, at, shape)
+    dy, dx = _rows(side.y, side.y_b, side.y_t, at, shape), _rows(side.dx, side.dx_b, side.dx_t, at, shape)
+    for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
+        d_a, d_b = _load(dy + head * side.y_h, at.live, shape)
+        if shape.HALF > 0:
+            d_a, d_b = d_a * cos + d_b * sin, d_b * cos - d_a * sin
+        if shape.norm != "none":
+            a, b = _load(_rows(side.x, side.x_b, side.x_t, at, shape) + head * side.x_h, at.live, shape)
+            f, w = _norm(a, b, shape)
+            a, b = a * f, b * f
+            if side.scale is not None:
+                _store_scale_gradient(side, at.index, head, a * d_a, b * d_b, shape)
+                s_a, s_b = _scales(side, head, shape)
+                d_a, d_b = d_a * s_a, d_b * s_b
+            along = w * tl.sum(a * d_a + b * d_b, 1)[:, None]
+            d_a, d_b = f * (d_a - a * along), f * (d_b - b * along)
+        _store(dx + head * shape.D, at.live, d_a, d_b, shape)
+
+
+@triton.jit
+def _program(q, k, N, T, shape: tl.constexpr):
+    """Whether this program is of the queries, its first head and its tokens. Neighbours share tokens, whose tables are cached then."""
+    q_groups: tl.constexpr = (q.count + shape.heads - 1) // shape.heads
+    groups: tl.constexpr = q_groups + (k.count + shape.heads - 1) // shape.heads
+    index, group = tl.program_id(0) // groups, tl.program_id(0) % groups
+    token = index * shape.tokens + tl.arange(0, shape.tokens)
+    batch = token // T
+    first = tl.where(group < q_groups, group, group - q_groups) * shape.heads
+    return group < q_groups, first, Block(token, batch, token - batch * T, token < N, index)
+
+
+@triton.jit
+def _forward(q, k, N, T, shape: tl.constexpr):
+    of_queries, first, at = _program(q, k, N, T, shape)
+    if of_queries:
+        _forward_side(q, at, first, shape)
+    else:
+        _forward_side(k, at, first, shape)
+
+
+@triton.jit
+def _backward(q, k, N, T, shape: tl.constexpr):
+    of_queries, first, at = _program(q, k, N, T, shape)
+    if of_queries:
+        _backward_side(q, at, first, shape)
+    else:
+        _backward_side(k, at, first, shape)
+
+
+def forward(
+    xs: Pair, scales: Maybe, tables: list[Tensor], tails: list[Tensor], norm: str, layout: str, launch: Launch | None = None
+) -> Pair:
+    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`."""
+    B, T, _, D = xs[0].shape
+    launch = launch or (DECODE if B * T <= FEW_TOKENS else FORWARD)
+    out = D + (tails[1].shape[-1] if tails else 0)
+    ys = [x.new_empty(*x.shape[:-1], out) for x in xs]
+    xs = _readable(xs, layout)
+    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)
+    q, k = (
+        _side(shape, query, x, y, scale, tables)._replace(tail=tail)
+        for query, x, y, scale, tail in zip(_QUERY, xs, ys, scales, tails or (None, None), strict=True)
+    )
+    _launch(_forward, q, k, ys[0], shape, launch)
+    return ys[0], ys[1]
+
+
+def backward(
+    dys: Pair, raw: Sequence[Tensor], scales: Maybe, tables: list[Tensor], norm: str, layout: str, D: int, launch: Launch | None = None
+) -> list[Tensor]:
+    """Gradients of raw queries and keys, then of the scales that there are, from those of the prepared ones.
+
+    `raw` may be missing where nothing is normed.
+    """
+    launch = launch or BACKWARD
+    blocks = triton.cdiv(dys[0].shape[0] * dys[0].shape[1], launch.tokens)
+    dxs = [dy.new_empty(*dy.shape[:-1], D) for dy in dys]
+    partials = [None if s is None else s.new_empty(blocks, *s.shape, dtype=torch.float32) for s in scales]
+    dys = _readable(dys, layout)
+    xs = _readable((raw[0], raw[1]), layout) if raw else dys
+    shape = _shape(D, D, [*xs, *dys, *dxs], tables, norm, layout, launch)
+    q, k = (
+        _side(shape, query, x, dy, scale, tables)._replace(dx=dx, dx_b=_units(dx, 0, shape), dx_t=_units(dx, 1, shape), partial=partial)
+        for query, x, dy, scale, dx, partial in zip(_QUERY, xs, dys, scales, dxs, partials, strict=True)
+    )
+    _launch(_backward, q, k, dxs[0], shape, launch)
+    # One order of summation, whatever the order in which the blocks ran.
+    sums = [p.sum(0).to(s.dtype) for p, s in zip(partials, scales, strict=True) if p is not None and s is not None]
+    return [*dxs, *sums]
+
+
+_QUERY = (True, False)
+
+
+def _side(shape: Shape, query: bool, x: Tensor, y: Tensor, scale: Tensor | None, tables: list[Tensor]) -> Side:
+    cos, sin = [t.contiguous() for t in (tables[:2] if query else tables[2:])] or (None, None)
+    return Side(
+        tl.constexpr(query),
+        tl.constexpr(y.shape[2]),
+        *(x, _units(x, 0, shape), _units(x, 1, shape), tl.constexpr(x.stride(2))),
+        *(y, _units(y, 0, shape), _units(y, 1, shape), tl.constexpr(y.stride(2))),
+        cos,
+        sin,
+        0 if cos is None or cos.shape[0] == 1 else cos.shape[1],
+        None if scale is None else scale.contiguous(),
+        tl.constexpr(scale is not None and scale.shape[-1] > 1),
+    )
+
+
+def _units(x: Tensor, dim: int, shape: Shape) -> int:
+    return x.stride(dim) // shape.unit
+
+
+def _readable(xs: Pair, layout: str) -> Pair:
+    """xs, or copies where the columns of a head do not lie side by side, or interleaved pairs not where whole numbers can be read."""
+
+    def readable(x: Tensor) -> bool:
+        odd = layout == "interleaved" and any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
+        return x.stride(-1) == 1 and not odd
+
+    q, k = (x if readable(x) else x.contiguous() for x in xs)
+    return q, k
+
+
+def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: str, layout: str, launch: Launch) -> Shape:
+    half = tables[0].shape[-1] if tables else 0
+    interleaved = layout == "interleaved"
+    unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
+    width = gcd(unit // 2 if interleaved else unit, half, D // 2)
+    return Shape(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, launch.tokens, launch.heads)
+
+
+def _launch(kernel: Any, q: Side, k: Side, x: Tensor, shape: Shape, launch: Launch) -> None:
+    N, T = x.shape[0] * x.shape[1], x.shape[1]
+    groups = triton.cdiv(q.count.value, launch.heads) + triton.cdiv(k.count.value, launch.heads)
+    with torch.cuda.device_of(x):
+        kernel[(triton.cdiv(N, launch.tokens) * groups,)](q, k, N, T, shape, num_warps=launch.warps)

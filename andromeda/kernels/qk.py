@@ -1,0 +1,125 @@
+"""Queries and keys on a GPU: norm, learned scales, rotation and folded ALiBi in one kernel that reads and writes them once.
+
+The plain reference is the model's own parts (`qk_norm`, `position`), called one after the other. The kernel computes the
+same in float32 and rounds once, at the end.
+
+Shapes: B batch, T time, H query heads, G key/value heads, D head dim, R rotated dimensions.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Norm = Literal["none", "rms", "l2"]
+"""Root mean square one, or length one."""
+Layout = Literal["none", "half", "interleaved"]
+"""Pairs are (i, i + R/2) or (2i, 2i + 1) of the first R dimensions."""
+
+TRITON = find_spec("triton") is not None
+
+
+class Form(NamedTuple):
+    """What is done to queries and keys."""
+
+    norm: Norm
+    layout: Layout
+    tables: tuple[Tensor, ...] = ()
+    """Cosines and sines of queries, then of keys, each (B or 1, T, 1, R/2) in float32 and times xPos's factors; or none."""
+    q_scale: Tensor | None = None
+    """Learned factors after the norm, for each head (H, 1) or each head and dimension (H, D)."""
+    k_scale: Tensor | None = None
+    """The same of keys (G, 1) or (G, D)."""
+    tails: tuple[Tensor, ...] = ()
+    """Folded ALiBi: slopes (H,) over the softmax scale, in the queries' type, and digits of the keys (T, 4); or none."""
+
+
+def accepts(q: Tensor, k: Tensor, form: Form) -> bool:
+    """Whether the kernel computes this: on a GPU, in 32 or 16 bits, on plain tensors (not sharded ones)."""
+    tensors = (q, k, *form.tables, *form.tails, *(s for s in (form.q_scale, form.k_scale) if s is not None))
+    return (
+        TRITON
+        and all(t.is_cuda and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
+        and q.dtype == k.dtype
+        and q.shape[-1] % 2 == 0
+        and q.dtype in (torch.bfloat16, torch.float16, torch.float32)
+        and all(t.dtype == torch.float32 for t in form.tables)
+    )
+
+
+def prepare(q: Tensor, k: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D) and k (B, T, G, D), views of anything, as attention takes them: contiguous, with four columns more if folded.
+
+    Gradients reach q, k and the scales, and are the same in every run.
+    """
+    return _prepare(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
+
+
+@torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
+def _prepare(
+    q: Tensor,
+    k: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    tables: list[Tensor],
+    tails: list[Tensor],
+    norm: str,
+    layout: str,
+) -> tuple[Tensor, Tensor]:
+    from andromeda.kernels.device import qk as device
+
+    return device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout)
+
+
+@_prepare.register_fake
+def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str) -> tuple[Tensor, Tensor]:
+    out = q.shape[-1] + (tails[1].shape[-1] if tails else 0)
+    return q.new_empty(*q.shape[:-1], out), k.new_empty(*k.shape[:-1], out)
+
+
+@torch.library.custom_op("andromeda::prepare_qk_backward", mutates_args=())
+def _gradients(
+    dq: Tensor,
+    dk: Tensor,
+    raw: list[Tensor],
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    tables: list[Tensor],
+    norm: str,
+    layout: str,
+    D: int,
+) -> list[Tensor]:
+    """Gradients of q, k, and of those scales that there are; `raw` is q and k, or nothing where there is no norm."""
+    from andromeda.kernels.device import qk as device
+
+    return device.backward((dq, dk), raw, (q_scale, k_scale), tables, norm, layout, D)
+
+
+@_gradients.register_fake
+def _(
+    dq: Tensor, dk: Tensor, raw: Any, q_scale: Tensor | None, k_scale: Tensor | None, tables: Any, norm: str, layout: str, D: int
+) -> list[Tensor]:
+    scales = [torch.empty_like(s) for s in (q_scale, k_scale) if s is not None]
+    return [dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D), *scales]
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    q, k, q_scale, k_scale, tables, tails, ctx.norm, ctx.layout = inputs
+    ctx.D, ctx.tables, ctx.tails = q.shape[-1], len(tables), len(tails)
+    # A rotation alone is undone without what it was applied to.
+    raw = () if ctx.norm == "none" else (q, k)
+    ctx.save_for_backward(q_scale, k_scale, *tables, *raw)
+
+
+def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
+    q_scale, k_scale, *rest = ctx.saved_tensors
+    tables, raw = rest[: ctx.tables], rest[ctx.tables :]
+    d_q, d_k, *d_scales = _gradients(dq, dk, raw, q_scale, k_scale, tables, ctx.norm, ctx.layout, ctx.D)
+    scales = [None if s is None else d_scales.pop(0) for s in (q_scale, k_scale)]
+    return (d_q, d_k, *scales, [None] * ctx.tables, [None] * ctx.tails, None, None)
+
+
+_prepare.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,31 @@
+"""What happens to queries and keys between their projection and attention: norm, rotation, folded bias.
+
+The parts do it one after the other; where a kernel knows all of them, it does the same at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+
+from andromeda.kernels import qk
+from andromeda.model.position.alibi import NoBias
+from andromeda.model.position.rotary import Rotation, Table, stay, turn_halves, turn_interleaved
+from andromeda.model.qk_norm import L2, RMS, L2DimScale, L2HeadScale, NoNorm
+
+NORMS: dict[type[NoNorm], qk.Norm] = {NoNorm: "none", RMS: "rms", L2: "l2", L2HeadScale: "l2", L2DimScale: "l2"}
+LAYOUTS: dict[Callable[[Tensor, Table], Tensor], qk.Layout] = {stay: "none", turn_halves: "half", turn_interleaved: "interleaved"}
+"""What the kernel knows; any other part is computed by itself."""
+
+
+def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
+    """q (B, T, H, D) and k (B, T, G, D) as projected -> normalised, turned, and with `bias` folded in for the softmax scale `scale`."""
+    if q.is_cuda and type(norm) in NORMS and rotation.turn in LAYOUTS:
+        layout = LAYOUTS[rotation.turn]
+        tables = () if layout == "none" else (*rotation.query, *rotation.key)
+        form = qk.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
+        if qk.accepts(q, k, form):
+            return qk.prepare(q, k, form)
+    q, k = rotation(*norm(q, k))
+    return bias.fold(q, k, scale)
