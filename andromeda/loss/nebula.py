@@ -13,9 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from andromeda.config.train import TrainConfig
 from andromeda.errors import ConfigError, nearest
-from andromeda.loss.tasks import Head, Task, next_token
+from andromeda.loss.tasks import Head, Task
 
 
 class LossResult(NamedTuple):
@@ -79,11 +78,6 @@ class Nebula(nn.Module):
         total = self.balance({name: own.total / divisors[name] for name, own in sums.items()})
         parts = {name: own.nll / divisors[name] for name, own in sums.items()}
         return LossResult(total, sums[self.tasks[0].name].tokens, parts)
-
-
-def build_loss(config: TrainConfig) -> Nebula:
-    """The loss that the configuration describes: the next token, with its z-loss."""
-    return Nebula([next_token(config.z_loss)])
 
 
 def _at_least_one(count: Tensor | int) -> Tensor | int:

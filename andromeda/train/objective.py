@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from andromeda.kernels.cross_entropy import linear_cross_entropy
+from andromeda.loss import Nebula, next_token
 from andromeda.model.transformer import Transformer
 from andromeda.train.rows import Rows
 
@@ -21,14 +21,16 @@ class Sums(NamedTuple):
 
 
 class NextToken:
-    """Cross entropy of the next token, with the z-loss of PaLM (arXiv 2204.02311, section 5)."""
+    """Nebula with the one task of a language model: cross entropy of the next token, with its z-loss."""
 
     def __init__(self, model: Transformer, z_loss: float = 0.0) -> None:
-        self._model, self._z_loss = model, z_loss
+        self._model = model
+        self._loss = Nebula([next_token(z_loss)])
+        # Sums, not means: the step divides by the targets of all its micro-batches.
+        self._undivided = {task.name: 1 for task in self._loss.tasks}
 
     def __call__(self, batch: Rows, window: int = 0) -> Sums:
         """The sums over a batch that is on the model's device."""
         hidden = self._model.hidden(batch.ids, documents=batch.documents, window=window)
-        head = self._model.head
-        out = linear_cross_entropy(hidden, head.weight, batch.targets, bias=head.bias, softcap=head.softcap, z_loss=self._z_loss)
-        return Sums(out.total, out.nll)
+        result = self._loss(self._model.head, hidden, batch, self._undivided)
+        return Sums(result.total, result.parts["next_token"])

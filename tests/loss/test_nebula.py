@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from andromeda.config.train import TrainConfig
 from andromeda.errors import ConfigError
 from andromeda.kernels.cross_entropy import reference
-from andromeda.loss import Categorical, Head, Nebula, Prediction, Sums, build_loss, next_token
+from andromeda.loss import Categorical, Head, Nebula, Prediction, Sums, next_token
 
 
 class TinyHead(nn.Module):
@@ -63,7 +62,7 @@ class SquaredError:
 def test_next_token_is_the_mean_over_counted_targets(softcap: float, bias: bool, z_loss: float) -> None:
     hidden, batch = problem()
     head = TinyHead(softcap=softcap, bias=bias)
-    result = build_loss(TrainConfig(z_loss=z_loss))(head, hidden, batch)
+    result = Nebula([next_token(z_loss)])(head, hidden, batch)
     expected = reference(hidden, head.weight, batch.targets, bias=head.bias, softcap=softcap, z_loss=z_loss)
     assert result.tokens == 14
     torch.testing.assert_close(result.total, expected.total / 14)
