@@ -193,4 +193,11 @@ def prune(folder: Path, keep: int) -> None:
         if kept >= keep:
             _remove(path)
         else:
-            kept += bool(read_values(path)["healthy"])
+            kept += _healthy(path)
+
+
+def _healthy(path: Path) -> bool:
+    try:
+        return bool(read_values(path)["healthy"])
+    except CheckpointError:
+        return False

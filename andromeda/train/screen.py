@@ -6,8 +6,10 @@ import json
 import sys
 from typing import Any, Protocol
 
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 Figures = dict[str, Any]
 
@@ -66,36 +68,32 @@ class Lines(Silent):
         print(text, flush=True)
 
 
-class Live(Silent):
-    """A progress bar with the newest figures; what stays on the screen are validation, probes and remarks."""
+class Terminal(Silent):
+    """A bar with the newest figures below it; what stays above are validation, probes and remarks."""
 
     def __init__(self, steps: int, console: Console) -> None:
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(bar_width=20),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[figures]}"),
-            console=console,
-        )
+        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
+        self._task = self._progress.add_task("train", total=steps)
+        self._figures = Text()
+        self._live = Live(Group(self._progress, self._figures), console=console, refresh_per_second=4)
         self._steps = steps
-        self._task = self._progress.add_task("train", total=steps, figures="")
 
     def write(self, step: int, figures: Figures) -> None:
         """Into the bar, or above it."""
-        self._progress.start()
+        self._live.start()
         if "loss" in figures:
-            self._progress.update(self._task, completed=step, figures=describe(figures))
+            self._progress.update(self._task, completed=step)
+            self._figures.plain = describe(figures)
         elif shown := describe(figures):
-            self._progress.console.print(f"step {step}/{self._steps}  {shown}", highlight=False)
+            self.note(f"step {step}/{self._steps}  {shown}")
 
     def note(self, text: str) -> None:
         """Above the bar."""
-        self._progress.console.print(text, highlight=False)
+        self._live.console.print(text, highlight=False)
 
     def close(self) -> None:
         """Leave the bar as it is."""
-        self._progress.stop()
+        self._live.stop()
 
 
 def build_screen(steps: int, as_json: bool = False) -> Screen:
@@ -103,7 +101,7 @@ def build_screen(steps: int, as_json: bool = False) -> Screen:
     if as_json:
         return JsonLines()
     console = Console()
-    return Live(steps, console) if console.is_terminal else Lines(steps)
+    return Terminal(steps, console) if console.is_terminal else Lines(steps)
 
 
 FORMATS = {

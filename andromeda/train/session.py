@@ -13,6 +13,7 @@ from andromeda.errors import CheckpointError
 from andromeda.model.transformer import Transformer
 from andromeda.optim import Optimizer, build_optimizer
 from andromeda.train import randomness
+from andromeda.train.allocator import keep_freed_memory
 from andromeda.train.checkpoint import Snapshot
 from andromeda.train.compiling import compile_blocks
 from andromeda.train.ema import build_average
@@ -98,6 +99,8 @@ class Session:
 
 def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> Session:
     """A run at its beginning."""
+    if device.type == "cpu":
+        keep_freed_memory()
     randomness.seed_all(config.seed)
     train = config.train
     precision = build_precision(train.precision, device)

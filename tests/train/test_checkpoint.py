@@ -194,6 +194,9 @@ def test_prune_counts_healthy_ones(tmp_path: Path) -> None:
         checkpoint.save(tmp_path, snapshot(step, healthy))
     checkpoint.prune(tmp_path, 2)
     assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (2, 3, 4, 5)]
+    (tmp_path / checkpoint.name_of(4) / "state.json").write_text("{")
+    checkpoint.prune(tmp_path, 1)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (2, 3, 4, 5)]
 
 
 def test_set_aside_is_kept_but_not_listed(tmp_path: Path) -> None:
