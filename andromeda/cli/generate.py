@@ -108,8 +108,9 @@ def _print_json(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> 
     from dataclasses import asdict
 
     for completion in _in_order(pieces, len(prompts)):
+        answer = {name: round(value, 6) if isinstance(value, float) else value for name, value in asdict(completion).items()}
         figures = {"new_tokens": len(completion.ids), "tokens_per_second": round(completion.tokens_per_second, 2)}
-        print(json.dumps({"prompt": prompts[completion.index], **asdict(completion), **figures}, ensure_ascii=False), flush=True)
+        print(json.dumps({"prompt": prompts[completion.index], **answer, **figures}, ensure_ascii=False), flush=True)
 
 
 def _in_order(pieces: Iterator[Piece], count: int) -> Iterator[Completion]:
