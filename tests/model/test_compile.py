@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
-from torch._dynamo.testing import CompileCounter
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
@@ -29,10 +31,10 @@ def ids(model: Transformer) -> torch.Tensor:
     return torch.randint(0, model.config.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
 
 
-def graphs(model: Transformer, documents: torch.Tensor | None = None) -> int:
+def graphs(model: Transformer, documents: torch.Tensor | None = None, backend: str = "eager") -> int:
     """Graphs that a forward and backward pass compiles; a break inside a block is an error. The outcome is that of eager mode."""
     expected = model(ids(model), documents=documents)
-    counter = CompileCounter()
+    counter = CompileCounterWithBackend(backend)
     for block in model.trunk.blocks:
         block.compile(fullgraph=True, backend=counter)
     found = model(ids(model), documents=documents)
@@ -46,6 +48,22 @@ def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
     # Grouped products are one kernel in bfloat16 alone.
     model = Transformer(model_config({slot: value})).to(torch.bfloat16 if value.startswith("moe") else torch.float32)
     assert graphs(model) == (2 if value == "window-global" else 1)
+
+
+def test_a_recomputed_block_of_experts_is_one_graph_too() -> None:
+    model = Transformer(model_config({"feedforward": "moe-shared"})).bfloat16()
+    for block in model.trunk.blocks:
+        block.forward = recomputed(block.forward)
+    assert graphs(model, backend="aot_eager") == 1
+    router = model.trunk.blocks[0].feedforward.router
+    assert int(router.load.sum()) % (24 * router.active) == 0
+
+
+def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*args: Any) -> Any:
+        return checkpoint(forward, *args, use_reentrant=False)
+
+    return run
 
 
 def small(preset: str) -> ModelConfig:

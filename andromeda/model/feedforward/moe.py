@@ -85,7 +85,9 @@ class Router(nn.Module):
 
     def _account(self, gates: Tensor, scores: Tensor, chosen: Tensor) -> Tensor:
         load = torch.zeros_like(self.load).scatter_add_(0, chosen.flatten(), torch.ones_like(chosen.flatten()))
-        self.load += load
+        # In place and not `+=`, which sets the attribute too: a graph may hold the one and not the other. What is computed
+        # again in the backward pass may count twice, for all experts alike.
+        self.load.add_(load)
         if self.balance != "loss":
             return gates
         loss = self.rate * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
