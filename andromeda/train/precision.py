@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from andromeda.errors import ConfigError
+from andromeda.errors import ConfigError, MissingExtra
 from andromeda.model.transformer import Transformer
 
 
@@ -122,7 +122,34 @@ class Float16(Precision):
         self._scale, self._good = float(values["scale"]), int(values["good"])
 
 
-PRECISIONS: dict[str, type[Precision]] = {kind.name: kind for kind in (Precision, BFloat16, Float16)}
+class Float8(BFloat16):
+    """Products of the blocks in 8 bits, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
+    2209.05433), one scale a tensor, taken from its largest value at every step. The weights that are trained stay float32.
+
+    The linear layers are torchao's. Sizes that are no multiple of 16 cannot be products of 8 bits and keep bfloat16.
+    """
+
+    name = "fp8"
+
+    def prepare(self, model: Transformer) -> Transformer:
+        """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
+        try:
+            from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+        except ImportError:
+            raise MissingExtra("torchao", "eightbit", "train.precision = 'fp8'") from None
+        config = Float8LinearConfig(emulate=self.device.type == "cpu")
+        convert_to_float8_training(model, config=config, module_filter_fn=_fits_fp8)
+        return model
+
+
+def _fits_fp8(module: nn.Module, path: str) -> bool:
+    """The blocks' own products. A router's scores decide by small differences and are kept exact."""
+    if not isinstance(module, nn.Linear) or not path.startswith("trunk.blocks.") or ".router." in path:
+        return False
+    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+
+
+PRECISIONS: dict[str, type[Precision]] = {kind.name: kind for kind in (Precision, BFloat16, Float16, Float8)}
 
 
 def build_precision(name: str, device: torch.device) -> Precision:
@@ -132,7 +159,7 @@ def build_precision(name: str, device: torch.device) -> Precision:
     """
     if name == "auto":
         name = "bf16" if fast_bfloat16(device) else "fp32"
-    if name not in PRECISIONS:
+    if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ConfigError(
             f"train.precision = {name!r} needs a GPU with 8-bit products (compute capability 8.9 or newer), "
             f"and {device} has none: use bf16 or auto."

@@ -1,0 +1,72 @@
+"""8-bit products: what is exchanged, and how far the rounding may reach. On a CPU torchao emulates it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from andromeda.config.model import Attention, Experts, FeedForward, ModelConfig, Rotary
+from andromeda.errors import ConfigError
+from andromeda.model.transformer import Transformer
+from andromeda.train.precision import Float8, build_precision
+
+pytest.importorskip("torchao")
+
+CPU = torch.device("cpu")
+CONFIG = ModelConfig(
+    vocab_size=64,
+    context=16,
+    width=32,
+    depth=2,
+    rotary=Rotary(kind="rope"),
+    attention=Attention(heads=2, kv_heads=1, head_dim=16),
+    feedforward=FeedForward(kind="relu2", hidden=64),
+)
+
+
+def test_parameters_and_names_stay_the_same_tensors() -> None:
+    model = Transformer(CONFIG)
+    before = dict(model.named_parameters())
+    after = dict(Float8(CPU).prepare(model).named_parameters())
+    assert after.keys() == before.keys()
+    assert all(after[name] is parameter for name, parameter in before.items())
+
+
+def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
+    odd = CONFIG.model_copy(update={"feedforward": FeedForward(kind="moe", hidden=24), "experts": Experts(shared=1, count=16)})
+    kinds = {name: type(module).__name__ for name, module in Float8(CPU).prepare(Transformer(odd)).named_modules()}
+    exchanged = {name for name, kind in kinds.items() if kind == "Float8Linear"}
+    assert exchanged == {f"trunk.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
+
+
+def test_a_product_is_that_of_the_rounded_factors() -> None:
+    """Each factor is rounded to e4m3 after its largest value has been scaled to 448; the product itself is exact but for float32."""
+    model = Float8(CPU).prepare(Transformer(CONFIG))
+    layer = model.trunk.blocks[0].attention.query
+    x = torch.randn(1, 5, 32)
+
+    def rounded(t: torch.Tensor) -> torch.Tensor:
+        scale = 448 / t.abs().max()
+        return (t * scale).to(torch.float8_e4m3fn).double() / scale
+
+    expected = rounded(x) @ rounded(layer.weight.detach()).T
+    assert (layer(x) - expected).abs().max() < 1e-2 * expected.abs().max()
+    exact = x.double() @ layer.weight.detach().double().T
+    assert (layer(x) - exact).norm() < 0.08 * exact.norm()  # e4m3 rounds each factor by at most 1/16
+
+
+def test_gradients_are_near_those_of_float32() -> None:
+    ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
+    gradients = []
+    for prepare in (lambda model: model, Float8(CPU).prepare):
+        model = prepare(Transformer(CONFIG))
+        model(ids).square().mean().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))
+    plain, rounded = gradients
+    assert not torch.equal(plain, rounded)
+    assert torch.cosine_similarity(plain, rounded, dim=0) > 0.98
+
+
+def test_a_cpu_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"needs a GPU with 8-bit products .* use bf16 or auto\.$"):
+        build_precision("fp8", CPU)
