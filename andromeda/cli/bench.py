@@ -1,53 +1,84 @@
-"""`andromeda bench`."""
+"""`andromeda bench`: one command a benchmark; each prints a table, or JSON, and can keep its result."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure speed beside a peer, both sides in one run.", no_args_is_help=True)
+app = typer.Typer(help="Measure beside other implementations, all sides in one run.", no_args_is_help=True)
+
+Out = Annotated[Path | None, typer.Option(help="Keep the result as JSON in this file.")]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+Rows = Sequence[Sequence[str]]
 
 
 @app.callback()
 def bench() -> None:
-    """Measure speed beside a peer, both sides in one run."""
+    """Measure beside other implementations, all sides in one run."""
 
 
 @app.command()
-def cpu(
-    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15,
-    out: Annotated[Path | None, typer.Option(help="Keep the result as JSON here.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
-) -> None:
-    """A training step of a small model: Andromeda beside transformers' Llama."""
+def cpu(rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15, out: Out = None, as_json: Json = False) -> None:
+    """Speed of a training step of a small model on the CPU, beside transformers' Llama."""
     from andromeda.study.bench.cpu import measure
+
+    def rows(result: dict[str, Any]) -> Rows:
+        ways = next(iter(result["sides"].values()))["tokens_per_second"]
+        head = ["side", "parameters", *(f"{way}, tok/s" for way in ways), "GFLOP/s", "ratio"]
+        body = [
+            [
+                name,
+                f"{known['parameters']:,}",
+                *(f"{speed:,.0f}" for speed in known["tokens_per_second"].values()),
+                f"{known['gflops']:,.0f}",
+                f"{known['ratio']:.2f}",
+            ]
+            for name, known in result["sides"].items()
+        ]
+        return [head, *body, ["a product of 1024 x 1024", *[""] * (len(head) - 3), f"{result['product_gflops']:,.0f}", ""]]
+
+    _finish(f"andromeda bench cpu --rounds {rounds}", measure(rounds), rows, out, as_json)
+
+
+@app.command()
+def learn(
+    corpus: Annotated[str, typer.Argument(help="A corpus folder with a vocabulary of at most 4096.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each side.")] = 600,
+    compiled: Annotated[bool, typer.Option(help="Compile all sides.")] = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What the same small models learn on the CPU: loss after equal tokens, and time to the peer's loss."""
+    from andromeda.study.bench.learn import measure
+    from andromeda.study.bench.sides import PEER, Way
+
+    def rows(result: dict[str, Any]) -> Rows:
+        peer = result["sides"][PEER]["seconds"]
+        body = []
+        for name, known in result["sides"].items():
+            reached = known["seconds_to_peers_loss"]
+            faster = [f"{reached:,.0f} s", f"{peer / reached:.2f}"] if reached else ["not reached", ""]
+            body.append([name, f"{known['parameters']:,}", f"{known['final_loss']:.4f}", f"{known['seconds']:,.0f} s", *faster])
+        return [["side", "parameters", "final loss", "time", "time to the peer's loss", "ratio"], *body]
+
+    command = f"andromeda bench learn {corpus} --steps {steps} --{'' if compiled else 'no-'}compiled"
+    _finish(command, measure(corpus, steps, Way(compiled)), rows, out, as_json)
+
+
+def _finish(command: str, figures: dict[str, Any], rows: Callable[[dict[str, Any]], Rows], out: Path | None, as_json: bool) -> None:
+    """Print a result and keep it, with the machine, the versions and the command that made it."""
+    from andromeda.cli.tables import show
     from andromeda.study.bench.record import record, save
 
-    result = record(f"andromeda bench cpu --rounds {rounds}", measure(rounds))
+    result = record(command, figures)
     if out:
         save(out, result)
     if as_json:
         print(json.dumps(result, indent=2))
         return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(
-        "side",
-        "parameters",
-        "eager tok/s",
-        "compiled tok/s",
-        "GFLOP/s",
-        "ratio",
-        title="Training step, 6 x 256, vocabulary 4096",
-        title_justify="left",
-    )
-    for name, known in result["tokens_per_second"].items():
-        speeds = [f"{known[way]:,.0f}" if way in known else "-" for way in ("eager", "compiled")]
-        ratio = result["ratio"].get(name)
-        table.add_row(name, f"{known['parameters']:,}", *speeds, f"{known['gflops']:,.0f}", f"{ratio:.2f}" if ratio else "1")
-    Console().print(table)
-    print(f"a large float32 product runs at {result['floor_gflops']:,.0f} GFLOP/s here")
+    head, *body = rows(result)
+    show(command, head, body, right=range(1, len(head)))

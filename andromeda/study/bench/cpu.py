@@ -1,158 +1,55 @@
-"""A training step of a small model on the CPU: Andromeda beside transformers' Llama, each at its best of compiled or not.
-
-Both have 6 layers of width 256, a vocabulary of 4096, a context of 256, 4 query heads and 1 key/value head of 64, rows of 8,
-AdamW, clipping by the global norm, and equal parameters to 2 %. Andromeda enters twice:
-
-- `same products`: the parameters lie where Llama's do, so that both sides owe the processor the same matrix products, and
-  only what surrounds them can differ;
-- `value embeddings`: a third of the blocks' parameters lie in a table of values instead, which costs no products.
-
-Andromeda takes the whole step of `andromeda train` (loss in chunks, clipping, guard, optimizer). Steps of all sides alternate,
-so that whatever else the machine does falls on all alike; the figure is the median.
-"""
+"""Speed of a training step of a small model on the CPU, beside transformers' Llama, each side at its best way of computing."""
 
 from __future__ import annotations
 
-import math
 import shutil
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from andromeda.config.load import from_values
-from andromeda.config.run import RunConfig
-from andromeda.errors import MissingExtra
-from andromeda.model.flops import training_flops_per_token
-from andromeda.train.objective import NextToken
-from andromeda.train.rows import Rows
-from andromeda.train.session import build_session
-from andromeda.train.step import Stepper, Work
+from andromeda.model.hardware import product_rate
+from andromeda.study.bench.sides import CONTEXT, CPU, PEER, ROWS, SIDES, VOCABULARY, Side, Way, build_side
+from andromeda.study.bench.timing import alternate
+from andromeda.train.precision import fast_bfloat16
 
-ROWS, CONTEXT, VOCABULARY = 8, 256, 4096
-Step = Callable[[Tensor], None]
-"""Learns from ids (ROWS, CONTEXT + 1)."""
+WARMUP = 3
+
+Key = tuple[str, Way]
 
 
-def andromeda_config(kind: str, compiled: bool) -> RunConfig:
-    """The run that one of our sides takes a step of."""
-    mixed = kind == "value embeddings"
-    model = {
-        "vocab_size": VOCABULARY,
-        "context": CONTEXT,
-        "width": 256,
-        "depth": 6,
-        "attention": {"heads": 4, "kv_heads": 1, "head_dim": 64},
-        "rotary": {"kind": "rope"},
-        "feedforward": {"kind": "relu2", "hidden": 512 if mixed else 1024},
-        "block": {"norm": "rms_plain"},
-        "value_embedding": {"kind": "layered" if mixed else "none"},
-    }
-    train = {"batch": ROWS, "device": "cpu", "compile": "on" if compiled else "off", "precision": "fp32"}
-    return from_values({"model": model, "train": train})
+def ways() -> list[Way]:
+    """All that can be anyone's best here: compiled where there is a compiler, bfloat16 where it is not emulated."""
+    compiled = (False, True) if shutil.which("g++") or shutil.which("clang++") else (False,)
+    precisions = ("fp32", "bf16") if fast_bfloat16(CPU) else ("fp32",)
+    return [Way(way, precision) for precision in precisions for way in compiled]
 
 
-def andromeda_step(kind: str, compiled: bool) -> tuple[Step, int, float]:
-    """A step, the parameters, and the operations of matrix products per token."""
-    from andromeda.train.compiling import compile_blocks
-
-    config = andromeda_config(kind, compiled)
-    session = build_session(config, torch.device("cpu"), "bench")
-    compile_blocks(session.model, config, torch.device("cpu"))
-    stepper = Stepper(session, NextToken(session.model), config.train)
-
-    def step(ids: Tensor) -> None:
-        rows = Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
-        stepper(Work(rows, ROWS * CONTEXT, (0, ROWS)))
-
-    parameters = sum(p.numel() for p in session.model.parameters())
-    return step, parameters, training_flops_per_token(config.model, CONTEXT)
-
-
-def llama_step(compiled: bool) -> tuple[Step, int, float]:
-    """The same for transformers' Llama, with its own loss."""
-    try:
-        from transformers import LlamaConfig, LlamaForCausalLM
-    except ImportError:
-        raise MissingExtra("transformers", "bench", "The CPU benchmark's peer") from None
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        num_hidden_layers=6,
-        num_attention_heads=4,
-        num_key_value_heads=1,
-        head_dim=64,
-        intermediate_size=683,
-        max_position_embeddings=CONTEXT,
-        attn_implementation="sdpa",  # type: ignore[call-arg]
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-4, fused=True)
-    run = torch.compile(model, dynamic=False) if compiled else model
-
-    def step(ids: Tensor) -> None:
-        run(input_ids=ids[:, :-1], labels=ids[:, :-1]).loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    blocks = sum(p.numel() for p in model.model.layers.parameters()) + VOCABULARY * 256
-    return step, sum(p.numel() for p in model.parameters()), 6.0 * blocks + 6 * 6 * 2 * 256 * (CONTEXT + 1) / 2
-
-
-def sides(compiled: bool) -> dict[str, Callable[[], tuple[Step, int, float]]]:
-    """Everything that takes part, built only when its turn comes."""
-    return {
-        "transformers Llama": lambda: llama_step(compiled),
-        "Andromeda, same products": lambda: andromeda_step("same products", compiled),
-        "Andromeda, value embeddings": lambda: andromeda_step("value embeddings", compiled),
-    }
-
-
-def measure(rounds: int = 15, warmup: int = 3, compiled: tuple[bool, ...] | None = None) -> dict[str, Any]:
-    """Tokens per second of every side, and the ratios of their best; `rounds` timed steps each."""
-    ways = compiled or ((False, True) if shutil.which("g++") or shutil.which("clang++") else (False,))
-    steps: dict[tuple[str, bool], Step] = {}
-    facts: dict[str, dict[str, float]] = {}
-    for way in ways:
-        for name, build in sides(way).items():
-            steps[name, way], parameters, flops = build()
-            facts[name] = {"parameters": parameters, "flops_per_token": flops}
+def measure(rounds: int = 15, chosen: list[Way] | None = None) -> dict[str, Any]:
+    """Tokens per second of every side in every way, and the ratio of each side's best to the peer's best."""
+    sides: dict[Key, Side] = {(name, way): build_side(name, way) for way in chosen or ways() for name in SIDES}
     generator = torch.Generator().manual_seed(0)
-    batches = [torch.randint(0, VOCABULARY, (ROWS, CONTEXT + 1), generator=generator) for _ in range(warmup + rounds)]
-    seconds: dict[tuple[str, bool], list[float]] = {key: [] for key in steps}
-    for number, ids in enumerate(batches):
-        for key, step in steps.items():
-            start = time.perf_counter()
-            step(ids)
-            if number >= warmup:
-                seconds[key].append(time.perf_counter() - start)
-    return _summary(seconds, facts)
+    rows = [torch.randint(0, VOCABULARY, (ROWS, CONTEXT + 1), generator=generator) for _ in range(WARMUP + rounds)]
+    seconds = alternate({key: partial(_step, side.step, rows) for key, side in sides.items()}, WARMUP, rounds)
+    return summary(seconds, sides)
 
 
-def _summary(seconds: dict[tuple[str, bool], list[float]], facts: dict[str, dict[str, float]]) -> dict[str, Any]:
-    tokens = ROWS * CONTEXT
-    speeds: dict[str, Any] = {name: dict(known) for name, known in facts.items()}
-    for (name, compiled), times in seconds.items():
-        speeds[name]["compiled" if compiled else "eager"] = tokens / statistics.median(times)
-    for known in speeds.values():
-        known["best"] = max(known.get("compiled", -math.inf), known.get("eager", -math.inf))
+def _step(step: Callable[[Tensor, Tensor, float], Tensor], rows: list[Tensor], number: int) -> None:
+    step(rows[number][:, :-1].contiguous(), rows[number][:, 1:].contiguous(), 1.0)
+
+
+def summary(seconds: dict[Key, list[float]], sides: dict[Key, Side]) -> dict[str, Any]:
+    """Medians as tokens per second, and what follows from them."""
+    found: dict[str, dict[str, Any]] = {}
+    for (name, way), times in seconds.items():
+        side = sides[name, way]
+        known = found.setdefault(name, {"parameters": side.parameters, "flops_per_token": side.flops_per_token, "tokens_per_second": {}})
+        known["tokens_per_second"][str(way)] = ROWS * CONTEXT / statistics.median(times)
+    for known in found.values():
+        known["best"] = max(known["tokens_per_second"].values())
         known["gflops"] = known["best"] * known["flops_per_token"] / 1e9
-    peer = speeds["transformers Llama"]["best"]
-    ratios = {name: known["best"] / peer for name, known in speeds.items() if name != "transformers Llama"}
-    return {"tokens_per_step": tokens, "floor_gflops": product_rate(), "tokens_per_second": speeds, "ratio": ratios}
-
-
-def product_rate(size: int = 1024, rounds: int = 8) -> float:
-    """GFLOP/s of a large float32 product on this machine: the ceiling of every side."""
-    a, b = torch.randn(size, size), torch.randn(size, size)
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        a @ b
-        times.append(time.perf_counter() - start)
-    return 2 * size**3 / statistics.median(times[1:]) / 1e9
+        known["ratio"] = known["best"] / max(found[PEER]["tokens_per_second"].values())
+    return {"tokens_per_step": ROWS * CONTEXT, "product_gflops": product_rate("fp32") / 1e9, "sides": found}
