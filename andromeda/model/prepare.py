@@ -27,5 +27,10 @@ def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias
         form = qk.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
         if qk.accepts(q, k, form):
             return qk.prepare(q, k, form)
+    return plain(q, k, norm, rotation, bias, scale)
+
+
+def plain(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
+    """The same by the parts alone, on any device and in any dtype: the reference."""
     q, k = rotation(*norm(q, k))
     return bias.fold(q, k, scale)

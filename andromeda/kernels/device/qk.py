@@ -250,7 +250,9 @@ def _store_bias(rows, side, head, at, shape: tl.constexpr):
         power = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
         tail = power[None, :] * tl.load(side.tail + head).to(tl.float32)
     else:
-        tail = tl.load(side.tail + at.time[:, None] * (shape.OUT - shape.D) + column[None, :], mask=at.live[:, None], other=0)
+        tail = tl.load(side.tail + at.time[:, None] * (shape.OUT - shape.D) + column[None, :], mask=at.live[:, None], other=0).to(
+            tl.float32
+        )
     tl.store(rows[:, None] + shape.D + column[None, :], tail.to(rows.dtype.element_ty), mask=at.live[:, None])
 
 
