@@ -23,3 +23,20 @@ def alternate(works: Mapping[Key, Callable[[int], object]], warmup: int, rounds:
             if number >= warmup:
                 seconds[key].append(time.perf_counter() - start)
     return seconds
+
+
+def device_ms(function: Callable[[], object], device: str, rep: int, graph: bool = False) -> float:
+    """Median milliseconds of a call over about `rep` milliseconds; on a GPU with a cold cache, or as replayed from a graph.
+
+    A graph leaves out what the CPU takes to start each kernel, but nothing empties the cache between calls: give it more data
+    than the cache holds.
+    """
+    if device == "cpu":
+        from torch.utils.benchmark import Timer
+
+        return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=rep / 1e3).median * 1e3
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    if graph:
+        return float(do_bench_cudagraph(function, rep=rep, return_mode="median"))
+    return float(do_bench(function, warmup=rep // 2, rep=rep, return_mode="median"))
