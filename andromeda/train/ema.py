@@ -6,7 +6,7 @@ ExponentialMovingAverage the decay of update n is therefore min(decay, (1 + n) /
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,10 @@ class NoAverage:
         """Nothing."""
 
     updates = 0
+
+    def figures(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """Nothing."""
+        return {}
 
 
 class Average(NoAverage):
@@ -52,6 +56,18 @@ class Average(NoAverage):
         self.updates = updates
         for name, mean in self._mean.items():
             mean.copy_(tensors[name])
+
+    @torch.no_grad()
+    def figures(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `measure` says of the averaged weights, each name with `_average` at its end; the weights are then put back."""
+        held = [p.detach().clone() for p in self._live.values()]
+        for p, mean in zip(self._live.values(), self._mean.values(), strict=True):
+            p.copy_(mean)
+        try:
+            return {f"{name}_average": figure for name, figure in measure().items()}
+        finally:
+            for p, own in zip(self._live.values(), held, strict=True):
+                p.copy_(own)
 
 
 def build_average(model: nn.Module, decay: float) -> NoAverage:

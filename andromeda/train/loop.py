@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from andromeda.config.run import RunConfig
@@ -99,7 +100,8 @@ class Loop:
         if self._due(train.log.health, step):
             self._write(self._health.figures)
         if self._due(train.eval_every, step):
-            self._write(self._around.validation(session.model, self._objective, session.precision))
+            validate = partial(self._around.validation, session.model, self._objective, session.precision)
+            self._write(validate() | session.average.figures(validate))
         if self._due(train.probes.every, step):
             self._write(self._around.probes(session.model, session.precision))
         every = train.checkpoints.every

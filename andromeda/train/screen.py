@@ -109,6 +109,7 @@ FORMATS = {
     "bits_per_byte": ("bits/byte", "{:.4f}"),
     "validation/loss": ("validation loss", "{:.4f}"),
     "validation/bits_per_byte": ("bits/byte", "{:.4f}"),
+    "validation/loss_average": ("of the average", "{:.4f}"),
     "gradient_norm": ("norm", "{:.3g}"),
     "tokens_per_second": ("tok/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.1%}"),

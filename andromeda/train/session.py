@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +15,7 @@ from andromeda.train import randomness
 from andromeda.train.allocator import keep_freed_memory
 from andromeda.train.checkpoint import Snapshot
 from andromeda.train.compiling import compile_blocks
-from andromeda.train.ema import build_average
+from andromeda.train.ema import NoAverage, build_average
 from andromeda.train.guard import BadSteps
 from andromeda.train.meter import Meter
 from andromeda.train.precision import Precision, build_precision
@@ -41,11 +40,12 @@ class Cursor:
 class Session:
     """The live parts of a run."""
 
+    config: RunConfig
     model: Transformer
     optimizer: Optimizer
     precision: Precision
     guard: BadSteps
-    average: Any
+    average: NoAverage
     meter: Meter
     fingerprint: str
     """Of the data."""
@@ -63,7 +63,7 @@ class Session:
             "healthy": self.guard.healthy,
             "cursor": asdict(self.cursor),
             "data": self.fingerprint,
-            "model": self.model.config.model_dump(),
+            "config": self.config.model_dump(),
             "optimizer": self.optimizer.values(),
             "average": self.average.updates,
             "precision": {"name": self.precision.name, **self.precision.values()},
@@ -108,6 +108,7 @@ def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> 
     checkpoint_blocks(model, train.checkpointing)
     compile_blocks(model, config, device)
     return Session(
+        config,
         model,
         build_optimizer(model, train.optim, train.compile),
         precision,

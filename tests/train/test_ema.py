@@ -30,10 +30,27 @@ def test_closed_form(decay: float, updates: int) -> None:
     np.testing.assert_allclose(average.tensors()["weight"].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
+def test_figures_are_of_the_average_and_the_weights_stay() -> None:
+    """Measured with the mean in place; afterwards the weights are bit by bit what they were, also when measuring fails."""
+    model = nn.Linear(2, 2)
+    average = build_average(model, 0.5)
+    own = model.weight.detach().clone()
+    with torch.no_grad():
+        model.weight *= 3.0
+    now = model.weight.detach().clone()
+    measured = average.figures(lambda: {"sum": float(model.weight.detach().sum())})
+    assert measured == {"sum_average": pytest.approx(float(own.sum()))}
+    assert torch.equal(model.weight, now)
+    with pytest.raises(ZeroDivisionError):
+        average.figures(lambda: {"sum": 1 / 0})
+    assert torch.equal(model.weight, now)
+
+
 def test_off_is_nothing() -> None:
     average = build_average(nn.Linear(2, 2), 0.0)
     average.update()
     assert average.tensors() == {}
+    assert average.figures(lambda: {"sum": 1.0}) == {}
     assert not isinstance(average, Average)
 
 
