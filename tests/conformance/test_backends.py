@@ -1,22 +1,45 @@
-"""Every legal pair of parts, on every attention backend that runs here: what `eager` gives, forward and backward."""
+"""Every legal pair of parts, on every attention backend that runs here: what `eager` gives, forward, backward and decoding."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import combinations
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from andromeda.config.model import ModelConfig
 from andromeda.errors import ConfigError
 from andromeda.kernels.attention import backends
+from andromeda.model.cache import Cache
 from andromeda.model.transformer import Transformer
+from tests.conformance.checks import DOCUMENTS
 from tests.conformance.covering import rows
-from tests.conformance.models import ROWS, T, build, ids, use_backend
+from tests.conformance.models import T, build, ids, use_backend
 
-SOFTMAX = [row for row in ROWS if rows()[row].attention.mechanism == "softmax"]
-DOCUMENTS = torch.tensor([[0] * 4 + [1] * 8, [0] * 12])
+
+def features(config: ModelConfig) -> tuple[Any, ...]:
+    """What a backend can tell apart."""
+    a = config.attention
+    return config.alibi, (a.heads, a.kv_heads), (a.window, a.global_every), a.softcap, a.scale, a.qk_norm, config.rotary.kind
+
+
+def telling() -> list[str]:
+    """Rows of softmax attention that hold every pair of features, those left out that bring none."""
+    chosen, seen = [], set()
+    for row, config in rows().items():
+        pairs = set(combinations(enumerate(features(config)), 2))
+        if config.attention.mechanism == "softmax" and not pairs <= seen:
+            chosen.append(row)
+            seen |= pairs
+    return chosen
+
+
+SOFTMAX = telling()
+OTHERS = [name for name in backends() if name != "eager"]
 
 
 @contextmanager
@@ -27,21 +50,62 @@ def backend(model: Transformer, name: str) -> Iterator[None]:
     use_backend(model, "eager")
 
 
-def outcome(model: Transformer, documents: Tensor | None) -> list[Tensor]:
+def learning(model: Transformer, documents: Tensor | None) -> list[Tensor]:
     """Logits, and the gradient of their mean square for every parameter."""
     out = model(ids(), documents=documents, span=T)
     return [out.detach(), *torch.autograd.grad(out.square().mean(), list(model.parameters()))]
 
 
-@pytest.mark.parametrize("name", [name for name in backends() if name != "eager"])
-@pytest.mark.parametrize("row", SOFTMAX)
-def test_a_backend_agrees_with_eager_or_refuses(row: str, name: str) -> None:
-    model = build(row)
+@torch.no_grad()
+def reading(model: Transformer, documents: Tensor | None) -> list[Tensor]:
+    """Logits of one pass without gradients."""
+    return [model(ids(), documents=documents, span=T)]
+
+
+@torch.no_grad()
+def writing(model: Transformer, documents: Tensor | None) -> list[Tensor]:
+    """Logits of the last tokens, decoded one after the other; the cache is filled by `eager`."""
+    chosen, cache = model.trunk.blocks[0].attention.backend, Cache()
+    with backend(model, "eager"):
+        model(ids()[:, : T - 3], documents=None if documents is None else documents[:, : T - 3], cache=cache, span=T)
+    use_backend(model, chosen)
+    places = [slice(t, t + 1) for t in range(T - 3, T)]
+    return [model(ids()[:, t], documents=None if documents is None else documents[:, t], cache=cache, span=T) for t in places]
+
+
+def agreed(row: str, name: str, run: Callable[[Transformer, Tensor | None], list[Tensor]]) -> int:
+    """How often the backend did not refuse; what it gave then is what `eager` gives."""
+    model, accepted = build(row), 0
     for documents in (None, DOCUMENTS):
         with backend(model, name):
             try:
-                found = outcome(model, documents)
+                found = run(model, documents)
             except ConfigError:
                 continue
-        for a, b in zip(found, outcome(model, documents), strict=True):
+        accepted += 1
+        for a, b in zip(found, run(model, documents), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+    return accepted
+
+
+@pytest.mark.parametrize("row", SOFTMAX)
+def test_sdpa_agrees_with_eager(row: str) -> None:
+    assert agreed(row, "sdpa", learning) == (0 if rows()[row].attention.softcap else 2)
+
+
+@pytest.mark.parametrize("row", SOFTMAX)
+def test_decode_agrees_with_eager(row: str) -> None:
+    assert agreed(row, "decode", writing) == 2
+
+
+@pytest.mark.parametrize("row", SOFTMAX[::6])
+def test_flex_agrees_with_eager(row: str) -> None:
+    assert agreed(row, "flex", reading) == 2
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_backend_that_cannot_run_here_says_so(name: str) -> None:
+    """Whatever is asked of it, it computes or refuses; nothing in between."""
+    for row in SOFTMAX[::20]:
+        for run in (learning, reading, writing):
+            assert agreed(row, name, run) <= 2

@@ -79,6 +79,30 @@ def test_shared_heads_are_full_attention_with_repeated_heads(kv_heads: int) -> N
     agree(shared(ids()), full(ids()))
 
 
+@torch.no_grad()
+def test_windows_reach_as_far_as_they_say_and_every_nth_layer_sees_everything() -> None:
+    model = build(attention={"window": 4, "global_every": 3})
+    model = Transformer(model.config.model_copy(update={"depth": 6})).double()
+    ctx, x, t = model.context(ids()), stream(), 7
+    for layer, reach in enumerate((4, 4, 99, 4, 4, 99)):
+        attention = model.trunk.blocks[layer].attention
+        before = attention(x, ctx.at(layer))[:, t]
+        for s in range(t + 1):
+            changed = x.clone()
+            changed[:, s] += 1.0
+            moved = (attention(changed, ctx.at(layer))[:, t] - before).abs().max() > 1e-9
+            assert bool(moved) == (t - s < reach), (layer, s)
+
+
+@torch.no_grad()
+def test_a_pass_narrows_windows_but_not_layers_without_one() -> None:
+    wide, narrow = (build(attention={"window": n, "global_every": 2}) for n in (6, 3))
+    narrow.load_state_dict(wide.state_dict())
+    agree(wide(ids(), window=3), narrow(ids()))
+    agree(narrow(ids(), window=6), narrow(ids()))
+    assert (wide(ids()) - narrow(ids())).abs().max() > 1e-3
+
+
 # --- blocks ---
 
 
