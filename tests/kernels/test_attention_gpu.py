@@ -72,7 +72,10 @@ def test_long_sequences_need_memory_for_their_tokens_only(name: str) -> None:
     assert torch.cuda.max_memory_allocated() - before < 200 * 2**20 < T * T / 20
 
 
-@pytest.mark.parametrize(("name", "options"), [("flex", {"window": 200, "documents": 1, "slopes": 1}), ("flash", {}), ("cudnn", {}), ("fa4", {"window": 200, "documents": 1})])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [("flex", {"window": 200, "documents": 1, "slopes": 1}), ("flash", {}), ("cudnn", {}), ("fa4", {"window": 200, "documents": 1})],
+)
 def test_compiled_whole_with_its_backward_pass(name: str, options: dict[str, Any]) -> None:
     torch._dynamo.reset()
     keys = numbers(2, 320)
@@ -132,5 +135,3 @@ def test_decoding_can_be_recorded_as_a_graph(name: str) -> None:
         k.copy_(torch.randn_like(k))
         graph.replay()
         torch.testing.assert_close(out, eager.attend(q, k, v, pattern), atol=2e-2, rtol=2e-2)
-
-

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.kernels.attention.flash import needs_equal_heads, needs_half_on_cuda, needs_plain
+from andromeda.kernels.attention.needs import equal_heads, half_on_cuda, heads_of_eights, only_causal
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "cudnn"
@@ -17,9 +17,9 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it aligns its mask to the first key, so that queries must be as many as keys"
     if q.shape[1] == 1:
         return "it needs two tokens or more"
-    if not torch.backends.cudnn.is_available():
-        return "this PyTorch has no cuDNN"
-    return needs_plain(pattern) or needs_half_on_cuda(q, capability=8) or needs_equal_heads(q, v, widest=128)
+    if reason := only_causal(pattern) or half_on_cuda(q, capability=8) or equal_heads(q, v) or heads_of_eights(q, v, widest=128):
+        return reason
+    return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:

@@ -11,11 +11,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from andromeda.kernels.attention.needs import HALF
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "decode"
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 from andromeda.errors import DataError
-from andromeda.kernels.attention.flash import needs_half_on_cuda
 from andromeda.kernels.attention.memo import Memo
+from andromeda.kernels.attention.needs import FOLD, half_on_cuda, heads_of_eights
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "fa4"
@@ -26,14 +26,14 @@ _bounds: Memo[Tensor] = Memo(4)
 def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """No ALiBi slopes; documents only over whole sequences."""
     if pattern.slopes is not None:
-        return "it has no ALiBi slopes (alibi.fold = true needs none)"
+        return FOLD
     if pattern.documents is not None and q.shape[1] != k.shape[1]:
         return "it takes documents only where queries are as many as keys"
-    if reason := needs_half_on_cuda(q, capability=9):
+    if reason := half_on_cuda(q, capability=9):
         return reason
     widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
-    if any(D % 8 or D > widest for D in (q.shape[-1], v.shape[-1])):
-        return f"it needs heads of 8, 16, ... or {widest} dimensions"
+    if reason := heads_of_eights(q, v, widest):
+        return reason
     return None if _installed() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
 
 
@@ -57,13 +57,17 @@ def _found() -> bool:
 
 
 @torch.library.custom_op("andromeda::fa4", mutates_args=())
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float, window: int, softcap: float
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
     """Attention (B, T, H, Dv), and the logarithm of the sum of exponentials as the library has it."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "window_size": _window(window), "softcap": softcap, "return_lse": True}
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": _window(window),
+        "softcap": softcap,
+        "return_lse": True,
+    }
     if documents is None:
         return flash_attn_func(q, k, v, **options)
     lengths = _lengths(documents)
@@ -89,7 +93,13 @@ def _backward(
     from flash_attn.cute.interface import _flash_attn_bwd
 
     left, right = _window(window)
-    options: dict[str, Any] = {"softmax_scale": scale, "causal": True, "softcap": softcap, "window_size_left": left, "window_size_right": right}
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "softcap": softcap,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
     if documents is None:
         dq, dk, dv = _flash_attn_bwd(q, k, v, out, grad, lse, **options)
         return dq, dk, dv
@@ -149,6 +159,8 @@ def _boundaries(documents: Tensor) -> Tensor:
     """Index of the first token of every document among all B T tokens, and B T: (number of documents + 1,) in int32."""
     step = documents.diff(dim=1)
     if bool((step < 0).any()):
-        raise DataError("Document numbers fall along a row, which attention backend 'fa4' cannot mask: number documents upwards or use 'flex'.")
+        raise DataError(
+            "Document numbers fall along a row, which attention backend 'fa4' cannot mask: number documents upwards, or set attention.backend to flex."
+        )
     starts = torch.nn.functional.pad(step != 0, (1, 0), value=True).flatten().nonzero().flatten()
     return torch.nn.functional.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)

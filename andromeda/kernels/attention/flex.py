@@ -41,7 +41,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Same contract as `eager.attend`."""
     T, S = q.shape[1], k.shape[1]
     mask = _masks.get(pattern.documents or (), (pattern.window, T, S, q.device), lambda: block_mask(pattern, T, S, q.device))
-    call = flex_attention if torch.compiler.is_compiling() else _compiled(_kind(pattern, q, S))
+    call: Any = flex_attention if torch.compiler.is_compiling() else _compiled(_kind(pattern, q, S))
     out = call(
         q.transpose(1, 2),
         k.transpose(1, 2),

@@ -39,10 +39,12 @@ RANKINGS = {
     ),
     ("cuda", "biased"): Ranking(("flex", "sdpa", "eager"), "flex alone has slopes without a mask of T x S"),
     ("cuda", "decode"): Ranking(
-        ("flash", "decode", "sdpa", "flex", "eager"), "not measured: flash and decode spread one query over the whole GPU, the others do not"
+        ("flash", "decode", "sdpa", "flex", "eager"),
+        "not measured: flash and decode spread one query over the whole GPU, the others do not",
     ),
     ("cpu", ""): Ranking(
-        ("sdpa", "eager"), "Xeon, one thread, 4 heads of 64, 16 x 256 tokens: forward and backward in 43 (sdpa) and 60 ms (eager's matrices)"
+        ("sdpa", "eager"),
+        "Xeon, one thread, 4 heads of 64, 16 x 256 tokens: forward and backward in 43 (sdpa) and 60 ms (eager's matrices)",
     ),
     ("", ""): Ranking(("sdpa", "eager"), "no other backend runs there"),
 }
@@ -106,7 +108,10 @@ def _log_once(name: str, fastest: str, reason: str) -> None:
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str = "auto") -> Tensor:
-    """Attention of q (B, T, H, D) over k (B, S, G, D) and v (B, S, G, Dv): (B, T, H, Dv). Query head h reads key/value head h // (H / G)."""
+    """Attention of q (B, T, H, D) over k (B, S, G, D) and v (B, S, G, Dv): (B, T, H, Dv).
+
+    Query head h reads key/value head h // (H / G). Raises ConfigError for a backend that is not known or refuses.
+    """
     pattern, first = pattern.trimmed(q.shape[1], k.shape[1])
     if first:
         k, v = k[:, first:], v[:, first:]
