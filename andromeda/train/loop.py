@@ -23,7 +23,7 @@ from andromeda.train.session import Session
 from andromeda.train.signals import Signals
 from andromeda.train.speed import Speed
 from andromeda.train.step import Stepper, Work
-from andromeda.train.validation import Validation
+from andromeda.train.validation import NoValidation
 from andromeda.train.window import build_window
 
 
@@ -39,7 +39,7 @@ class Surroundings:
 
     folder: RunFolder
     stream: Stream
-    validation: Validation
+    validation: NoValidation
     probes: Probes
     metrics: MetricsFile
     sinks: list[Sink]
@@ -78,13 +78,14 @@ class Loop:
         """One step of the run."""
         session, cursor, size = self._session, self._session.cursor, self._train.batch
         first = session.guard.next_row(cursor.rows)
-        with self._around.speed.running(0, cursor):
+        with self._around.speed.running(cursor):
             batch = self._around.stream.rows(first, size)
         work = Work(Rows.of(batch, self._config.data.document_mask), batch.tokens, (first, first + size), self._window(cursor.step))
         session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
         watched = self._due(self._train.log.health, cursor.step + 1)
-        with self._health.watching(work.rows) if watched else nullcontext(), self._around.speed.running(size, cursor):
+        with self._health.watching(work.rows) if watched else nullcontext(), self._around.speed.running(cursor):
             outcome = self._step(work)
+        self._around.speed.count(size, work.window)
         cursor.step, cursor.rows = cursor.step + 1, first + size
         if outcome.bad is None:
             cursor.tokens += batch.tokens
@@ -153,6 +154,7 @@ class Loop:
             )
         snapshot = checkpoint.read(path)
         session.restore(snapshot)
+        self._saved = snapshot.step
         session.guard.rollbacks, session.guard.skips = rollbacks, skips
         self._around.metrics.cut(snapshot.values["metrics_bytes"])
         self._write({"event": f"rolled back from step {step}", "rows_passed_over": skips})

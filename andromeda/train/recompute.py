@@ -25,6 +25,7 @@ DEAR = (
     "aten::_scaled_dot_product_flash_attention_for_cpu",
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
+    "andromeda::fa4",
     "flex_attention",
 )
 """Operations whose outputs `selective` keeps: matrix products and attention. The rest costs memory traffic only."""

@@ -21,7 +21,7 @@ from andromeda.train.screen import Screen, Silent
 from andromeda.train.session import Session, build_session
 from andromeda.train.signals import Signals
 from andromeda.train.speed import Speed
-from andromeda.train.validation import Validation
+from andromeda.train.validation import NoValidation, Validation
 
 FREE = (
     "name",
@@ -123,8 +123,10 @@ def _session(config: RunConfig, stream: Stream) -> Session:
     return build_session(config, find_device(train.device), stream.fingerprint)
 
 
-def _validation(config: RunConfig) -> Validation:
+def _validation(config: RunConfig) -> NoValidation:
     train, sequence = config.train, stream_length(config)
+    if not train.eval_every:
+        return NoValidation()
     held_out = open_stream(config.data, sequence, config.seed, "val")
     return Validation(held_out, train.eval_tokens, sequence, train.micro_batch or train.batch, config.data.document_mask)
 

@@ -6,6 +6,7 @@ import resource
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 
 import torch
 
@@ -22,29 +23,32 @@ class Speed:
 
     def __init__(self, model: ModelConfig, sequence: int, precision: Precision) -> None:
         self._sequence = sequence
-        self._flops = training_flops_per_token(model, sequence)
+        self._flops_per_token = cache(lambda window: training_flops_per_token(model, sequence, window=window))
         self._device = precision.device
         self._peak = peak_flops(str(precision.device), precision.name)
-        self._seconds, self._tokens = 0.0, 0
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
+
+    def count(self, rows: int, window: int) -> None:
+        """Rows that were trained on, with the window that narrowed attention."""
+        tokens = rows * self._sequence
+        self._tokens, self._flops = self._tokens + tokens, self._flops + tokens * self._flops_per_token(window)
 
     @contextmanager
-    def running(self, rows: int, cursor: Cursor) -> Iterator[None]:
-        """Count the block's time for `rows` rows, here and in the run's own sum."""
+    def running(self, cursor: Cursor) -> Iterator[None]:
+        """Count the block's time, here and in the run's own sum."""
         began = time.perf_counter()
         yield
         passed = time.perf_counter() - began
         self._seconds, cursor.seconds = self._seconds + passed, cursor.seconds + passed
-        self._tokens += rows * self._sequence
 
     def take(self) -> dict[str, float]:
         """Figures since the last call. With a GPU, call after something has waited for it."""
-        seconds, tokens = self._seconds, self._tokens
-        self._seconds, self._tokens = 0.0, 0
+        seconds, tokens, flops = self._seconds, self._tokens, self._flops
+        self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
         if not tokens:
             return {}
-        rate = tokens / seconds
-        figures = {"tokens_per_second": rate, "memory_gib": memory(self._device) / GIB}
-        return figures | ({"mfu": rate * self._flops / self._peak} if self._peak else {})
+        figures = {"tokens_per_second": tokens / seconds, "memory_gib": memory(self._device) / GIB}
+        return figures | ({"mfu": flops / seconds / self._peak} if self._peak else {})
 
 
 def memory(device: torch.device) -> int:

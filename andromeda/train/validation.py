@@ -14,7 +14,15 @@ from andromeda.train.precision import Precision
 from andromeda.train.rows import Rows
 
 
-class Validation:
+class NoValidation:
+    """Off: nothing needs to be held out."""
+
+    def __call__(self, model: nn.Module, objective: Callable[[Rows, int], Sums], precision: Precision) -> dict[str, float]:
+        """Nothing."""
+        return {}
+
+
+class Validation(NoValidation):
     """The first rows of the held-out stream, the same at every call."""
 
     def __init__(self, stream: Stream, tokens: int, sequence: int, rows_at_once: int, document_mask: bool) -> None:

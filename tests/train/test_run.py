@@ -192,3 +192,17 @@ def test_wrong_settings_leave_no_folder(
 def test_folder_that_cannot_be_made(command: Command, settings: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "cannot be made" in sentence(command("train", settings, "--out", tmp_path / "file" / "run"))
+
+
+def test_a_shard_without_held_out_tokens(command: Command, settings: Path, tmp_path: Path) -> None:
+    """A shard made elsewhere trains without validation; asked for validation, the sentence says what is missing."""
+    import numpy as np
+
+    from andromeda.data.shards import write_shard
+
+    write_shard(tmp_path / "tokens.bin", np.tile(np.arange(200), 40).astype(np.uint16))
+    shard = f"data.corpus={tmp_path / 'tokens.bin'}"
+    assert "without a val split" in sentence(command("train", settings, shard, "--out", tmp_path / "run"))
+    code, out, _ = command("train", settings, shard, "train.eval_every=0", "--out", tmp_path / "run")
+    assert code == 0
+    assert "bits/byte" not in out, "no tokenizer, no bytes"
