@@ -98,7 +98,7 @@ class XPos(Rotary):
     zeta_i = (2i/R + 0.4) / 1.4 lies between 0.286 and 1. Queries carry zeta^(+(t - c)/base), keys the inverse, and c
     cancels; it is half the context, once and for all, so that cached keys stay valid and the factors span the least
     range. With scale_base >= context / 4 no factor exceeds 12.3; float32 and bfloat16 overflow beyond about
-    72,000 tokens at base 512, which reading the configuration refuses. Interpolation stretches the decay with the angles.
+    68,000 tokens at base 512, which reading the configuration refuses. Interpolation stretches the decay with the angles.
     """
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
