@@ -52,7 +52,9 @@ class Measured:
 
 
 def build_corpus(out: Path, workers: int, report: Report) -> Manifest:
-    """Collect, tokenize and split the interpreter's Python sources."""
+    """Collect, tokenize and split the interpreter's Python sources, once: packages that come later do not make another corpus."""
+    if (out / "manifest.json").exists():
+        return Manifest.load(out)
     vocab = load(PRESET).model.vocab_size
     return build(
         ["python"], out, BuildConfig(vocab_size=vocab, max_bytes=CORPUS_BYTES, validation=VALIDATION), workers=workers, report=report
