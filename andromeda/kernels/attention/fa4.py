@@ -160,7 +160,8 @@ def _boundaries(documents: Tensor) -> Tensor:
     step = documents.diff(dim=1)
     if bool((step < 0).any()):
         raise DataError(
-            "Document numbers fall along a row, which attention backend 'fa4' cannot mask: number documents upwards, or set attention.backend to flex."
+            "Document numbers fall along a row, which attention backend 'fa4' cannot mask: "
+            "number documents upwards, or set attention.backend to flex."
         )
     starts = torch.nn.functional.pad(step != 0, (1, 0), value=True).flatten().nonzero().flatten()
     return torch.nn.functional.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)
