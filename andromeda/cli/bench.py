@@ -69,6 +69,31 @@ def learn(
     _finish(command, measure(corpus, steps, Way(compiled)), rows, out, as_json)
 
 
+@app.command()
+def memory(
+    source: Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Memory and speed of a training step on this device, beside what `andromeda plan` says."""
+    from andromeda.study.bench.memory import measure
+    from andromeda.study.plan.sheet import size
+
+    def rows(result: dict[str, Any]) -> Rows:
+        planned, real = result["planned"], result["measured"]
+        return [
+            ["", "planned", "measured"],
+            ["weights and optimizer between steps", size(planned["between_steps"]), size(real["between_steps"])],
+            ["peak of a step", size(planned["peak"]), size(real["peak"])],
+            ["tokens per second", "", f"{real['tokens_per_second']:,.0f}"],
+            *([name.upper(), "", f"{result[name]:.1%}"] for name in ("mfu", "hfu") if result[name]),
+        ]
+
+    changed = changes or []
+    _finish(" ".join(["andromeda bench memory", source, *changed]), measure(source, changed), rows, out, as_json)
+
+
 def _finish(command: str, figures: dict[str, Any], rows: Callable[[dict[str, Any]], Rows], out: Path | None, as_json: bool) -> None:
     """Print a result and keep it, with the machine, the versions and the command that made it."""
     from andromeda.cli.tables import show

@@ -32,6 +32,8 @@ def _print(report: Report) -> None:
     show("Devices", ("device", "what", "memory", "precision auto", "because"), devices, right=(2,))
     choices = [(c.pattern, c.device, c.backend, "; ".join(f"{b}: {why}" for b, why in c.refusals.items())) for c in report.attention]
     show("Attention: what backend auto takes", ("pattern", "device", "backend", "because the faster ones refuse"), choices)
+    sources = list(dict.fromkeys((c.device, c.source) for c in report.attention))
+    show("How the order of the backends is known", ("device", "measured on"), sources)
     present = [(lib.name, lib.version, lib.purpose) for lib in report.libraries if lib.version]
     show("Libraries", ("library", "version", "for"), present)
     missing = [(lib.name, lib.purpose, lib.command) for lib in report.libraries if lib.version is None]

@@ -14,17 +14,17 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], righ
     from rich.text import Text
 
     terminal = sys.stdout.isatty()
-    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
+    table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     table.show_header = any(columns)
     for index, column in enumerate(columns):
         table.add_column(column, justify="right" if index in right else "left", overflow="fold")
     for row in rows:
         table.add_row(*(Text(cell) for cell in row))
     if terminal:
-        Console().print(table)
+        Console().print(Text(title, "bold"), table)
         return
     # A pipe has no width to fit into: nothing is wrapped, and no line ends in blanks.
     console = Console(width=10_000)
     with console.capture() as captured:
-        console.print(table)
+        console.print(Text(title), table)
     print("\n".join(line.rstrip() for line in captured.get().splitlines()), end="\n\n")

@@ -66,6 +66,8 @@ class Choice:
     backend: str
     refusals: dict[str, str]
     """Why each faster backend does not."""
+    source: str
+    """How it is known which backends are faster."""
 
 
 @dataclass(frozen=True)
@@ -117,7 +119,12 @@ def cpu_features() -> list[str]:
 
 def libraries() -> Iterator[Library]:
     """What the package can use, in the order in which it declares it, and triton, which torch brings on GPUs."""
-    for requirement in importlib.metadata.requires("andromeda") or []:
+    try:
+        declared = importlib.metadata.requires("andromeda") or []
+    except importlib.metadata.PackageNotFoundError:
+        # Run from a checkout that was never installed.
+        declared = []
+    for requirement in declared:
         name = re.split(r"[^\w.-]", requirement, maxsplit=1)[0]
         extra = re.search(r"extra == ['\"](\w+)['\"]", requirement)
         key = extra[1] if extra else ""
@@ -148,10 +155,11 @@ def attention(device: torch.device) -> Iterator[Choice]:
     k = v = torch.zeros(1, TOKENS, KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
     for name, pattern, queries in patterns(device):
         refusals: dict[str, str] = {}
-        for backend in ranking(pattern, q[:, -queries:]).order:
+        ranked = ranking(pattern, q[:, -queries:])
+        for backend in ranked.order:
             reason = backends()[backend].refuse(pattern, q[:, -queries:], k, v)
             if reason is None:
-                yield Choice(name, str(device), backend, refusals)
+                yield Choice(name, str(device), backend, refusals, ranked.source)
                 break
             refusals[backend] = reason
 

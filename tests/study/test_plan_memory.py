@@ -160,6 +160,16 @@ def test_a_fused_kernel_saves_the_same_whatever_the_pattern() -> None:
     assert passing(window, ROWS, T, "bf16", gpu=True, compiled=False) == plain
 
 
+def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
+    """Autocast keeps one copy of every matrix and bias of a product, two bytes a number; in float32 there is none."""
+    run = config("none", head={"bias": True})
+    planned = passing(run, ROWS, T, "bf16", gpu=False, compiled=False)
+    matrices = sum(p.numel() for name, p in Transformer(run.model).named_parameters() if "trunk" in name and p.ndim == 2)
+    assert planned.saved_copies == 2 * matrices
+    assert planned.forward_copies >= planned.saved_copies
+    assert passing(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
+
+
 def test_what_muons_update_takes() -> None:
     run = from_values({"model": {"width": 64, "depth": 3, "vocab_size": 64, "attention": {"heads": 4, "head_dim": 16}}})
     optim = run.train.optim.model_copy(update={"kind": "muon"})

@@ -48,6 +48,10 @@ class Passing:
     """On top of what is saved, or of the gradients once they are more: operations under way at the worst moment."""
     loss: int
     """The part of `saved` that is the loss's: the gradients of the head and of the last hidden states."""
+    forward_copies: int
+    """The part of `forward` that is copies of weights in the type of products."""
+    saved_copies: int
+    """The part of `saved` that is such copies."""
 
     def peak(self, gradients: int, accumulated: bool) -> int:
         """The worst moment. gradients: bytes when all are there; accumulated: whether they are from the start."""
@@ -81,7 +85,14 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
     def grown(first: int, second: int) -> int:
         return second + (second - first) * (model.depth - deep) // (deep - shallow)
 
-    return Passing(grown(a.forward, b.forward), grown(a.saved, b.saved), working, b.loss)
+    return Passing(
+        forward=grown(a.forward, b.forward),
+        saved=grown(a.saved, b.saved),
+        working=working,
+        loss=b.loss,
+        forward_copies=grown(a.forward_copies, b.forward_copies),
+        saved_copies=grown(a.saved_copies, b.saved_copies),
+    )
 
 
 def _depths(model: ModelConfig) -> tuple[int, int]:
@@ -109,7 +120,8 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         ids = torch.zeros(rows, sequence, dtype=torch.long)
         ledger = Ledger()
         with ledger:
-            ledger.enter([*model.parameters(), *model.buffers(), ids])
+            ledger.watch(model.parameters())
+            ledger.enter([*model.buffers(), ids])
             return _step(model, Rows(ids, ids.clone().fill_(cross_entropy.IGNORED), None), precision, config.train.z_loss, ledger)
 
 
@@ -154,9 +166,11 @@ def _step(model: Transformer, rows: Rows, precision: str, z_loss: float, ledger:
     del hidden
     with autocast():
         total: Tensor = NextToken(model, z_loss)(rows).total
+        forward_copies = ledger.copied
     forward = ledger.peak - before
-    saved = ledger.held - before
+    saved, saved_copies = ledger.held - before, ledger.copied
     ledger.restart()
     total.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    return Passing(forward, saved, max(0, ledger.peak - before - max(saved, gradients)), saved - blocks)
+    working = max(0, ledger.peak - before - max(saved, gradients))
+    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies)

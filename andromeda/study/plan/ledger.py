@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
+
 
 class Ledger(TorchDispatchMode):
     """While active: every storage that an operation returns counts from then until nothing refers to it.
@@ -24,6 +26,8 @@ class Ledger(TorchDispatchMode):
         super().__init__()
         self.held, self.peak = 0, 0
         self._sizes: dict[int, int] = {}
+        self._weights: set[int] = set()
+        self._copies: set[int] = set()
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -40,14 +44,29 @@ class Ledger(TorchDispatchMode):
                 weakref.finalize(storage, self._leave, storage._cdata)
         self.peak = max(self.peak, self.held)
 
+    def watch(self, weights: Iterable[Tensor]) -> None:
+        """Count tensors that were there before, and know copies of them in another type."""
+        weights = list(weights)
+        self.enter(weights)
+        self._weights |= {weight.untyped_storage()._cdata for weight in weights}
+
+    @property
+    def copied(self) -> int:
+        """Bytes of the copies of watched tensors."""
+        return sum(self._sizes.get(copy, 0) for copy in self._copies)
+
     def restart(self) -> None:
         """Forget the peak so far."""
         self.peak = self.held
 
     def _leave(self, storage: int) -> None:
         self.held -= self._sizes.pop(storage)
+        self._copies.discard(storage)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        self.enter(leaf for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+        made = [leaf for leaf in tree_leaves(out) if isinstance(leaf, Tensor)]
+        self.enter(made)
+        if func in CASTS and args[0].untyped_storage()._cdata in self._weights:
+            self._copies |= {tensor.untyped_storage()._cdata for tensor in made} - self._weights
         return out

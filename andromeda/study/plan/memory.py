@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import nn
@@ -54,7 +54,7 @@ def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing
     """Divide what one device would hold over a mesh, and find the peak."""
     sharded = mesh.fsdp * mesh.tp
     own = State(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
-    moving = Passing(*(value // mesh.tp for value in (passing.forward, passing.saved, passing.working, passing.loss)))
+    moving = _divided(passing, mesh)
     block = sum(p.numel() for p in model.trunk.blocks[0].parameters())
     gathered = 2 * block * PRODUCTS // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
@@ -62,6 +62,15 @@ def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing
     kept = own.weights + own.optimizer + own.average
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return Training(own, moving, gathered, updating, peak)
+
+
+def _divided(passing: Passing, mesh: Mesh) -> Passing:
+    """Cut by tensor parallelism; with fsdp, weights are gathered in the type of products and given up again: no copies stay."""
+    lean = passing
+    if mesh.fsdp > 1:
+        forward, saved = passing.forward - passing.forward_copies, passing.saved - passing.saved_copies
+        lean = replace(passing, forward=forward, saved=saved, forward_copies=0, saved_copies=0)
+    return Passing(**{name: value // mesh.tp for name, value in asdict(lean).items()})
 
 
 def update_bytes(model: nn.Module, optim: Optim, gpu: bool) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from andromeda.study.plan.estimate import Plan
+from andromeda.study.plan.memory import HALF
 
 GIB = 1 << 30
 Line = tuple[str, ...]
@@ -19,7 +20,7 @@ def sections(plans: Sequence[Plan], gpus: int, mfu: float) -> list[tuple[str, li
         ("FLOPs per trained token", _lines(plans, TRAINING)),
         ("Memory of training, on each GPU", _lines(plans, MEMORY)),
         ("A checkpoint", _lines(plans, CHECKPOINT)),
-        ("Serving one sequence on one GPU, in bf16", _lines(plans, SERVING)),
+        ("Serving one sequence on one GPU, in bf16", _lines(plans, SERVING) + _beside(plans)),
         (f"Time and cost on {gpus} GPU{'s' if gpus > 1 else ''}", _lines(plans, _time(mfu))),
     ]
     if gpus > 1:
@@ -53,7 +54,7 @@ def duration(seconds: float | None) -> str:
     if seconds is None:
         return "unknown"
     for unit, name in ((86400 * 365.25, "years"), (86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")):
-        if seconds >= 2 * unit or name == "µs":
+        if seconds >= (2 if unit > 1 else 1) * unit or name == "µs":
             return f"{seconds / unit:,.2f} {name}"
     return ""
 
@@ -85,6 +86,21 @@ def _forward(plans: Sequence[Plan]) -> list[Line]:
     return [*_table(_union(columns), columns, flops), ("all", *(flops(sum(column.values())) for column in columns))]
 
 
+def _beside(plans: Sequence[Plan]) -> list[Line]:
+    """How many times the first one's memory the others take."""
+    first = plans[0]
+    ratios: dict[str, Reader] = {
+        f"weights, times {first.name}'s": lambda p: f"{p.parameters.total / first.parameters.total:.1f}",
+        f"cache of one token, times {first.name}'s": lambda p: f"{p.cache_per_token / first.cache_per_token:.1f}",
+        f"weights and full cache, times {first.name}'s": lambda p: f"{_served_bytes(p) / _served_bytes(first):.1f}",
+    }
+    return _lines(plans, ratios) if len(plans) > 1 else []
+
+
+def _served_bytes(plan: Plan) -> int:
+    return HALF * plan.parameters.total + plan.cache_full
+
+
 def _served(figure: str) -> Reader:
     return lambda plan: duration(getattr(plan.serving, figure, None))
 
@@ -104,6 +120,7 @@ MEMORY: dict[str, Reader] = {
     "optimizer": lambda p: f"{size(p.memory.state.optimizer)} ({p.optimizer})",
     "moving average": lambda p: size(p.memory.state.average),
     "saved for the backward pass": lambda p: f"{size(p.memory.passing.saved)} (checkpointing {p.checkpointing})",
+    "of that, copies of weights": lambda p: size(p.memory.passing.saved_copies),
     "of that, by the loss": lambda p: size(p.memory.passing.loss),
     "gathered weights": lambda p: size(p.memory.gathered),
     "peak": lambda p: size(p.memory.peak),
@@ -116,11 +133,11 @@ CHECKPOINT: dict[str, Reader] = {
 }
 
 SERVING: dict[str, Reader] = {
-    "weights": lambda p: size(2 * p.parameters.total),
+    "weights": lambda p: size(HALF * p.parameters.total),
     "cache of one token": lambda p: size(p.cache_per_token),
     "context": lambda p: f"{p.context:,}",
     "cache of a full context": lambda p: size(p.cache_full),
-    "weights and full cache": lambda p: size(2 * p.parameters.total + p.cache_full),
+    "weights and full cache": lambda p: size(_served_bytes(p)),
     "prefill of a full context, at least": _served("prefill"),
     "one token at a short context, at least": _served("token"),
     "one token at a full context, at least": _served("token_full"),
