@@ -1,0 +1,105 @@
+"""Results of evaluations as files of the run folder: RUN/evaluations/NAME.json, each with the hashes that tie it to its weights and data.
+
+A result is enough to repeat it: `andromeda verify` runs the evaluation again with the settings stored and compares.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import shlex
+import sys
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from andromeda.data.files import write_whole
+from andromeda.errors import CheckpointError, ConfigError
+
+FOLDER = "evaluations"
+KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One evaluation of one checkpoint.
+
+    The `result` of each kind (docs/evaluation.md has them in words; all losses are in nats a token):
+    bits        {"bits_per_byte", "loss", "tokens", "bytes"}
+    position    {"edges": n + 1 positions, "nats": n means, "tokens": n counts}; bin i holds edges[i] <= position < edges[i + 1]
+    context     {"context": n lengths, "nats": n means of the same targets, "error": n standard errors, "tokens": targets}
+    retrieval   {"task", "lengths": n, "depths": m from 0 (begin) to 1 (end), "accuracy": n x m, "match": n x m, "chance", "samples"}
+    reasoning   {task: {"in", "out", "chance", "chance_out"}}
+    fewshot     {"accuracy", "normalised", "chance", "questions", "shots"}
+    gsm8k       {"exact_match", "answered", "questions", "shots"}
+    harness     {task: {metric: figure}}
+    """
+
+    kind: str
+    name: str
+    step: int
+    """Of the checkpoint."""
+    weights: str
+    """sha256 of its model.safetensors (average.safetensors for the moving average)."""
+    data: str | None
+    """sha256 of the text, or the fingerprint of the corpus; None where problems are generated."""
+    settings: dict[str, Any]
+    result: dict[str, Any]
+    command: str = field(default_factory=lambda: shlex.join(["andromeda", *sys.argv[1:]]))
+    made: str = field(default_factory=lambda: datetime.now(UTC).isoformat(timespec="seconds"))
+    machine: dict[str, Any] = field(default_factory=dict)
+    """Host, device, precision and threads."""
+    versions: dict[str, Any] = field(default_factory=dict)
+    """Python, Andromeda with the commit of its code, and the libraries that figures depend on."""
+
+    def save(self, run: Path) -> Path:
+        """Write it, whole, in the place of an older one of the same name. Raises ConfigError when the folder cannot be written."""
+        path = path_of(run, self.name)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(path, (json.dumps(plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode())
+        except OSError as error:
+            raise ConfigError(f"{path} cannot be written ({error.strerror}): make room or give another place with --out.") from None
+        return path
+
+
+def path_of(run: Path, name: str) -> Path:
+    """Where the result of that name lies."""
+    return run / FOLDER / f"{name}.json"
+
+
+def file_name(text: str) -> str:
+    """A name for a result that any file system takes."""
+    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "result"
+
+
+def read(path: Path) -> Result:
+    """One result. Raises CheckpointError, one sentence, when it is damaged."""
+    mend = "remove it and run `andromeda eval` again"
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        found = Result(**values)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}): {mend}.") from None
+    except TypeError:
+        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version: {mend}.") from None
+    if found.kind not in KINDS or not isinstance(found.settings, dict) or not isinstance(found.result, dict):
+        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version: {mend}.")
+    return found
+
+
+def results(run: Path | str) -> dict[str, Result]:
+    """All results of a run folder by name, in alphabetical order; none where nothing was evaluated. Raises CheckpointError."""
+    found = [read(path) for path in sorted((Path(run) / FOLDER).glob("*.json"))]
+    return {one.name: one for one in found}
+
+
+def plain(value: Any) -> Any:
+    """Values as JSON has them: a number that is not finite becomes null."""
+    if isinstance(value, dict):
+        return {str(key): plain(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
