@@ -66,6 +66,8 @@ class Rotary(Part):
     """Pairs are (i, i + D/2) or (2i, 2i + 1)."""
     scale_base: PositiveInt = 512
     """xPos: distance, in tokens, at which the decay is zeta to the first power."""
+    heads: Literal["all", "unbiased"] = "all"
+    """Turn every head, or only those without ALiBi, so that each head has one kind of position."""
     scaling: Scaling = Scaling()
 
 

@@ -94,6 +94,16 @@ MODEL: tuple[Rule, ...] = (
         lambda m: m.rotary.scaling.beta_fast <= m.rotary.scaling.beta_slow,
         "model.rotary.scaling.beta_fast = {m.rotary.scaling.beta_fast:g} must be above beta_slow = {m.rotary.scaling.beta_slow:g}",
     ),
+    (
+        lambda m: m.rotary.heads == "unbiased" and not _divides_heads(m),
+        "model.rotary.heads = 'unbiased' divides the heads between model.alibi and model.rotary: "
+        "set model.alibi.heads above 0 and model.rotary.kind to 'rope' or 'xpos'",
+    ),
+    (
+        lambda m: _divides_heads(m) and m.alibi.heads * m.attention.kv_heads % m.attention.heads != 0,
+        "model.rotary.heads = 'unbiased' needs key/value heads that serve heads of one kind, but model.alibi.heads = {m.alibi.heads} "
+        "is not a multiple of the {served} query heads of each: change it, or model.attention.kv_heads = {m.attention.kv_heads}",
+    ),
     # Reach
     (
         lambda m: m.attention.window >= m.context,
@@ -242,7 +252,7 @@ TRAINING: tuple[Rule, ...] = (
 
 NOTES: tuple[Rule, ...] = (
     (
-        lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.heads,
+        lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.heads and c.model.rotary.heads == "all",
         "The first {c.model.alibi.heads} heads have both xPos's decay and ALiBi's: they look closer than either alone.",
     ),
     (
@@ -368,6 +378,7 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
         twice_folded=2 * FOLDED_DIMS,
         reach=FOLDED_REACH,
         content=content,
+        served=m.attention.heads // m.attention.kv_heads,
         turned=m.rotary.fraction * content,
         even=2 * pairs / content if content > 0 else 1.0,
         sizes=", ".join(map(str, _matrix_sizes(m))),
@@ -376,6 +387,11 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
         retention=_retention(m),
         quarter=_decay(m, 4.0),
     )
+
+
+def _divides_heads(m: ModelConfig) -> bool:
+    """Whether some heads have ALiBi and the others rotary positions."""
+    return bool(m.rotary.heads == "unbiased" and m.alibi.heads and m.rotary.kind != "none")
 
 
 def _whole_pairs(m: ModelConfig) -> bool:

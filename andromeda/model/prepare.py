@@ -21,7 +21,7 @@ LAYOUTS: dict[Callable[[Tensor, Table], Tensor], qk.Layout] = {stay: "none", tur
 
 def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D) as projected -> normalised, turned, and with `bias` folded in for the softmax scale `scale`."""
-    if q.is_cuda and type(norm) in NORMS and rotation.turn in LAYOUTS:
+    if q.is_cuda and type(norm) in NORMS and type(rotation) is Rotation and rotation.turn in LAYOUTS:
         layout = LAYOUTS[rotation.turn]
         tables = () if layout == "none" else (*rotation.query, *rotation.key)
         form = qk.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))

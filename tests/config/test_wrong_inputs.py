@@ -88,6 +88,12 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.softcap=30.0", ("model.alibi.fold", "model.attention.softcap = 30")),
     ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.mechanism=sigmoid", ("model.alibi.fold", "sigmoid")),
     ("model.alibi.heads=2 | model.alibi.fold=true | train.precision=fp16", ("train.precision", "model.alibi.fold")),
+    ("model.rotary.heads=unbiased", ("model.rotary.heads", "model.alibi.heads")),
+    ("model.alibi.heads=2 | model.rotary.kind=none | model.rotary.heads=unbiased", ("model.rotary.heads", "model.rotary.kind")),
+    (
+        "model.alibi.heads=2 | model.rotary.heads=unbiased | model.attention.heads=4 | model.attention.kv_heads=1",
+        ("model.rotary.heads", "model.alibi.heads = 2", "multiple of the 4", "model.attention.kv_heads = 1"),
+    ),
     ("model.attention.mechanism=sigmoid | model.attention.backend=flash", ("model.attention.backend", "sigmoid")),
     ("model.head.tied=true", ("model.head.tied", "zero_projections")),
     ("model.rotary.fraction=0.52", ("model.rotary.fraction = 0.52", "pairs", "0.53125")),

@@ -47,6 +47,7 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         "alibi-folded": NOPE | {"alibi.heads": 3, "alibi.fold": True},
         "rope+alibi": ROPE | {"alibi.heads": 2, "alibi.scale": 4.0},
         "xpos+alibi": XPOS | {"alibi.heads": 2},
+        "xpos|alibi": XPOS | {"alibi.heads": 2, "rotary.heads": "unbiased"},
         "xpos+alibi-folded": XPOS | {"alibi.heads": 2, "alibi.fold": True, "rotary.fraction": 0.5},
     },
     "scaling": {

@@ -12,6 +12,7 @@ REFUSED = [
     ({"position": "nope", "scaling": "yarn"}, "rotary.scaling"),
     ({"position": "alibi-folded", "softcap": "capped"}, "alibi.fold"),
     ({"position": "xpos+alibi-folded", "mechanism": "sigmoid"}, "alibi.fold"),
+    ({"position": "xpos|alibi", "heads": "mqa"}, "rotary.heads"),
     ({"block": "deepnorm", "skips": "unet"}, "skips"),
     ({"block": "deepnorm", "init": "zero"}, "zero_projections"),
     ({"embedding": "factorised", "head": "tied"}, "tied"),

@@ -157,6 +157,19 @@ def test_xpos_with_an_endless_base_is_rope() -> None:
         torch.testing.assert_close(far, turned(config(kind="rope", layout=layout), q, k, *places), rtol=1e-9, atol=1e-9)
 
 
+def test_heads_with_alibi_can_stay_unturned_while_the_others_turn_as_ever() -> None:
+    attention = Attention(heads=6, kv_heads=3, head_dim=16)
+    whole = ModelConfig(context=64, attention=attention, rotary=Rotary(kind="xpos"), alibi=Alibi(heads=2))
+    shared = ModelConfig(context=64, attention=attention, rotary=Rotary(kind="xpos", heads="unbiased"), alibi=Alibi(heads=2))
+    q, k, places = normal(1, 9, 6, 16), normal(1, 9, 3, 16, seed=1), torch.arange(9)[None]
+    every_q, every_k = build_rotary(whole)(places, 9, torch.float64)(q, k)
+    some_q, some_k = build_rotary(shared)(places, 9, torch.float64)(q, k)
+    assert some_q[:, :, :2].equal(q[:, :, :2])
+    assert some_k[:, :, :1].equal(k[:, :, :1])  # the key head that query heads 0 and 1 read
+    assert some_q[:, :, 2:].equal(every_q[:, :, 2:])
+    assert some_k[:, :, 1:].equal(every_k[:, :, 1:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_xpos_is_right_at_200000_tokens_with_a_base_of_a_quarter(dtype: torch.dtype) -> None:
     """Near pairs at the end of the context, with operands in `dtype`, against float64 at its start."""

@@ -31,6 +31,21 @@ class Rotation:
         return self.turn(q, self.query), self.turn(k, self.key)
 
 
+@dataclass(frozen=True)
+class ShareRotation(Rotation):
+    """One pass in which the first heads, which ALiBi has, are not turned."""
+
+    still: tuple[int, int]
+    """How many query heads and how many key heads stay."""
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D), k (B, T, G, D): heads from `still` on turned."""
+        return self._from(q, self.query, self.still[0]), self._from(k, self.key, self.still[1])
+
+    def _from(self, x: Tensor, table: Table, still: int) -> Tensor:
+        return torch.cat([x[:, :, :still], self.turn(x[:, :, still:], table)], 2)
+
+
 def turn_halves(x: Tensor, table: Table) -> Tensor:
     """Turn the pairs (i, i + R/2) of the first R dimensions of x (B, T, H, D)."""
     cos, sin = table
@@ -79,17 +94,23 @@ class Rotary(NoRotary):
         self.original = original_context(config)
         self.rule = RULES[config.rotary.scaling.kind]
         self.turn = TURNS[config.rotary.layout]
+        a, biased = config.attention, config.alibi.heads
+        self.still = (biased, biased * a.kv_heads // a.heads) if config.rotary.heads == "unbiased" else None
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
 
     def scaled(self, span: int, device: torch.device) -> Scaled:
         """Frequencies for a sequence of `span` tokens in all."""
         return self.rule(self.config, Span(self.dim, span, self.original, device))
 
+    def rotation(self, query: Table, key: Table) -> Rotation:
+        """Of all heads, or of those without ALiBi."""
+        return Rotation(self.turn, query, key) if self.still is None else ShareRotation(self.turn, query, key, self.still)
+
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions` (B, T); `span` is the length of the whole sequence."""
         angles = positions[..., None, None].double() * self.scaled(span, positions.device).inverse
         table = (angles.cos().to(dtype), angles.sin().to(dtype))
-        return Rotation(self.turn, table, table)
+        return self.rotation(table, table)
 
 
 class XPos(Rotary):
@@ -109,8 +130,4 @@ class XPos(Rotary):
         index = torch.arange(0, self.dim, 2, dtype=torch.float64, device=positions.device)
         zeta = (index / self.dim + 0.4) / 1.4
         grow = zeta ** ((t - self.context // 2) / (self.config.scale_base * scaled.stretch))
-        return Rotation(
-            self.turn,
-            ((cos * grow).to(dtype), (sin * grow).to(dtype)),
-            ((cos / grow).to(dtype), (sin / grow).to(dtype)),
-        )
+        return self.rotation(((cos * grow).to(dtype), (sin * grow).to(dtype)), ((cos / grow).to(dtype), (sin / grow).to(dtype)))
