@@ -37,6 +37,16 @@ class Contents:
     """Tokens seen."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """A place in a sequence that a cache can go back to."""
+
+    length: int
+    documents: Tensor | None
+    last_position: Tensor | None
+    recent: dict[int, dict[str, Tensor]]
+
+
 class State:
     """What one layer remembers: nothing, in a pass over whole sequences."""
 
@@ -129,6 +139,17 @@ class Cache(Nothing):
         self._documents = None if self._documents is None else self._documents[rows]
         if self._last_position is not None and self._documents is not None:
             self._last_position = self._last_position[rows]
+
+    def mark(self) -> Mark:
+        """Where it stands, for `rewind`. Costs nothing: keys and values stay where they are."""
+        recent = {layer: dict(state.recent) for layer, state in self._states.items()}
+        return Mark(self.length, self._documents, self._last_position, recent)
+
+    def rewind(self, mark: Mark) -> None:
+        """Forget all that came after `mark`, so that another continuation of the same prompt can be read."""
+        self.length, self._documents, self._last_position = mark.length, mark.documents, mark.last_position
+        for layer, state in self._states.items():
+            state.recent = dict(mark.recent.get(layer, {}))
 
     def contents(self) -> Contents:
         """All that it holds. Raises ValueError when it has seen nothing yet."""

@@ -33,18 +33,18 @@ def read_weights(
     average: its moving average instead of the last weights. step: an older checkpoint instead of the newest intact one.
     Raises CheckpointError, one sentence, when there is none.
     """
-    folder = RunFolder(run)
-    if not folder.exists:
-        raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
-    parts = ("model", "average") if average else ("model",)
-    path = _chosen(folder, step, parts, warn)
+    path = chosen(run, average=average, step=step, warn=warn)
     weights = checkpoint.read_tensors(path / "model.safetensors")
     if average:
         weights |= checkpoint.read_tensors(path / "average.safetensors")
-    return folder.config().model, weights
+    return RunFolder(run).config().model, weights
 
 
-def _chosen(folder: RunFolder, step: int | None, parts: tuple[str, ...], warn: checkpoint.Warn) -> Path:
+def chosen(run: str | Path, *, average: bool = False, step: int | None = None, warn: checkpoint.Warn = print) -> Path:
+    """The folder of the checkpoint that `read_weights` reads. Raises CheckpointError, one sentence, when there is none."""
+    folder, parts = RunFolder(run), ("model", "average") if average else ("model",)
+    if not folder.exists:
+        raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     there = checkpoint.listed(folder.checkpoints)
     if not there:
         raise CheckpointError(f"{folder.path} holds no checkpoint yet: wait for the first one.")

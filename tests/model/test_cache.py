@@ -108,3 +108,21 @@ def test_nothing_remembers_nothing() -> None:
     nothing.advance(3, torch.arange(3)[None], None)
     assert nothing.state(0).recall("a", x, 1).sum() == 0
     assert nothing.length == 0
+
+
+@pytest.mark.parametrize("shift", ["lerp", "smear", "chunks-4"])
+@torch.no_grad()
+def test_a_rewound_cache_goes_on_as_if_nothing_had_come_after(shift: str) -> None:
+    """Several continuations of one prompt, each against a pass over prompt and continuation."""
+    model = Transformer(model_config({"shift": shift})).double().eval()
+    draw = torch.Generator().manual_seed(0)
+    prompt = torch.randint(0, model.config.vocab_size, (2, 9), generator=draw)
+    cache = Cache()
+    model.hidden(prompt, cache=cache)
+    mark = cache.mark()
+    for length in (5, 11, 3):
+        more = torch.randint(0, model.config.vocab_size, (2, length), generator=draw)
+        after = torch.cat([model(part, cache=cache) for part in more.split(2, 1)], 1)
+        torch.testing.assert_close(after, model(torch.cat([prompt, more], 1))[:, 9:], rtol=1e-10, atol=1e-10)
+        cache.rewind(mark)
+        assert cache.length == 9
