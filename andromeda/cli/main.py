@@ -15,6 +15,7 @@ from andromeda.cli.bench import app as bench_app
 from andromeda.cli.data import app as data_app
 from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
+from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
 from andromeda.cli.train import train
@@ -36,6 +37,7 @@ app.command()(doctor)
 app.command()(plan)
 app.command()(demo)
 app.command()(train)
+app.command()(extend)
 app.command()(generate)
 
 
