@@ -15,9 +15,11 @@ from andromeda.cli.bench import app as bench_app
 from andromeda.cli.data import app as data_app
 from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
+from andromeda.cli.evaluate import evaluate
 from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
+from andromeda.cli.report import report
 from andromeda.cli.train import train
 from andromeda.errors import AndromedaError
 
@@ -39,6 +41,8 @@ app.command()(demo)
 app.command()(train)
 app.command()(extend)
 app.command()(generate)
+app.command("eval")(evaluate)
+app.command()(report)
 
 
 def main() -> None:

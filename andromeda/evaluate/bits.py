@@ -1,4 +1,4 @@
-"""Bits per byte of held-out text, every token scored once and with much context.
+"""Bits per byte of a text, every token scored once and with much context.
 
 Rows cut one after the other would leave the first tokens of each without any context. Windows that overlap by all but
 `stride` tokens give every token (of all windows but the first) at least context - stride tokens before it.
@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from andromeda.data.loader import Stream
+from andromeda.data.read import Report
 from andromeda.errors import DataError
-from andromeda.kernels.cross_entropy import linear_cross_entropy
+from andromeda.evaluate.score import rows_at_once, token_nats
+from andromeda.infer.engine import evaluating
 from andromeda.model.transformer import Transformer
 
 
@@ -49,34 +51,49 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         yield end - context, scored, end
 
 
-@torch.inference_mode()
-def held_out_bits(model: Transformer, stream: Stream, *, context: int, stride: int, batch: int = 16) -> Bits:
+def quiet(stage: str, done: int, total: int) -> None:
+    """A report to nobody."""
+
+
+def text_nats(
+    model: Transformer,
+    ids: Tensor,
+    targets: Tensor,
+    *,
+    context: int,
+    stride: int,
+    documents: Tensor | None = None,
+    batch: int = 0,
+    report: Report = quiet,
+) -> float:
+    """Sum of the losses of targets (N,) after ids (N,), in windows of `context` tokens of which `stride` are scored.
+
+    documents (N,): numbers of documents that attention does not cross. batch: windows at once (0: what suits the device).
+    The cost is context / stride times that of one pass.
+    """
+    todo = list(windows(len(ids), context, stride))
+    batch = batch or rows_at_once(model, context)
+    nats = 0.0
+    with evaluating(model):
+        # The first window alone may be shorter than the others.
+        for group in [todo[:1], *(todo[i : i + batch] for i in range(1, len(todo), batch))]:
+            rows, wanted = (torch.stack([x[begin:end] for begin, _, end in group]) for x in (ids, targets))
+            numbers = None if documents is None else torch.stack([documents[begin:end] for begin, _, end in group])
+            for row, (begin, scored, _) in enumerate(group):
+                wanted[row, : scored - begin] = -100
+            nats += float(token_nats(model, rows, wanted, documents=numbers).sum())
+            report("bits per byte", group[-1][2], len(ids))
+    return nats
+
+
+def held_out_bits(model: Transformer, stream: Stream, *, context: int, stride: int, batch: int = 0) -> Bits:
     """Measure `model` on a whole held-out stream whose rows follow one another (data.packing `stream`).
 
-    context: tokens of a window; stride: tokens that each window but the first scores, at most `context`. The cost is
-    context / stride times that of one pass.
+    context: tokens of a window; stride: tokens that each window but the first scores, at most `context`.
     """
     rows = stream.rows(0, stream.rows_available or 0)
     if not rows.bytes:
         raise DataError("The corpus has no tokenizer beside it, so that its bytes are unknown: build it with `andromeda data build`.")
     kept = rows.targets.flatten() != -100
     ids, targets = rows.ids.flatten()[kept], rows.targets.flatten()[kept]
-    todo = list(windows(len(ids), context, stride))
-    nats = torch.zeros((), dtype=torch.float64)
-    was_training = model.training
-    model.eval()
-    for group in [todo[:1], *(todo[i : i + batch] for i in range(1, len(todo), batch))]:
-        nats += _score(model, ids, targets, group)
-    model.train(was_training)
-    return Bits(float(nats), len(targets), rows.bytes)
-
-
-def _score(model: Transformer, ids: Tensor, targets: Tensor, group: list[tuple[int, int, int]]) -> Tensor:
-    """Nats of the scored tokens of some windows of equal length."""
-    device = model.head.weight.device
-    hidden = model.hidden(torch.stack([ids[begin:end] for begin, _, end in group]).to(device))
-    wanted = torch.stack([targets[begin:end] for begin, _, end in group])
-    for row, (begin, scored, _) in enumerate(group):
-        wanted[row, : scored - begin] = -100
-    head = model.head
-    return linear_cross_entropy(hidden, head.weight, wanted.to(device), bias=head.bias, softcap=head.softcap).nll.double().cpu()
+    return Bits(text_nats(model, ids, targets, context=context, stride=stride, batch=batch), len(targets), rows.bytes)

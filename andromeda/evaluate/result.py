@@ -29,7 +29,8 @@ class Result:
     The `result` of each kind (docs/evaluation.md has them in words; all losses are in nats a token):
     bits        {"bits_per_byte", "loss", "tokens", "bytes"}
     position    {"edges": n + 1 positions, "nats": n means, "tokens": n counts}; bin i holds edges[i] <= position < edges[i + 1]
-    context     {"context": n lengths, "nats": n means of the same targets, "error": n standard errors, "tokens": targets}
+    context     {"context": n lengths, "nats": n means of the same targets, "error": n standard errors,
+                "gain": n falls of the loss below that of the first context, "gain_error": n, "tokens": targets}
     retrieval   {"task", "lengths": n, "depths": m from 0 (begin) to 1 (end), "accuracy": n x m, "match": n x m, "chance", "samples"}
     reasoning   {task: {"in", "out", "chance", "chance_out"}}
     fewshot     {"accuracy", "normalised", "chance", "questions", "shots"}

@@ -1,0 +1,110 @@
+"""Loss of every token of sequences of any length, in bounded memory.
+
+A long sequence goes through the model a chunk at a time, each chunk reading the keys and values of those before from a
+cache, and its logits are never whole. What grows with the length is the cache alone.
+
+Shapes: B batch, T time, L prompt, A continuation, C width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from andromeda.config.derived import original_context
+from andromeda.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from andromeda.model.cache import Cache, Nothing
+from andromeda.model.transformer import Transformer
+
+CHUNK = {"cpu": 1024, "cuda": 8192}
+"""Tokens of a row that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""
+BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
+"""Tokens of all rows of a batch."""
+
+
+def rows_at_once(model: Transformer, length: int) -> int:
+    """How many rows of `length` tokens make a batch."""
+    return max(1, BATCH_TOKENS.get(model.head.weight.device.type, 8192) // max(1, length))
+
+
+def chunk_length(model: Transformer) -> int:
+    """Tokens of a row that go through the model at once."""
+    return CHUNK.get(model.head.weight.device.type, 1024)
+
+
+def span_of(model: Transformer, length: int) -> int:
+    """What dynamic frequency scaling turns by: the length that a sequence has in the end, fixed from its first chunk on."""
+    return max(length, original_context(model.config))
+
+
+@torch.no_grad()
+def token_nats(model: Transformer, ids: Tensor, targets: Tensor, *, documents: Tensor | None = None, chunk: int = 0) -> Tensor:
+    """Loss of targets (B, T) after ids (B, T), each in nats, zero where a target is -100: float64 (B, T) on the CPU.
+
+    documents (B, T): as in `Transformer.hidden`. chunk: tokens of a row at once (0: what suits the device).
+    """
+    device, head = model.head.weight.device, model.head
+    T, chunk = ids.shape[1], chunk or chunk_length(model)
+    cache: Nothing = Cache(capacity=T) if chunk < T else Nothing()
+    found = []
+    for start in range(0, T, chunk):
+        part = slice(start, start + chunk)
+        numbers = None if documents is None else documents[:, part].to(device)
+        hidden = model.hidden(ids[:, part].to(device), documents=numbers, cache=cache, span=span_of(model, T))
+        wanted = targets[:, part].to(device)
+        nll = linear_cross_entropy(hidden, head.weight, wanted, bias=head.bias, softcap=head.softcap, reduction="none").nll
+        found.append(nll.double().cpu())
+    return torch.cat(found, 1)
+
+
+class Prompts:
+    """Prompts of equal length, read once, after which any number of continuations is scored."""
+
+    @torch.no_grad()
+    def __init__(self, model: Transformer, ids: Tensor, longest: int, *, chunk: int = 0) -> None:
+        """ids (B, L); longest: tokens that may follow."""
+        self.model, self.device = model, model.head.weight.device
+        chunk = chunk or chunk_length(model)
+        self.span = span_of(model, ids.shape[1] + longest)
+        self.cache = Cache(capacity=ids.shape[1] + longest)
+        for part in ids.split(chunk, 1):
+            hidden = model.hidden(part.to(self.device), cache=self.cache, span=self.span)
+        self.last = hidden[:, -1:]
+        self._mark = self.cache.mark()
+
+    @torch.no_grad()
+    def nats(self, continuations: Sequence[Sequence[int]], skip: Sequence[int]) -> Tensor:
+        """Loss of one continuation of each prompt, without its first `skip` tokens: float64 (B,)."""
+        ids, targets = padded(continuations)
+        for row, count in enumerate(skip):
+            targets[row, :count] = IGNORED
+        hidden = self.last
+        if ids.shape[1] > 1:
+            more = self.model.hidden(ids[:, :-1].to(self.device), cache=self.cache, span=self.span)
+            hidden = torch.cat([hidden, more], 1)
+            self.cache.rewind(self._mark)
+        head = self.model.head
+        found = linear_cross_entropy(hidden, head.weight, targets.to(self.device), bias=head.bias, softcap=head.softcap, reduction="none")
+        return found.nll.double().sum(1).cpu()
+
+    @torch.no_grad()
+    def greedy(self, count: int, tokens: int) -> list[list[int]]:
+        """The likeliest next `count` tokens of each prompt, one after the other; ids from `tokens` on are never chosen."""
+        hidden, chosen = self.last, []
+        for step in range(count):
+            chosen.append(self.model.head(hidden)[:, :, :tokens].argmax(-1))
+            if step + 1 < count:
+                hidden = self.model.hidden(chosen[-1], cache=self.cache, span=self.span)
+        self.cache.rewind(self._mark)
+        return torch.cat(chosen, 1).tolist()
+
+
+def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+    """Rows of different lengths as ids and targets (B, longest), padded at the right, where no earlier token sees it."""
+    length = max(map(len, rows))
+    ids, targets = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
+    return ids, targets

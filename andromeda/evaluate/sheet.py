@@ -1,0 +1,43 @@
+"""Results as tables of words, for a terminal: (title, columns, rows, columns aligned to the right)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+from andromeda.evaluate.result import Result
+
+Table = tuple[str, list[str], list[list[str]], range]
+
+
+def table(result: Result) -> Table:
+    """The figures of one result."""
+    columns, rows = LAYOUTS[result.kind](result.result)
+    title = f"{result.name}, step {result.step}, weights {result.weights[:12]}" + (f", data {result.data[:12]}" if result.data else "")
+    return title, columns, rows, range(1, len(columns))
+
+
+Layout = Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
+
+
+def _bits(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    row = [f"{found['bits_per_byte']:.4f}", f"{found['loss']:.4f}", f"{found['tokens']:,}", f"{found['bytes']:,}"]
+    return ["bits a byte", "loss", "tokens", "bytes"], [row]
+
+
+def _position(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    bins = [f"{first:,}" if last == first + 1 else f"{first:,} to {last - 1:,}" for first, last in pairwise(found["edges"])]
+    return ["tokens before", "loss", "tokens"], [
+        [name, f"{nats:.4f}", f"{tokens:,}"] for name, nats, tokens in zip(bins, found["nats"], found["tokens"], strict=True)
+    ]
+
+
+def _context(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = zip(found["context"], found["nats"], found["gain"], found["gain_error"], strict=True)
+    return ["context", "loss of the same targets", "gain over the first", "standard error"], [
+        [f"{length:,}", f"{nats:.4f}", f"{gain:.4f}", f"{error:.4f}"] for length, nats, gain, error in rows
+    ]
+
+
+LAYOUTS: dict[str, Layout] = {"bits": _bits, "position": _position, "context": _context}
