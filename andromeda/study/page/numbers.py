@@ -1,0 +1,51 @@
+"""Figures as people read them."""
+
+from __future__ import annotations
+
+import math
+
+MINUS = "\N{MINUS SIGN}"
+LETTERS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
+
+
+def figure(value: float | None, digits: int = 4) -> str:
+    """Significant digits with separators: 1,234; 0.02500; 3.1e-7; a dash for what is not known."""
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    if value == 0:
+        return "0"
+    size = math.floor(math.log10(abs(value)))
+    tiny = size < -4
+    text = f"{value:.{digits - 1}e}".replace("e-0", "e-") if tiny else f"{value:,.{max(0, digits - 1 - size)}f}"
+    return text.replace("-", MINUS, 1) if value < 0 else text
+
+
+def short(value: float | None, digits: int = 3) -> str:
+    """With a letter for thousands and more, without needless zeros: 2.05 M, 400, 0.3."""
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    for unit, letter in LETTERS:
+        if abs(value) >= unit:
+            return f"{trimmed(figure(value / unit, digits))} {letter}"
+    return trimmed(figure(value, digits))
+
+
+def trimmed(text: str) -> str:
+    """Without zeros at the end of a decimal fraction."""
+    mantissa, e, power = text.partition("e")
+    return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + e + power
+
+
+def percent(value: float | None) -> str:
+    """A share as percent: 27 %, 0.4 %."""
+    return "\N{EN DASH}" if value is None else f"{trimmed(figure(100 * value, 3) if abs(value) < 0.1 else f'{100 * value:.0f}')} %"
+
+
+def duration(seconds: float | None) -> str:
+    """In the unit that reads best."""
+    if seconds is None:
+        return "\N{EN DASH}"
+    for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):
+        if seconds >= 2 * unit:
+            return f"{seconds / unit:.3g} {name}"
+    return f"{seconds:.3g} s"

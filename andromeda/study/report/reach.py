@@ -1,0 +1,61 @@
+"""How far the model looks: loss by position, and whether a fact is found wherever it stands."""
+
+from __future__ import annotations
+
+from andromeda.evaluate.result import Result
+from andromeda.study.page import Axis, Html, Section, Series, details, el, grid, heat, join, lines, table
+from andromeda.study.page.numbers import figure, percent
+from andromeda.study.report.parts import MISSHAPEN, damaged, empty, origin, quoted
+from andromeda.study.report.record import Record
+
+
+def position(record: Record) -> Section:
+    """Loss by position."""
+    lead = "Mean loss of tokens by where they stand: it falls as long as what stands before is of use."
+    found = record.of_kind("position")
+    if not found:
+        fill = f"andromeda eval {quoted(record.path)} position"
+        return Section("position", "Loss by position", lead, empty("Loss by position was not measured. To measure:", fill))
+    return Section("position", "Loss by position", lead, [_position(result, record) for result in found])
+
+
+def _position(result: Result, record: Record) -> Html:
+    try:
+        edges, nats, tokens = (result.result[name] for name in ("edges", "nats", "tokens"))
+        bins = [(edges[i], edges[i + 1], nats[i], tokens[i]) for i in range(len(nats))]
+        # The middle of a bin on a scale of powers; position 0 stands at 1.
+        points = [(((a + 1) * max(b, a + 1)) ** 0.5, float(v)) for a, b, v, _ in bins if v is not None]
+        chart = lines(
+            result.name, [Series("loss", points, dots=True)], Axis("position in tokens", log=True), Axis("nats per token"), wide=True
+        )
+        rows = [[f"{a:,} to {b - 1:,}", figure(v), f"{n:,}"] for a, b, v, n in bins]
+    except MISSHAPEN:
+        return damaged(result)
+    shown = details("As a table", table(["positions", "nats per token", "tokens"], rows))
+    return el("div", chart, shown, origin(result, record.newest), class_="result")
+
+
+def retrieval(record: Record) -> Section:
+    """Found or not, by length and depth."""
+    lead = "A fact is hidden in a text of a given length, at a given depth, and asked for at the end: share of answers that are right."
+    found = record.of_kind("retrieval")
+    if not found:
+        fill = f"andromeda eval {quoted(record.path)} retrieval"
+        return Section("retrieval", "Retrieval", lead, empty("Retrieval was not measured. To measure:", fill))
+    return Section("retrieval", "Retrieval", lead, grid([_retrieval(result, record) for result in found]))
+
+
+def _retrieval(result: Result, record: Record) -> Html:
+    try:
+        r = result.result
+        rows = [{0.0: "0 % (begin)", 1.0: "100 % (end)"}.get(depth, percent(depth)) for depth in r["depths"]]
+        # The file has a row for each length; a reader looks from the top of the text to its end.
+        values = [[row[i] for row in r["accuracy"]] for i in range(len(r["depths"]))]
+        note = f"Guessing: {percent(r.get('chance'))}; {r.get('samples', 0):,} problems a cell."
+        columns = [f"{length:,}" for length in r["lengths"]]
+        drawn = heat(
+            str(r.get("task", result.name)), rows, columns, values, corner="depth", across="columns: tokens of the text", note=note
+        )
+    except MISSHAPEN:
+        return damaged(result)
+    return join(el("div", drawn, origin(result, record.newest), class_="result"))

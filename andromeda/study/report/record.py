@@ -1,0 +1,173 @@
+"""What a run folder says, as far as it goes: a report can be made at any moment of a run, and of one that was damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.run import RunConfig
+from andromeda.data.manifest import Manifest
+from andromeda.errors import AndromedaError, CheckpointError
+from andromeda.evaluate.result import Result, results
+from andromeda.train import checkpoint
+from andromeda.train.folder import RunFolder
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """The lines of metrics.jsonl that can be read."""
+
+    lines: list[dict[str, Any]]
+    broken: int = 0
+    """Lines that cannot: the last one, while it is being written, or after a kill."""
+
+    def points(self, name: str) -> list[tuple[float, float]]:
+        """(step, figure) wherever the figure is a number."""
+        return [(line["step"], line[name]) for line in self.lines if _number(line.get(name))]
+
+    def last(self, name: str) -> float | None:
+        """The newest value of a figure."""
+        return next((line[name] for line in reversed(self.lines) if _number(line.get(name))), None)
+
+    def names(self, start: str) -> list[str]:
+        """Figures whose names begin so, in the order in which they came."""
+        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(start)))
+
+    @property
+    def step(self) -> int:
+        """The newest step that there are figures of."""
+        return max((int(line["step"]) for line in self.lines), default=0)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model wrote. `prompt` stands before `text`."""
+
+    file: str
+    prompt: str
+    text: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of a run."""
+
+    path: Path
+    config: RunConfig
+    manifest: dict[str, Any]
+    metrics: Metrics
+    evaluations: dict[str, Result]
+    samples: list[Sample]
+    corpora: dict[str, Manifest]
+    """Manifests of the corpora that are still where the run found them, by path."""
+    compressors: dict[str, float] = field(default_factory=dict)
+    """Bits per byte that general compressors need for the held-out text, where the run has measured them."""
+    newest: int | None = None
+    """Step of the newest checkpoint."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, one sentence each."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is behind it."""
+        return self.metrics.step >= self.config.train.steps
+
+    def of_kind(self, kind: str) -> list[Result]:
+        """Evaluations of a kind, the newest weights first."""
+        return sorted((r for r in self.evaluations.values() if r.kind == kind), key=lambda r: (-r.step, r.name))
+
+
+def read_record(path: str | Path) -> Record:
+    """Everything in a run folder. Raises CheckpointError or ConfigError, one sentence, when it is none."""
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+    problems: list[str] = []
+    config = folder.config()
+    there = checkpoint.listed(folder.checkpoints)
+    return Record(
+        path=folder.path,
+        config=config,
+        manifest=_or_nothing(folder.manifest, problems),
+        metrics=read_metrics(folder.metrics_file),
+        evaluations=_or_nothing(lambda: results(folder.path), problems),
+        samples=read_samples(folder.samples),
+        corpora=_corpora(config),
+        compressors=_compressors(folder.path / "demo.json"),
+        newest=int(there[0].name.rpartition("-")[2]) if there else None,
+        problems=problems,
+    )
+
+
+def read_metrics(path: Path) -> Metrics:
+    """The lines that are whole. A file that is missing has none."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return Metrics([])
+    lines, broken = [], 0
+    for text in raw.splitlines():
+        try:
+            line = json.loads(text)
+            lines.append(line | {"step": int(line["step"])})
+        except (ValueError, TypeError, KeyError):
+            broken += bool(text.strip(b"\0 "))
+    return Metrics(lines, broken)
+
+
+def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[Sample]:
+    """Texts of .jsonl files (as `andromeda generate --json` prints them) and of .txt files, the newest files first."""
+    found: list[Sample] = []
+    files = [p for p in folder.glob("*") if p.suffix in (".jsonl", ".txt")] if folder.is_dir() else []
+    for path in sorted(files, key=lambda p: (-p.stat().st_mtime, p.name)):
+        text = path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+        found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [Sample(path.name, "", text.strip("\n"))]
+    return [Sample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
+
+
+def _lines_of(file: str, text: str) -> list[Sample]:
+    samples = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            prompt, answer = values["prompt"], str(values["text"])
+        except (ValueError, TypeError, KeyError):
+            continue
+        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in ("temperature", "top_k", "seed", "step") if name in values)
+        samples.append(Sample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
+    return samples
+
+
+def _or_nothing(read: Any, problems: list[str]) -> Any:
+    """What `read` gives; an empty table, and its sentence among the problems, when it cannot."""
+    try:
+        return read()
+    except AndromedaError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _corpora(config: RunConfig) -> dict[str, Manifest]:
+    found = {}
+    for path in [config.data.corpus, *(source.path for source in config.data.sources)]:
+        try:
+            if path:
+                found[path] = Manifest.load(Path(path))
+        except AndromedaError:
+            continue
+    return found
+
+
+def _compressors(path: Path) -> dict[str, float]:
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        return {name: float(kept[name]) for name in ("xz", "zlib") if _number(kept.get(name))}
+    except (OSError, ValueError, AttributeError):
+        return {}
+
+
+def _number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)

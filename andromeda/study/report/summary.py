@@ -1,0 +1,51 @@
+"""The head of the page: what this is and how it stands, in a sentence and a few figures."""
+
+from __future__ import annotations
+
+from andromeda.model.flops import training_flops_per_token
+from andromeda.study.page import Child, Html, tiles
+from andromeda.study.page.numbers import duration, figure, short
+from andromeda.study.plan.parameters import Parameters
+from andromeda.study.report.record import Record
+from andromeda.study.report.words import architecture
+
+
+def standing(record: Record) -> str:
+    """How far the run is."""
+    step, steps = record.metrics.step, record.config.train.steps
+    if not record.metrics.lines:
+        return f"saved at step {record.newest:,}" if record.newest is not None else "not begun"
+    return f"finished, {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,}"
+
+
+def subtitle(record: Record) -> Child:
+    """The run in a sentence."""
+    return f"{architecture(record.config.model)}. Training: {standing(record)}."
+
+
+def key_figures(record: Record, counted: Parameters | None) -> Html:
+    """Tiles; those that are not known are left out."""
+    metrics = record.metrics
+    held_out = next((r.result.get("bits_per_byte") for r in record.of_kind("bits")), None)
+    tokens, seconds, loss = metrics.last("tokens"), metrics.last("seconds"), metrics.last("loss")
+    shown: list[tuple[str, Child, Child]] = []
+    if held_out is not None:
+        beside = ", ".join(f"{name} -9 {figure(v, 3)}" for name, v in record.compressors.items())
+        shown.append(("Held-out text", figure(held_out), "bits per byte" + (f"; {beside}" if beside else "")))
+    elif bits := metrics.last("validation/bits_per_byte"):
+        shown.append(("Validation", figure(bits), "bits per byte"))
+    if loss is not None:
+        validation = metrics.last("validation/loss")
+        shown.append(
+            ("Training loss", figure(loss), f"nats per token; validation {figure(validation)}" if validation else "nats per token")
+        )
+    if counted is not None:
+        shown.append(("Parameters", short(counted.total), f"{short(counted.active)} active for a token"))
+    if tokens:
+        shown.append(("Tokens", short(tokens), "learned from"))
+    if seconds and tokens:
+        shown.append(("Time in steps", duration(seconds), f"{tokens / seconds:,.0f} tokens per second"))
+        train = record.config.train
+        flops = training_flops_per_token(record.config.model, train.sequence or record.config.model.context) * tokens
+        shown.append(("Training FLOPs", short(flops).replace("B", "G"), "matrix products"))
+    return tiles(shown)
