@@ -11,6 +11,7 @@ from typing import Any, cast
 
 import typer
 
+from andromeda.cli.ablate import ablate
 from andromeda.cli.bench import app as bench_app
 from andromeda.cli.data import app as data_app
 from andromeda.cli.demo import demo
@@ -41,6 +42,7 @@ app.command()(demo)
 app.command()(train)
 app.command()(extend)
 app.command()(generate)
+app.command()(ablate)
 app.command("eval")(evaluate)
 app.command()(report)
 

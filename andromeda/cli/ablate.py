@@ -1,0 +1,102 @@
+"""`andromeda ablate`: techniques on and off at an equal budget."""
+
+from __future__ import annotations
+
+import json
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from andromeda.errors import ConfigError
+
+if TYPE_CHECKING:
+    from andromeda.study.ablate.grid import Grid
+    from andromeda.study.ablate.run import Say, Study
+
+
+def ablate(
+    config: Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN", help="The baseline.")],
+    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the baseline and so to all arms.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file of arms: [[arm]] name = ..., changes = [...].")] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="key.path=value,value: an arm for each value; may be repeated.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Where runs and results go; runs/ablation-NAME by default.")] = None,
+    budget: Annotated[str, typer.Option(help="What is equal: tokens, flops or seconds (of training); the grid's by default.")] = "",
+    amount: Annotated[float, typer.Option(min=0.0, help="How much of it; 0 is what the baseline is configured for.")] = 0.0,
+    seeds: Annotated[int, typer.Option(min=0, help="Runs of each arm, with seeds 0, 1, ...; the grid's by default, else 3.")] = 0,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that share one GPU (or the CPU).")] = 1,
+    limit: Annotated[float, typer.Option(min=0.0, help="Seconds after which runs are stopped and saved; 0 is none.")] = 0.0,
+    cost_steps: Annotated[int, typer.Option(min=0, help="Steps of each arm whose time is measured, alone; 0 leaves costs out.")] = 8,
+    lean: Annotated[bool, typer.Option("--lean", help="Drop the checkpoints of finished runs.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
+) -> None:
+    """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. Run it again to go on."""
+    compared = _grid(grid, vary or [], budget, amount, seeds)
+
+    from andromeda.config.load import load
+    from andromeda.study.ablate.run import Settings, ablate
+
+    place = out or Path("runs") / f"ablation-{load(config, [*compared.base, *(changes or [])]).name}"
+    settings = Settings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, limit, cost_steps, lean)
+    with _progress(as_json) as say:
+        study = ablate(config, changes or [], compared, settings, say)
+    _show(study, place, as_json)
+    if study.signal:
+        raise typer.Exit(128 + study.signal)
+    if study.failures:
+        raise typer.Exit(1)
+
+
+def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int) -> Grid:
+    """What the options and the file ask for together; options win."""
+    from andromeda.study.ablate.grid import Grid, grid_from_values, read_grid, varied
+
+    given = read_grid(path) if path else Grid()
+    values: dict[str, Any] = given.model_dump(mode="json")
+    values["arm"] += [arm.model_dump(mode="json") for arm in varied(vary)]
+    values |= {"budget": budget} if budget else {}
+    values |= {"amount": amount} if amount else {}
+    values |= {"seeds": list(range(seeds))} if seeds else {}
+    if budget and budget != given.budget and given.amount and not amount:
+        raise ConfigError(f"The grid's amount is of {given.budget}, not of {budget}: give --amount too.")
+    return grid_from_values(values, str(path) if path else "the call")
+
+
+@contextmanager
+def _progress(as_json: bool) -> Iterator[Say]:
+    """A bar on a terminal, lines when piped; on stderr when stdout is for JSON."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=as_json)
+    if not console.is_terminal:
+
+        def say(text: str, done: int, total: int) -> None:
+            print(f"{done}/{total}  {text}", file=sys.stderr if as_json else sys.stdout, flush=True)
+
+        yield say
+        return
+    with Progress(BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"), console=console) as bar:
+        task = bar.add_task("", total=None)
+        yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
+
+
+def _show(study: Study, out: Path, as_json: bool) -> None:
+    from andromeda.cli.tables import show
+    from andromeda.study.ablate.table import cells, head, verdicts
+
+    if as_json:
+        print(json.dumps(study.results, indent=2))
+        return
+    titles = head(study.results)
+    show(f"equal {study.results['budget']}", titles, [cells(row) for row in study.results["arms"]], right=range(2, len(titles) - 1))
+    print(verdicts(study.results))
+    for failure in study.failures:
+        print(f"not finished: {failure}")
+    if study.finished < study.total:
+        print(f"{study.finished} of {study.total} runs are finished: run the same command again to go on.")
+    print(f"{out}/results.json, table.md, plot.png, plot.svg")

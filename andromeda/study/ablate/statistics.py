@@ -1,0 +1,147 @@
+"""What can be said of a difference between two sets of runs: effect, interval, p-value, and whether many such claims hold at once.
+
+Runs with the same seed see the same batches in the same order, so differences are taken seed by seed where both sides have
+it (paired t-test), else between the sets (Welch's t-test). With three seeds a variance is hardly known. Where many arms are
+compared in one grid, `spread = "shared"` steadies each arm's variance by that of all arms: the moderated t of Smyth (2004,
+Statistical Applications in Genetics and Molecular Biology 3, 3), made for many comparisons with few repeats each.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import special, stats
+
+LEVEL = 0.95
+"""Of every interval."""
+MODERATED_ARMS = 4
+"""Arms below which a shared variance cannot be told."""
+
+Losses = Mapping[int, float]
+"""Final figure by seed."""
+
+
+@dataclass(frozen=True)
+class Effect:
+    """Arm minus what it is compared with; below zero is better."""
+
+    mean: float
+    seeds: int
+    """Pairs, or runs of the smaller side."""
+    paired: bool
+    spread: float | None = None
+    """Standard deviation of the differences (paired), or of the difference of two single runs; None with one seed."""
+    low: float | None = None
+    high: float | None = None
+    """Interval of 95 %."""
+    p: float | None = None
+
+
+@dataclass(frozen=True)
+class Prior:
+    """What the variances of all arms say about the variance of any one."""
+
+    dof: float
+    """How many degrees of freedom that is worth; infinite when the arms do not differ in it."""
+    variance: float
+
+
+def effect(arm: Losses, base: Losses, prior: Prior | None = None) -> Effect:
+    """The difference between two sets of runs, each with one finite figure at least."""
+    shared = sorted(arm.keys() & base.keys())
+    if len(shared) >= 2 or (shared and min(len(arm), len(base)) < 2):
+        return _paired([arm[seed] - base[seed] for seed in shared], prior)
+    return _welch(list(arm.values()), list(base.values()))
+
+
+def _paired(differences: list[float], prior: Prior | None) -> Effect:
+    n, mean = len(differences), statistics.fmean(differences)
+    if n < 2:
+        return Effect(mean, n, True)
+    variance, dof = statistics.variance(differences), float(n - 1)
+    if prior is not None:
+        variance, dof = moderated(variance, dof, prior)
+    low, high, p = t_interval(mean, math.sqrt(variance / n), dof)
+    return Effect(mean, n, True, statistics.stdev(differences), low, high, p)
+
+
+def _welch(arm: list[float], base: list[float]) -> Effect:
+    mean, n = statistics.fmean(arm) - statistics.fmean(base), min(len(arm), len(base))
+    if n < 2:
+        return Effect(mean, n, False)
+    parts = [statistics.variance(side) / len(side) for side in (arm, base)]
+    spread = math.sqrt(statistics.variance(arm) + statistics.variance(base))
+    if not sum(parts):
+        return Effect(mean, n, False, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
+    test = stats.ttest_ind(arm, base, equal_var=False)
+    interval = test.confidence_interval(LEVEL)
+    return Effect(mean, n, False, spread, float(interval.low), float(interval.high), float(test.pvalue))
+
+
+def t_interval(mean: float, error: float, dof: float) -> tuple[float, float, float]:
+    """Ends of the 95 % interval and two-sided p-value of a mean with this standard error; `dof` may be infinite."""
+    if error == 0:
+        return mean, mean, 1.0 if mean == 0 else 0.0
+    t = stats.norm if math.isinf(dof) else stats.t(dof)
+    reach = float(t.ppf((1 + LEVEL) / 2)) * error
+    return mean - reach, mean + reach, float(2 * t.sf(abs(mean) / error))
+
+
+def moderated(variance: float, dof: float, prior: Prior) -> tuple[float, float]:
+    """An arm's variance drawn towards that of all arms, and the degrees of freedom it then has."""
+    if math.isinf(prior.dof):
+        return prior.variance, prior.dof
+    return (prior.dof * prior.variance + dof * variance) / (prior.dof + dof), prior.dof + dof
+
+
+def shared_prior(variances: Sequence[float], dof: float) -> Prior | None:
+    """Fit the scaled F distribution that variances with `dof` degrees of freedom come from; None for too few arms.
+
+    Smyth (2004), section 6.2: log s² has the mean log s0² + ψ(d/2) - ψ(d0/2) + log(d0/d) and the variance ψ'(d/2) + ψ'(d0/2).
+    """
+    known = [v for v in variances if v > 0]
+    if len(known) < MODERATED_ARMS:
+        return None
+    centred = np.log(known) - special.digamma(dof / 2) + math.log(dof / 2)
+    excess = float(np.var(centred, ddof=1) - special.polygamma(1, dof / 2))
+    if excess <= 0:
+        return Prior(math.inf, float(np.exp(centred.mean())))
+    prior_dof = 2 * inverse_trigamma(excess)
+    return Prior(prior_dof, float(np.exp(centred.mean() + special.digamma(prior_dof / 2) - math.log(prior_dof / 2))))
+
+
+def inverse_trigamma(value: float) -> float:
+    """The x > 0 with ψ'(x) = value, by Newton's method on 1/ψ', which is nearly straight."""
+    x = 0.5 + 1 / value
+    for _ in range(50):
+        first = float(special.polygamma(1, x))
+        step = first * (1 - first / value) / float(special.polygamma(2, x))
+        x += step
+        if abs(step) < 1e-12 * x:
+            break
+    return x
+
+
+def holm(p_values: Sequence[float | None]) -> list[float | None]:
+    """Each p-value corrected for how many there are (Holm 1979): the k-th smallest of m times m - k + 1, never falling."""
+    order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
+    corrected: list[float | None] = [None] * len(p_values)
+    highest = 0.0
+    for rank, index in enumerate(order):
+        highest = max(highest, min(1.0, (len(order) - rank) * (p_values[index] or 0.0)))
+        corrected[index] = highest
+    return corrected
+
+
+def verdict(found: Effect, corrected: float | None) -> str:
+    """What the interval allows to be said; never more."""
+    if found.low is None or found.high is None:
+        return "one seed: no verdict"
+    if found.low <= 0 <= found.high:
+        return "no difference shown"
+    word = "better" if found.high < 0 else "worse"
+    return word if corrected is not None and corrected < 1 - LEVEL else f"perhaps {word}"

@@ -1,0 +1,90 @@
+"""The table of a comparison: effect, interval, p-value, cost and verdict of each arm, as cells and as markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+HEAD = ("arm", "on", "{metric}", "effect", "95 % interval", "spread", "p", "p (Holm)", "time", "memory", "verdict")
+UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
+DASH = "–"  # noqa: RUF001 - a dash that stands for nothing
+
+
+def head(results: dict[str, Any]) -> list[str]:
+    """Titles of the columns."""
+    return [title.format(metric=UNITS[results["metric"]]) for title in HEAD]
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """One arm."""
+    effect = row["effect"] or {}
+    interval = DASH if effect.get("low") is None else f"{effect['low']:+.4f} to {effect['high']:+.4f}"
+    return [
+        row["name"],
+        row["on"],
+        mean(row),
+        _signed(effect.get("mean")),
+        interval,
+        DASH if effect.get("spread") is None else f"{effect['spread']:.4f}",
+        probability(effect.get("p")),
+        probability(row["corrected_p"]),
+        ratio(row["time_ratio"]),
+        ratio(row["memory_ratio"]),
+        row["verdict"] or DASH,
+    ]
+
+
+def mean(row: dict[str, Any]) -> str:
+    """Mean and number of runs."""
+    if row["mean"] is None:
+        return "not trained" if not row["train"] else DASH
+    return f"{row['mean']:.4f} ({sum(run['loss'] is not None for run in row['runs'].values())})"
+
+
+def probability(p: float | None) -> str:
+    """A p-value, with as many digits as mean something."""
+    if p is None:
+        return DASH
+    return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
+
+
+def ratio(value: float | None) -> str:
+    """A cost beside that of what the arm is compared with."""
+    return DASH if value is None else f"{100 * (value - 1):+.0f} %".replace("-0 %", "+0 %")
+
+
+def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """A markdown table."""
+    return [f"| {' | '.join(head)} |", f"|{'|'.join('---' for _ in head)}|", *(f"| {' | '.join(row)} |" for row in rows)]
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """table.md."""
+    base = results["arms"][0]
+    gpu, cpu = results["machine"]["gpu"], results["machine"]["cpu"]
+    text = [
+        f"# {' '.join(results['configuration'])}",
+        "",
+        f"Equal {results['budget']}, seeds {', '.join(map(str, results['seeds']))}, on {gpu or cpu}. "
+        f"The baseline has {base['parameters']:,} parameters and takes {base['steps']:,} steps.",
+        "Effect is arm minus what it is compared with: below zero is better. Spread is the standard deviation of the differences.",
+        "",
+        *lines(head(results), (cells(row) for row in results["arms"])),
+        "",
+        verdicts(results),
+    ]
+    return "\n".join(text) + "\n"
+
+
+def verdicts(results: dict[str, Any]) -> str:
+    """The whole in words: which arms fall under which verdict."""
+    groups: dict[str, list[str]] = {}
+    for row in results["arms"][1:]:
+        if row["verdict"]:
+            groups.setdefault(row["verdict"], []).append(row["name"])
+    said = [f"{word[0].upper()}{word[1:]}: {', '.join(names)}." for word, names in sorted(groups.items())]
+    return " ".join(said) or "Nothing was trained."
+
+
+def _signed(value: float | None) -> str:
+    return DASH if value is None else f"{value:+.4f}"

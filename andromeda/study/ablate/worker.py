@@ -1,0 +1,67 @@
+"""A process that trains one run after the other: `python -m andromeda.study.ablate.worker`, spoken to in lines of JSON.
+
+In: {"do": "train", "folder": ..., "config": ..., "lean": bool} or {"do": "cost", "config": ..., "steps": n}.
+Out, one line for each: {"done": true, ...}, {"stopped": signal} or {"error": sentence}. Everything else goes to stderr.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import shutil
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.load import from_values
+from andromeda.errors import AndromedaError
+from andromeda.study.ablate import cost, outcome
+from andromeda.train.loop import TrainingFailed
+from andromeda.train.run import train
+
+
+def main() -> None:
+    """Answer every line until the input ends or a signal stops a run."""
+    # Libraries print what they like; only answers may reach the parent.
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        answer = _answer(json.loads(line))
+        print(json.dumps(answer), file=answers, flush=True)
+        if "stopped" in answer:
+            return
+
+
+def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    config = from_values(request["config"])
+    try:
+        if request["do"] == "cost":
+            return {"done": True, **asdict(cost.measure(config, request["steps"]))}
+        return _train(config, Path(request["folder"]), request["lean"])
+    except AndromedaError as error:
+        return {"error": str(error)}
+    except Exception as error:  # a defect, or a device out of memory: this run is lost, the others are not
+        return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
+    finally:
+        gc.collect()
+
+
+def _train(config: Any, folder: Path, lean: bool) -> dict[str, Any]:
+    failed = ""
+    try:
+        result = train(config, folder, resume=(folder / "config.toml").exists())
+        if result.signal:
+            return {"stopped": int(result.signal)}
+    except TrainingFailed as error:
+        failed = str(error)
+    found = outcome.collect(folder, failed)
+    outcome.keep(folder, found)
+    if lean:
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return {"done": True, "loss": found.loss, "seconds": found.seconds}
+
+
+if __name__ == "__main__":
+    main()
