@@ -8,6 +8,7 @@ Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989), in plain torch op
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -20,10 +21,14 @@ from andromeda.kernels.precision import product_dtype
 IGNORED = -100
 """The target of a token that does not count."""
 
-_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 1 << 28}
-"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 1 GiB, so that its products are large."""
+TRITON = find_spec("triton") is not None
+
+_CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 5 << 25}
+"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits, so that its products are large."""
 _CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
+_SCALED = 4096
+"""Rows of a 16-bit gradient that are scaled at once."""
 
 
 class CrossEntropy(NamedTuple):
@@ -56,7 +61,7 @@ def linear_cross_entropy(
     on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, weight.shape[0]), product_dtype(x))
+    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, len(flat), weight.shape[0]), product_dtype(x))
     tokens = (labels != IGNORED).sum()
     if reduction == "sum" and torch.is_grad_enabled():
         total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, rule)
@@ -100,9 +105,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        # In float32 at least: 1 / tokens rounded to bfloat16 would scale a whole gradient by up to 0.4 %.
-        scaled = [None if g is None else (g.to(_wide(g.dtype)) * grad_total).to(g.dtype) for g in ctx.saved_tensors]
-        return (*scaled, None, None)
+        return (*(None if g is None else _scaled(g, grad_total) for g in ctx.saved_tensors), None, None)
 
 
 def _run(
@@ -118,11 +121,11 @@ def _run(
     for x_n, labels_n in zip(x.split(chunk), labels.split(chunk), strict=True):
         x_n = x_n.to(dtype)
         logits = x_n @ head.T if bias is None else torch.addmm(bias.to(dtype), x_n, head.T)
-        total, nll, d_logits = _chunk(logits.to(wide), labels_n, softcap, z_loss, any(needed))
+        total, nll, d_logits = _rows(logits, labels_n, softcap, z_loss, any(needed))
         totals.append(total)
         nlls.append(nll)
         if d_bias is not None:
-            d_bias += d_logits.sum(0)
+            d_bias += d_logits.sum(0, dtype=wide)
         d_logits = d_logits.to(dtype)
         if needed[0]:
             rows.append((d_logits @ head).to(x.dtype))
@@ -137,6 +140,15 @@ def _run(
             None if bias is None or d_bias is None else d_bias.to(bias.dtype),
         ),
     )
+
+
+def _rows(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """As `_chunk`; on a GPU by one kernel that reads the logits in their own type and leaves the gradient in their place."""
+    if TRITON and logits.is_cuda and logits.dtype != torch.float64:
+        from andromeda.kernels.device import cross_entropy as device
+
+        return device.rows(logits, labels, softcap, z_loss, gradient, IGNORED)
+    return _chunk(logits.to(_wide(logits.dtype)), labels, softcap, z_loss, gradient)
 
 
 def _chunk(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -166,12 +178,29 @@ def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
     """d_weight += d_logits^T x, always summed over chunks in at least float32."""
     if d_logits.dtype == d_weight.dtype:
         d_weight.addmm_(d_logits.T, x)
+    elif d_logits.is_cuda:
+        # The product is added to the sum before it is ever rounded, and takes no memory of its own.
+        torch.addmm(d_weight, d_logits.T, x, out_dtype=d_weight.dtype, out=d_weight)
     else:
         d_weight.add_(d_logits.T @ x)
 
 
-def _chunk_tokens(device: str, vocabulary: int) -> int:
-    return max(_CHUNK_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
+def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
+    """gradient * factor, in float32 at least: 1 / tokens rounded to bfloat16 would scale a whole gradient by up to 0.4 %."""
+    wide = _wide(gradient.dtype)
+    if gradient.dtype == wide:
+        return gradient * factor
+    out = torch.empty_like(gradient)
+    for part, to in zip(gradient.split(_SCALED), out.split(_SCALED), strict=True):
+        to.copy_(part.to(wide) * factor)
+    return out
+
+
+def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
+    """Tokens of a chunk: equal chunks, none of which has more logits than the device is given."""
+    most = max(_CHUNK_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
+    chunks = -(-max(1, tokens) // most)
+    return -(-max(1, tokens) // chunks)
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

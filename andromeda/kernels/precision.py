@@ -12,3 +12,11 @@ def product_dtype(x: Tensor) -> torch.dtype:
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
     return x.dtype
+
+
+def stream_dtype(x: Tensor) -> torch.dtype:
+    """What the residual stream is carried in: bfloat16 where products are, which has float32's range and half its traffic, else x's own.
+
+    Not float16, whose range a sum over many layers can leave.
+    """
+    return torch.bfloat16 if product_dtype(x) == torch.bfloat16 else x.dtype

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
 from andromeda.kernels.embedding import embed
+from andromeda.kernels.precision import stream_dtype
 from andromeda.model.context import Context
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import PlainRMSNorm
@@ -66,7 +67,8 @@ class Embedder(nn.Module):
 
     def forward(self, ctx: Context) -> Tensor:
         """(B, T, C) for the context's ids (B, T)."""
-        return self.smear(self.norm(self.absolute(self.tokens(ctx.ids), ctx)), ctx)
+        x = self.tokens(ctx.ids)
+        return self.smear(self.norm(self.absolute(x.to(stream_dtype(x)), ctx)), ctx)
 
 
 def build_provider(config: ModelConfig) -> nn.Module:

@@ -161,11 +161,11 @@ def test_a_fused_kernel_saves_the_same_whatever_the_pattern() -> None:
 
 
 def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
-    """Autocast keeps one copy of every matrix and bias of a product, two bytes a number; in float32 there is none."""
+    """One copy of every matrix of a product and of every gain of the stream, two bytes a number; in float32 there is none."""
     run = config("none", head={"bias": True})
     planned = passing(run, ROWS, T, "bf16", gpu=False, compiled=False)
-    matrices = sum(p.numel() for name, p in Transformer(run.model).named_parameters() if "trunk" in name and p.ndim == 2)
-    assert planned.saved_copies == 2 * matrices
+    copied = [p for name, p in Transformer(run.model).named_parameters() if ("trunk" in name and p.ndim == 2) or "norm" in name]
+    assert planned.saved_copies == 2 * sum(p.numel() for p in copied)
     assert planned.forward_copies >= planned.saved_copies
     assert passing(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
 
