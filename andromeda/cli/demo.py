@@ -18,8 +18,9 @@ def demo(
     corpus: Annotated[Path, typer.Option(help="The corpus folder, made on the first call.")] = Path("corpora/python"),
 ) -> None:
     """Train a small model on this machine's own Python sources and read what it writes. Run it again after an interruption."""
-    from andromeda.api import Andromeda
+    from andromeda.evaluate.subject import open_subject
     from andromeda.study import demo as steps
+    from andromeda.study.report import write_report
     from andromeda.train.screen import build_screen
 
     print(f"Corpus: the Python sources of {sys.executable}, in {corpus}", flush=True)
@@ -35,11 +36,16 @@ def demo(
         print("Interrupted; the state is saved. Run the same command to go on.")
         raise typer.Exit(128 + result.signal)
 
-    model = Andromeda.from_run(out)
-    print("\nWhat it writes:\n")
-    steps.write_samples(model, out, lambda piece: print(piece, end="", flush=True))
-    measured = steps.measure(model, config, corpus, out)
+    print("\nWhat it writes (what was given, then what the model added):\n")
+    subject = open_subject(out)
+    steps.write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
+    print("Measuring", flush=True)
+    with progress() as report:
+        evaluations = steps.evaluate(subject, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
+    measured = steps.measure(subject, corpus, evaluations)
+    page = write_report(out)
     print(f"bits per byte: held-out {measured.held_out:.3f}, xz {measured.xz:.3f}, zlib {measured.zlib:.3f}")
     print(f"parameters: {measured.parameters:,}")
     print(f"training: {measured.tokens:,} tokens in {measured.seconds:.0f} s, {measured.tokens_per_second:,.0f} tokens/s")
     print(f"run folder: {out}")
+    print(f"report: {page.resolve()}")

@@ -35,5 +35,8 @@ def train(
     settings = load(config or str(out), changes)
     with closing(build_screen(settings.train.steps, as_json)) as screen:
         result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=screen)
-    if result.signal:
-        raise typer.Exit(128 + result.signal)
+        if result.signal:
+            raise typer.Exit(128 + result.signal)
+        from andromeda.study.report import write_report
+
+        screen.note(f"report: {write_report(result.folder)}")

@@ -23,15 +23,13 @@ def _position(result: Result, record: Record) -> Html:
     try:
         edges, nats, tokens = (result.result[name] for name in ("edges", "nats", "tokens"))
         bins = [(edges[i], edges[i + 1], nats[i], tokens[i]) for i in range(len(nats))]
-        # The middle of a bin on a scale of powers; position 0 stands at 1.
-        points = [(((a + 1) * max(b, a + 1)) ** 0.5, float(v)) for a, b, v, _ in bins if v is not None]
-        chart = lines(
-            result.name, [Series("loss", points, dots=True)], Axis("position in tokens", log=True), Axis("nats per token"), wide=True
-        )
-        rows = [[f"{a:,} to {b - 1:,}", figure(v), f"{n:,}"] for a, b, v, n in bins]
+        # In the middle of its bin, on a scale of powers.
+        points = [((max(a, 1) * max(b - 1, 1)) ** 0.5, float(v)) for a, b, v, _ in bins if v is not None]
+        chart = lines(result.name, [Series("loss", points, dots=True)], Axis("tokens before", log=True), Axis("nats per token"), wide=True)
+        rows = [[f"{a:,}" if b == a + 1 else f"{a:,} to {b - 1:,}", figure(v), f"{n:,}"] for a, b, v, n in bins]
     except MISSHAPEN:
         return damaged(result)
-    shown = details("As a table", table(["positions", "nats per token", "tokens"], rows))
+    shown = details("As a table", table(["tokens before", "nats per token", "tokens"], rows))
     return el("div", chart, shown, origin(result, record.newest), class_="result")
 
 

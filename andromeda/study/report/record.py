@@ -14,6 +14,9 @@ from andromeda.evaluate.result import Result, results
 from andromeda.train import checkpoint
 from andromeda.train.folder import RunFolder
 
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
+"""What is told of how a sample was written."""
+
 
 @dataclass(frozen=True)
 class Metrics:
@@ -136,7 +139,7 @@ def _lines_of(file: str, text: str) -> list[Sample]:
             prompt, answer = values["prompt"], str(values["text"])
         except (ValueError, TypeError, KeyError):
             continue
-        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in ("temperature", "top_k", "seed", "step") if name in values)
+        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SETTINGS if values.get(name) is not None)
         samples.append(Sample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
     return samples
 
