@@ -63,11 +63,6 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
     "context": {"samples": 24},
     "retrieval": {"samples": 8, "style": "code"},
 }
-    "bits": {},
-    "position": {"samples": 48},
-    "context": {"samples": 24},
-    "retrieval": {"samples": 8, "style": "code"},
-}
 """What is measured after training, with wishes that keep it short; those that this version or corpus cannot do are left out."""
 
 
