@@ -11,7 +11,7 @@ import typer
 def extend(
     run: Annotated[Path, typer.Argument(help="The run folder of a trained model; it is only read.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes of the continued training: key.path=value.")] = None,
-    to: Annotated[int, typer.Option(min=2, help="Tokens of the new context.")] = 0,
+    to: Annotated[int, typer.Option(min=0, help="Tokens of the new context.")] = 0,
     method: Annotated[str, typer.Option(help="yarn, ntk, pi, dynamic-ntk, alibi-scale, none, several with commas, or all.")] = "yarn",
     steps: Annotated[int, typer.Option(min=0, help="Steps of continued training; 0 only measures.")] = 100,
     rate: Annotated[float, typer.Option(help="Learning rates, as a share of the old run's.")] = 0.1,

@@ -59,6 +59,8 @@ def row(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, draw: n
     table = words(tokenizer)
     # A spelled word's letters stand everywhere; that the word does is unlikely enough.
     free = np.flatnonzero(~np.isin(table[:, 0], text[:length])) if table.shape[1] == 1 else np.arange(len(table))
+    if len(free) < (wanted := notes * (KEY + VALUE)):
+        raise DataError(f"{notes} notes need {wanted} words that are not in the text, and {len(free)} are left: ask for fewer notes.")
     picked = table[draw.choice(free, notes * (KEY + VALUE), replace=False)].reshape(notes, -1)
     head, end = (np.array(tokenizer.encode(part), dtype=np.int64) for part in ("\n# note", "\n"))
     lines = [np.concatenate([head, line, end]) for line in picked]

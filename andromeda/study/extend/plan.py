@@ -45,6 +45,8 @@ def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
     """The new run's configuration. Raises ConfigError, one sentence."""
     if not 0 < wishes.rate <= 10:
         raise ConfigError(f"--rate {wishes.rate:g} is the share of the old learning rates: give more than 0 and at most 10.")
+    if any(change.partition("=")[0].strip() == "train.steps" for change in wishes.overrides):
+        raise ConfigError("Give the steps of the continued training with --steps, from which its schedule follows, not as train.steps.")
     changes = [
         f"name={old.name}-{method}-{wishes.to}",
         *stretching(old, wishes.to, method),

@@ -36,8 +36,8 @@ from andromeda.train.screen import Screen
 from andromeda.train.session import build_session, load_model
 from andromeda.train.weights import read_weights
 
-NOTES, ROWS = 16, 4
-"""Notes of a row, and rows of each length, that retrieval is measured with."""
+NOTES = 16
+"""Notes of a row that retrieval is measured with: so many depths."""
 Screens = Callable[[int], Screen]
 """Makes the screen of a training of so many steps."""
 
@@ -65,7 +65,7 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
     sample = _Sample(old, wishes, next(iter(configs.values())))
     _make(out)
-    book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old), "several": len(methods) > 1})
+    book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old)})
     if book.find(UNSTRETCHED) is None:
         note("measuring the model as it is")
         book.keep(sample.measure(*_unstretched(old, wishes), weights), UNSTRETCHED)
@@ -92,10 +92,10 @@ def _one(
     if book.find(method, "untrained") is None:
         note(f"{method}: measuring before training")
         book.keep(sample.measure(config, sample.lengths, weights), method, "untrained")
-    if not folder.exists:
-        begin(config, folder, weights)
     if steps == 0 or book.find(method, "after"):
         return None
+    if not folder.exists:
+        begin(config, folder, weights)
     screen = screens(config.train.steps)
     try:
         ended = train(config, folder.path, resume=True, screen=screen)
@@ -142,12 +142,11 @@ class _Sample:
         self._rows = windows(tokens, wishes.to, wishes.samples, wishes.tail)
         self.lengths = context_lengths(trained_context(old), wishes.to, wishes.tail)
         tokenizer = open_stream(data, 1, config.seed, "val").tokenizer
-        self._questions = _questions(tokenizer, tokens, self.lengths, config.seed) if tokenizer else {}
+        self._questions = _questions(tokenizer, tokens, self.lengths, wishes.samples, config.seed) if tokenizer else {}
 
     def measure(self, config: RunConfig, lengths: list[int], weights: dict[str, Tensor]) -> dict[str, Any]:
         """Loss by context and by position, and retrieval, of `weights` under the positions of `config`."""
-        model = Transformer(config.model).to(self._device)
-        load_model(model, weights)
+        model = _filled(config, weights, self._device)
         rows = self._rows[:, -lengths[-1] - 1 :]
         found = measure(model, rows, lengths, self._tail, self._precision)
         asked = {length: each for length, each in self._questions.items() if length in lengths}
@@ -159,10 +158,23 @@ class _Sample:
         return found
 
 
-def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], seed: int) -> dict[int, needles.Needles]:
+def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device) -> Transformer:
+    """A model with these weights; its random start, which takes seconds, is not drawn where weights are all that it holds."""
+    model = config.model
+    if model.head.tied or model.embedding.kind == "custom" or model.feedforward.kind == "moe":
+        filled = Transformer(model).to(device)
+    else:
+        with torch.device("meta"):
+            filled = Transformer(model)
+        filled = filled.to_empty(device=device)
+    load_model(filled, weights)
+    return filled
+
+
+def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, needles.Needles]:
     """Retrieval problems of the lengths that have room for them."""
     least = 64 * NOTES
-    return {n: needles.questions(tokenizer, tokens.numpy(), n, NOTES, ROWS, seed) for n in lengths if n >= least}
+    return {n: needles.questions(tokenizer, tokens.numpy(), n, NOTES, rows, seed) for n in lengths if n >= least}
 
 
 def _unstretched(old: RunConfig, wishes: Wishes) -> tuple[RunConfig, list[int]]:
@@ -190,7 +202,9 @@ def _make(out: Path) -> None:
 
 
 def _free() -> None:
-    """Give the memory of a model that is gone back before the next one is built."""
+    """Forget a model that is gone before the next one is built."""
     gc.collect()
+    # Compiled code is kept for all models of a class: of another model's it would only make the next one's more general and slower.
+    torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

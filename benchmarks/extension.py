@@ -1,0 +1,345 @@
+"""How far a model of 125 M parameters that was trained at 2,048 tokens can be stretched, by which method, at what cost.
+
+    python benchmarks/extension.py --out benchmarks/results/extension-gpu.json --plots docs/images
+
+One run of about seven minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
+are one long document; notes hidden in them, to be found again; a training at 2,048 tokens; then `andromeda extend` by every
+method to 16,384 tokens, by the best two to 32,768, and what is left at 65,536 to 200,000. `--size tiny` runs the same way
+on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from andromeda.config.data import BuildConfig, DataConfig
+from andromeda.config.load import load
+from andromeda.data.corpus import build
+from andromeda.data.loader import open_stream
+from andromeda.data.shards import token_dtype, write_shard
+from andromeda.data.sources import _python_files
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.study.bench.record import record, save
+from andromeda.study.extend import needles
+from andromeda.study.extend.plan import Wishes
+from andromeda.study.extend.plot import draw
+from andromeda.study.extend.run import extend
+from andromeda.train.run import train
+from andromeda.train.screen import Lines
+
+
+@dataclass(frozen=True)
+class Size:
+    """One scale of the experiment."""
+
+    model: tuple[str, ...]
+    """Changes to preset andromeda-125m."""
+    vocab: int
+    corpus_bytes: int
+    document_bytes: int
+    """A package's files are joined into documents of at most this size."""
+    validation: float
+    trained: int
+    to: tuple[int, ...]
+    """Contexts to extend to: all methods to the first, `far_methods` to the others."""
+    far: int
+    """Longest text that is read at the end."""
+    rows: int
+    """Rows of a training step at the trained context."""
+    seconds: float
+    """Time for the training at the trained context."""
+    steps: int
+    """Steps of each continued training."""
+    samples: int
+    train: tuple[str, ...] = ()
+
+
+SIZES = {
+    "full": Size(
+        model=("model.attention.qk_norm=l2_head_scale", "model.shift.kind=lerp"),
+        vocab=32768,
+        corpus_bytes=200_000_000,
+        document_bytes=400_000,
+        validation=0.04,
+        trained=2048,
+        to=(16384, 32768),
+        far=200_000,
+        rows=32,
+        seconds=120.0,
+        steps=60,
+        samples=16,
+    ),
+    "tiny": Size(
+        model=(
+            "model.width=64",
+            "model.depth=2",
+            "model.attention.heads=2",
+            "model.attention.kv_heads=1",
+            "model.attention.head_dim=32",
+            "model.feedforward.hidden=128",
+            "model.attention.qk_norm=l2_head_scale",
+            "model.shift.kind=lerp",
+        ),
+        vocab=2048,
+        corpus_bytes=6_000_000,
+        document_bytes=40_000,
+        validation=0.1,
+        trained=1024,
+        to=(2048, 4096),
+        far=8192,
+        rows=2,
+        seconds=20.0,
+        steps=4,
+        samples=2,
+        train=("train.compile=off", "train.device=cpu"),
+    ),
+}
+METHODS = ("yarn", "ntk", "pi", "none", "dynamic-ntk")
+FAR_METHODS = ("yarn", "ntk")
+NEEDLE_SHARE = {"train": 0.25, "extend": 0.5}
+"""Share of the rows that are a text with notes in it."""
+
+
+class Clock:
+    """Seconds since the start, and whether there is time for more."""
+
+    def __init__(self, limit: float) -> None:
+        self._start, self._limit = time.monotonic(), limit
+
+    @property
+    def now(self) -> float:
+        """Seconds since the start."""
+        return time.monotonic() - self._start
+
+    def allows(self, seconds: float) -> bool:
+        """Whether so many seconds more stay within the limit."""
+        return self.now + seconds < self._limit
+
+
+class Experiment:
+    """All stages over one working folder."""
+
+    def __init__(self, size: Size, work: Path, out: Path, plots: Path, limit: float, command: str) -> None:
+        self.size, self.work, self.out, self.plots, self.clock, self.command = size, work, out, plots, Clock(limit), command
+        self.figures: dict[str, Any] = {"seconds": {}}
+
+    def run(self) -> None:
+        """Every stage; what is done is kept."""
+        for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension), ("far", self.far)):
+            begun = self.clock.now
+            stage()
+            self.keep(name, self.clock.now - begun)
+
+    def keep(self, stage: str, seconds: float) -> None:
+        """Write all figures so far."""
+        self.figures["seconds"][stage] = round(seconds, 1)
+        print(f"[{self.clock.now:.0f} s] {stage} took {seconds:.0f} s", flush=True)
+        save(self.out, record(self.command, self.figures))
+
+    # The corpus
+
+    def corpus(self) -> None:
+        """Code with one document a package, and the same with notes in it at every length that is trained on."""
+        texts = self.work / "texts"
+        count = write_packages(texts, self.size)
+        made = build(
+            [str(texts)],
+            self.work / "code",
+            BuildConfig(vocab_size=self.size.vocab, validation=self.size.validation),
+            workers=len(os.sched_getaffinity(0)),
+        )
+        shutil.rmtree(texts)
+        self.tokenizer = Tokenizer.load(self.work / "code")
+        stream = open_stream(DataConfig(corpus=str(self.work / "code"), shuffle=False), 1 << 16, 0)
+        some = [stream.rows(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
+        text = torch.cat(some).numpy()
+        for length in (self.size.trained, *self.size.to):
+            steps = 2000 if length == self.size.trained else self.size.steps
+            share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
+            rows = max(8, int(steps * self.size.rows * self.size.trained / length * share))
+            self._needles(text, length, min(rows, 8000))
+        splits = made.splits
+        self.figures["corpus"] = {
+            "documents": count,
+            "train_tokens": splits["train"].tokens,
+            "held_out_tokens": splits["val"].tokens,
+            "bytes_per_token": splits["train"].bytes / splits["train"].tokens,
+            "fingerprint": made.fingerprint,
+        }
+
+    def _needles(self, text: np.ndarray, length: int, rows: int) -> None:
+        """A folder of rows with notes, of which each is one document of exactly `length` tokens."""
+        folder = self.work / f"notes-{length}"
+        folder.mkdir(parents=True, exist_ok=True)
+        made = needles.training_rows(self.tokenizer, text, length, self._notes(length), rows, seed=1)
+        write_shard(folder / "train-00000.bin", made.astype(token_dtype(self.tokenizer.vocab_size)).ravel())
+        self.tokenizer.save(folder / "tokenizer")
+
+    def _notes(self, length: int) -> int:
+        return 16 if length <= self.size.trained or self.size.vocab < 8192 else 64
+
+    def sources(self, length: int, share: float) -> str:
+        """The mixture as an override."""
+        parts = [(self.work / "code", 1 - share), (self.work / f"notes-{length}", share)]
+        return "data.sources=[" + ", ".join(f'{{path="{path}", weight={weight}}}' for path, weight in parts) + "]"
+
+    # Training at the short context
+
+    def training(self) -> None:
+        """A few steps to learn the speed, then as many as fit into the time."""
+        speed = self._train("calibration", 24)
+        tokens = self.size.rows * self.size.trained
+        steps = int(min(1600, max(24, self.size.seconds * speed / tokens)))
+        shutil.rmtree(self.work / "calibration")
+        speed = self._train("base", steps)
+        model = load(str(self.work / "base")).model
+        self.figures["training"] = {
+            "steps": steps,
+            "tokens": steps * tokens,
+            "tokens_per_second": speed,
+            "parameters": parameters(self.work / "base"),
+            "model": model.model_dump(),
+        }
+
+    def _train(self, name: str, steps: int) -> float:
+        """Train for `steps` in the folder `name`; returns tokens a second at the end."""
+        config = load("andromeda-125m", [*self._settings(steps), *self.size.model, *self.size.train])
+        train(config, self.work / name, screen=Lines(steps))
+        lines = [json.loads(line) for line in (self.work / name / "metrics.jsonl").read_text().splitlines()]
+        torch._dynamo.reset()
+        return [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")][-1]
+
+    def _settings(self, steps: int) -> list[str]:
+        return [
+            f"model.vocab_size={self.size.vocab}",
+            f"model.context={self.size.trained}",
+            self.sources(self.size.trained, NEEDLE_SHARE["train"]),
+            "data.packing=documents",
+            "data.document_mask=false",
+            "data.workers=2",
+            f"train.steps={steps}",
+            f"train.batch={self.size.rows}",
+            f"train.micro_batch={self.size.rows}",
+            f"train.schedule.warmup={min(50, steps // 10)}",
+            f"train.schedule.cooldown={steps // 2}",
+            "train.optim.momentum_warmup=100",
+            "train.eval_every=0",
+            "train.checkpoints.every=0",
+            f"train.log.every={max(1, min(50, steps // 4))}",
+        ]
+
+    # Extension
+
+    def extension(self) -> None:
+        """Every method to the first length, the best ones to the others."""
+        self.figures["extension"] = {}
+        for to, methods in zip(self.size.to, (METHODS, *[FAR_METHODS] * len(self.size.to)), strict=False):
+            for count in range(1, len(methods)):
+                if self.clock.allows(60):
+                    self._extend(to, methods[: count + 1])
+
+    def _extend(self, to: int, methods: tuple[str, ...]) -> None:
+        """The last of these methods: those before it are in the folder already."""
+        begun = self.clock.now
+        wishes = Wishes(
+            str(self.work / "base"),
+            to,
+            steps=self.size.steps,
+            rate=0.2,
+            overrides=(self.sources(to, NEEDLE_SHARE["extend"]), "train.checkpoints.every=0", "train.log.every=20"),
+            samples=self.size.samples,
+            held_out=str(self.work / "code"),
+        )
+        ended = extend(wishes, ",".join(methods), self.work / f"to-{to}", Lines, print)
+        self.figures["extension"][str(to)] = ended.values
+        self.keep(f"{methods[-1]} to {to}", self.clock.now - begun)
+        self._draw(ended.values, f"extension-{to}")
+
+    def far(self) -> None:
+        """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
+        trained = [to for to in self.size.to if (self.work / f"to-{to}" / "yarn" / "checkpoints").exists()]
+        if not trained or not self.clock.allows(45):
+            return
+        wishes = Wishes(
+            str(self.work / f"to-{trained[-1]}" / "yarn"),
+            self.size.far,
+            steps=0,
+            overrides=("train.micro_batch=1", "train.batch=1"),
+            samples=2,
+            held_out=str(self.work / "code"),
+        )
+        ended = extend(wishes, "yarn", self.work / "far", Lines, print)
+        self.figures["far"] = ended.values
+        self._draw(ended.values, "extension-far")
+
+    def _draw(self, values: dict[str, Any], name: str) -> None:
+        self.plots.mkdir(parents=True, exist_ok=True)
+        draw(values, self.plots / name)
+
+
+def write_packages(out: Path, size: Size) -> int:
+    """This interpreter's Python sources, the files of one package joined to documents; returns their number."""
+    out.mkdir(parents=True, exist_ok=True)
+    count = total = 0
+    for text in joined(size.document_bytes):
+        if total > size.corpus_bytes:
+            break
+        (out / f"{count:06d}.txt").write_text(text, encoding="utf-8")
+        count, total = count + 1, total + len(text)
+    return count
+
+
+def joined(longest: int) -> Iterator[str]:
+    """Documents of at most `longest` characters, of neighbouring files in the order of their paths, a heading before each."""
+    held: list[str] = []
+    package, size = "", 0
+    for name, path in _python_files():
+        own = "/".join(name.split("/")[:2])
+        try:
+            text = Path(path).read_text("utf-8")
+        except (OSError, UnicodeDecodeError):
+            continue
+        if len(text) > longest // 2:
+            continue
+        if held and (own != package or size + len(text) > longest):
+            yield "".join(held)
+            held, size = [], 0
+        held.append(f"# File: {name}\n{text}\n")
+        package, size = own, size + len(text)
+    if held:
+        yield "".join(held)
+
+
+def parameters(run: Path) -> int:
+    """Weights of a run's model."""
+    from andromeda.api import Andromeda
+
+    return Andromeda(load(str(run)).model, device="meta").num_parameters()
+
+
+def main() -> None:
+    """Read the arguments and run."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--size", choices=SIZES, default="full")
+    parser.add_argument("--work", type=Path, default=Path("/dev/shm/andromeda-extension"))
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/extension-gpu.json"))
+    parser.add_argument("--plots", type=Path, default=Path("docs/images"))
+    parser.add_argument("--seconds", type=float, default=440.0)
+    given = parser.parse_args()
+    command = f"python benchmarks/extension.py --size {given.size}"
+    Experiment(SIZES[given.size], given.work, given.out, given.plots, given.seconds, command).run()
+
+
+if __name__ == "__main__":
+    main()
