@@ -17,6 +17,7 @@ from andromeda.cli.data import app as data_app
 from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
 from andromeda.cli.evaluate import evaluate
+from andromeda.cli.explain import explain
 from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
@@ -45,6 +46,7 @@ app.command()(generate)
 app.command()(ablate)
 app.command("eval")(evaluate)
 app.command()(report)
+app.command()(explain)
 
 
 def main() -> None:
