@@ -15,7 +15,7 @@
   const paint = (canvas, data, side) => {
     const scale = window.devicePixelRatio || 1;
     canvas.width = canvas.height = Math.round(side * scale);
-    canvas.style.width = canvas.style.height = side + "px";
+    canvas.style.maxWidth = side + "px";
     const style = getComputedStyle(document.documentElement);
     const pen = canvas.getContext("2d");
     const cell = canvas.width / count;
@@ -25,8 +25,8 @@
     for (let row = 0; row < count; row++) {
       for (let column = 0; column <= row; column++) {
         pen.globalAlpha = data[at(row, column)] / 255;
-        const x = Math.floor(column * cell), y = Math.floor(row * cell);
-        pen.fillRect(x, y, Math.ceil((column + 1) * cell) - x, Math.ceil((row + 1) * cell) - y);
+        const x = Math.round(column * cell), y = Math.round(row * cell);
+        pen.fillRect(x, y, Math.round((column + 1) * cell) - x, Math.round((row + 1) * cell) - y);
       }
     }
     pen.globalAlpha = 1;
@@ -61,7 +61,7 @@
     chosen = button;
     buttons.forEach((other) => other.setAttribute("aria-pressed", String(other === button)));
     document.getElementById("map-name").textContent = button.dataset.name;
-    paint(big, bytes(button), Math.min(380, root.clientWidth));
+    paint(big, bytes(button), 380);
     shade();
   };
   const cellOf = (event) => {

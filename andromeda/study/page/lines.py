@@ -134,7 +134,7 @@ def _draw(
     return el(
         "svg",
         _frame(plot, x, y),
-        [_rule(rule, plot) for rule in rules],
+        [_rule(rule, plot, series) for rule in rules],
         [el("path", class_="mark", d=f"M{plot.x(m):.1f},{plot.y.end}V{plot.y.begin}") for m in marks],
         [_line(s, plot) for s in series],
         el("g", class_="cursor"),
@@ -164,7 +164,9 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[Rule], wid
 def _heights(series: Series) -> list[float]:
     """The figures that the axis must show: a steep beginning of a long line may leave the chart at the top."""
     values = [b for _, b in series.points]
-    return values[len(values) // 50 :] if len(values) >= 100 else values
+    if len(values) >= 100:
+        return values[len(values) // 50 :]
+    return values + [end for _, low, high in series.band for end in (low, high)]
 
 
 def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
@@ -181,9 +183,14 @@ def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
     return join(parts)
 
 
-def _rule(rule: Rule, plot: Plot) -> Html:
-    at = plot.y(rule.value)
-    label = el("text", rule.name, x=plot.x.end, y=f"{at - 4:.1f}", class_="tick end halo")
+def _rule(rule: Rule, plot: Plot, series: Sequence[Series]) -> Html:
+    """A dashed line, named at the end that the lines are farther from."""
+    at, third = plot.y(rule.value), (plot.x.end - plot.x.begin) / 3
+    places = [(plot.x(a), plot.y(b)) for s in series for a, b in s.points]
+    left = min((abs(b - at + 8) for a, b in places if a < plot.x.begin + third), default=99.0)
+    right = min((abs(b - at + 8) for a, b in places if a > plot.x.end - third), default=99.0)
+    where = (plot.x.begin + 4, "tick halo") if left > right else (plot.x.end, "tick end halo")
+    label = el("text", rule.name, x=where[0], y=f"{at - 4:.1f}", class_=where[1])
     return join(el("path", class_="rule", d=f"M{plot.x.begin},{at:.1f}H{plot.x.end}"), label)
 
 

@@ -6,6 +6,9 @@ import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
+FACTORS = ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,))
+"""Which multiples of powers of ten stand at a logarithmic axis."""
+
 STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 
@@ -47,16 +50,15 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
     """Multiples of 1, 2, 2.5 or 5 times a power of ten."""
     raw = (high - low) / max(1, count)
     power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s for s in STEPS if s * power >= raw * 0.999) * power
+    step = next(s for s in STEPS if s * power >= raw * 0.7) * power
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(i * step, 12) for i in range(first, last + 1)]
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten (or of a power of ten, where they are many); between few of them also 2 and 5 times."""
+    """Powers of ten (or of a power of ten, where they are many); between few of them also some multiples."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
-    for factors in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-        ticks = [f * 10.0**p for p in range(first, last + 1) for f in factors if low <= f * 10.0**p <= high]
-        if len(ticks) <= count + 1:
-            return ticks
-    return ticks[:: math.ceil(len(ticks) / count)]
+    found = [[f * 10.0**p for p in range(first, last + 1) for f in factors if low <= f * 10.0**p <= high] for factors in FACTORS]
+    # The finest that is not too many; the coarsest of all is thinned where a scale spans very many powers.
+    ticks = next((ticks for ticks in found if len(ticks) <= count + 1), found[-1])
+    return ticks if len(ticks) <= count + 1 else ticks[:: math.ceil(len(ticks) / count)]

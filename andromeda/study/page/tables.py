@@ -24,7 +24,7 @@ def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], *, text: int =
 
 
 def _cell(index: int, cell: Child, text: int) -> Html:
-    return el("th", cell, scope="row") if index == 0 else el("td", cell, class_=None if index < text else "number")
+    return el("th", cell, scope="row") if index == 0 and text else el("td", cell, class_=None if index < text else "number")
 
 
 def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
@@ -41,9 +41,9 @@ def tiles(pairs: Sequence[tuple[str, Child, Child]]) -> Html:
     )
 
 
-def grid(*figures: Child) -> Html:
-    """Figures side by side, as many as the page is wide for."""
-    return el("div", figures, class_="grid")
+def grid(*figures: Child, kind: str = "") -> Html:
+    """Figures side by side, as many as the page is wide for. kind: two (wider ones) or four (narrower ones)."""
+    return el("div", figures, class_=f"grid {kind}".strip())
 
 
 def details(title: str, *inner: Child) -> Html:

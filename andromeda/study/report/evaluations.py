@@ -9,7 +9,7 @@ from andromeda.evaluate.result import Result
 from andromeda.study.page import Axis, Child, Html, Series, details, el, grid, join, lines, table
 from andromeda.study.page.numbers import figure, percent, short
 from andromeda.study.page.shell import Section
-from andromeda.study.report.parts import MISSHAPEN, damaged, empty, origin, quoted
+from andromeda.study.report.parts import MISSHAPEN, command, damaged, empty, origins, quoted
 from andromeda.study.report.record import Record
 
 COMMANDS = ("bits", "reasoning", "context")
@@ -18,9 +18,13 @@ COMMANDS = ("bits", "reasoning", "context")
 
 def evaluations(record: Record) -> Section:
     """The section."""
-    lead = "Measured on the trained weights; every result can be made again by its command, or checked by `andromeda verify`."
-    parts: list[Html | None] = [_one(result, show, record) for kind, show in SHOWN.items() for result in record.of_kind(kind)]
-    parts = [_compressors(record), *parts]
+    lead = [
+        "Measured on the trained weights; every result can be made again by its command, or checked by ",
+        command("andromeda verify"),
+        ".",
+    ]
+    found = [result for kind in SHOWN for result in record.of_kind(kind)]
+    parts: list[Html | None] = [_compressors(record), *(_one(result) for result in found), *origins(found, record.newest)]
     notes = [el("p", problem, class_="empty") for problem in record.problems]
     if not any(parts):
         commands = [f"andromeda eval {quoted(record.path)} {kind}" for kind in COMMANDS]
@@ -28,13 +32,13 @@ def evaluations(record: Record) -> Section:
     return Section("evaluation", "Evaluation", lead, join(notes, parts))
 
 
-def _one(result: Result, show: Callable[[Result], Child], record: Record) -> Html:
+def _one(result: Result) -> Html:
     try:
-        body = show(result)
+        body = SHOWN[result.kind](result)
     except MISSHAPEN:
         body = damaged(result)
-    title = el("h3", TITLES[result.kind], el("small", f" {result.name}"))
-    return el("div", title, body, origin(result, record.newest), class_="result")
+    name = el("small", f" {result.name}") if result.name != result.kind else None
+    return el("div", el("h3", TITLES[result.kind], name), body, class_="result")
 
 
 def _compressors(record: Record) -> Html | None:
@@ -43,7 +47,7 @@ def _compressors(record: Record) -> Html | None:
     if not bits or not record.compressors:
         return None
     others = [[f"{name} -9", figure(value)] for name, value in record.compressors.items()]
-    rows = [[bits[0].name, figure(bits[0].result.get("bits_per_byte"))], *others]
+    rows = [["this model", figure(bits[0].result.get("bits_per_byte"))], *others]
     return el("div", el("h3", "Beside compressors"), table(["held-out text", "bits per byte"], rows), class_="result")
 
 

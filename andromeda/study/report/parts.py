@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
 
 from andromeda.evaluate.result import Result
@@ -33,7 +34,15 @@ def quoted(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def origin(result: Result, newest: int | None) -> Html:
-    """Which command made a result, of which weights."""
-    stale = f"; the newest checkpoint is of step {newest:,}" if newest is not None and newest != result.step else ""
-    return el("p", command(result.command), f" on step {result.step:,}{stale}, {result.made.partition('T')[0]}", class_="note")
+def origins(found: Sequence[Result], newest: int | None) -> list[Html]:
+    """Which commands made these results, of which weights; each once."""
+    made: dict[tuple[str, int, str], list[str]] = {}
+    for result in found:
+        made.setdefault((result.command, result.step, result.made.partition("T")[0]), []).append(result.name)
+    return [_origin(*key, names if len(made) > 1 else [], newest) for key, names in made.items()]
+
+
+def _origin(text: str, step: int, date: str, names: list[str], newest: int | None) -> Html:
+    stale = f"; the newest checkpoint is of step {newest:,}" if newest is not None and newest != step else ""
+    which = f"{', '.join(names)}: " if names else "Made by "
+    return el("p", which, command(text), f" on step {step:,}{stale}, {date}", class_="note")

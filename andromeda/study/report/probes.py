@@ -37,4 +37,4 @@ def probes(record: Record) -> Section:
     rows = [[f"{step:,.0f}", *(percent(values[name].get(step)) for name in names)] for step in steps[-12:]]
     chances = [["guessing", *(percent(metrics.last(name + "/chance")) for name in names)]]
     body = table(["step", *(name.partition("/")[2] for name in names)], rows + chances)
-    return Section("probes", "Probes", lead, join(grid(*drawn), details("The probes as a table", body)))
+    return Section("probes", "Probes", lead, join(grid(*drawn, kind="four"), details("The probes as a table", body)))

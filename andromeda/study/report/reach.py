@@ -5,7 +5,7 @@ from __future__ import annotations
 from andromeda.evaluate.result import Result
 from andromeda.study.page import Axis, Html, Section, Series, details, el, grid, heat, join, lines, table
 from andromeda.study.page.numbers import figure, percent
-from andromeda.study.report.parts import MISSHAPEN, damaged, empty, origin, quoted
+from andromeda.study.report.parts import MISSHAPEN, damaged, empty, origins, quoted
 from andromeda.study.report.record import Record
 
 
@@ -16,10 +16,10 @@ def position(record: Record) -> Section:
     if not found:
         fill = f"andromeda eval {quoted(record.path)} position"
         return Section("position", "Loss by position", lead, empty("Loss by position was not measured. To measure:", fill))
-    return Section("position", "Loss by position", lead, [_position(result, record) for result in found])
+    return Section("position", "Loss by position", lead, [[_position(result) for result in found], origins(found, record.newest)])
 
 
-def _position(result: Result, record: Record) -> Html:
+def _position(result: Result) -> Html:
     try:
         edges, nats, tokens = (result.result[name] for name in ("edges", "nats", "tokens"))
         bins = [(edges[i], edges[i + 1], nats[i], tokens[i]) for i in range(len(nats))]
@@ -30,7 +30,7 @@ def _position(result: Result, record: Record) -> Html:
     except MISSHAPEN:
         return damaged(result)
     shown = details("As a table", table(["tokens before", "nats per token", "tokens"], rows))
-    return el("div", chart, shown, origin(result, record.newest), class_="result")
+    return el("div", chart, shown, class_="result")
 
 
 def retrieval(record: Record) -> Section:
@@ -40,10 +40,10 @@ def retrieval(record: Record) -> Section:
     if not found:
         fill = f"andromeda eval {quoted(record.path)} retrieval"
         return Section("retrieval", "Retrieval", lead, empty("Retrieval was not measured. To measure:", fill))
-    return Section("retrieval", "Retrieval", lead, grid([_retrieval(result, record) for result in found]))
+    return Section("retrieval", "Retrieval", lead, [grid([_retrieval(result) for result in found]), origins(found, record.newest)])
 
 
-def _retrieval(result: Result, record: Record) -> Html:
+def _retrieval(result: Result) -> Html:
     try:
         r = result.result
         rows = [{0.0: "0 % (begin)", 1.0: "100 % (end)"}.get(depth, percent(depth)) for depth in r["depths"]]
@@ -56,4 +56,4 @@ def _retrieval(result: Result, record: Record) -> Html:
         )
     except MISSHAPEN:
         return damaged(result)
-    return join(el("div", drawn, origin(result, record.newest), class_="result"))
+    return join(el("div", drawn, class_="result"))
