@@ -65,17 +65,10 @@ def attention_view(e: Explanation) -> Section:
     big = el("div", el("p", id="map-name"), el("canvas", id="map-big", role="img", aria_label="the chosen head's map"), class_="map-big")
     text = el("div", el("p", id="map-says", class_="note"), el("p", id="map-text", class_="tokens"))
     note = "Shades are the square root of the weight, so that small ones can be seen; figures are the weights."
-    shown = el(
-        "div",
-        el("div", rows, class_="layers"),
-        el("div", big, text, class_="chosen"),
-        class_="maps",
-        data_tokens=tokens,
-        data_position=e.position,
-    )
-    return Section(
-        "attention", "Attention", lead, join(shown, el("p", note, class_="note"), details("Every head in figures", _heads_table(maps)))
-    )
+    parts = [el("div", rows, class_="layers"), el("div", big, text, class_="chosen")]
+    shown = el("div", parts, class_="maps", data_tokens=tokens, data_position=e.position)
+    figures = details("Every head in figures", _heads_table(maps))
+    return Section("attention", "Attention", lead, join(shown, el("p", note, class_="note"), figures))
 
 
 def _thumbnail(layer: int, head: int, weights: Tensor) -> Html:
@@ -158,10 +151,8 @@ def _heads_map(d: Direct, target: str) -> Html | None:
     values = [[heads.get((layer, head)) for head in range(count)] for layer in layers]
     full = max(abs(v) for v in heads.values()) or 1.0
     rows, columns = [f"layer {layer + 1}" for layer in layers], [f"{head + 1}" for head in range(count)]
-    return join(
-        el("h3", "By head"),
-        grid(heat(f"To the logit of {target}", rows, columns, values, corner="head", show=lambda v: figure(v, 3), full=full)),
-    )
+    drawn = heat(f"To the logit of {target}", rows, columns, values, corner="head", show=lambda v: figure(v, 3), full=full)
+    return join(el("h3", "By head"), grid(drawn))
 
 
 def _parts_table(d: Direct) -> Html:

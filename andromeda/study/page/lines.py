@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from andromeda.study.page.markup import Html, el, join
 from andromeda.study.page.numbers import figure, short
-from andromeda.study.page.scale import Scale, spread
+from andromeda.study.page.scale import Scale, apart, spread
 
 Point = tuple[float, float]
 
@@ -76,11 +76,14 @@ def lines(
     marks: Sequence[float] = (),
     note: str = "",
     wide: bool = False,
+    narrow: bool = False,
 ) -> Html:
-    """A figure. rules: levels to compare with. marks: places on the x axis that something happened at. wide: as wide as the page."""
+    """A figure. rules: levels to compare with. marks: places on the x axis that something happened at. wide: as wide as the page;
+    narrow: four side by side on a desktop.
+    """
     known = [thinned(clean(s, log_x=x.log, log_y=y.log)) for s in series]
     known = [s for s in known if s.points]
-    sizes = ((380, 232, "narrow"), (1080, 300, "broad")) if wide else ((380, 232, ""),)
+    sizes = ((380, 232, "narrow"), (1080, 300, "broad")) if wide else ((290, 200, "") if narrow else (380, 232, ""),)
     drawn = [_draw(title, known, x, y, rules, marks, *size) for size in sizes]
     keys = [el("span", el("i", class_=f"key c{s.colour}"), s.name, class_="legend") for s in known] if len(known) > 1 else []
     caption = el("figcaption", el("b", title), el("span", y.label, class_="unit") if y.label else None, keys)
@@ -155,7 +158,7 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[Rule], wid
     across = x.ends or spread((a for s in series for a, _ in s.points), log=x.log)
     if not x.ends and not x.log and series:
         across = (min(a for s in series for a, _ in s.points), max(a for s in series for a, _ in s.points))
-        across = across if across[0] < across[1] else (across[0] - 1, across[1] + 1)
+        across = apart(*across)
     heights = [b for s in series for b in _heights(s)] + [rule.value for rule in rules]
     up = y.ends or spread(heights, log=y.log, zero=y.zero)
     return Plot(width, height, Scale(*across, LEFT, width - RIGHT, x.log), Scale(*up, height - BOTTOM, TOP, y.log))
@@ -171,7 +174,7 @@ def _heights(series: Series) -> list[float]:
 
 def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
     """Grid lines, figures and the name of the x axis."""
-    across = x.ticks or plot.x.ticks(6 if plot.width < 600 else 12)
+    across = x.ticks or plot.x.ticks(plot.width // 75)
     parts: list[Html] = []
     for tick in y.ticks or plot.y.ticks(5):
         at = plot.y(tick)

@@ -38,7 +38,10 @@ def trimmed(text: str) -> str:
 
 def percent(value: float | None) -> str:
     """A share as percent: 27 %, 0.4 %."""
-    return "\N{EN DASH}" if value is None else f"{trimmed(figure(100 * value, 2)) if abs(value) < 0.0995 else f'{100 * value:.0f}'} %"
+    if value is None or not math.isfinite(value):
+        return "\N{EN DASH}"
+    text = trimmed(figure(100 * value, 2)) if abs(value) < 0.0995 else f"{100 * value:.0f}".replace("-", MINUS)
+    return f"{text} %"
 
 
 def duration(seconds: float | None) -> str:

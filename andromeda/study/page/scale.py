@@ -42,8 +42,16 @@ def spread(values: Iterable[float], *, log: bool = False, zero: bool = False) ->
     if log:
         return (low / 1.1, high * 1.1) if high / low > 1.05 else (low / 2, high * 2)
     low = min(low, 0.0) if zero else low
-    room = 0.05 * (high - low) or 0.1 * abs(high) or 1.0
+    low, high = apart(low, high)
+    room = 0.05 * (high - low)
     return (low if zero and low == 0 else low - room), high + room
+
+
+def apart(low: float, high: float) -> tuple[float, float]:
+    """The same ends, or some around them where they are too near each other to be told apart."""
+    size = max(abs(low), abs(high))
+    by = 0.0 if high - low > 1e-9 * size else 0.1 * size or 1.0
+    return low - by, high + by
 
 
 def linear_ticks(low: float, high: float, count: int) -> list[float]:

@@ -18,11 +18,7 @@ COMMANDS = ("bits", "reasoning", "context")
 
 def evaluations(record: Record) -> Section:
     """The section."""
-    lead = [
-        "Measured on the trained weights; every result can be made again by its command, or checked by ",
-        command("andromeda verify"),
-        ".",
-    ]
+    lead = ["Measured on the trained weights; each result is made again by its command and checked by ", command("andromeda verify"), "."]
     found = [result for kind in SHOWN for result in record.of_kind(kind)]
     parts: list[Html | None] = [_compressors(record), *(_one(result) for result in found), *origins(found, record.newest)]
     notes = [el("p", problem, class_="empty") for problem in record.problems]

@@ -31,7 +31,7 @@ def probes(record: Record) -> Section:
         top = max([0.5, *(value for _, value in metrics.points(name))])
         axis = Axis("", show=percent, ends=(0.0, 1.0 if top > 0.5 else 0.5))
         series = [Series("solved", metrics.points(name), i % 6 + 1, dots=True)]
-        drawn.append(lines(task.capitalize(), series, Axis("step"), axis, rules=rules, note=WHAT.get(task, "")))
+        drawn.append(lines(task.capitalize(), series, Axis("step"), axis, rules=rules, note=WHAT.get(task, ""), narrow=True))
     steps = sorted({step for name in names for step, _ in metrics.points(name)})
     values = {name: dict(metrics.points(name)) for name in names}
     rows = [[f"{step:,.0f}", *(percent(values[name].get(step)) for name in names)] for step in steps[-12:]]
