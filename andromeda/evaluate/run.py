@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 from andromeda.config.base import Part
 from andromeda.data.read import Report
 from andromeda.errors import AndromedaError, ConfigError, DataError, RequestError, nearest
+from andromeda.evaluate.on_retrieval import Retrieval
 from andromeda.evaluate.on_text import BitsPerByte, Position, VariedContext
 from andromeda.evaluate.options import Evaluation, Options
 from andromeda.evaluate.result import Result
+from andromeda.evaluate.retrieval import RETRIEVAL
 from andromeda.evaluate.subject import Subject
 
-EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in (BitsPerByte(), Position(), VariedContext())}
+EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in (BitsPerByte(), Position(), VariedContext(), Retrieval(list(RETRIEVAL)))}
 """By kind."""
-TASKS: dict[str, Evaluation] = dict(EVALUATIONS)
+TASKS: dict[str, Evaluation] = EVALUATIONS | {name: Retrieval([name]) for name in RETRIEVAL}
 """What a user can name."""
-DEFAULT = ("bits", "position", "context")
+DEFAULT = ("bits", "position", "context", "retrieval")
 """What is measured when nothing is named."""
 
 Skip = Callable[[str], None]

@@ -40,4 +40,11 @@ def _context(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
-LAYOUTS: dict[str, Layout] = {"bits": _bits, "position": _position, "context": _context}
+def _retrieval(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    depths = ["anywhere"] if found["everywhere"] else [f"{depth:.0%}" for depth in found["depths"]]
+    columns = [f"tokens (chance {found['chance']:.0%}, {found['samples']} a cell)", *depths, "match"]
+    rows = zip(found["lengths"], found["accuracy"], found["match"], strict=True)
+    return columns, [[f"{n:,}", *(f"{a:.0%}" for a in row), f"{sum(match) / len(match):.0%}"] for n, row, match in rows]
+
+
+LAYOUTS: dict[str, Layout] = {"bits": _bits, "position": _position, "context": _context, "retrieval": _retrieval}
