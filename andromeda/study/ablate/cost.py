@@ -7,6 +7,7 @@ import statistics
 import time
 from dataclasses import dataclass
 
+import psutil
 import torch
 
 from andromeda.config.run import RunConfig
@@ -30,7 +31,7 @@ class Cost:
     step_seconds: float
     """Median of the measured steps."""
     peak_bytes: int
-    """Most memory held: allocated on a GPU, resident in the process on a CPU."""
+    """Most memory that the run held: allocated on a GPU; on a CPU resident in the process, beyond what it held before."""
     tokens: int
     """Of one step."""
 
@@ -44,6 +45,7 @@ def measure(config: RunConfig, steps: int) -> Cost:
     """Take a few real steps of a run that is thrown away."""
     device = find_device(config.train.device)
     _forget(device)
+    before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
     stream = open_stream(config.data, stream_length(config), config.seed)
     session = build_session(config, device, stream.fingerprint)
     stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
@@ -51,7 +53,7 @@ def measure(config: RunConfig, steps: int) -> Cost:
     work = Work(Rows.of(batch, config.data.document_mask), batch.tokens, (0, config.train.batch))
     session.optimizer.set_factor(1e-3, 0)
     times = [_timed(stepper, work, device) for _ in range(WARMUP + steps)]
-    return Cost(statistics.median(times[WARMUP:]), memory(device), tokens_per_step(config))
+    return Cost(statistics.median(times[WARMUP:]), memory(device) - before, tokens_per_step(config))
 
 
 def _timed(stepper: Stepper, work: Work, device: torch.device) -> float:

@@ -44,6 +44,8 @@ class Grid(Part):
     """What is equal between arms."""
     amount: NonNegativeFloat = 0.0
     """How much of it a run gets; 0 is what the baseline is configured for (seconds must be given)."""
+    cost: Strings = ()
+    """Changes under which time and memory are measured, such as a batch that fills the device."""
     seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(as_tuple)] = (0, 1, 2)
     metric: Literal["loss", "bits_per_byte"] = "loss"
     """Held-out figure at the end: nats per token, or bits per byte where tokenizers differ."""

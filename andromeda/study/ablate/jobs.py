@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from andromeda.config.keys import flatten
@@ -27,6 +27,8 @@ class Planned:
     parameters: int
     flops: float
     """Training FLOPs per token."""
+    measured: RunConfig
+    """What its cost is measured on."""
 
 
 @dataclass(frozen=True)
@@ -46,20 +48,21 @@ def plan_arms(source: str, changes: Sequence[str], grid: Grid) -> list[Planned]:
     planned: list[Planned] = []
     for arm in (Arm(name=BASELINE, on=""), *grid.arm):
         chains[arm.name] = [*chains.get(arm.on, []), *arm.changes]
-        planned.append(_planned(source, [*base, *chains[arm.name]], arm, grid.seeds[0]))
+        planned.append(_planned(source, [*base, *chains[arm.name], f"seed={grid.seeds[0]}"], arm, grid.cost))
     _refuse_twins(planned)
     return planned
 
 
-def _planned(source: str, changes: Sequence[str], arm: Arm, seed: int) -> Planned:
+def _planned(source: str, changes: Sequence[str], arm: Arm, cost: Sequence[str]) -> Planned:
     try:
-        config = load(source, [*changes, f"seed={seed}"])
+        config = load(source, changes)
         if not config.train.eval_every:
             # Without it nothing would be held out, and there would be nothing to compare.
-            config = load(source, [*changes, f"seed={seed}", f"train.eval_every={config.train.steps}"])
+            config = load(source, [*changes, f"train.eval_every={config.train.steps}"])
         check_training(config)
         find_device(config.train.device)
-        return Planned(arm, config, count(skeleton(config.model)).total, flops_per_token(config))
+        measured = load(source, [*changes, *cost])
+        return Planned(arm, config, count(skeleton(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
         where = "The baseline" if arm.name == BASELINE else f"Arm {arm.name!r}"
         raise ConfigError(f"{where} is refused: {error}") from None
@@ -86,7 +89,7 @@ def _paid(plan: Planned, kind: str, amount: float, seconds: float | None) -> Pla
         config = with_steps(plan.config, steps_for(kind, amount * plan.arm.share, plan.config, seconds))
     except AndromedaError as error:
         raise ConfigError(f"Arm {plan.arm.name!r} is refused: {error}") from None
-    return Planned(plan.arm, config, plan.parameters, plan.flops)
+    return replace(plan, config=config)
 
 
 def jobs_of(planned: Sequence[Planned], seeds: Sequence[int], out: Path) -> list[Job]:

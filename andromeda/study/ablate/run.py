@@ -150,7 +150,7 @@ def _costs(planned: Sequence[Planned], settings: Settings, say: Say) -> dict[str
             name, mark = plan.arm.name, _mark(plan)
             if known.get(name, {}).get("of") == mark:
                 continue
-            answer = worker.ask({"do": "cost", "config": plan.config.model_dump(mode="json"), "steps": settings.cost_steps})
+            answer = worker.ask({"do": "cost", "config": plan.measured.model_dump(mode="json"), "steps": settings.cost_steps})
             if "CUDA_VISIBLE_DEVICES" not in place:
                 worker.close()  # the most that a process ever held is known only of a process of its own
             if "done" not in answer:
@@ -165,10 +165,8 @@ def _costs(planned: Sequence[Planned], settings: Settings, say: Say) -> dict[str
 
 
 def _mark(plan: Planned) -> str:
-    """Tells whether a kept cost is of this configuration, whatever the number of steps."""
-    values = plan.config.model_dump(mode="json")
-    for key in ("steps", "schedule"):
-        values["train"].pop(key)
+    """Tells whether a kept cost is of this configuration."""
+    values = plan.measured.model_dump(mode="json")
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 
