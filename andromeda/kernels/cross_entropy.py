@@ -24,7 +24,7 @@ IGNORED = -100
 TRITON = find_spec("triton") is not None
 
 _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 5 << 25}
-"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits, so that its products are large."""
+"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits."""
 _CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
 _SCALED = 4096

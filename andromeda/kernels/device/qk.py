@@ -409,7 +409,8 @@ def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: 
     half = tables[0].shape[-1] if tables else 0
     interleaved = layout == "interleaved"
     unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
-    width = gcd(unit // 2 if interleaved else unit, half, D // 2)
+    # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbours end there.
+    width = gcd(unit // 2, D // 2) if interleaved else gcd(unit, half, D // 2)
     return Shape(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, launch.tokens, launch.heads)
 
 
