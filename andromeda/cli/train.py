@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.errors import ConfigError
+from andromeda.errors import AndromedaError, ConfigError
 
 
 def train(
@@ -37,6 +37,14 @@ def train(
         result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=screen)
         if result.signal:
             raise typer.Exit(128 + result.signal)
-        from andromeda.study.report import write_report
+        screen.note(_report(result.folder))
 
-        screen.note(f"report: {write_report(result.folder)}")
+
+def _report(run: Path) -> str:
+    """Write report.html; that the run is finished stands, whatever becomes of its page."""
+    from andromeda.study.report import write_report
+
+    try:
+        return f"report: {write_report(run)}"
+    except AndromedaError as error:
+        return f"no report was written: {error}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,6 @@ import pytest
 import torch
 
 from andromeda.api import Andromeda
-from andromeda.cli.main import main
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import ModelConfig
 from andromeda.data.encoders import raw
@@ -21,7 +19,7 @@ from andromeda.errors import RequestError
 from andromeda.study.explain import Wish, explain, write_explanation
 from andromeda.study.explain.page import build_page
 from andromeda.study.explain.views import packed
-from tests.study.pages import browse, parse
+from tests.study.pages import browse, call, parse
 
 SECTIONS = ["prediction", "lens", "attention", "direct", "gradients", "checks"]
 CONFIG = {"vocab_size": 257, "context": 48, "width": 16, "depth": 2, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8}}
@@ -40,17 +38,6 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("explain") / "run"
     model().save(path)
     return path
-
-
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
 
 
 def test_the_command(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -17,7 +17,7 @@ from andromeda.evaluate.result import Result
 from andromeda.study.report import build_report, write_report
 from andromeda.study.report.record import read_metrics, read_record
 from andromeda.train.run import train
-from tests.study.pages import browse, parse
+from tests.study.pages import browse, call, parse
 
 SECTIONS = ["curves", "probes", "evaluation", "position", "retrieval", "samples", "size", "manifest", "card"]
 EVIL = "</script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>&\"'\x1b[2J\ud800"
@@ -189,6 +189,35 @@ def test_figures_are_those_of_the_file(run: Path) -> None:
         assert x == step
         assert math.isclose(y, value, rel_tol=1e-5)
     assert record.finished
+
+
+def test_a_finished_training_leaves_its_report(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.rmtree(run / "checkpoints")
+    (run / "config.toml").rename(run.parent / "again.toml")
+    out = run.parent / "again"
+    assert call("train", str(run.parent / "again.toml"), "--out", str(out)) == 0
+    assert "report: " in capsys.readouterr().out
+    assert [i for i in parse((out / "report.html").read_text()).ids if i in SECTIONS] == SECTIONS
+
+
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [(["nowhere"], "nowhere"), ([], "run"), (["{run}", "--out", "{run}/config.toml/x"], "--out"), (["{run}", "--bogus"], "--bogus")],
+)
+def test_wrong_calls(run: Path, arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = (run / "config.toml").read_bytes()
+    assert call("report", *(word.replace("{run}", str(run)) for word in arguments)) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("andromeda: ")
+    assert said.endswith(".")
+    assert part in said
+    assert (run / "config.toml").read_bytes() == before
+
+
+def test_a_broken_configuration_is_one_sentence(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (run / "config.toml").write_text("=")
+    assert call("report", str(run)) == 2
+    assert "config.toml" in capsys.readouterr().err
 
 
 def test_no_run_is_one_sentence(tmp_path: Path) -> None:
