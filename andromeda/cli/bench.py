@@ -94,6 +94,115 @@ def memory(
     _finish(" ".join(["andromeda bench memory", source, *changed]), measure(source, changed), rows, out, as_json)
 
 
+Source = Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN")]
+Changes = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")]
+Peers = Annotated[bool, typer.Option(help="Measure transformers' Llama and x-transformers beside it.")]
+Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
+
+
+@app.command()
+def train(
+    source: Source,
+    changes: Changes = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; train.micro_batch at a time.")] = 8,
+    steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 6,
+    peers: Peers = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Training steps at full size on this device, beside the peers."""
+    from andromeda.study.bench.document import training_rows
+    from andromeda.study.bench.training import PEERS, measure
+
+    changed = changes or []
+    command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", "--peers" * peers)
+    _finish(command, measure(source, changed, rows, steps, PEERS if peers else ()), training_rows, out, as_json)
+
+
+@app.command()
+def prefill(
+    source: Source,
+    changes: Changes = None,
+    lengths: Lengths = "8192,32768",
+    eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
+    peers: Peers = False,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time to read a prompt and give the last position's logits, beside the floor and the peers."""
+    from andromeda.study.bench.document import prefill_rows
+    from andromeda.study.bench.prefill import PEERS, measure
+
+    changed = changes or []
+    command = _command("prefill", source, *changed, f"--lengths {lengths}", "--eight-bits" * eight_bits, "--peers" * peers)
+    result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, peers=PEERS if peers else ())
+    _finish(command, result, prefill_rows, out, as_json)
+
+
+@app.command()
+def decode(
+    source: Source,
+    changes: Changes = None,
+    contexts: Lengths = "2048,32768",
+    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = True,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """Time of one token more after a context, beside the bandwidth floor."""
+    from andromeda.study.bench.decode import measure
+    from andromeda.study.bench.document import decode_rows
+
+    changed = changes or []
+    command = _command("decode", source, *changed, f"--contexts {contexts} --batch {batch}", "--no-compiled" * (not compiled))
+    _finish(command, measure(source, changed, _numbers(contexts), batch, compiled), decode_rows, out, as_json)
+
+
+@app.command()
+def loss(out: Out = None, as_json: Json = False) -> None:
+    """Linear head and cross entropy, beside compiled PyTorch and the libraries that fuse them."""
+    import torch
+
+    from andromeda.study.bench.document import loss_rows
+    from andromeda.study.bench.loss import measure
+
+    gpu = torch.cuda.is_available()
+    result = measure(torch.device("cuda")) if gpu else measure(torch.device("cpu"), 2048, 4096, 256)
+    _finish("andromeda bench loss", result, loss_rows, out, as_json)
+
+
+def _numbers(text: str) -> list[int]:
+    """Positive numbers with commas between. Raises RequestError."""
+    from andromeda.errors import RequestError
+
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1:
+        raise RequestError(f"{text!r} are no lengths: give positive numbers with commas between, as 8192,32768.")
+    return numbers
+
+
+def _command(*parts: str) -> str:
+    return " ".join(["andromeda bench", *(part for part in parts if part)])
+
+
+def _forward(name: str, text: str) -> None:
+    """A benchmark with a command line of its own."""
+
+    @app.command(name, help=text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+    def run(context: typer.Context) -> None:
+        from importlib import import_module
+
+        import_module(f"andromeda.study.bench.{name}").main(context.args)
+
+
+_forward("attention", "Every attention backend on every pattern: speed and error, beside the floor.")
+_forward("embedding", "The gradient of a table of vectors, beside PyTorch's.")
+_forward("qk", "Norm, rotation and folded ALiBi in one kernel, beside the compiled parts.")
+
+
 def _finish(command: str, figures: dict[str, Any], rows: Callable[[dict[str, Any]], Rows], out: Path | None, as_json: bool) -> None:
     """Print a result and keep it, with the machine, the versions and the command that made it."""
     from andromeda.cli.tables import show
