@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from andromeda.study.page import Axis, Rule, Series, el, heat, join, lines
-from andromeda.study.page.lines import MOST, thinned
+from andromeda.study.page.lines import BOTTOM, LEFT, MOST, RIGHT, TOP, thinned
 from andromeda.study.page.numbers import figure, percent, short
 from andromeda.study.page.scale import Scale, spread
 
@@ -84,3 +84,20 @@ def test_a_heat_map_is_a_table_of_its_figures() -> None:
     parsed = ElementTree.fromstring(heat("t", ["a", "b"], ["x", "y"], [[0.0, 1.0], [None, -0.5]]))
     cells = [cell.text for cell in parsed.iter("td")]
     assert cells == ["0 %", "100 %", "–", "−50 %"]  # noqa: RUF001
+
+
+def test_nothing_leaves_the_frame_downwards_or_sideways() -> None:
+    """A long, noisy curve with a steep beginning: only the line may leave, at the top, where it is cut off."""
+    points = [(float(i), 3 + 50 / i + math.sin(i) * (i % 7)) for i in range(1, 5000)]
+    drawn = ElementTree.fromstring(lines("t", [Series("s", points)], Axis("x"), Axis("y")))
+    for path in drawn.iter("path"):
+        places = [
+            tuple(map(float, place.split(",")))
+            for place in path.attrib["d"].strip("MZ").split("L")
+            if "V" not in place and "H" not in place
+        ]
+        for x, y in places:
+            assert LEFT <= x <= 380 - RIGHT
+            assert y <= 232 - BOTTOM
+            if "band" in path.attrib["class"]:
+                assert y >= TOP

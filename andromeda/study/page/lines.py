@@ -15,6 +15,7 @@ Point = tuple[float, float]
 
 MOST = 400
 """Points of a drawn line; more are put together."""
+MOST_DOTS = 60
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 34
 """Margins in pixels: room for the figures of the axes."""
 
@@ -166,10 +167,9 @@ def _plot(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[Rule], wid
 
 def _heights(series: Series) -> list[float]:
     """The figures that the axis must show: a steep beginning of a long line may leave the chart at the top."""
-    values = [b for _, b in series.points]
-    if len(values) >= 100:
-        return values[len(values) // 50 :]
-    return values + [end for _, low, high in series.band for end in (low, high)]
+    skipped = len(series.points) // 50 if len(series.points) >= 100 else 0
+    values = [b for _, b in series.points[skipped:]]
+    return values + [end for _, low, high in series.band[skipped:] for end in (low, high)]
 
 
 def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
@@ -201,8 +201,8 @@ def _line(series: Series, plot: Plot) -> Html:
     places = [(plot.x(a), max(plot.y(b), plot.y.end - 20)) for a, b in series.points]
     parts: list[Html] = []
     if series.band:
-        above = [f"{plot.x(a):.1f},{max(plot.y(high), plot.y.end):.1f}" for a, _, high in series.band]
-        below = [f"{plot.x(a):.1f},{max(plot.y(low), plot.y.end):.1f}" for a, low, _ in reversed(series.band)]
+        above = [f"{plot.x(a):.1f},{_inside(high, plot):.1f}" for a, _, high in series.band]
+        below = [f"{plot.x(a):.1f},{_inside(low, plot):.1f}" for a, low, _ in reversed(series.band)]
         parts.append(el("path", class_=f"band c{series.colour}", d="M" + "L".join([*above, *below]) + "Z"))
     # Above the frame nothing is drawn: a line that begins higher enters from there.
     box = f"inset({plot.y.end - 4}px 0 0 0)"
@@ -210,9 +210,14 @@ def _line(series: Series, plot: Plot) -> Html:
     parts.append(
         el("path", class_=f"line c{series.colour}", d=shape, style=f"clip-path:{box}" if min(b for _, b in places) < TOP else None)
     )
-    if series.dots or len(places) == 1:
+    if (series.dots and len(places) <= MOST_DOTS) or len(places) == 1:
         parts += [el("circle", class_=f"dot c{series.colour}", cx=f"{a:.1f}", cy=f"{b:.1f}", r=2.6) for a, b in places]
     return join(parts)
+
+
+def _inside(value: float, plot: Plot) -> float:
+    """Its pixel, or that of the frame's nearer edge."""
+    return min(plot.y.begin, max(plot.y.end, plot.y(value)))
 
 
 def _summary(title: str, series: Sequence[Series], x: Axis) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from andromeda.evaluate.result import Result
 from andromeda.study.page import Child, Section, facts
 from andromeda.study.page.numbers import duration, figure, percent
 from andromeda.study.plan.parameters import Parameters
@@ -69,13 +70,18 @@ def _training(record: Record) -> str:
 
 
 def _measured(record: Record) -> str:
-    told = [f"{figure(r.result.get('bits_per_byte'))} bits per byte ({r.name})" for r in record.of_kind("bits")]
+    told = [f"{figure(r.result.get('bits_per_byte'))} bits per byte{_of(r)}" for r in record.of_kind("bits")]
     for result in record.of_kind("reasoning"):
         scores = [f"{task} {percent(s.get('in'))}" for task, s in result.result.items() if isinstance(s, dict)]
         told.append("reasoning: " + ", ".join(scores))
     if not told and (bits := record.metrics.last("validation/bits_per_byte")):
         told.append(f"{figure(bits)} bits per byte on held-out text, while training")
     return ("; ".join(told) + ".") if told else "nothing yet."
+
+
+def _of(result: Result) -> str:
+    """What a result was measured on, where its name says so."""
+    return " of held-out text" if result.name == result.kind else f" ({result.name})"
 
 
 def _again(record: Record) -> Child:

@@ -10,6 +10,8 @@ from andromeda.study.report.parts import command, empty
 from andromeda.study.report.record import Metrics, Record
 
 STEP = "step"
+MOST_EVENTS = 200
+"""The newest ones are drawn and listed."""
 
 
 def curves(record: Record) -> Section:
@@ -44,7 +46,7 @@ def _loss(metrics: Metrics) -> Html:
         Series("validation of the moving average", metrics.points("validation/loss_average"), 3, dots=True),
     ]
     bad = [float(line["step"]) for line in metrics.lines if "event" in line]
-    return lines("Loss", series, Axis(STEP), Axis("nats per token"), marks=bad, wide=True)
+    return lines("Loss", series, Axis(STEP), Axis("nats per token"), marks=bad[-MOST_EVENTS:], wide=True)
 
 
 def _others(record: Record) -> list[Html]:
@@ -104,7 +106,7 @@ def _events(metrics: Metrics) -> Html | None:
     if not events:
         return None
     title = f"{len(events)} event{'s' * (len(events) > 1)} (dotted lines above)"
-    return details(title, table(["step", "event"], events[:200], text=2))
+    return details(title, table(["step", "event"], events[-MOST_EVENTS:], text=2))
 
 
 COLUMNS = {
