@@ -23,6 +23,7 @@ from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
 from andromeda.cli.report import report
 from andromeda.cli.train import train
+from andromeda.cli.verify import verify
 from andromeda.errors import AndromedaError
 
 WRONG_CALL = cast(type[Exception], typer.BadParameter.__mro__[1])
@@ -45,6 +46,7 @@ app.command()(extend)
 app.command()(generate)
 app.command()(ablate)
 app.command("eval")(evaluate)
+app.command()(verify)
 app.command()(report)
 app.command()(explain)
 

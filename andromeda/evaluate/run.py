@@ -8,6 +8,9 @@ from typing import Any, NamedTuple
 from andromeda.config.base import Part
 from andromeda.data.read import Report
 from andromeda.errors import AndromedaError, ConfigError, DataError, RequestError, nearest
+from andromeda.evaluate.on_harness import Harness
+from andromeda.evaluate.on_questions import FewShot, Gsm8k
+from andromeda.evaluate.on_reasoning import Reasoning
 from andromeda.evaluate.on_retrieval import Retrieval
 from andromeda.evaluate.on_text import BitsPerByte, Position, VariedContext
 from andromeda.evaluate.options import Evaluation, Options
@@ -15,11 +18,24 @@ from andromeda.evaluate.result import Result
 from andromeda.evaluate.retrieval import RETRIEVAL
 from andromeda.evaluate.subject import Subject
 
-EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in (BitsPerByte(), Position(), VariedContext(), Retrieval(list(RETRIEVAL)))}
+_ALL: tuple[Evaluation, ...] = (
+    BitsPerByte(),
+    Position(),
+    VariedContext(),
+    Retrieval(list(RETRIEVAL)),
+    Reasoning(),
+    FewShot(),
+    Gsm8k(),
+    Harness(),
+)
+EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in _ALL}
+    one.kind: one
+    for one in (BitsPerByte(), Position(), VariedContext(), Retrieval(list(RETRIEVAL)), Reasoning(), FewShot(), Gsm8k(), Harness())
+}
 """By kind."""
 TASKS: dict[str, Evaluation] = EVALUATIONS | {name: Retrieval([name]) for name in RETRIEVAL}
 """What a user can name."""
-DEFAULT = ("bits", "position", "context", "retrieval")
+DEFAULT = ("bits", "position", "context", "retrieval", "reasoning")
 """What is measured when nothing is named."""
 
 Skip = Callable[[str], None]

@@ -47,4 +47,32 @@ def _retrieval(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, [[f"{n:,}", *(f"{a:.0%}" for a in row), f"{sum(match) / len(match):.0%}"] for n, row, match in rows]
 
 
-LAYOUTS: dict[str, Layout] = {"bits": _bits, "position": _position, "context": _context, "retrieval": _retrieval}
+def _reasoning(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    def share(value: float | None) -> str:
+        return "too long" if value is None else f"{value:.0%}"
+
+    return ["task", "in distribution", "chance", "out of distribution", "chance"], [
+        [task, share(one["in"]), f"{one['chance']:.1%}", share(one["out"]), f"{one['chance_out']:.1%}"] for task, one in found.items()
+    ]
+
+
+def _figures(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    return ["figure", "value"], [[name, f"{value:.4f}" if isinstance(value, float) else f"{value:,}"] for name, value in found.items()]
+
+
+def _harness(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    return ["task", "metric", "value"], [
+        [task, metric, f"{value:.4f}"] for task, metrics in found.items() for metric, value in metrics.items()
+    ]
+
+
+LAYOUTS: dict[str, Layout] = {
+    "bits": _bits,
+    "position": _position,
+    "context": _context,
+    "retrieval": _retrieval,
+    "reasoning": _reasoning,
+    "fewshot": _figures,
+    "gsm8k": _figures,
+    "harness": _harness,
+}

@@ -1,0 +1,48 @@
+"""`andromeda verify`."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def verify(
+    run: Annotated[Path, typer.Argument(help="A run folder, one's own or a stranger's.")],
+    corpus: Annotated[str, typer.Option(help="Where the run's corpus lies now.")] = "",
+    files: Annotated[str, typer.Option(help="A folder with the texts and questions that were measured on.")] = "",
+    repeat: Annotated[bool, typer.Option("--repeat", help="Train the run again on the CPU, and compare its weights bit for bit.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print each check as one JSON object a line.")] = False,
+) -> None:
+    """Compute everything again that a run folder says of itself, and compare. Exit code 1 where something does not agree."""
+    from andromeda.cli.data import progress
+    from andromeda.cli.tables import show
+    from andromeda.errors import CheckpointError
+    from andromeda.evaluate import verify as checking
+    from andromeda.train.folder import RunFolder
+
+    if not RunFolder(run).exists:
+        raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+    places = checking.Places(corpus, files)
+    checks = []
+    with progress() as report:
+        for check in checking.verify(run, places, device, report):
+            checks.append(check)
+            if as_json:
+                print(checking.as_json(check), flush=True)
+        if repeat:
+            with tempfile.TemporaryDirectory() as place:
+                checks.append(checking.repeat(run, Path(place) / "run", places, report))
+            if as_json:
+                print(checking.as_json(checks[-1]), flush=True)
+    if not as_json:
+        rows = [
+            [c.what, c.stored, c.new, "" if c.difference is None else f"{c.difference:.1e}", "agrees" if c.agrees else "DIFFERS", c.note]
+            for c in checks
+        ]
+        show(f"{run}: what it says, and what is found", ("", "stored", "new", "difference", "verdict", ""), rows, right=(1, 2, 3))
+    if not all(check.agrees for check in checks):
+        raise typer.Exit(1)

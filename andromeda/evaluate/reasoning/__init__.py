@@ -1,0 +1,31 @@
+"""Reasoning in small: each task as it is in training's probes, and a harder one of the same kind, out of distribution."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from andromeda.evaluate.reasoning.dyck import Dyck
+from andromeda.evaluate.reasoning.harder import LongInduction, LongRecall, ThreeHops, TwoDigits
+from andromeda.evaluate.reasoning.parity import Parity
+from andromeda.train.probes import TASKS
+from andromeda.train.probes.task import Task
+
+
+class Pair(NamedTuple):
+    """A task and its harder form."""
+
+    usual: Task[Any]
+    harder: Task[Any]
+
+
+REASONING: dict[str, Pair] = {
+    "digits": Pair(TASKS["arithmetic"], TwoDigits()),
+    "recall": Pair(TASKS["recall"], LongRecall()),
+    "induction": Pair(TASKS["induction"], LongInduction()),
+    "multihop": Pair(TASKS["multihop"], ThreeHops()),
+    "parity": Pair(Parity(6), Parity(20)),
+    "dyck": Pair(Dyck(2), Dyck(6)),
+}
+"""By name."""
+
+__all__ = ["REASONING", "Pair"]
