@@ -55,7 +55,7 @@ class HarnessModel(TemplateLM):
             cut = max(1, len(kept) - len(continuation))
             pairs.append((kept[:cut], kept[cut:]))
         found: list[Likelihood] = likelihoods(self.model, pairs, self._report)
-        return [tuple(one) for one in found]
+        return [(one.log, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts, cut into windows that do not overlap."""

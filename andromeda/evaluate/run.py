@@ -29,9 +29,6 @@ _ALL: tuple[Evaluation, ...] = (
     Harness(),
 )
 EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in _ALL}
-    one.kind: one
-    for one in (BitsPerByte(), Position(), VariedContext(), Retrieval(list(RETRIEVAL)), Reasoning(), FewShot(), Gsm8k(), Harness())
-}
 """By kind."""
 TASKS: dict[str, Evaluation] = EVALUATIONS | {name: Retrieval([name]) for name in RETRIEVAL}
 """What a user can name."""

@@ -105,11 +105,8 @@ def _figures(stored: Result, found: Result, subject: Subject) -> Check:
 def same_arithmetic(old: dict[str, Any], new: dict[str, Any], old_versions: dict[str, Any], new_versions: dict[str, Any]) -> bool:
     """Whether sums run in the same order: on a CPU, with everything that decides it alike."""
     keys = ("device", "precision", "processor", "threads")
-    return (
-        old.get("device") == "cpu"
-        and all(old.get(k) == new.get(k) for k in keys)
-        and old_versions.get("torch") == new_versions.get("torch")
-    )
+    alike = all(old.get(key) == new.get(key) for key in keys) and old_versions.get("torch") == new_versions.get("torch")
+    return alike and old.get("device") == "cpu"
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -164,9 +161,8 @@ def repeat(run: Path, place: Path, places: Places, report: Report) -> Check:
     train(config.model_copy(update=update), place)
     report("training again", 1, 1)
     old, new = read_weights(run)[1], read_weights(place)[1]
-    different = [
-        name for name in sorted(old.keys() | new.keys()) if name not in old or name not in new or not torch.equal(old[name], new[name])
-    ]
+    names = sorted(old.keys() | new.keys())
+    different = [name for name in names if name not in old or name not in new or not torch.equal(old[name], new[name])]
     note = f"{len(different)} of {len(old)} tensors differ, the first is {different[0]}" if different else "equal to the last bit"
     return Check("weights of a repeated training", f"{len(old)} tensors", f"{len(new)} tensors", None, 0.0, not different, note)
 
