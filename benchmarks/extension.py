@@ -2,9 +2,9 @@
 
     python benchmarks/extension.py --out benchmarks/results/extension-gpu.json --plots docs/images
 
-One run of about seven minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
+One run of seven to eight minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
 are one long document; notes hidden in them, to be found again; a training at 2,048 tokens; then `andromeda extend` by every
-method to 16,384 tokens, by the best two to 32,768, and what is left at 65,536 to 200,000. `--size tiny` runs the same way
+method to 16,384 tokens, by YaRN to 32,768, and what is left at 65,536 to 200,000. `--size tiny` runs the same way
 on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole.
 """
 
@@ -62,12 +62,22 @@ class Size:
     steps: int
     """Steps of each continued training."""
     samples: int
+    job_seconds: float
+    """Time that one extension needs."""
     train: tuple[str, ...] = ()
 
 
 SIZES = {
     "full": Size(
-        model=("model.attention.qk_norm=l2_head_scale", "model.shift.kind=lerp"),
+        model=(
+            "model.depth=16",
+            "model.attention.qk_norm=l2_head_scale",
+            "model.shift.kind=lerp",
+            "model.head.tied=true",
+            "model.init.kind=normal",
+            "model.init.std=0.02",
+            "train.optim.embedding_lr=0.006",
+        ),
         vocab=32768,
         corpus_bytes=200_000_000,
         document_bytes=400_000,
@@ -75,10 +85,11 @@ SIZES = {
         trained=2048,
         to=(16384, 32768),
         far=200_000,
-        rows=32,
-        seconds=120.0,
+        rows=16,
+        seconds=140.0,
         steps=60,
         samples=16,
+        job_seconds=45.0,
     ),
     "tiny": Size(
         model=(
@@ -102,12 +113,13 @@ SIZES = {
         seconds=20.0,
         steps=4,
         samples=2,
+        job_seconds=20.0,
         train=("train.compile=off", "train.device=cpu"),
     ),
 }
-METHODS = ("yarn", "ntk", "pi", "none", "dynamic-ntk")
-FAR_METHODS = ("yarn", "ntk")
-NEEDLE_SHARE = {"train": 0.25, "extend": 0.5}
+JOBS = ((0, "yarn"), (0, "ntk"), (0, "none"), (1, "yarn"), (-1, "far"), (0, "pi"), (0, "dynamic-ntk"), (1, "ntk"))
+"""What is done in this order while there is time: which of the lengths, by which method; and the reading of longer texts still."""
+NEEDLE_SHARE = {"train": 0.3, "extend": 0.5}
 """Share of the rows that are a text with notes in it."""
 
 
@@ -136,7 +148,7 @@ class Experiment:
 
     def run(self) -> None:
         """Every stage; what is done is kept."""
-        for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension), ("far", self.far)):
+        for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension)):
             begun = self.clock.now
             stage()
             self.keep(name, self.clock.now - begun)
@@ -165,7 +177,7 @@ class Experiment:
         some = [stream.rows(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
         text = torch.cat(some).numpy()
         for length in (self.size.trained, *self.size.to):
-            steps = 2000 if length == self.size.trained else self.size.steps
+            steps = 1300 if length == self.size.trained else self.size.steps
             share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
             rows = max(8, int(steps * self.size.rows * self.size.trained / length * share))
             self._needles(text, length, min(rows, 8000))
@@ -187,7 +199,9 @@ class Experiment:
         self.tokenizer.save(folder / "tokenizer")
 
     def _notes(self, length: int) -> int:
-        return 16 if length <= self.size.trained or self.size.vocab < 8192 else 64
+        if self.size.vocab < 8192:
+            return 12
+        return 40 if length <= self.size.trained else 64
 
     def sources(self, length: int, share: float) -> str:
         """The mixture as an override."""
@@ -198,9 +212,9 @@ class Experiment:
 
     def training(self) -> None:
         """A few steps to learn the speed, then as many as fit into the time."""
-        speed = self._train("calibration", 24)
+        speed = self._train("calibration", 16)
         tokens = self.size.rows * self.size.trained
-        steps = int(min(1600, max(24, self.size.seconds * speed / tokens)))
+        steps = int(min(1800, max(24, self.size.seconds * speed / tokens)))
         shutil.rmtree(self.work / "calibration")
         speed = self._train("base", steps)
         model = load(str(self.work / "base")).model
@@ -232,7 +246,7 @@ class Experiment:
             f"train.batch={self.size.rows}",
             f"train.micro_batch={self.size.rows}",
             f"train.schedule.warmup={min(50, steps // 10)}",
-            f"train.schedule.cooldown={steps // 2}",
+            f"train.schedule.cooldown={steps // 3}",
             "train.optim.momentum_warmup=100",
             "train.eval_every=0",
             "train.checkpoints.every=0",
@@ -242,12 +256,16 @@ class Experiment:
     # Extension
 
     def extension(self) -> None:
-        """Every method to the first length, the best ones to the others."""
+        """All jobs that there is time for."""
         self.figures["extension"] = {}
-        for to, methods in zip(self.size.to, (METHODS, *[FAR_METHODS] * len(self.size.to)), strict=False):
-            for count in range(1, len(methods)):
-                if self.clock.allows(60):
-                    self._extend(to, methods[: count + 1])
+        done: dict[int, tuple[str, ...]] = {}
+        for which, method in JOBS:
+            if method == "far":
+                self.far()
+            elif self.clock.allows(self.size.job_seconds):
+                to = self.size.to[which]
+                done[to] = (*done.get(to, ()), method)
+                self._extend(to, done[to])
 
     def _extend(self, to: int, methods: tuple[str, ...]) -> None:
         """The last of these methods: those before it are in the folder already."""
@@ -268,11 +286,12 @@ class Experiment:
 
     def far(self) -> None:
         """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
-        trained = [to for to in self.size.to if (self.work / f"to-{to}" / "yarn" / "checkpoints").exists()]
-        if not trained or not self.clock.allows(45):
+        folders = [folder for to in self.size.to for folder in _runs(self.work / f"to-{to}") if folder.name in (f"to-{to}", "yarn")]
+        if not folders or not self.clock.allows(0.7 * self.size.job_seconds):
             return
+        begun = self.clock.now
         wishes = Wishes(
-            str(self.work / f"to-{trained[-1]}" / "yarn"),
+            str(folders[-1]),
             self.size.far,
             steps=0,
             overrides=("train.micro_batch=1", "train.batch=1"),
@@ -281,11 +300,17 @@ class Experiment:
         )
         ended = extend(wishes, "yarn", self.work / "far", Lines, print)
         self.figures["far"] = ended.values
+        self.keep("far", self.clock.now - begun)
         self._draw(ended.values, "extension-far")
 
     def _draw(self, values: dict[str, Any], name: str) -> None:
         self.plots.mkdir(parents=True, exist_ok=True)
         draw(values, self.plots / name)
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Run folders of an extension: itself, when it was by one method, else those below it."""
+    return [path for path in (folder, *sorted(folder.glob("*"))) if (path / "config.toml").exists()]
 
 
 def write_packages(out: Path, size: Size) -> int:

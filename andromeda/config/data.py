@@ -18,6 +18,19 @@ class Source(Part):
     """Share of the tokens, relative to the other sources; kept exactly at every point of the stream."""
 
 
+class Augment(Part):
+    """Stages that change training rows, never held-out ones; all off by default (docs/data.md has their measured effect)."""
+
+    fim: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); its three special tokens are reserved at build time."""
+    fim_spm: float = Field(0.5, ge=0.0, le=1.0)
+    """Share of those written suffix first (SPM); the others are written prefix first (PSM)."""
+    mask: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of input tokens that are exchanged; targets stay."""
+    mask_with: Literal["random", "special"] = "random"
+    """By a random token, or by the special token <|mask|>."""
+
+
 class DataConfig(Part):
     """The training stream: which corpora, in what proportion, packed how."""
 
@@ -31,6 +44,11 @@ class DataConfig(Part):
     """Attention never crosses a document's boundary."""
     shuffle: bool = True
     """Rows come in an order drawn from the seed; off is the order of the corpus."""
+    upsample: float = Field(1.0, ge=0.0, le=1.0)
+    """With `by_size`: power of the sizes; 1 is in proportion to them, less upsamples small sources (arXiv 1907.05019)."""
+    by_size: bool = False
+    """Multiply the sources' weights by their sizes."""
+    augment: Augment = Augment()
     workers: int = Field(0, ge=0)
     """Loader threads; the order does not depend on it."""
 

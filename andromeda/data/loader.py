@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any, Literal
@@ -15,6 +16,7 @@ import numpy as np
 import torch
 
 from andromeda.config.data import DataConfig, Source
+from andromeda.data.augment import Stage, build_stages
 from andromeda.data.mixture import Interleaved, Mixture
 from andromeda.data.opened import Corpus, open_corpus
 from andromeda.data.packing import IGNORE, PACKINGS, Packing
@@ -52,8 +54,15 @@ class Batch:
 class Stream:
     """Rows of tokens by number; see `open_stream`."""
 
-    def __init__(self, corpora: list[Corpus], packings: list[Packing], schedule: Mixture | Interleaved, fingerprint: str) -> None:
-        self._corpora, self._packings, self._schedule = corpora, packings, schedule
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        packings: list[Packing],
+        schedule: Mixture | Interleaved,
+        fingerprint: str,
+        stages: Sequence[Stage] = (),
+    ) -> None:
+        self._corpora, self._packings, self._schedule, self._stages = corpora, packings, schedule, stages
         self.fingerprint = fingerprint
         """sha256 of everything that decides which tokens row r holds."""
         self.vocab_size = max(c.vocab_size for c in corpora)
@@ -76,7 +85,10 @@ class Stream:
         rows = []
         for number in range(start, start + count):
             source, inside = self._schedule.locate(number)
-            rows.append(self._packings[source].row(inside))
+            row = self._packings[source].row(inside)
+            for stage in self._stages:
+                row = stage(row, number)
+            rows.append(row)
         ids, targets, documents = (np.stack(column) for column in zip(*rows, strict=True))
         counted = targets[targets != IGNORE]
         return Batch(
@@ -137,13 +149,25 @@ def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "tr
     packings: list[Packing] = [
         PACKINGS[config.packing](corpus.texts, sequence, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
     ]
-    schedule = Mixture([s.weight for s in sources]) if endless else Interleaved([p.length or 0 for p in packings])
+    stages = build_stages(config.augment, corpora[0].tokenizer, seed) if endless else []
+    schedule = Mixture(_weights(config, sources, corpora)) if endless else Interleaved([p.length or 0 for p in packings])
     shares = [str(share) for share in schedule.shares] if isinstance(schedule, Mixture) else []
-    content = [split, [c.fingerprint for c in corpora], shares, config.packing, sequence, seed if shuffle else None]
+    content: list[Any] = [split, [c.fingerprint for c in corpora], shares, config.packing, sequence, seed if shuffle else None]
+    if stages:  # absent when off, so that runs from before there were stages can go on
+        content.append([config.augment.model_dump(), seed])
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if config.workers:
-        return PrefetchedStream(corpora, packings, schedule, fingerprint, workers=config.workers)
-    return Stream(corpora, packings, schedule, fingerprint)
+        return PrefetchedStream(corpora, packings, schedule, fingerprint, stages, workers=config.workers)
+    return Stream(corpora, packings, schedule, fingerprint, stages)
+
+
+def _weights(config: DataConfig, sources: tuple[Source, ...], corpora: list[Corpus]) -> list[float]:
+    """Weights of the mixture; by size, they grow with each source's tokens to the power `upsample`."""
+    if not config.by_size:
+        return [source.weight for source in sources]
+    largest = max(corpus.texts.tokens.size for corpus in corpora)
+    # Six digits: shares are exact from here on, and no rounding of a power may change them between machines.
+    return [round(s.weight * (c.texts.tokens.size / largest) ** config.upsample, 6) or 1e-6 for s, c in zip(sources, corpora, strict=True)]
 
 
 def _sources(config: DataConfig) -> tuple[Source, ...]:

@@ -7,6 +7,7 @@ model's first choice after the right ones before it, so one pass scores all ques
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from functools import lru_cache
@@ -22,7 +23,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.train.precision import Precision
 
 WORD = re.compile(rb" [a-z]{3,10}")
-FEWEST = 256
+FEWEST = 128
 """Words that a tokenizer must have as single tokens; with fewer, words are spelled from three letters."""
 KEY, VALUE = 2, 2
 """Words of each."""
@@ -51,46 +52,58 @@ def words(tokenizer: Tokenizer) -> np.ndarray:
     return np.array([ids for ids in spelled if len(ids) == longest], dtype=np.int64)
 
 
-def row(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, draw: np.random.Generator, depths: np.ndarray) -> Any:
+def row(tokenizer: Tokenizer, text: np.ndarray, length: int, draw: np.random.Generator, depths: np.ndarray, times: int = 1) -> Any:
     """One row of exactly `length` tokens: ids (length,), and for each note the positions of its answer (notes, a).
 
-    text: tokens to hide the notes in, at least `length`. depths: where, from 0 to 1; the questions come in a random order.
+    text: tokens to hide the notes in, at least `length`. depths (times * notes,): where each note stands, from 0 to 1, all
+    notes once, then again if `times` is more; the questions at the end come in a random order.
     """
-    table = words(tokenizer)
-    # A spelled word's letters stand everywhere; that the word does is unlikely enough.
-    free = np.flatnonzero(~np.isin(table[:, 0], text[:length])) if table.shape[1] == 1 else np.arange(len(table))
-    if len(free) < (wanted := notes * (KEY + VALUE)):
-        raise DataError(f"{notes} notes need {wanted} words that are not in the text, and {len(free)} are left: ask for fewer notes.")
-    picked = table[draw.choice(free, notes * (KEY + VALUE), replace=False)].reshape(notes, -1)
-    head, end = (np.array(tokenizer.encode(part), dtype=np.int64) for part in ("\n# note", "\n"))
-    lines = [np.concatenate([head, line, end]) for line in picked]
-    answer = picked.shape[1] * VALUE // (KEY + VALUE)
-    space = length - 1 - 2 * sum(map(len, lines))
+    notes = len(depths) // times
+    lines, answer, end = _lines(tokenizer, text[:length], notes, draw)
+    space = length - 1 - (times + 1) * sum(map(len, lines))
     if space < notes:
         raise DataError(f"{notes} notes and their questions do not fit into {length} tokens: ask for fewer or longer rows.")
     places = np.round(depths * space).astype(int)
     parts, at = [np.array([tokenizer.eos])], 0
-    for note in np.argsort(places, kind="stable"):
-        parts += [text[at : places[note]], lines[note]]
-        at = places[note]
+    for which in np.argsort(places, kind="stable"):
+        parts += [text[at : places[which]], lines[which % notes]]
+        at = places[which]
     parts.append(text[at:space])
     positions = np.zeros((notes, answer), dtype=np.int64)
     begin = sum(map(len, parts))
     for note in draw.permutation(notes):
-        stop = begin + len(lines[note]) - len(end)
+        stop = begin + len(lines[note]) - end
         positions[note] = np.arange(stop - answer, stop)
         parts.append(lines[note])
         begin += len(lines[note])
     return np.concatenate(parts), positions
 
 
+def _lines(tokenizer: Tokenizer, text: np.ndarray, notes: int, draw: np.random.Generator) -> tuple[list[np.ndarray], int, int]:
+    """The notes' lines of words that are not in `text`, and how many tokens an answer and a line's end have."""
+    table = words(tokenizer)
+    # A spelled word's letters stand everywhere; that the word does is unlikely enough.
+    free = np.flatnonzero(~np.isin(table[:, 0], text)) if table.shape[1] == 1 else np.arange(len(table))
+    if len(free) < (wanted := notes * (KEY + VALUE)):
+        raise DataError(f"{notes} notes need {wanted} words that are not in the text, and {len(free)} are left: ask for fewer notes.")
+    picked = table[draw.choice(free, notes * (KEY + VALUE), replace=False)].reshape(notes, -1)
+    head, end = (np.array(tokenizer.encode(part), dtype=np.int64) for part in ("\n# note", "\n"))
+    return [np.concatenate([head, line, end]) for line in picked], picked.shape[1] * VALUE // (KEY + VALUE), len(end)
+
+
 def training_rows(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, count: int, seed: int) -> np.ndarray:
-    """Rows (count, length) whose notes lie at random depths in pieces of `text` taken at random."""
+    """Rows (count, length) whose notes lie at random depths in pieces of `text` taken at random, and once more further on.
+
+    Distances to the second place are spread evenly over the orders of magnitude: near ones are learned first, and far ones from them.
+    """
     found = []
     for number in range(count):
         draw = np.random.default_rng([seed, length, number])
         start = int(draw.integers(0, len(text) - length))
-        found.append(row(tokenizer, _plain(text[start : start + length], tokenizer), length, notes, draw, draw.random(notes))[0])
+        first = draw.random(notes)
+        again = np.minimum(first + np.exp(draw.uniform(-math.log(length), 0.0, notes)), 1.0)
+        piece = _plain(text[start : start + length], tokenizer)
+        found.append(row(tokenizer, piece, length, draw, np.concatenate([first, again]), times=2)[0])
     return np.stack(found)
 
 
@@ -102,7 +115,7 @@ def questions(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, c
     for number in range(count):
         draw = np.random.default_rng([seed, length, number, 1])
         start = (len(whole) - length) * number // max(1, count)
-        rows.append(row(tokenizer, _plain(whole[start : start + length], tokenizer), length, notes, draw, depths))
+        rows.append(row(tokenizer, _plain(whole[start : start + length], tokenizer), length, draw, depths))
     ids, answers = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
     return Needles(ids, answers, torch.from_numpy(depths))
 
