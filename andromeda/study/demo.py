@@ -55,13 +55,14 @@ PROMPTS = (
             return False''',
 )
 """None ends in a blank or a line end: the tokenizer joins those to what follows, so that the model has rarely seen them alone."""
-WRITING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.85, "repetition_penalty": 1.05, "seed": 1}
+WRITING: dict[str, Any] = {"temperature": 0.7, "top_p": 0.85, "repetition_penalty": 1.1, "seed": 1}
 """Cooler than the default: a model this small rambles otherwise."""
 EVALUATIONS: dict[str, dict[str, Any]] = {
     "bits": {},
     "position": {"samples": 48},
     "context": {"samples": 24},
     "retrieval": {"samples": 8, "style": "code"},
+    "reasoning": {"samples": 16},
 }
 """What is measured after training, with wishes that keep it short; those that this version or corpus cannot do are left out."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import zlib
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from andromeda.config.load import from_values
 from andromeda.data.corpus import build
 from andromeda.errors import AndromedaError
 from andromeda.evaluate.result import Result
+from andromeda.evaluate.subject import open_subject
+from andromeda.study import demo
 from andromeda.study.report import build_report, write_report
 from andromeda.study.report.record import read_metrics, read_record
 from andromeda.train.run import train
@@ -37,7 +40,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "name": "small <b>run</b>",
             "model": {
                 "vocab_size": 257,
-                "context": 128,
+                "context": 384,
                 "width": 16,
                 "depth": 2,
                 "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8},
@@ -46,6 +49,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "data": {"corpus": str(place / "corpus")},
             "train": {
                 "steps": 6,
+                "sequence": 128,
                 "batch": 2,
                 "device": "cpu",
                 "precision": "fp32",
@@ -228,6 +232,29 @@ def test_no_run_is_one_sentence(tmp_path: Path) -> None:
 def test_a_place_that_cannot_be_written_is_one_sentence(run: Path) -> None:
     with pytest.raises(AndromedaError, match="--out"):
         write_report(run, run / "config.toml" / "report.html")
+
+
+def test_the_demo_fills_the_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Samples, evaluations and compressors of the demo, on a small run: written whole, found by the report."""
+    monkeypatch.setattr(demo, "EVALUATIONS", {"bits": {}, "position": {"samples": 2}, "no such task": {}})
+    subject, skipped, shown = open_subject(run, device="cpu"), [], []
+    demo.write_samples(subject.model, run, shown.append, new_tokens=8)
+    found = demo.evaluate(subject, lambda *_: None, skipped.append)
+    corpus = Path(subject.config.data.corpus)
+    measured = demo.measure(subject, corpus, found)
+    assert [result.kind for result in found] == ["bits", "position"]
+    assert skipped == []
+    assert measured.held_out == pytest.approx(found[0].result["bits_per_byte"])
+    text = (corpus / "val.txt").read_bytes()
+    assert measured.held_out_bytes == len(text)
+    assert measured.zlib == pytest.approx(8 * len(zlib.compress(text, 9)) / len(text))
+    record = read_record(run)
+    assert [sample.prompt for sample in record.samples] == list(demo.PROMPTS)
+    assert set(record.compressors) == {"xz", "zlib"}
+    assert all(prompt == prompt.rstrip() for prompt in demo.PROMPTS)
+    page = build_report(run)
+    assert "Beside compressors" in page
+    assert "xz -9" in page
 
 
 @pytest.mark.parametrize("width", [1280, 390])
