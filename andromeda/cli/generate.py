@@ -41,6 +41,10 @@ def generate(
     step: Annotated[int | None, typer.Option(help="Use the checkpoint of this step; the newest by default.")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp64.")] = "auto",
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model: up to a minute at first, faster from then on.")] = False,
+    eight_bits: Annotated[
+        bool, typer.Option("--eight-bits", help="Linear layers in 8 bits: for long prompts on GPUs that have them.")
+    ] = False,
     batch: Annotated[int, typer.Option(min=1, help="Prompts of a file that are written at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
@@ -62,6 +66,7 @@ def generate(
     from andromeda.infer.engine import Engine
 
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
+    model.optimise(eight_bits=eight_bits, compiled=compiled)
     pieces = Engine(model, model.tokenizer, batch=batch).stream(prompts, **wishes)
     if as_json:
         _print_json(pieces, prompts)

@@ -1,0 +1,126 @@
+"""The GPU benchmarks' arithmetic and what their sides are, on small models on a CPU; nothing is timed for its own sake."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from andromeda.config.load import load
+from andromeda.study.bench import decode, document, loss, prefill, training
+from andromeda.study.bench.subjects import empty_model, llama, x_transformer
+
+CPU = torch.device("cpu")
+SMALL = [
+    "model.width=64",
+    "model.depth=2",
+    "model.vocab_size=512",
+    "model.context=64",
+    "model.attention.heads=4",
+    "model.attention.head_dim=32",
+    "model.alibi.heads=2",
+]
+TRAIN = ["train.device=cpu", "train.compile=off", "train.precision=fp32"]
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call stands for many."""
+    for module in (prefill, decode, loss):
+        monkeypatch.setattr(module, "device_ms", lambda function, *_: (function(), 2.0)[1])
+
+
+def test_training_counts_tokens_and_takes_every_side() -> None:
+    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=training.PEERS)
+    assert list(result["sides"]) == ["Andromeda", *training.PEERS]
+    assert result["tokens_per_step"] == 2 * 64
+    for side in result["sides"].values():
+        assert side["tokens_per_second"] == pytest.approx(128 / side["seconds"])
+
+
+def test_a_side_without_memory_says_so() -> None:
+    def fails() -> Any:
+        raise torch.OutOfMemoryError
+
+    config = load("andromeda", [*SMALL, *TRAIN, "train.batch=2", "train.micro_batch=1"])
+    side = training._side(fails, config, CPU, 1)
+    assert side == {"failed": "out of memory"}
+    assert training.summary({"x": side}, config, CPU) == {"x": side}
+
+
+def test_llama_has_our_products() -> None:
+    """Parameters of its blocks are ours to 2 %: the same projections, and three matrices of two thirds the hidden width."""
+    config = load("andromeda", [*SMALL, "model.width=768", "model.feedforward.bias=false", "model.block.norm=rms"]).model
+    ours, peer = empty_model(config, torch.device("meta"), torch.bfloat16), llama(config, torch.device("meta"), torch.bfloat16)
+    count = [sum(p.numel() for p in model.parameters() if p.ndim == 2) for model in (ours, peer)]
+    assert count[1] == pytest.approx(count[0], rel=0.02)
+
+
+def test_x_transformers_reads_the_same_prompt() -> None:
+    config = load("andromeda", SMALL).model
+    model = x_transformer(config, CPU, torch.float32)
+    assert model(torch.zeros(1, 8, dtype=torch.long)).shape == (1, 8, config.vocab_size)
+    assert model.attn_layers.layers[0][1].fn.kv_heads == 1
+
+
+@pytest.mark.parametrize("eight_bits", [False, True])
+def test_prefill_gives_the_last_logits_and_counts_its_operations(eight_bits: bool) -> None:
+    """Whole or in chunks, the last logits are the plain forward pass's; operations are FlopCounterMode's, causal pairs alone."""
+    config = load("andromeda", SMALL).model
+    result = prefill.measure("andromeda", SMALL, [48], eight_bits=eight_bits)
+    (row,) = result["rows"]
+    assert row["finite"]
+    model = empty_model(config, CPU, torch.float32)
+    ids = torch.randint(512, (1, 48), generator=torch.Generator().manual_seed(0))
+    with torch.inference_mode():
+        whole = model(ids)[:, -1]
+        for chunk in (0, 7):
+            torch.testing.assert_close(prefill.read_prompt(model, ids, chunk), whole, rtol=1e-4, atol=1e-4)
+        with FlopCounterMode(display=False) as counter:
+            prefill.read_prompt(model, ids)
+    # Attention, which the counter sees as batched products of every pair, is counted by its causal half.
+    counts = counter.get_flop_counts()["Global"]
+    linear = counts[torch.ops.aten.mm] + counts[torch.ops.aten.addmm]
+    pairs = 2 * 4 * 4 * 32 * (48 * 49 // 2)
+    assert row["operations"] == pytest.approx(linear + pairs, rel=0.01)
+
+
+def test_decode_floor_is_what_must_be_read() -> None:
+    """Every weight but the embedding's rows, and the keys and values of the context."""
+    config = load("andromeda", SMALL).model
+    (row,) = decode.measure("andromeda", SMALL, [40])["rows"]
+    parameters = empty_model(config, torch.device("meta"), torch.bfloat16)
+    assert row["weights"] == 2 * (sum(p.numel() for p in parameters.parameters()) - 512 * 64)
+    shifts = 2 * 2 * 64
+    assert row["cache"] == 2 * (2 * 40 * 2 * 32 + shifts)
+
+
+def test_all_losses_agree() -> None:
+    result = loss.measure(CPU, tokens=300, vocabulary=97, width=16)
+    assert {"Andromeda", "PyTorch, compiled"} <= set(result["sides"])
+    assert all(side["error"] < 0.01 for side in result["sides"].values())
+
+
+def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every kind of result has a table with its command and machine; shares are floor over time."""
+    introduction = tmp_path / "performance.md"
+    introduction.write_text("# Performance\n")
+    monkeypatch.setattr(document, "INTRODUCTION", introduction)
+    common = {"machine": {"gpu": "NVIDIA H100", "cpu": ""}, "versions": {"torch": "2.11"}, "date": "2026-01-01"}
+    row = {"context": 2048, "ms": 4.0, "floor_ms": 1.0, "of_floor": 0.25, "cache": 1 << 20, "weights": 0}
+    result = {"command": "andromeda bench decode andromeda", **common, "batch": 2, "rows": [row]}
+    (tmp_path / "gpu-decode-a.json").write_text(json.dumps(result))
+    text = document.document(tmp_path)
+    assert "## Decoding" in text
+    assert "`andromeda bench decode andromeda`" in text
+    assert "| 2,048 | 4 ms | 1 ms | 25% | 500 | 1.00 MiB |" in text
+    assert "## Training" not in text
+
+
+def test_the_stored_results_make_the_page_in_the_documentation() -> None:
+    page = Path(__file__).parents[2] / "docs" / "performance.md"
+    assert page.read_text() == document.document()
