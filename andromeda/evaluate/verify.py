@@ -9,49 +9,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from andromeda.data.loader import open_stream
 from andromeda.data.read import Report
 from andromeda.errors import AndromedaError
+from andromeda.evaluate.check import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic
 from andromeda.evaluate.result import Result, plain, results
 from andromeda.evaluate.run import EVALUATIONS, Request, evaluate
 from andromeda.evaluate.subject import Subject, open_subject
+from andromeda.evaluate.training import training_loss
 from andromeda.train.folder import RunFolder
 from andromeda.train.run import stream_length
-
-TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
-"""Relative difference of losses that rounding explains."""
-SHARES = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
-"""Absolute difference of shares: decisions between two nearly equal answers may fall otherwise."""
-
-
-class Check(NamedTuple):
-    """One thing that was said, and what is found now."""
-
-    what: str
-    stored: str
-    new: str
-    difference: float | None
-    """Largest relative difference of figures; None for what can only be equal or not."""
-    tolerance: float
-    agrees: bool
-    note: str = ""
-
-
-@dataclass(frozen=True)
-class Places:
-    """Where things lie now, if not where they were."""
-
-    corpus: str = ""
-    files: str = ""
 
 
 def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
     yield _corpus(run, places)
+    yield from training_loss(run, places, device)
     for stored in results(run).values():
         yield from _result(run, stored, places, device, report)
 
@@ -97,16 +73,15 @@ def _figures(stored: Result, found: Result, subject: Subject) -> Check:
     agrees = all(gap <= loose or (_is_share(old[key]) and abs(old[key] - new[key]) <= share) for key, gap in apart.items())
     worst = max(apart, key=apart.__getitem__, default="")
     gap = apart[worst] if worst else 0.0
-    shown = worst if worst and gap else next(iter(old), "")
-    note = "equal to the last bit" if gap == 0 else f"largest difference at {worst}"
+    shown = worst if worst and gap else next((key for key, value in old.items() if isinstance(value, float)), "")
+    note = "equal to the last bit" if gap == 0 else f"largest difference at {worst}" + _other_code(stored, found)
     return Check(f"{stored.name}: {shown}", _spell(old.get(shown)), _spell(new.get(shown)), gap, loose, agrees, note)
 
 
-def same_arithmetic(old: dict[str, Any], new: dict[str, Any], old_versions: dict[str, Any], new_versions: dict[str, Any]) -> bool:
-    """Whether sums run in the same order: on a CPU, with everything that decides it alike."""
-    keys = ("device", "precision", "processor", "threads")
-    alike = all(old.get(key) == new.get(key) for key in keys) and old_versions.get("torch") == new_versions.get("torch")
-    return alike and old.get("device") == "cpu"
+def _other_code(stored: Result, found: Result) -> str:
+    """That the program itself is another one now, where that is known."""
+    old, new = stored.versions.get("code") or {}, found.versions.get("code") or {}
+    return f"; made by the code of {old['commit'][:9]}" if old.get("commit") and old.get("commit") != new.get("commit") else ""
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -119,13 +94,6 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from leaves(inner, f"{path}[{index}]")
     else:
         yield path, value
-
-
-def difference(old: Any, new: Any) -> float:
-    """Relative difference of two figures; 0 for equal words, infinite for others."""
-    if isinstance(old, int | float) and isinstance(new, int | float):
-        return 0.0 if old == new else abs(old - new) / max(abs(old), abs(new))
-    return 0.0 if old == new else float("inf")
 
 
 def _is_share(value: Any) -> bool:

@@ -1,0 +1,46 @@
+"""One figure that was said, beside the one that is found now, and when they agree."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
+"""Relative difference of losses that rounding explains."""
+SHARES = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
+"""Absolute difference of shares: decisions between two nearly equal answers may fall otherwise."""
+
+
+class Check(NamedTuple):
+    """One thing that was said, and what is found now."""
+
+    what: str
+    stored: str
+    new: str
+    difference: float | None
+    """Largest relative difference of figures; None for what can only be equal or not."""
+    tolerance: float
+    agrees: bool
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where things lie now, if not where they were."""
+
+    corpus: str = ""
+    files: str = ""
+
+
+def same_arithmetic(old: dict[str, Any], new: dict[str, Any], old_versions: dict[str, Any], new_versions: dict[str, Any]) -> bool:
+    """Whether sums run in the same order: on a CPU, with everything that decides it alike."""
+    keys = ("device", "precision", "processor", "threads")
+    alike = all(old.get(key) == new.get(key) for key in keys) and old_versions.get("torch") == new_versions.get("torch")
+    return alike and old.get("device") == "cpu"
+
+
+def difference(old: Any, new: Any) -> float:
+    """Relative difference of two figures; 0 for equal words, infinite for others."""
+    if isinstance(old, int | float) and isinstance(new, int | float):
+        return 0.0 if old == new else abs(old - new) / max(abs(old), abs(new))
+    return 0.0 if old == new else float("inf")
