@@ -40,7 +40,7 @@ def explain(
         return
     for check in found.checks:
         print(f"{'holds' if check.holds else 'DOES NOT HOLD'}: {check.name} (difference {check.error:.1e})")
-    for sentence in found.refused:
+    for sentence in found.refused.values():
         print(sentence)
     print(page)
 

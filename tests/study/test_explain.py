@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from andromeda.api import Andromeda
 from andromeda.config.data import BuildConfig
@@ -16,6 +17,8 @@ from andromeda.config.model import ModelConfig
 from andromeda.data.encoders import raw
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import RequestError
+from andromeda.kernels.attention import Pattern
+from andromeda.model.attention import Attention
 from andromeda.study.explain import Wish, explain, write_explanation
 from andromeda.study.explain.page import build_page
 from andromeda.study.explain.views import packed
@@ -113,6 +116,26 @@ def test_other_architectures(changes: dict) -> None:
     found = explain(Path("run"), model(**changes), Wish("abc def"))
     assert [check for check in found.checks if not check.holds] == []
     parse(build_page(found))
+
+
+class Squares(Attention):
+    """Attention that does not average values."""
+
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        """Of the values and their squares."""
+        return super().mix(q, k, v.square() + v, pattern)
+
+
+def test_views_that_cannot_be_are_told() -> None:
+    attention = CONFIG["attention"] | {"mechanism": f"{__name__}:Squares"}
+    found = explain(Path("run"), model(attention=attention, feedforward={"kind": "moe"}), Wish("abc"))
+    assert set(found.refused) == {"attention", "gradients"}
+    assert found.maps == {}
+    page = build_page(found)
+    parse(page)
+    assert "no map of layer 1, 2" in page
+    assert "jump" in page
+    assert all(check.holds for check in found.checks)
 
 
 def test_a_map_is_packed_as_the_page_reads_it() -> None:

@@ -68,8 +68,8 @@ class Explanation:
     direct: Direct | None
     gradients: Gradients | None
     checks: list[Check]
-    refused: list[str] = field(default_factory=list)
-    """Why a view is missing, one sentence each."""
+    refused: dict[str, str] = field(default_factory=dict)
+    """Views that are missing (direct, gradients, attention), each with the reason, a sentence."""
 
     def spell(self, token: int) -> str:
         """A token as text."""
@@ -96,21 +96,19 @@ def explain(run: Path, model: Andromeda, wish: Wish, step: int | None = None) ->
     beside = _token(model, wish.against, "against") if wish.against else int(others.argmax())
     if beside == target:
         raise RequestError("The token given with --against is the target itself: give another one.")
-    refused: list[str] = []
+    refused: dict[str, str] = {}
     try:
         shares = direct(model, seen, position, target, beside)
     except RequestError as error:
-        shares, refused = None, [str(error)]
+        shares, refused["direct"] = None, str(error)
     try:
         gradients = _gradients(model, ids, position, target)
     except RequestError as error:
-        gradients, refused = None, [*refused, str(error)]
+        gradients, refused["gradients"] = None, str(error)
     looked = lens(model, seen, target)
-    refused += [
-        f"Layer {i + 1} has no map of attention: its mechanism does not average values."
-        for i, layer in enumerate(seen.layers)
-        if layer.weights is None
-    ]
+    blind = [str(i + 1) for i, layer in enumerate(seen.layers) if layer.weights is None]
+    if blind:
+        refused["attention"] = f"There is no map of layer {', '.join(blind)}: attention does not average values there."
     tokens = [spell(model, int(i)) for i in ids[0]]
     checks = _checks(model, seen, looked, shares, gradients)
     return Explanation(run, model, step, wish, tokens, position, target, beside, seen, looked, shares, gradients, checks, refused)

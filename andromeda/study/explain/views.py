@@ -56,7 +56,7 @@ def attention_view(e: Explanation) -> Section:
     lead = "A row is a token that looks, a column one that is looked at. Choose a head; point at a token to see its row."
     maps = e.maps
     if not maps:
-        return Section("attention", "Attention", lead, el("p", "There are no maps to show.", class_="empty"))
+        return Section("attention", "Attention", lead, el("p", e.refused.get("attention", "There are no maps to show."), class_="empty"))
     tokens = json.dumps([visible(token, 40) for token in e.tokens])
     rows = [
         el("div", el("span", f"layer {i + 1}", class_="unit"), [_thumbnail(i, h, head) for h, head in enumerate(heads)], class_="heads")
@@ -115,7 +115,7 @@ def direct_view(e: Explanation) -> Section:
     )
     d = e.direct
     if d is None:
-        return Section("direct", "Direct attribution", lead, el("p", e.refused[0], class_="empty"))
+        return Section("direct", "Direct attribution", lead, el("p", e.refused["direct"], class_="empty"))
     cap = f", soft-capped to {figure(d.logit)}" if d.raw != d.logit and e.model.head.softcap else ""
     sides = grid(
         bars(f"To the logit of {target}", _bars(d.parts, d.bias), unit=f"sum {figure(d.raw)}{cap}"),
@@ -173,7 +173,7 @@ def gradients_view(e: Explanation) -> Section:
     lead = f"Integrated gradients: how much of the logit of {target} rests on each token, against a text of nothing but separators."
     g = e.gradients
     if g is None:
-        return Section("gradients", "Words it rests on", lead, el("p", e.refused[-1], class_="empty"))
+        return Section("gradients", "Words it rests on", lead, el("p", e.refused["gradients"], class_="empty"))
     shares = [float(x) for x in g.shares]
     tips = [f"{visible(token)}: {figure(share, 3)}" for token, share in zip(e.tokens, shares, strict=True)]
     state = "complete" if g.complete else "not complete: the function has corners that more steps would be needed for"
@@ -193,5 +193,5 @@ def checks_view(e: Explanation) -> Section:
     """The identities, as found for this text."""
     lead = "What must hold if the figures above are right, computed for this text in float64."
     rows = [[c.name, figure(c.error, 2), figure(c.allowed, 2), "holds" if c.holds else "does not hold"] for c in e.checks]
-    refused = [el("p", sentence, class_="note") for sentence in e.refused]
+    refused = [el("p", sentence, class_="note") for sentence in e.refused.values()]
     return Section("checks", "Checks", lead, join(table(["identity", "difference", "allowed", ""], rows), refused))
