@@ -22,6 +22,7 @@ from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
 from andromeda.cli.report import report
+from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
 from andromeda.cli.verify import verify
 from andromeda.errors import AndromedaError
@@ -37,6 +38,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.add_typer(data_app, name="data")
+app.add_typer(tokenizers_app, name="tokenizers")
 app.add_typer(bench_app, name="bench")
 app.command()(doctor)
 app.command()(plan)

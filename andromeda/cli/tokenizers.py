@@ -1,0 +1,65 @@
+"""`andromeda tokenizers`: kinds and sizes of tokenizers side by side."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from andromeda.cli.data import progress
+
+app = typer.Typer(help="Compare tokenizers by measurement.", no_args_is_help=True)
+
+
+@app.callback()
+def tokenizers() -> None:
+    """Compare tokenizers by measurement."""
+
+
+@app.command()
+def compare(
+    sources: Annotated[
+        list[str], typer.Argument(metavar="SRC", help="Text, as `andromeda data build` takes it: files, a corpus, `python`.")
+    ],
+    overrides: Annotated[list[str] | None, typer.Option("--set", help="A change of the models, key.path=value; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder of corpora, models and figures.")] = Path("runs/tokenizers"),
+    kinds: Annotated[str, typer.Option(help="bpe, unigram, bytes, with commas.")] = "bpe,unigram",
+    sizes: Annotated[str, typer.Option(help="Entries of the vocabularies, with commas.")] = "1024,4096,16384",
+    flops: Annotated[float, typer.Option(help="Floating-point operations that each model learns with; 0 trains none.")] = 2e13,
+    preset: Annotated[str, typer.Option(help="The models' preset or TOML file.")] = "nano",
+    max_bytes: Annotated[int, typer.Option(min=0, help="Read this many bytes of each source; 0 reads everything.")] = 0,
+    validation: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.02,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
+) -> None:
+    """Bytes a token, fertility, speed, lossless round trip, and bits per byte of equal-compute models. A repeated call goes on."""
+    import json
+
+    from andromeda.cli.tables import show
+    from andromeda.study.tokenizers import Interrupted, Plan, Surroundings, numbers, run, table, words
+    from andromeda.train.screen import Silent, build_screen
+
+    plan = Plan(tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation)
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
+
+    try:
+        with progress() as report:
+            around = Surroundings(report, note, lambda steps: Silent() if as_json else build_screen(steps), os.cpu_count() or 1)
+            found = run(plan, out, around)
+    except Interrupted as error:
+        note("interrupted; the state is saved: the same command goes on from here.")
+        raise typer.Exit(128 + error.signal) from None
+    if as_json:
+        print(json.dumps(found, indent=1))
+        return
+    columns, rows = table(found)
+    show(
+        f"Tokenizers on the same held-out bytes, models of {plan.flops:.3g} FLOPs each ({out / 'tokenizers.json'})",
+        columns,
+        rows,
+        range(1, 10),
+    )
