@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,12 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from andromeda.config.data import BuildConfig
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
-from andromeda.data.corpus import build
+from tests.corpora import short_documents
 
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "one", "red", "bird", "came", "to", "see", "it"]
 TIMED = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 """Figures that depend on the machine's mood."""
 
@@ -32,13 +29,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Sixty short documents in bytes."""
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for number in range(60):
-        (folder / f"{number:02}.txt").write_text(" ".join(draw.choices(WORDS, k=60)) + f" {number}.\n")
-    out = folder.parent / "corpus"
-    build([str(folder)], out, BuildConfig(tokenizer="bytes", validation=0.1))
-    return out
+    return short_documents(tmp_path_factory.mktemp("corpus"), 60, validation=0.1)
 
 
 @pytest.fixture

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from andromeda.config.data import BuildConfig
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
-from andromeda.data.corpus import build
 from andromeda.train.run import train
-
-WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "then", "one", "red", "bird", "came", "to", "see", "it"]
+from tests.corpora import short_documents
 
 
 @pytest.fixture(autouse=True)
@@ -27,13 +23,7 @@ def one_thread() -> None:
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Forty short documents in bytes."""
-    folder = tmp_path_factory.mktemp("text")
-    draw = random.Random(0)
-    for number in range(40):
-        (folder / f"{number:02}.txt").write_text(" ".join(draw.choices(WORDS, k=60)) + f" {number}.\n")
-    out = folder.parent / "corpus"
-    build([str(folder)], out, BuildConfig(tokenizer="bytes", validation=0.2))
-    return out
+    return short_documents(tmp_path_factory.mktemp("corpus"), 40, validation=0.2)
 
 
 Make = Callable[..., RunConfig]
