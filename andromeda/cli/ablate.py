@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 def ablate(
     config: Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN", help="The baseline.")],
     changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the baseline and so to all arms.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="A TOML file of arms: [[arm]] name = ..., changes = [...].")] = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file of arms, each with a name and changes (docs/ablation.md).")] = None,
     vary: Annotated[list[str] | None, typer.Option(help="key.path=value,value: an arm for each value; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs and results go; runs/ablation-NAME by default.")] = None,
     budget: Annotated[str, typer.Option(help="What is equal: tokens, flops or seconds (of training); the grid's by default.")] = "",
     amount: Annotated[float, typer.Option(min=0.0, help="How much of it; 0 is what the baseline is configured for.")] = 0.0,
-    seeds: Annotated[int, typer.Option(min=0, help="Runs of each arm, with seeds 0, 1, ...; the grid's by default, else 3.")] = 0,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each arm, with seeds 0, 1, ...; the grid's by default, else 3.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share one GPU (or the CPU).")] = 1,
     limit: Annotated[float, typer.Option(min=0.0, help="Seconds after which runs are stopped and saved; 0 is none.")] = 0.0,
     cost_steps: Annotated[int, typer.Option(min=0, help="Steps of each arm whose time is measured, alone; 0 leaves costs out.")] = 8,
@@ -51,7 +51,7 @@ def ablate(
         raise typer.Exit(1)
 
 
-def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int) -> Grid:
+def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int | None) -> Grid:
     """What the options and the file ask for together; options win."""
     from andromeda.study.ablate.grid import Grid, grid_from_values, read_grid, varied
 
@@ -87,6 +87,7 @@ def _progress(as_json: bool) -> Iterator[Say]:
 
 def _show(study: Study, out: Path, as_json: bool) -> None:
     from andromeda.cli.tables import show
+    from andromeda.study.ablate.run import OUTPUTS
     from andromeda.study.ablate.table import cells, head, verdicts
 
     if as_json:
@@ -99,4 +100,4 @@ def _show(study: Study, out: Path, as_json: bool) -> None:
         print(f"not finished: {failure}")
     if study.finished < study.total:
         print(f"{study.finished} of {study.total} runs are finished: run the same command again to go on.")
-    print(f"{out}/results.json, table.md, plot.png, plot.svg")
+    print(f"{out}: {', '.join(name for name in OUTPUTS if (out / name).exists())}")

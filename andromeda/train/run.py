@@ -59,9 +59,9 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
     folder, screen, signals = RunFolder(out), screen or Silent(), Signals()
     changes = _changes(folder, config, resume)
     check_extras(config)
-    stream = open_stream(config.data, stream_length(config), config.seed)
-    session = _session(config, stream)
-    validation, probes = _validation(config), build_probes(config, stream)
+    stream, validation = open_data(config)
+    session = build_session(config, find_device(config.train.device), stream.fingerprint)
+    probes = build_probes(config, stream)
     folder.create()
     folder.lock()
     try:
@@ -94,6 +94,20 @@ def stream_length(config: RunConfig) -> int:
     return config.train.sequence or config.model.context
 
 
+def open_data(config: RunConfig) -> tuple[Stream, NoValidation]:
+    """What a run reads: its training rows, and the held-out ones.
+
+    Raises an AndromedaError where the corpus is missing, damaged, or has tokens that the model has no vector for.
+    """
+    stream = open_stream(config.data, stream_length(config), config.seed)
+    if stream.vocab_size > config.model.vocab_size:
+        raise ConfigError(
+            f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
+            f"set model.vocab_size={stream.vocab_size} or more."
+        )
+    return stream, _validation(config)
+
+
 def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
     """Keys that differ from the run in `folder`. Raises ConfigError when there must be no run, or another one."""
     if not folder.exists:
@@ -111,16 +125,6 @@ def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
         told = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
         raise ConfigError(f"The run in {folder.path} was begun with another configuration ({told}): give the old values, or another --out.")
     return sorted(changed)
-
-
-def _session(config: RunConfig, stream: Stream) -> Session:
-    train = config.train
-    if stream.vocab_size > config.model.vocab_size:
-        raise ConfigError(
-            f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
-            f"set model.vocab_size={stream.vocab_size} or more."
-        )
-    return build_session(config, find_device(train.device), stream.fingerprint)
 
 
 def _validation(config: RunConfig) -> NoValidation:

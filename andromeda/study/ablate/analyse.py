@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from andromeda.study.ablate.budget import spent
 from andromeda.study.ablate.cost import Cost
 from andromeda.study.ablate.grid import BASELINE, Grid
 from andromeda.study.ablate.jobs import Planned
@@ -77,6 +78,7 @@ def results(planned: Sequence[Planned], runs: Runs, costs: Mapping[str, Cost], g
         "budget": grid.budget,
         "metric": grid.metric,
         "spread": grid.spread,
+        "cost": list(grid.cost),
         "seeds": list(grid.seeds),
         "arms": [_row(plan, runs.get(plan.arm.name, {}), costs, compared.get(plan.arm.name), grid) for plan in planned],
     }
@@ -90,6 +92,7 @@ def _row(plan: Planned, of: Mapping[int, Outcome], costs: Mapping[str, Cost], co
         "parameters": plan.parameters,
         "flops_per_token": plan.flops,
         "steps": plan.config.train.steps,
+        "spent": spent(grid.budget, plan.config, own.step_seconds if own else None),
         "mean": statistics.fmean(found.values()) if found else None,
         "deviation": statistics.stdev(found.values()) if len(found) > 1 else None,
         "cost": asdict(own) if own else None,

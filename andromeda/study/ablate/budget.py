@@ -34,6 +34,13 @@ def amount_of(kind: str, config: RunConfig) -> float:
     return tokens * flops_per_token(config) if kind == "flops" else tokens
 
 
+def spent(kind: str, config: RunConfig, seconds_per_step: float | None = None) -> float | None:
+    """Tokens, FLOPs or seconds that a run of `config` takes; None for seconds where a step was not measured."""
+    if kind == "seconds":
+        return config.train.steps * seconds_per_step if seconds_per_step else None
+    return amount_of(kind, config)
+
+
 def steps_for(kind: str, amount: float, config: RunConfig, seconds_per_step: float | None = None) -> int:
     """Steps of `config` that come nearest to `amount` of tokens, FLOPs or seconds. Raises ConfigError when that is less than one."""
     if kind == "seconds":

@@ -10,11 +10,13 @@ import json
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from andromeda.errors import ConfigError
-from andromeda.study.ablate.table import DASH, UNITS, cells, lines, mean, verdicts
+from andromeda.study.ablate import clipping
+from andromeda.study.ablate.table import DASH, UNITS, cells, evenness, legend, lines, mean, verdicts
 
 ROWS = {
     "A2": "Flash attention",
@@ -41,11 +43,41 @@ HEAD = ("arm", "compared with", "{metric} (runs)", "effect", "95 % interval", "s
 
 def page(every: Sequence[dict[str, Any]], reading: str) -> str:
     """The whole document."""
-    parts = ["# Evidence", "", reading.strip(), ""]
-    for results in every:
-        parts += [*_where(results), "", *_tables(results)]
-    parts += [*_clipping(every[0]), *_equal_loss(every[0])]
+    measured = [finished(results) for results in every]
+    parts = ["# Evidence", "", reading.strip(), "", *_coverage(every, measured)]
+    for results in measured:
+        parts += [*_where(results), "", *_tables(results), *clipping.section(results), *_equal_loss(results)]
     return "\n".join(parts).rstrip() + "\n"
+
+
+def finished(results: dict[str, Any]) -> dict[str, Any]:
+    """The results without the arms that no run and no cost was measured of."""
+    base, *arms = results["arms"]
+    return {**results, "arms": [base, *(row for row in arms if row["runs"] or (not row["train"] and row["cost"]))]}
+
+
+def _coverage(every: Sequence[dict[str, Any]], measured: Sequence[dict[str, Any]]) -> Iterator[str]:
+    """Which rows of the specification have figures at which size, and which have none."""
+    sizes = [size(results) for results in measured]
+    found = [{row["label"] for row in results["arms"][1:]} for results in measured]
+    yield from lines(
+        ("row", "technique", *sizes),
+        ([label, ROWS[label], *("measured" if label in labels else DASH for labels in found)] for label in ROWS),
+    )
+    yield ""
+    planned = [
+        f"{size(whole)}: {'; '.join(missing)}"
+        for whole, kept in zip(every, measured, strict=True)
+        if (missing := [row["name"] for row in whole["arms"] if row["name"] not in {one["name"] for one in kept["arms"]}])
+    ]
+    if planned:
+        yield f"Arms of the grids that these results hold no run of: {'. '.join(planned)}."
+        yield ""
+
+
+def size(results: dict[str, Any]) -> str:
+    """A grid by the size of its baseline."""
+    return f"{results['arms'][0]['parameters'] / 1e6:.1f} M"
 
 
 def _where(results: dict[str, Any]) -> Iterator[str]:
@@ -54,20 +86,24 @@ def _where(results: dict[str, Any]) -> Iterator[str]:
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if name in ("python", "torch", "andromeda"))
     trained = [run for row in results["arms"] for run in row["runs"].values()]
     tokens = base["runs"] and next(iter(base["runs"].values()))["tokens"]
-    yield f"## {base['parameters'] / 1e6:.1f} M parameters"
+    yield f"## {size(results)} parameters"
     yield ""
     yield (
-        f"{len(trained)} runs of {base['steps']} steps ({tokens / 1e6:.2f} M tokens each, the baseline's budget), seeds "
-        f"{', '.join(map(str, results['seeds']))}, on {results['machine']['gpu'] or results['machine']['cpu']}; {versions}; {results['date']}."
+        f"{len(trained)} runs, the baseline's of {base['steps']} steps and {tokens / 1e6:.2f} M tokens, seeds "
+        f"{', '.join(map(str, results['seeds']))}, on {results['machine']['gpu'] or results['machine']['cpu']}; "
+        f"{versions}; {results['date']}."
     )
-    yield f"Made by `{results['command']}`."
+    yield f"Equal {results['budget']}{evenness(results)}. Made by `{results['command']}`."
+    yield ""
+    yield legend(results)
 
 
 def _tables(results: dict[str, Any]) -> Iterator[str]:
     """A table for each row of the specification, and all verdicts in words."""
     head = [title.format(metric=UNITS[results["metric"]]) for title in HEAD]
     base = results["arms"][0]
-    yield f"The baseline ends at {mean(base)} {UNITS[results['metric']]} with a standard deviation of {_number(base['deviation'])} between seeds."
+    unit, deviation = UNITS[results["metric"]], _number(base["deviation"])
+    yield f"The baseline ends at {mean(base)} {unit}, with a standard deviation of {deviation} between seeds."
     yield ""
     yield verdicts(results)
     yield ""
@@ -79,40 +115,15 @@ def _tables(results: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
-def _clipping(results: dict[str, Any]) -> Iterator[str]:
-    """C9: each learning rate of AdamW with and without clipping."""
-    rows = {row["name"]: row for row in results["arms"]}
-    rates = [name for name in rows if name.startswith("AdamW ") and not name.endswith("clipped")]
-    if not rates:
-        return
-    yield "## C9: clipping and the learning rate that stays stable"
-    yield ""
-    yield f"AdamW at {rows['baseline']['parameters'] / 1e6:.1f} M parameters, no guard; clipping is by the global norm at 1."
-    yield ""
-    head = ["learning rate", "without clipping", "clipped", "effect of clipping", "95 % interval", "verdict"]
-    body = []
-    for name in rates:
-        clipped = rows[f"{name}, clipped"]
-        shown = cells(clipped)
-        body.append([name.removeprefix("AdamW "), _state(rows[name]), _state(clipped), shown[3], shown[4], shown[10]])
-    yield from lines(head, body)
-    yield ""
-
-
-def _state(row: dict[str, Any]) -> str:
-    fallen = sum(run["loss"] is None for run in row["runs"].values())
-    return f"{mean(row)}" + (f", {fallen} diverged" if fallen else "")
-
-
 def _equal_loss(results: dict[str, Any]) -> Iterator[str]:
     """C6: value embeddings with fewer steps, and the share of the steps at which they meet the baseline's loss."""
     rows = [row for row in results["arms"] if row["name"].startswith("value embeddings") and row["mean"] is not None]
     base = results["arms"][0]["mean"]
-    if not rows or base is None:
+    if len(rows) < 2 or base is None:
         return
-    yield "## C6: value embeddings, steps to equal loss"
+    yield f"### C6: value embeddings, steps to equal loss, at {size(results)} parameters"
     yield ""
-    yield f"Each share is a run of its own with its whole schedule. The baseline's {base:.4f} after all steps is met at {met_at(rows, base)}."
+    yield f"Each share is a run of its own with its whole schedule. The baseline's {base:.4f} is met at {met_at(rows, base)}."
     yield ""
     yield from lines(
         ("share of the steps", "mean loss (runs)", "effect", "95 % interval", "verdict"),
@@ -124,7 +135,7 @@ def _equal_loss(results: dict[str, Any]) -> Iterator[str]:
 def met_at(rows: Sequence[dict[str, Any]], target: float) -> str:
     """Where the mean loss crosses `target`, on a line between the shares on both sides, over the logarithm of the share."""
     points = sorted((row["share"], row["mean"]) for row in rows)
-    for (low, worse), (high, better) in zip(points, points[1:], strict=False):
+    for (low, worse), (high, better) in pairwise(points):
         if worse >= target >= better and worse > better:
             part = (worse - target) / (worse - better)
             return f"{100 * math.exp(math.log(low) + part * (math.log(high) - math.log(low))):.0f} % of them"
@@ -137,12 +148,25 @@ def _number(value: float | None) -> str:
     return DASH if value is None else f"{value:.4f}"
 
 
+def read(path: str) -> dict[str, Any]:
+    """The results of a grid. Raises ConfigError."""
+    try:
+        results = json.loads(Path(path).read_text("utf-8"))
+        results["arms"][0]["parameters"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"{path} is not the results.json of `andromeda ablate`.") from None
+    return results
+
+
 def main() -> None:
     """Print the page."""
-    if len(sys.argv) < 2:
-        raise ConfigError("Name the results: python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json.")
-    every = [json.loads(Path(path).read_text("utf-8")) for path in sys.argv[1:]]
-    every.sort(key=lambda results: results["arms"][0]["parameters"])
+    try:
+        if len(sys.argv) < 2:
+            raise ConfigError("Name the results: python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json.")
+        every = sorted(map(read, sys.argv[1:]), key=lambda results: results["arms"][0]["parameters"])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        sys.exit(error.exit_code)
     print(page(every, READING.read_text("utf-8") if READING.exists() else ""), end="")
 
 

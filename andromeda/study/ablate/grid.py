@@ -15,6 +15,8 @@ from andromeda.config.mistakes import read
 from andromeda.errors import ConfigError, nearest
 
 BASELINE = "baseline"
+FOLLOWS = {"seed": "the grid's seeds", "train.steps": "the budget: give the arm a share of it instead"}
+"""Keys that no arm may set, and what they follow from."""
 
 
 class Arm(Part):
@@ -67,7 +69,10 @@ def read_grid(path: str | Path) -> Grid:
 
 def grid_from_values(values: dict[str, Any], source: str = "the grid") -> Grid:
     """A grid from nested values, checked. Raises ConfigError."""
-    grid = read(Grid, values)
+    try:
+        grid = read(Grid, values)
+    except ConfigError as error:
+        raise ConfigError(f"In {source}: {error}") from None
     check_grid(grid, source)
     return grid
 
@@ -99,10 +104,14 @@ def check_grid(grid: Grid, source: str = "the grid") -> None:
     """Raises ConfigError, one sentence, when arms cannot be told apart, stand on one that is not there, or are none at all."""
     if not grid.arm:
         raise ConfigError(f"There is nothing to compare in {source}: give arms in --grid FILE, or --vary key.path=value,value.")
+    if not all(arm.name.strip() for arm in grid.arm):
+        raise ConfigError(f"Every arm of {source} needs a name, which is its title and its folder.")
     if not grid.seeds or len(set(grid.seeds)) != len(grid.seeds):
         raise ConfigError(f"The seeds of {source} must be different whole numbers, one at least.")
     if grid.budget == "seconds" and not grid.amount:
         raise ConfigError(f"A budget of seconds in {source} needs the seconds of training that each run gets: give amount (--amount).")
+    if grid.budget == "seconds" and grid.cost:
+        raise ConfigError(f"A budget of seconds in {source} is counted in steps of the runs as they are: leave cost out.")
     seen = {slug(BASELINE): BASELINE}
     for arm in grid.arm:
         if slug(arm.name) in seen:
@@ -110,4 +119,7 @@ def check_grid(grid: Grid, source: str = "the grid") -> None:
         if arm.on not in seen.values():
             known = list(seen.values())
             raise ConfigError(f"Arm {arm.name!r} of {source} is on {arm.on!r}, which no arm above it is called{nearest(arm.on, known)}.")
+        for key in (change.partition("=")[0].strip() for change in arm.changes):
+            if key in FOLLOWS:
+                raise ConfigError(f"Arm {arm.name!r} of {source} sets {key}, which follows from {FOLLOWS[key]}.")
         seen[slug(arm.name)] = arm.name

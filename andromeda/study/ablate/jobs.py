@@ -16,6 +16,10 @@ from andromeda.study.ablate.grid import BASELINE, Arm, Grid, slug
 from andromeda.study.plan.parameters import count, skeleton
 from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
+from andromeda.train.run import open_data
+
+PLACES = ("data.corpus", "data.workers", "train.device")
+"""Keys that may differ between a kept run and its job: the data's fingerprint is compared instead of its path."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def _planned(source: str, changes: Sequence[str], arm: Arm, cost: Sequence[str])
             config = load(source, [*changes, f"train.eval_every={config.train.steps}"])
         check_training(config)
         find_device(config.train.device)
+        open_data(config)
         measured = load(source, [*changes, *cost])
         return Planned(arm, config, count(skeleton(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
@@ -93,8 +98,8 @@ def _paid(plan: Planned, kind: str, amount: float, seconds: float | None) -> Pla
 
 
 def jobs_of(planned: Sequence[Planned], seeds: Sequence[int], out: Path) -> list[Job]:
-    """All runs, seed by seed, so that whatever is finished is as even as can be."""
-    return [_job(plan, seed, out) for seed in seeds for plan in planned if plan.arm.train]
+    """All runs, arm by arm in the grid's order: a study that is cut off has whole rows for its first arms, not one seed of each."""
+    return [_job(plan, seed, out) for plan in planned if plan.arm.train for seed in seeds]
 
 
 def _job(plan: Planned, seed: int, out: Path) -> Job:
@@ -103,13 +108,19 @@ def _job(plan: Planned, seed: int, out: Path) -> Job:
 
 
 def refuse_other_runs(jobs: Sequence[Job]) -> None:
-    """Raises ConfigError when a run folder already holds another run than the job's."""
+    """Raises ConfigError when a run folder already holds another run than the job's, or one of other data."""
     for job in jobs:
         folder = RunFolder(job.folder)
         if not folder.exists:
             continue
         old, new = flatten(folder.config().model_dump()), flatten(job.config.model_dump())
-        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and key != "train.device")
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(PLACES))
         if differing:
             told = f"{differing[0]} was {old.get(differing[0])!r} and is now {new.get(differing[0])!r}"
             raise ConfigError(f"{job.folder} holds another run ({told}): give the old values, or another --out.")
+        before, now = folder.manifest().get("data"), open_data(job.config)[0].fingerprint
+        if before not in (None, now):
+            raise ConfigError(
+                f"{job.folder} was trained on other data (fingerprint {before[:12]}, now {now[:12]}): "
+                "bring the old corpus back, or give another --out."
+            )

@@ -30,6 +30,8 @@ from andromeda.study.ablate.table import markdown
 from andromeda.study.bench.record import record, save
 from andromeda.train.folder import RunFolder
 
+OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
+"""Files that a call leaves; no plot where no arm has an effect."""
 Say = Callable[[str, int, int], None]
 """Told of every finished piece: a sentence, how many are done, how many there are."""
 

@@ -65,9 +65,9 @@ def markdown(results: dict[str, Any]) -> str:
     text = [
         f"# {' '.join(results['configuration'])}",
         "",
-        f"Equal {results['budget']}, seeds {', '.join(map(str, results['seeds']))}, on {gpu or cpu}. "
+        f"Equal {results['budget']}{evenness(results)}, seeds {', '.join(map(str, results['seeds']))}, on {gpu or cpu}. "
         f"The baseline has {base['parameters']:,} parameters and takes {base['steps']:,} steps.",
-        "Effect is arm minus what it is compared with: below zero is better. Spread is the standard deviation of the differences.",
+        legend(results),
         "",
         *lines(head(results), (cells(row) for row in results["arms"])),
         "",
@@ -76,13 +76,37 @@ def markdown(results: dict[str, Any]) -> str:
     return "\n".join(text) + "\n"
 
 
+def evenness(results: dict[str, Any]) -> str:
+    """How far the budgets of arms with one share differ, as whole steps allow; empty where they do not."""
+    base = results["arms"][0].get("spent")
+    spent = [row["spent"] / row["share"] for row in results["arms"] if row["train"] and row.get("spent")]
+    if not base or not spent or (far := max(abs(each / base - 1) for each in spent)) < 5e-5:
+        return ""
+    return f" (to {100 * far:.2g} %, as whole steps allow)"
+
+
+def legend(results: dict[str, Any]) -> str:
+    """What the columns mean, and what a verdict claims."""
+    claims = sum(row["corrected_p"] is not None for row in results["arms"])
+    variance = "each arm's own variance" if results["spread"] == "own" else "a variance steadied by that of all arms (moderated t)"
+    words = [
+        "Effect is arm minus what it is compared with, run by run of one seed: below zero is better.",
+        "Spread is the standard deviation of these differences.",
+        f"Intervals and p are of a paired t-test with {variance}.",
+        f'"better" and "worse" hold at 5 % for all {claims} comparisons together (Holm); "perhaps" holds for that arm alone.',
+    ]
+    measured = f" on {', '.join(results['cost'])}" if results.get("cost") else ""
+    words += [f"Time and memory are a training step's{measured}, each arm alone."] * any(row["time_ratio"] for row in results["arms"])
+    return " ".join(words)
+
+
 def verdicts(results: dict[str, Any]) -> str:
     """The whole in words: which arms fall under which verdict."""
     groups: dict[str, list[str]] = {}
     for row in results["arms"][1:]:
         if row["verdict"]:
             groups.setdefault(row["verdict"], []).append(row["name"])
-    said = [f"{word[0].upper()}{word[1:]}: {', '.join(names)}." for word, names in sorted(groups.items())]
+    said = [f"{word[0].upper()}{word[1:]}: {'; '.join(names)}." for word, names in sorted(groups.items())]
     return " ".join(said) or "Nothing was trained."
 
 
