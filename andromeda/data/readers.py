@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -92,6 +93,9 @@ def _read_texts(unit: Unit, config: BuildConfig) -> Iterator[Found]:
     """Whole files, one document each."""
     for name, path in unit.files:
         try:
+            if os.path.getsize(path) > config.longest and not config.cut:  # known without having it in memory
+                yield Found(name, None, "too long")
+                continue
             content = Path(path).read_bytes()
         except OSError as error:
             yield Found(name, None, f"unreadable: {error.strerror}")
@@ -130,13 +134,14 @@ def _read_packed(unit: Unit, config: BuildConfig) -> Iterator[Found]:
         yield Found(name, None, f"unreadable: {type(error).__name__}")
 
 
-def zstd_decompressor() -> Any:
-    """Raises MissingExtra, so that a build asks for it before it starts."""
+def need_pyarrow(purpose: str) -> Any:
+    """pyarrow. Raises MissingExtra, so that a build asks for it before it starts."""
     try:
-        from zstandard import ZstdDecompressor
+        import pyarrow
+        import pyarrow.parquet
     except ImportError:
-        raise MissingExtra("zstandard", "data", "Reading .zst files") from None
-    return ZstdDecompressor()
+        raise MissingExtra("pyarrow", "data", purpose) from None
+    return pyarrow
 
 
 @contextmanager
@@ -145,8 +150,9 @@ def _unpacked(path: str) -> Iterator[IO[bytes]]:
         with gzip.open(path) as file:
             yield cast(IO[bytes], file)
         return
-    with open(path, "rb") as raw, zstd_decompressor().stream_reader(raw, read_across_frames=True) as reader:
-        yield io.BufferedReader(reader)
+    # zstandard's own reader takes a file that was cut off for one that ends there; Arrow's says so.
+    with need_pyarrow("Reading .zst files").input_stream(path, compression="zstd") as raw, io.BufferedReader(raw) as file:
+        yield file
 
 
 def _read_line(where: str, line: bytes, config: BuildConfig) -> Iterator[Found]:
@@ -186,11 +192,7 @@ def parquet_groups(path: str) -> list[int]:
 
 
 def _parquet(path: str) -> Any:
-    try:
-        from pyarrow.parquet import ParquetFile
-    except ImportError:
-        raise MissingExtra("pyarrow", "data", "Reading .parquet files") from None
-    return ParquetFile(path)
+    return need_pyarrow("Reading .parquet files").parquet.ParquetFile(path)
 
 
 def _read_parquet(unit: Unit, config: BuildConfig) -> Iterator[Found]:

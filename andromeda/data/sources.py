@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import sys
 import sysconfig
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ from typing import Any
 from andromeda.config.data import BuildConfig
 from andromeda.data.manifest import NAME as MANIFEST
 from andromeda.data.manifest import Manifest
-from andromeda.data.readers import KNOWN, TEXT, open_dataset, parquet_groups, zstd_decompressor
+from andromeda.data.readers import KNOWN, TEXT, need_pyarrow, open_dataset, parquet_groups
 from andromeda.errors import ConfigError, DataError, nearest
 
 UNIT_BYTES = 4 << 20
@@ -47,7 +48,7 @@ class Listing:
 
     units: list[Unit]
     ignored: int
-    """Files of a folder whose ending is not read."""
+    """Files of a folder whose ending is not read, and named pipes, sockets and devices, from which one could wait for ever."""
     inputs: str
     """sha256 of names, sizes and times: tells whether a source changed between two runs."""
 
@@ -103,7 +104,7 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], confi
     endings = [only] if only else [e if e.startswith(".") else f".{e}" for e in config.include] or [*KNOWN]
     files, ignored = [], 0
     for name, path in found:
-        if _ending(name) in endings:
+        if _ending(name) in endings and not _is_special(path):
             files.append((name, path))
         else:
             ignored += 1
@@ -126,6 +127,14 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], confi
             units += _flush(index, group, held)
             group, held = [], 0
     return Listing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
+
+
+def _is_special(path: str) -> bool:
+    """Whether this is neither a file nor, so that it is reported, a link to nowhere."""
+    try:
+        return not stat.S_ISREG(os.stat(path).st_mode)
+    except OSError:
+        return False
 
 
 def _stamp(digest: Any, name: str, path: str) -> int:
@@ -153,7 +162,7 @@ def _ranges(index: int, kind: str, name: str, path: str, size: int) -> list[Unit
         sizes = parquet_groups(path)
         return [Unit(index, kind, files, i, i + 1, held) for i, held in enumerate(sizes)]
     if name.lower().endswith(".zst"):
-        zstd_decompressor()
+        need_pyarrow("Reading .zst files")
     return [Unit(index, kind, files, size=size)]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import hashlib
 import json
+import os
 import random
 import shutil
 import subprocess
@@ -170,6 +171,7 @@ def mess(root: Path) -> Path:
     (folder / "copy.md").write_bytes(DOCUMENTS[3].encode())
     (folder / "other.jpg").write_bytes(b"\xff\xd8")
     (folder / "gone.py").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "pipe.txt")
     (folder / ".git").mkdir()
     (folder / ".git" / "config.txt").write_text("hidden")
     rows = [
@@ -203,13 +205,28 @@ def test_every_document_is_accounted_for(tmp_path: Path) -> None:
     assert skipped == {"bad JSON": 2, "binary": 1, "duplicate": 1, "empty": 2, "not UTF-8": 3}
     assert report.read == report.kept + sum(report.skipped.values())
     assert (again.read, again.kept, again.skipped) == (1, 0, {"duplicate": 1})
-    assert report.ignored_files == 1
+    assert report.ignored_files == 2  # the picture, and the pipe, on which reading would wait for ever
     assert report.bytes == sum(s.bytes for s in manifest.splits.values())
     assert report.tokens == sum(s.tokens for s in manifest.splits.values()) == report.bytes + report.kept
     log = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert len(log) == sum(report.skipped.values()) + 1
     assert {"source": str(folder), "where": "copy.md", "reason": "duplicate"} in log
     assert verify(tmp_path / "out") == manifest
+
+
+@pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
+def test_a_packed_file_that_was_cut_off_says_so(tmp_path: Path, ending: str, pack: Callable[[bytes], bytes]) -> None:
+    given = texts(400, seed=4)
+    packed = pack(lines(given))
+    path = tmp_path / f"a.jsonl{ending}"
+    for keep in (1, 20, len(packed) // 2, len(packed) - 20, len(packed) - 1):
+        path.write_bytes(packed[:keep])
+        *found, last = read_unit(Unit(0, "packed", (("a", str(path)),)), BuildConfig())
+        assert last.text is None
+        assert last.reason.startswith("unreadable")
+        whole = [f.text for f in found if f.text is not None]
+        assert whole == given[: len(whole)]
+        assert len(found) - len(whole) <= 1  # at most one line that is no longer JSON
 
 
 def test_lengths_are_bytes(tmp_path: Path) -> None:

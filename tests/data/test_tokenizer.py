@@ -6,6 +6,7 @@ import io
 import json
 import re
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import sentencepiece
@@ -14,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders.unigram import SPACE
+from andromeda.data.encoders.bpe import LONGEST_WORD
+from andromeda.data.encoders.unigram import SENTENCE, SPACE
 from andromeda.data.tokenizer import META, PROBE, Tokenizer, train_tokenizer
 from andromeda.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts
@@ -91,6 +93,15 @@ def test_bpe_agrees_with_its_library(trained: dict[str, Tokenizer], tmp_path: Pa
         ids = trained["bpe"].encode(text)
         assert ids == library.encode(text).ids
         assert trained["bpe"].decode(ids) == library.decode(ids)
+
+
+@pytest.mark.parametrize(("kind", "longest"), [("bpe", LONGEST_WORD), ("unigram", SENTENCE)])
+def test_an_unbroken_run_is_learned_from_like_its_pieces(kind: Literal["bpe", "unigram"], longest: int) -> None:
+    config = BuildConfig(tokenizer=kind, vocab_size=268)
+    run = "gattaca" * 100_000
+    pieces = [run[i : i + longest] for i in range(0, len(run), longest)]
+    whole, cut = (train_tokenizer(given, config) for given in ([run], pieces))
+    assert whole.fingerprint == cut.fingerprint
 
 
 def test_unigram_agrees_with_its_library(trained: dict[str, Tokenizer], tmp_path: Path) -> None:

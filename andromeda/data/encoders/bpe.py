@@ -8,6 +8,10 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
 from andromeda.errors import ConfigError, DataError
 
+LONGEST_WORD = 256
+"""Characters of a word that merges are learned from. The trainer's time grows with the square of a word's length, and an unbroken
+run of millions of letters (a genome, an encoded picture) would keep it busy for days."""
+
 
 def pattern(digits: int) -> str:
     """The regular expression that cuts text before merging; it matches every character, so nothing is lost.
@@ -90,7 +94,9 @@ def train(texts: Iterable[str], config: BuildConfig) -> BytePairs:
         )
     model = Tokenizer(models.BPE())
     cut = pre_tokenizers.Split(Regex(pattern(config.digits)), "isolated")
-    model.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    shorten = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    model.pre_tokenizer = pre_tokenizers.Sequence([cut, shorten, spell])
     model.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocab_size,
@@ -100,6 +106,7 @@ def train(texts: Iterable[str], config: BuildConfig) -> BytePairs:
         show_progress=False,
     )
     model.train_from_iterator(texts, trainer)
+    model.pre_tokenizer = pre_tokenizers.Sequence([cut, spell])
     size = model.get_vocab_size()
     if size < config.vocab_size:
         raise ConfigError(f"The text allows a bpe vocabulary of only {size}, not {config.vocab_size}: ask for {size} or give more text.")

@@ -15,6 +15,9 @@ SPACE = "\u2581"
 THREADS = 4
 """Fixed, because the trainer's sums depend on the number of threads and its result must not depend on the machine."""
 
+SENTENCE = 4096
+"""Characters that are trained on at once. The trainer's time grows with the square of a repetition's length, such as a run of spaces."""
+
 
 class Unigram:
     """A SentencePiece model with byte fallback; decoding goes through our own table, so it is exact."""
@@ -64,7 +67,7 @@ def train(texts: Iterable[str], config: BuildConfig) -> Unigram:
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(text.replace(SPACE, " ") for text in texts),
+            sentence_iterator=(text[i : i + SENTENCE].replace(SPACE, " ") for text in texts for i in range(0, len(text), SENTENCE)),
             model_writer=model,
             model_type="unigram",
             vocab_size=config.vocab_size,
