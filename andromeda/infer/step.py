@@ -16,7 +16,7 @@ from torch import Tensor
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.cache import Cache, Nothing
-from andromeda.model.rolling import RollingCache
+from andromeda.model.fixed import FixedCache
 
 Read = Callable[[Tensor, Tensor | None, Nothing], Tensor]
 """Logits (B, V) at the last of ids (B, T) with document numbers (B, T), after what a cache holds."""
@@ -76,12 +76,12 @@ class FixedStep:
         self._alive = torch.arange(rows, device=device)
         self._start(cache)
 
-    def _start(self, past: Cache | RollingCache) -> None:
+    def _start(self, past: Cache | FixedCache) -> None:
         """Make a cache with room for more, and go on from what `past` holds."""
         contents = past.contents()
         rows, length = contents.documents.shape
         self._room = min(self._most, max(ROOM, length))
-        self._cache = RollingCache(rows, length + self._room, self._ids.device)
+        self._cache = FixedCache(rows, length + self._room, self._ids.device)
         self._prepare()
         self._cache.load(contents)
 

@@ -54,7 +54,7 @@ class Attention(nn.Module):
 
     def pattern(self, ctx: Context) -> Pattern:
         """What this layer computes in this pass."""
-        return Pattern(self.scale, ctx.narrow(self.window), ctx.documents, ctx.bias.slopes, self.softcap)
+        return Pattern(self.scale, ctx.narrow(self.window), ctx.documents, ctx.bias.slopes, self.softcap, ctx.index)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv): what another mechanism does otherwise."""

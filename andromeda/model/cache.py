@@ -72,6 +72,8 @@ class Nothing:
     """The identity cache of a forward pass over whole sequences."""
 
     length: int | Tensor = 0
+    index: Tensor | None = None
+    """Where the token of a pass is kept among the keys, if not behind all others."""
 
     def __init__(self) -> None:
         self._state = State()

@@ -25,6 +25,8 @@ class Context:
     """What the part that is called remembers of earlier tokens; `at` sets the layer's own."""
     documents: tuple[Tensor, Tensor] | None = None
     """Document numbers of this pass's tokens (B, T) and of all keys (B, S); None is one document a row."""
+    index: Tensor | None = None
+    """Index of the one token of this pass among the keys, a number () on the device; None is the last."""
     values: tuple[Tensor | None, ...] = ()
     """Value embeddings of each layer (B, T, G, D), None where the model has none."""
     value: Tensor | None = None
@@ -46,5 +48,8 @@ class Context:
             return shifted
         own, keys = self.documents
         # Before the first token there are zeros already, so that those rows may compare as they like.
-        before = keys.roll(distance, 1)[:, -own.shape[1] :]
+        if self.index is None:
+            before = keys.roll(distance, 1)[:, -own.shape[1] :]
+        else:
+            before = keys.index_select(1, (self.index - distance).clamp(min=0).reshape(1))
         return shifted * (before == own)[..., None]

@@ -62,6 +62,7 @@ class Transformer(nn.Module):
             cache=cache,
             state=cache.state(-1),
             documents=None if documents is None or keys is None else (documents, keys),
+            index=cache.index,
             values=self.value_embedding(ids),
             window=window,
         )

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from andromeda.model.cache import Cache
-from andromeda.model.rolling import RollingCache
+from andromeda.model.fixed import FixedCache
 from andromeda.model.transformer import Transformer
 from tests.conformance.models import T, agree, ids
 
@@ -75,12 +75,12 @@ def rows_kept_in_a_cache_go_on_as_they_were(model: Transformer, full: Tensor) ->
 
 
 def a_cache_of_one_size_goes_on_where_another_ended(model: Transformer, full: Tensor) -> None:
-    cache, rolling = Cache(), RollingCache(2, T + 1, torch.device("cpu"))
+    cache, fixed = Cache(), FixedCache(2, T + 1, torch.device("cpu"))
     document = torch.zeros(2, 1, dtype=torch.long)
     model(ids()[:, :7], cache=cache, span=T)
-    model(ids()[:, :1], documents=document, cache=rolling, span=T)
-    rolling.load(cache.contents())
-    pieces = [model(ids()[:, t : t + 1], documents=document, cache=rolling, span=T) for t in range(7, T)]
+    model(ids()[:, :1], documents=document, cache=fixed, span=T)
+    fixed.load(cache.contents())
+    pieces = [model(ids()[:, t : t + 1], documents=document, cache=fixed, span=T) for t in range(7, T)]
     agree(torch.cat(pieces, 1), full[:, 7:])
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from andromeda.errors import DataError
 from andromeda.kernels.attention.memo import Memo
-from andromeda.kernels.attention.needs import FOLD, half_on_cuda, heads_of_eights
+from andromeda.kernels.attention.needs import FOLD, half_on_cuda, heads_of_eights, queries_last
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "fa4"
@@ -29,7 +29,7 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return FOLD
     if pattern.documents is not None and q.shape[1] != k.shape[1]:
         return "it takes documents only where queries are as many as keys"
-    if reason := half_on_cuda(q, capability=9):
+    if reason := queries_last(pattern) or half_on_cuda(q, capability=9):
         return reason
     widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
     if reason := heads_of_eights(q, v, widest):

@@ -15,6 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from andromeda.kernels.attention.blocks import block_mask
 from andromeda.kernels.attention.memo import Memo
+from andromeda.kernels.attention.needs import queries_last
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "flex"
@@ -23,7 +24,9 @@ _masks: Memo[BlockMask] = Memo(16)
 
 
 def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Any pattern; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
+    """Any pattern of queries at the end of the keys; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
+    if reason := queries_last(pattern):
+        return reason
     if q.device.type == "cpu":
         if torch.compiler.is_compiling():
             return "it cannot compile every pattern for a CPU"

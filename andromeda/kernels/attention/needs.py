@@ -12,8 +12,15 @@ HALF = (torch.bfloat16, torch.float16)
 FOLD = "it has no ALiBi slopes (alibi.fold = true needs none)"
 
 
+def queries_last(pattern: Pattern) -> str | None:
+    """Refusal of a query that does not stand at the last key."""
+    return None if pattern.index is None else "its queries must be the last of the keys"
+
+
 def only_causal(pattern: Pattern) -> str | None:
     """Refusal of everything but causal attention."""
+    if pattern.index is not None:
+        return queries_last(pattern)
     if pattern.window:
         return "it has no window"
     if pattern.documents is not None:

@@ -34,15 +34,18 @@ class Pattern:
     slopes: Tensor | None = None
     """ALiBi slope of each query head (H,), in float32 or wider; None is no bias."""
     softcap: float = 0.0
+    index: Tensor | None = None
+    """Index of the one query among the keys, a number () on the device, where it is not that of the last: a cache of one size may have
+    room behind it, which is not seen."""
 
     @property
     def plain(self) -> bool:
         """Causal and nothing else, as any attention kernel can compute it."""
-        return not self.window and self.documents is None and self.slopes is None and not self.softcap
+        return not self.window and self.documents is None and self.slopes is None and not self.softcap and self.index is None
 
     def distance(self, T: int, S: int, device: torch.device) -> Tensor:
         """Distance of each query to each key (T, S), negative for keys to come."""
-        queries_T = torch.arange(S - T, S, device=device)
+        queries_T = torch.arange(S - T, S, device=device) if self.index is None else self.index.reshape(1)
         return queries_T[:, None] - torch.arange(S, device=device)
 
     def visible(self, T: int, S: int, device: torch.device) -> Tensor:
@@ -67,7 +70,7 @@ class Pattern:
 
         A window that then covers every key is no window, so that decoding one token in a window is plain attention.
         """
-        if not self.window:
+        if not self.window or self.index is not None:
             return self, 0
         first = max(0, S - T - self.window + 1)
         documents = self.documents and (self.documents[0], self.documents[1][:, first:])

@@ -1,0 +1,116 @@
+"""Every Triton kernel compiles for Hopper at the sizes of real models, with all its values in registers. Needs Triton, but no GPU.
+
+The launchers run on tensors without contents, so that sizes cost no memory, under a stand-in for Triton's driver that names the
+target. NVIDIA's cuobjdump, which comes with Triton, reads from the machine code what a thread keeps in local memory: a stack
+or spilled registers, which would cost a kernel that only moves memory much of its speed.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+triton = pytest.importorskip("triton")
+
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.runtime import driver, jit  # noqa: E402
+
+from andromeda.kernels.device import cross_entropy, decode, embedding, fp8, qk  # noqa: E402
+from tests.kernels import interpreted  # noqa: E402
+
+pytestmark = pytest.mark.skipif(interpreted.INTERPRETED, reason="the interpreter compiles nothing")
+
+LARGEST_GRID = 2**31 - 1
+CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+
+
+class Hopper:
+    """What the compiler asks a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
+    """The number of programs and the compiled kernel of every launch."""
+    real = jit.JITFunction.run
+    found: list[tuple[int, Any]] = []
+
+    def run(self: Any, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        kernel = real(self, *args, grid=grid, warmup=True, **options)
+        found.append((grid[0], kernel))
+        return kernel
+
+    monkeypatch.setattr(jit.JITFunction, "run", run)
+    monkeypatch.setattr(driver, "_active", Hopper())
+    return found
+
+
+def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def loss(tokens: int, vocabulary: int, softcap: float) -> None:
+    cross_entropy.rows(empty(tokens, vocabulary), empty(tokens, dtype=torch.long), softcap, 1e-4, True, -100)
+
+
+def table(tokens: int, width: int, parts: int, dtype: torch.dtype) -> None:
+    dys = [empty(tokens, width // parts) for _ in range(parts)]
+    embedding.table_gradient(empty(tokens, dtype=torch.long), dys, 50304, dtype)
+
+
+def heads(tokens: int, H: int, G: int, D: int, norm: str, layout: str, turned: int, fold: bool = False) -> None:
+    raw = [empty(1, tokens, count * D).unflatten(-1, (count, D)) for count in (H, G)]
+    tables = [empty(1, tokens, 1, turned // 2, dtype=torch.float32) for _ in range(4)]
+    tails = [empty(H), empty(tokens, 4, dtype=torch.long)] if fold else []
+    scales = (empty(H, D, dtype=torch.float32), empty(G, D, dtype=torch.float32)) if norm == "l2" else (None, None)
+    prepared = qk.forward((raw[0], raw[1]), scales, tables, tails, norm, layout)
+    qk.backward(prepared, raw, scales, tables, norm, layout, D)
+
+
+def one_query(rows: int, keys: int, H: int, G: int, D: int, numbered: bool) -> None:
+    documents = (empty(rows, 1, dtype=torch.long), empty(rows, keys, dtype=torch.long)) if numbered else None
+    decode.attend(empty(rows, 1, H, D), empty(rows, keys, G, D), empty(rows, keys, G, D), 0.1, 0, documents, None, 0.0)
+
+
+WORKS: dict[str, Callable[[], None]] = {
+    "loss": lambda: loss(32768, 50432, 0.0),
+    "loss, soft cap": lambda: loss(65536, 50304, 15.0),
+    "table of value embeddings": lambda: table(65536, 9216, 1, torch.bfloat16),
+    "table of value embeddings, by layers": lambda: table(65536, 9216, 12, torch.float32),
+    "activation in 8 bits": lambda: fp8.activate_quantise(empty(200_000, 10240), "gelu", 448.0) and None,
+    "activation in 8 bits, gated width": lambda: fp8.activate_quantise(empty(32768, 4224), "relu2", 448.0) and None,
+    "heads, folded ALiBi": lambda: heads(200_000, 24, 1, 124, "l2", "interleaved", 62, fold=True),
+    "heads, xPos": lambda: heads(32768, 24, 1, 128, "l2", "interleaved", 64),
+    "heads, RoPE": lambda: heads(32768, 16, 4, 64, "rms", "half", 64),
+    "one query": lambda: one_query(1, 32768 + 256, 24, 1, 128, numbered=True),
+    "one query, grouped heads": lambda: one_query(8, 8192, 16, 4, 64, numbered=False),
+}
+
+
+@pytest.mark.parametrize("work", WORKS.values(), ids=WORKS)
+def test_a_kernel_fits_into_registers(work: Callable[[], None], launched: list[tuple[int, Any]], tmp_path: Path) -> None:
+    work()
+    assert launched
+    for programs, kernel in launched:
+        assert 0 < programs <= LARGEST_GRID
+        file = tmp_path / "kernel.cubin"
+        file.write_bytes(kernel.asm["cubin"])
+        report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
+        registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+        assert registers <= 255
+        assert (stack, local) == (0, 0), report
