@@ -11,13 +11,18 @@ import typer
 def extend(
     run: Annotated[Path, typer.Argument(help="The run folder of a trained model; it is only read.")],
     overrides: Annotated[list[str] | None, typer.Argument(help="Changes of the continued training: key.path=value.")] = None,
-    to: Annotated[int, typer.Option(min=0, help="Tokens of the new context.")] = 0,
+    to: Annotated[int | None, typer.Option(min=1, help="Tokens of the new context; must be given.")] = None,
     method: Annotated[str, typer.Option(help="yarn, ntk, pi, dynamic-ntk, alibi-scale, none, several with commas, or all.")] = "yarn",
     steps: Annotated[int, typer.Option(min=0, help="Steps of continued training; 0 only measures.")] = 100,
     rate: Annotated[float, typer.Option(help="Learning rates, as a share of the old run's.")] = 0.1,
     out: Annotated[Path | None, typer.Option(help="The new run folder, or the folder of several; beside the old one by default.")] = None,
     samples: Annotated[int, typer.Option(min=1, help="Held-out windows that are measured.")] = 16,
-    tail: Annotated[int, typer.Option(min=1, help="Targets of each window that are scored at every context length.")] = 256,
+    tail: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Targets of each window that are scored at every context length; 256, or half the trained context if less."
+        ),
+    ] = None,
     held_out: Annotated[str, typer.Option(help="Corpus whose held-out text is measured; the run's own by default.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; short for train.device=.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print what was measured as JSON.")] = False,
@@ -31,14 +36,14 @@ def extend(
     if not to:
         raise ConfigError("Say how far to extend, such as --to 65536.")
     from andromeda.cli.tables import show
-    from andromeda.study.extend.book import table
+    from andromeda.study.extend.book import table, verdicts
     from andromeda.study.extend.plan import Wishes
     from andromeda.study.extend.plot import draw
     from andromeda.study.extend.run import extend as work
     from andromeda.train.screen import Silent, build_screen
 
     changes = [*(overrides or []), *([f"train.device={device}"] if device else [])]
-    wishes = Wishes(str(run), to, steps, rate, tuple(changes), samples, tail, held_out)
+    wishes = Wishes(str(run), to, steps, rate, tuple(changes), samples, tail or 0, held_out)
     name = "extended" if "," in method or method == "all" else method
     folder = out or run.parent / f"{run.name}-{name}-{to}"
 
@@ -55,4 +60,6 @@ def extend(
         return
     columns, rows = table(ended.values)
     show(f"Loss of the same held-out targets (nats a token), trained at {ended.values['trained']:,}", columns, rows, range(1, len(columns)))
+    print("The same targets, with their whole new context against the length that was trained (mean over windows and its standard error):")
+    print("\n".join(f"  {line}" for line in verdicts(ended.values)))
     note(f"{folder}: extension.json, {', '.join(path.name for path in plots)}")

@@ -191,6 +191,7 @@ def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert deep["time_ratio"] == pytest.approx(deep["cost"]["step_seconds"] / base["cost"]["step_seconds"])  # batches are equal
     assert deep["memory_ratio"] == pytest.approx(deep["cost"]["peak_bytes"] / base["cost"]["peak_bytes"])
     assert (base["time_ratio"], base["cost"]["tokens"]) == (None, 64)
+    assert deep["size_ratio"] == deep["parameters"] / base["parameters"] > 1
     assert deep["parameters"] > base["parameters"]
     assert not (tmp_path / "out" / "baseline-s0" / "checkpoints").exists()
     assert page([results], "").count("| depth=4 | baseline |") == 1
@@ -285,7 +286,7 @@ def row(name: str, losses: list[float | None], **others: Any) -> dict[str, Any]:
         **{"name": name, "on": "baseline", "label": "A6", "share": 1.0, "train": True, "steps": 10, "parameters": 1_500_000},
         **{"mean": sum(finite) / len(finite) if finite else None, "deviation": 0.1, "spent": 100.0, "runs": runs},
         **{"effect": {"mean": -0.5, "low": -0.6, "high": -0.4, "spread": 0.1, "p": 0.01}, "corrected_p": 0.02, "verdict": "better"},
-        **{"cost": None, "time_ratio": None, "memory_ratio": None},
+        **{"cost": None, "time_ratio": None, "memory_ratio": None, "size_ratio": 1.0},
         **others,
     }
 

@@ -74,13 +74,20 @@ def figures(of: Mapping[int, Outcome], metric: str) -> Losses:
 def results(planned: Sequence[Planned], runs: Runs, costs: Mapping[str, Cost], grid: Grid) -> dict[str, Any]:
     """Everything about a comparison in plain values, for results.json."""
     compared = compare(planned, runs, grid)
+    sizes = {plan.arm.name: plan.parameters for plan in planned}
     return {
         "budget": grid.budget,
         "metric": grid.metric,
         "spread": grid.spread,
         "cost": list(grid.cost),
         "seeds": list(grid.seeds),
-        "arms": [_row(plan, runs.get(plan.arm.name, {}), costs, compared.get(plan.arm.name), grid) for plan in planned],
+        "arms": [
+            {
+                **_row(plan, runs.get(plan.arm.name, {}), costs, compared.get(plan.arm.name), grid),
+                "size_ratio": plan.parameters / sizes[plan.arm.on] if plan.arm.on else None,
+            }
+            for plan in planned
+        ],
     }
 
 

@@ -90,7 +90,7 @@ def _cells(plain: Row, clipped: Row) -> list[str]:
     shown = cells(clipped)
     steps = reached(clipped, plain["mean"]) if plain["mean"] is not None else None
     met = DASH if plain["mean"] is None else f"{steps:.0f} of {clipped['steps']}" if steps else "not reached"
-    return [rate(plain), _state(plain), _state(clipped), shown[3], shown[4], shown[10], met]
+    return [rate(plain), _state(plain), _state(clipped), shown[3], shown[4], clipped["verdict"], met]
 
 
 def _state(row: Row) -> str:

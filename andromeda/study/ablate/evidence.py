@@ -38,7 +38,20 @@ ROWS = {
     "A21": "Exchangeable attention",
 }
 READING = Path("benchmarks/evidence/reading.md")
-HEAD = ("arm", "compared with", "{metric} (runs)", "effect", "95 % interval", "spread", "p", "p (Holm)", "time", "memory", "verdict")
+HEAD = (
+    "arm",
+    "compared with",
+    "{metric} (runs)",
+    "effect",
+    "95 % interval",
+    "spread",
+    "p",
+    "p (Holm)",
+    "time",
+    "memory",
+    "weights",
+    "verdict",
+)
 
 
 def page(every: Sequence[dict[str, Any]], reading: str) -> str:
@@ -127,7 +140,7 @@ def _equal_loss(results: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from lines(
         ("share of the steps", "mean loss (runs)", "effect", "95 % interval", "verdict"),
-        ([f"{100 * row['share']:g} %", mean(row), *cells(row)[3:5], cells(row)[10]] for row in rows),
+        ([f"{100 * row['share']:g} %", mean(row), *cells(row)[3:5], row["verdict"]] for row in rows),
     )
     yield ""
 

@@ -76,7 +76,7 @@ def ablate(source: str, changes: Sequence[str], grid: Grid, settings: Settings, 
         refuse_other_runs(jobs_of(planned, grid.seeds, out))
     folder = _claim(out)
     try:
-        costs = _costs(planned, settings, say)
+        costs = _costs(planned, settings, began, say)
         if grid.budget == "seconds":
             planned = with_budget(planned, grid, {name: cost.step_seconds for name, cost in costs.items()})
         jobs = jobs_of(planned, grid.seeds, out)
@@ -139,8 +139,8 @@ def _train(jobs: Sequence[Job], planned: Sequence[Planned], settings: Settings, 
     return _Trained(slots, failures)
 
 
-def _costs(planned: Sequence[Planned], settings: Settings, say: Say) -> dict[str, Cost]:
-    """Time and memory of each arm, measured one after the other; kept, so that another call need not."""
+def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> dict[str, Cost]:
+    """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
     path = settings.out / "costs.json"
     known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     place = environments(planned[0].config.train.device, 1)[0]
@@ -152,6 +152,9 @@ def _costs(planned: Sequence[Planned], settings: Settings, say: Say) -> dict[str
             name, mark = plan.arm.name, _mark(plan)
             if known.get(name, {}).get("of") == mark:
                 continue
+            if settings.limit and time.monotonic() - began > settings.limit:
+                say("no time was left for the other costs", number, len(planned))
+                break
             answer = worker.ask({"do": "cost", "config": plan.measured.model_dump(mode="json"), "steps": settings.cost_steps})
             if "CUDA_VISIBLE_DEVICES" not in place:
                 worker.close()  # the most that a process ever held is known only of a process of its own

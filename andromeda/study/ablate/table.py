@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-HEAD = ("arm", "on", "{metric}", "effect", "95 % interval", "spread", "p", "p (Holm)", "time", "memory", "verdict")
+HEAD = ("arm", "on", "{metric}", "effect", "95 % interval", "spread", "p", "p (Holm)", "time", "memory", "weights", "verdict")
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 DASH = "–"  # noqa: RUF001 - a dash that stands for nothing
 
@@ -30,6 +30,7 @@ def cells(row: dict[str, Any]) -> list[str]:
         probability(row["corrected_p"]),
         ratio(row["time_ratio"]),
         ratio(row["memory_ratio"]),
+        ratio(row["size_ratio"]),
         row["verdict"] or DASH,
     ]
 

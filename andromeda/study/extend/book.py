@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ from andromeda.errors import CheckpointError, ConfigError
 NAME = "extension.json"
 UNSTRETCHED = "before"
 STAGES = ("untrained", "after")
-FORMAT = 1
+FORMAT = 2
 
 
 class Book:
@@ -73,6 +75,32 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         rows.append([name, *cells])
     retrieved = ["retrieval"] if any(each.get("retrieval") for _, each in kept) else []
     return ["positions", *(f"{n:,}" for n in lengths), *retrieved], rows
+
+
+def verdicts(values: dict[str, Any]) -> list[str]:
+    """For each method's last stage: the same targets with the whole new context, against as much text as was trained."""
+    trained = values["trained"]
+    said = []
+    for method, stages in values["methods"].items():
+        stage = "after" if "after" in stages else "untrained"
+        each = stages[stage]["context"]
+        if trained not in each["context"]:
+            continue
+        longest = each["context"][-1]
+        near, far = each["windows"][each["context"].index(trained)], each["windows"][-1]
+        change, error = difference(near, far)
+        spread = "" if error is None else f" ± {error:.4f}"
+        said.append(
+            f"{method}, {'trained' if stage == 'after' else stage}: {change:+.4f}{spread} nats from {trained:,} to {longest:,} tokens"
+        )
+    return said
+
+
+def difference(before: list[float], after: list[float]) -> tuple[float, float | None]:
+    """Mean change from window to window, and its standard error; None with one window."""
+    each = [b - a for a, b in zip(before, after, strict=True)]
+    error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
+    return statistics.fmean(each), error
 
 
 def mean(retrieval: dict[str, Any]) -> float:

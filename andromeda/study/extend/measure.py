@@ -98,12 +98,13 @@ def measure(
 
 
 def by_context(nats: dict[int, Tensor]) -> dict[str, Any]:
-    """Mean and standard error, over windows, of the same targets' nats (n, tail) at each length."""
+    """Mean and standard error, over windows, of the same targets' nats (n, tail) at each length; and each window's own mean."""
     means = {length: each.mean(1) for length, each in nats.items()}
     return {
         "context": list(nats),
         "nats": [float(each.mean()) for each in means.values()],
         "error": [float(each.std() / math.sqrt(len(each))) if len(each) > 1 else None for each in means.values()],
+        "windows": [each.tolist() for each in means.values()],
         "tokens": next(iter(nats.values())).numel(),
     }
 

@@ -16,6 +16,10 @@ BESIDE_MUON = {"embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.04}
 """What a 0 in these keys stands for beside Muon (andromeda/optim/build.py)."""
 
 
+TAIL = 256
+"""Scored targets where the trained context has room for them."""
+
+
 @dataclass(frozen=True)
 class Wishes:
     """What a user asks for, the method excepted."""
@@ -31,8 +35,8 @@ class Wishes:
     overrides: tuple[str, ...] = ()
     samples: int = 16
     """Held-out windows that are measured."""
-    tail: int = 256
-    """Targets of each window that are scored at every context length."""
+    tail: int = 0
+    """Targets of each window that are scored at every context length; 0 is 256, or half the trained context if that is less."""
     held_out: str = ""
     """Corpus whose held-out text is measured; empty is the run's own."""
 
@@ -59,6 +63,14 @@ def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
         raise ConfigError(f"model.context={config.model.context} contradicts --to {wishes.to}: leave the override out.")
     check_training(config)
     return config
+
+
+def scored(old: RunConfig, wishes: Wishes) -> int:
+    """Targets of each window that are scored. Raises ConfigError when the trained context has no room for them."""
+    trained = trained_context(old)
+    if wishes.tail > trained:
+        raise ConfigError(f"--tail {wishes.tail} is more than the {trained} tokens that the run was trained on: give {trained} at most.")
+    return wishes.tail or max(1, min(TAIL, trained // 2))
 
 
 def unstretched(old: RunConfig, wishes: Wishes) -> RunConfig:

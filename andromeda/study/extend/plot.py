@@ -52,18 +52,18 @@ def _context(axes: Any, values: dict[str, Any]) -> None:
     _dress(
         axes, values, "tokens of context", "loss of the same targets (nats)", [n for *_, e in curves(values) for n in e["context"]["nats"]]
     )
-    lengths = sorted({n for *_, e in curves(values) for n in e["context"]["context"]})
-    axes.set_xticks(lengths, [_short(n) for n in lengths])
-    axes.minorticks_off()
+    _name_lengths(axes, {n for *_, e in curves(values) for n in e["context"]["context"]})
 
 
 def _position(axes: Any, values: dict[str, Any]) -> None:
     for _, style, each in curves(values):
         edges = each["position"]["edges"]
         middles = [math.sqrt(max(low, 1) * high) for low, high in itertools.pairwise(edges)]
-        axes.plot(middles, each["position"]["nats"], **style)
+        axes.plot(middles, each["position"]["nats"], linewidth=1, **style)
     late = [n for *_, e in curves(values) for n, end in zip(e["position"]["nats"], e["position"]["edges"][1:], strict=True) if end > 64]
     _dress(axes, values, "position in the row", "loss at that position (nats)", late)
+    furthest = max(e["position"]["edges"][-1] for *_, e in curves(values))
+    _name_lengths(axes, {16 << i for i in range(0, 40, 2) if 16 << i < 0.7 * furthest} | {furthest})
 
 
 def _retrieval(axes: Any, values: dict[str, Any]) -> None:
@@ -73,9 +73,7 @@ def _retrieval(axes: Any, values: dict[str, Any]) -> None:
             axes.plot(found["lengths"], [100 * sum(one) / len(one) for one in found["accuracy"]], marker=".", **style)
     axes.set(ylim=(-3, 103))
     _dress(axes, values, "tokens of context", "notes retrieved (%)", [])
-    lengths = sorted({n for *_, e in curves(values) if e.get("retrieval") for n in e["retrieval"]["lengths"]})
-    axes.set_xticks(lengths, [_short(n) for n in lengths])
-    axes.minorticks_off()
+    _name_lengths(axes, {n for *_, e in curves(values) if e.get("retrieval") for n in e["retrieval"]["lengths"]})
 
 
 def _retrievals(values: dict[str, Any]) -> bool:
@@ -91,6 +89,11 @@ def _dress(axes: Any, values: dict[str, Any], x: str, y: str, losses: list[float
     finite = [n for n in losses if n is not None and math.isfinite(n)]
     if finite and max(finite) > CEILING * min(finite):
         axes.set_ylim(0.96 * min(finite), CEILING * min(finite))
+
+
+def _name_lengths(axes: Any, lengths: set[int]) -> None:
+    axes.set_xticks(sorted(lengths), [_short(n) for n in sorted(lengths)])
+    axes.minorticks_off()
 
 
 def _short(tokens: int) -> str:

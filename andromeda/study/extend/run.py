@@ -22,10 +22,10 @@ from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import CheckpointError, ConfigError
 from andromeda.model.transformer import Transformer
 from andromeda.study.extend import needles
-from andromeda.study.extend.book import UNSTRETCHED, Book
+from andromeda.study.extend.book import NAME, UNSTRETCHED, Book
 from andromeda.study.extend.measure import context_lengths, held_out_tokens, measure, windows
 from andromeda.study.extend.methods import chosen, trained_context
-from andromeda.study.extend.plan import Wishes, configure, unstretched
+from andromeda.study.extend.plan import Wishes, configure, scored, unstretched
 from andromeda.train import checkpoint
 from andromeda.train.device import find_device
 from andromeda.train.ema import build_average
@@ -62,7 +62,11 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
     configs = {name: configure(old, wishes, name) for name in methods}
     if out.resolve() == Path(wishes.run).resolve():
         raise ConfigError(f"--out {out} is the run itself, which is never changed: give another folder.")
+    _refuse_other_run(out)
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
+    for config in configs.values():
+        with torch.device("meta"):
+            load_model(Transformer(config.model), weights)  # copies nothing, and raises where the shapes differ
     sample = _Sample(old, wishes, next(iter(configs.values())))
     _make(out)
     book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old)})
@@ -136,11 +140,11 @@ class _Sample:
         data = config.data
         if wishes.held_out:
             data = data.model_copy(update={"corpus": wishes.held_out, "sources": ()})
-        self._device, self._tail = find_device(config.train.device), wishes.tail
+        self._device, self._tail = find_device(config.train.device), scored(old, wishes)
         self._precision: Precision = build_precision("auto" if config.train.precision == "fp8" else config.train.precision, self._device)
         tokens = held_out_tokens(data, config.seed)
-        self._rows = windows(tokens, wishes.to, wishes.samples, wishes.tail)
-        self.lengths = context_lengths(trained_context(old), wishes.to, wishes.tail)
+        self._rows = windows(tokens, wishes.to, wishes.samples, self._tail)
+        self.lengths = context_lengths(trained_context(old), wishes.to, self._tail)
         tokenizer = open_stream(data, 1, config.seed, "val").tokenizer
         self._questions = _questions(tokenizer, tokens, self.lengths, wishes.samples, config.seed) if tokenizer else {}
 
@@ -179,7 +183,7 @@ def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: i
 
 def _unstretched(old: RunConfig, wishes: Wishes) -> tuple[RunConfig, list[int]]:
     """The old model's configuration, and the lengths that it can be measured at."""
-    lengths = context_lengths(trained_context(old), wishes.to, wishes.tail)
+    lengths = context_lengths(trained_context(old), wishes.to, scored(old, wishes))
     try:
         return unstretched(old, wishes), lengths
     except ConfigError:
@@ -192,6 +196,11 @@ def _old(wishes: Wishes) -> RunConfig:
     if not folder.exists:
         raise CheckpointError(f"{wishes.run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     return load(str(folder.path))
+
+
+def _refuse_other_run(out: Path) -> None:
+    if RunFolder(out).exists and not (out / NAME).exists():
+        raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
 
 
 def _make(out: Path) -> None:

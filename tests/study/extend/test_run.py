@@ -9,14 +9,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from scipy import stats
 
 from andromeda.cli.main import main
-from andromeda.config.load import dumps
-from andromeda.study.extend.book import Book, table
-from andromeda.study.extend.plan import Wishes
+from andromeda.config.load import dumps, load
+from andromeda.study.extend.book import Book, difference, table, verdicts
+from andromeda.study.extend.plan import Wishes, scored
 from andromeda.study.extend.run import extend
 from andromeda.train.screen import Silent
 
@@ -176,6 +178,9 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
         (["{old}", "train.sequense=64", "--to", "64"], "did you mean"),
         (["{old}", "--to", "64", "--held-out", "{tmp}/none"], "There is no corpus"),
         (["{old}", "--to", "64", "--samples", "0"], "--samples"),
+        (["{old}", "--to", "64", "--tail", "33"], "more than the 32 tokens that the run was trained on"),
+        (["{old}", "--to", "0"], "--to"),
+        (["{old}", "model.width=32", "--to", "64"], "of another model"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
@@ -190,6 +195,32 @@ def test_a_mistake_is_one_sentence_and_leaves_nothing(
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
     assert files(old) == before
+
+
+def test_the_folder_of_another_run_stays_as_it_is(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(old, tmp_path / "other")
+    before = files(tmp_path / "other")
+    assert call("extend", str(old), "--to", "64", "--out", str(tmp_path / "other")) == 2
+    assert "holds a run that is no extension" in capsys.readouterr().err
+    assert files(tmp_path / "other") == before
+
+
+def test_the_change_from_the_trained_length_is_paired_by_windows(extended: Any) -> None:
+    near, far = [2.0, 3.0, 5.0], [2.5, 3.1, 5.6]
+    change, error = difference(near, far)
+    assert (change, error) == pytest.approx((0.4, stats.sem([0.5, 0.1, 0.6])))
+    assert difference([1.0], [3.0]) == (2.0, None)
+    found = extended[1]["methods"]["pi"]["after"]["context"]
+    assert np.mean(found["windows"], axis=1) == pytest.approx(found["nats"])
+    told = verdicts(extended[1])
+    assert told[0].startswith(f"pi, trained: {found['nats'][3] - found['nats'][1]:+.4f} ± ")
+    assert told[0].endswith("nats from 32 to 96 tokens")
+
+
+def test_by_default_the_scored_targets_fit_the_trained_context(old: Path) -> None:
+    config = load(str(old))
+    assert scored(config, Wishes(str(old), 64)) == 16
+    assert scored(config.model_copy(update={"train": config.train.model_copy(update={"sequence": 2048})}), Wishes(str(old), 4096)) == 256
 
 
 def test_another_extension_in_the_folder_is_refused(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
