@@ -13,6 +13,8 @@ from andromeda.errors import RequestError
 if TYPE_CHECKING:
     from andromeda.evaluate.result import Result
 
+MOST_DEPTHS = 1000
+
 
 def evaluate(
     run: Annotated[Path, typer.Argument(help="A run folder.")],
@@ -21,7 +23,7 @@ def evaluate(
     corpus: Annotated[str, typer.Option(help="Where the run's corpus lies now.")] = "",
     file: Annotated[str, typer.Option(help="Questions, one JSON object a line (fewshot, gsm8k).")] = "",
     lengths: Annotated[str, typer.Option(help="Tokens of context, such as 2048,4096.")] = "",
-    depths: Annotated[int | None, typer.Option(help="How many depths a needle is put at (5).")] = None,
+    depths: Annotated[str, typer.Option(help="Where evidence is put: how many places (5), or places such as 0,0.25,1.")] = "",
     samples: Annotated[int | None, typer.Option(help="Problems a cell, windows, places or questions.")] = None,
     shots: Annotated[int | None, typer.Option(help="Solved examples before each question (fewshot, gsm8k, harness).")] = None,
     seed: Annotated[int, typer.Option(help="Problems are drawn from it.")] = 0,
@@ -40,15 +42,17 @@ def evaluate(
     """Measure a trained model: loss, use of context, retrieval, reasoning. Each result is kept with the hashes of weights and data."""
     from andromeda.evaluate.options import options
 
-    wishes: dict[str, Any] = {"text": text, "corpus": corpus, "file": file, "depths": depths, "samples": samples, "shots": shots}
+    wishes: dict[str, Any] = {"text": text, "corpus": corpus, "file": file, "samples": samples, "shots": shots}
     wishes |= {"seed": seed, "style": style, "stride": stride, "beyond": beyond, "include": include}
-    chosen = options(**wishes, lengths=_lengths(lengths), tasks=tuple(task or ()))
+    chosen = options(**wishes, lengths=_lengths(lengths), depths=_depths(depths), tasks=tuple(task or ()))
 
     from andromeda.cli.data import progress
+    from andromeda.evaluate.result import check_place
     from andromeda.evaluate.run import check_names, each
     from andromeda.evaluate.subject import open_subject
 
     check_names(tasks or [])
+    check_place(out or run)
     subject = open_subject(run, step=step, average=ema, device=device, dtype=dtype)
     with progress() as report:
         for result in each(subject, tasks or [], chosen, report, _skip):
@@ -61,6 +65,19 @@ def _lengths(given: str) -> tuple[int, ...]:
         return tuple(int(word) for word in given.split(",")) if given else ()
     except ValueError:
         raise RequestError(f"--lengths must be whole numbers with commas between them, not {given!r}.") from None
+
+
+def _depths(given: str) -> tuple[float, ...]:
+    from andromeda.evaluate.on_retrieval import evenly
+
+    if given.isdigit():
+        if not 0 < int(given) <= MOST_DEPTHS:
+            raise RequestError(f"--depths must be a number of places from 1 to {MOST_DEPTHS}, not {given}.")
+        return evenly(int(given))
+    try:
+        return tuple(float(word) for word in given.split(",")) if given else ()
+    except ValueError:
+        raise RequestError(f"--depths must be a number of places, or places from 0 to 1 with commas between them, not {given!r}.") from None
 
 
 def _skip(sentence: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from itertools import chain
 from pathlib import Path
 from typing import Annotated
 
@@ -22,27 +23,26 @@ def verify(
     from andromeda.cli.tables import show
     from andromeda.errors import CheckpointError
     from andromeda.evaluate import verify as checking
+    from andromeda.evaluate.repeat import repeat as repeating
     from andromeda.train.folder import RunFolder
 
     if not RunFolder(run).exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     places = checking.Places(corpus, files)
     checks = []
-    with progress() as report:
-        for check in checking.verify(run, places, device, report):
+    with progress() as report, tempfile.TemporaryDirectory() as place:
+        again = repeating(run, Path(place) / "run", places, report) if repeat else ()
+        for check in chain(checking.verify(run, places, device, report), again):
             checks.append(check)
             if as_json:
                 print(checking.as_json(check), flush=True)
-        if repeat:
-            with tempfile.TemporaryDirectory() as place:
-                checks.append(checking.repeat(run, Path(place) / "run", places, report))
-            if as_json:
-                print(checking.as_json(checks[-1]), flush=True)
+    wrong = sum(not check.agrees for check in checks)
     if not as_json:
         rows = [
             [c.what, c.stored, c.new, "" if c.difference is None else f"{c.difference:.1e}", "agrees" if c.agrees else "DIFFERS", c.note]
             for c in checks
         ]
         show(f"{run}: what it says, and what is found", ("", "stored", "new", "difference", "verdict", ""), rows, right=(1, 2, 3))
-    if not all(check.agrees for check in checks):
+        print(f"{wrong} of {len(checks)} checks do not agree." if wrong else f"All {len(checks)} checks agree.")
+    if wrong:
         raise typer.Exit(1)

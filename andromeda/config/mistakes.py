@@ -65,7 +65,9 @@ def unknown(path: str, known: Sequence[str]) -> str:
 
 def _clause(finding: Any, prefix: str, spelled: Mapping[str, str], known: Sequence[str]) -> str:
     path = _path(finding["loc"], prefix)
-    name, kind, context, value = spelled.get(path, path), finding["type"], finding.get("ctx", {}), finding["input"]
+    # Who gave a list by one name knows no numbers of its items.
+    name = spelled.get(path) or spelled.get(re.sub(r"\[\d+\]$", "", path)) or path
+    kind, context, value = finding["type"], finding.get("ctx", {}), finding["input"]
     if kind == "extra_forbidden":
         return unknown(path, known)
     if kind == "missing":

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+import torch
+
+from andromeda.config.data import DataConfig
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Relative difference of losses that rounding explains."""
 SHARES = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
 """Absolute difference of shares: decisions between two nearly equal answers may fall otherwise."""
+
+MOST_THREADS = 1024
+"""More than any machine has: a number that was made up is not tried."""
 
 
 class Check(NamedTuple):
@@ -30,6 +39,21 @@ class Places:
 
     corpus: str = ""
     files: str = ""
+
+    def data(self, config: DataConfig) -> DataConfig:
+        """Where a run's data lie now."""
+        return config.model_copy(update={"corpus": self.corpus, "sources": ()}) if self.corpus else config
+
+
+@contextmanager
+def threads(machine: Any) -> Iterator[None]:
+    """The threads that a machine computed with, for a while: sums are then split as they were. As before where they are not known."""
+    wanted, before = machine.get("threads") if isinstance(machine, dict) else None, torch.get_num_threads()
+    torch.set_num_threads(wanted if isinstance(wanted, int) and 0 < wanted <= MOST_THREADS else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def same_arithmetic(old: dict[str, Any], new: dict[str, Any], old_versions: dict[str, Any], new_versions: dict[str, Any]) -> bool:

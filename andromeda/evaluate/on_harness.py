@@ -36,8 +36,7 @@ class Harness:
 
     def settings(self, options: Options, subject: Subject) -> list[Part]:
         """The tasks that are named."""
-        if find_spec("lm_eval") is None:
-            raise MissingExtra("lm-eval", "harness", "The evaluation harness")
+        _check_extra()
         subject.tokenizer("The evaluation harness")
         if not options.tasks:
             raise RequestError("The evaluation harness needs a task: name one with --task, such as --task hellaswag.")
@@ -52,7 +51,8 @@ class Harness:
         return read(HarnessSettings, values)
 
     def measure(self, subject: Subject, settings: HarnessSettings, report: Report) -> Outcome:
-        """Every figure that the harness computes."""
+        """Every figure that the harness computes. Raises MissingExtra where it is not installed."""
+        _check_extra()
         from lm_eval import simple_evaluate
         from lm_eval.tasks import TaskManager
 
@@ -86,3 +86,8 @@ class Harness:
         }
         hashes = sorted(str(sample["doc_hash"]) for samples in found["samples"].values() for sample in samples)
         return Outcome(file_name("harness-" + "-".join(settings.tasks)), hashlib.sha256(" ".join(hashes).encode()).hexdigest(), result)
+
+
+def _check_extra() -> None:
+    if find_spec("lm_eval") is None:
+        raise MissingExtra("lm-eval", "harness", "The evaluation harness")

@@ -57,7 +57,7 @@ class FewShot:
         asked = [questions[i] for i in parted(len(questions), settings.shots, settings.samples)]
         head = "".join(f"{shown(one)} {one.choices[one.right]}\n\n" for one in questions[: settings.shots])
         pairs = [([tokenizer.eos, *tokenizer.encode(head + shown(one))], tokenizer.encode(f" {c}")) for one in asked for c in one.choices]
-        _refuse_long(max(len(a) + len(b) for a, b in pairs), subject)
+        _refuse_long(max(len(a) + len(b) for a, b in pairs), settings.shots, subject)
         logs = iter(likelihoods(subject.model, pairs, report))
         plain = normalised = 0
         for one in asked:
@@ -113,7 +113,7 @@ class Gsm8k:
         head = "".join(f"Question: {one.question}\nAnswer: {one.answer}\n\n" for one in questions[: settings.shots])
         prompts = [f"{head}Question: {one.question}\nAnswer:" for one in asked]
         longest = max(len(tokenizer.encode(prompt)) + 1 for prompt in prompts)
-        _refuse_long(longest + 1, subject)
+        _refuse_long(longest + 1, settings.shots, subject)
         room = min(NEW_TOKENS, subject.context - longest)
         right = answered = done = 0
         for piece in Engine(subject.model, tokenizer).stream(prompts, max_new_tokens=room, temperature=0.0, stop=("\n\nQuestion:",)):
@@ -137,8 +137,7 @@ def graded(written: str, solved: Solved) -> bool:
     return final(written) == final(solved.answer)
 
 
-def _refuse_long(length: int, subject: Subject) -> None:
+def _refuse_long(length: int, shots: int, subject: Subject) -> None:
     if length > subject.context:
-        raise RequestError(
-            f"A question with its examples has {length} tokens, more than this model's context of {subject.context}: give fewer --shots."
-        )
+        what, mend = ("with its examples ", "give fewer --shots") if shots else ("", "leave out what is longer")
+        raise RequestError(f"A question {what}has {length} tokens, more than this model's context of {subject.context}: {mend}.")

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from random import Random
 from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Floats, Part
+from andromeda.config.base import Part
 from andromeda.config.mistakes import read
 from andromeda.data.read import Report
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import RequestError
-from andromeda.evaluate.options import Lengths, Options, Outcome, check_lengths
+from andromeda.errors import ConfigError, RequestError, nearest
+from andromeda.evaluate.options import Depths, Lengths, Options, Outcome, check_lengths
 from andromeda.evaluate.retrieval import RETRIEVAL, Task
 from andromeda.evaluate.retrieval.measure import build, grid
 from andromeda.evaluate.retrieval.problem import chance
@@ -22,6 +23,8 @@ from andromeda.evaluate.subject import Subject
 
 SAMPLES, DEPTHS = 20, 5
 
+log = logging.getLogger("andromeda")
+
 
 class RetrievalSettings(Part):
     """`samples` problems for each length and depth."""
@@ -29,7 +32,7 @@ class RetrievalSettings(Part):
     task: str
     style: Literal["prose", "code"]
     lengths: Lengths
-    depths: Floats
+    depths: Depths
     samples: PositiveInt
     seed: NonNegativeInt
 
@@ -48,19 +51,24 @@ class Retrieval:
         if options.lengths:
             check_lengths(subject, options.lengths, options.beyond)
         found: list[Part] = []
+        missing: list[str] = []
         for name in self._names:
             for length in options.lengths:
                 build(RETRIEVAL[name], STYLES[options.style], tokenizer, length, 0.0, Random(0))
             lengths = options.lengths or self._fitting(RETRIEVAL[name], options, tokenizer, subject.context)
             if lengths:
-                found.append(self._one(RETRIEVAL[name], options, tuple(sorted(lengths))))
+                found.append(self._one(RETRIEVAL[name], options, tuple(sorted(set(lengths)))))
+            else:
+                missing.append(name)
+        told = f"context of {subject.context} tokens is too short for {listed(missing)}"
         if not found:
-            raise RequestError(f"This model's context of {subject.context} tokens is too short for {' and '.join(self._names)}.")
+            raise RequestError(f"This model's {told}: give longer --lengths with --beyond, or leave it out.")
+        if missing:
+            log.warning("andromeda: this model's %s: left out.", told)
         return found
 
     def _one(self, task: Task, options: Options, lengths: tuple[int, ...]) -> RetrievalSettings:
-        count = 1 if task.everywhere else options.depths or DEPTHS
-        depths = tuple(i / (count - 1) for i in range(count)) if count > 1 else (0.5,)
+        depths = (0.5,) if task.everywhere else tuple(sorted(set(options.depths))) or evenly(DEPTHS)
         samples = options.samples or SAMPLES
         return RetrievalSettings(task=task.name, style=options.style, lengths=lengths, depths=depths, samples=samples, seed=options.seed)
 
@@ -70,7 +78,10 @@ class Retrieval:
 
     def read(self, values: dict[str, Any]) -> RetrievalSettings:
         """Settings that were stored."""
-        return read(RetrievalSettings, values)
+        settings = read(RetrievalSettings, values)
+        if settings.task not in RETRIEVAL:
+            raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL)}.")
+        return settings
 
     def measure(self, subject: Subject, settings: RetrievalSettings, report: Report) -> Outcome:
         """The grid."""
@@ -98,6 +109,17 @@ class Retrieval:
             "samples": settings.samples,
         }
         return Outcome(f"retrieval-{task.name}" + ("-code" if settings.style == "code" else ""), None, result)
+
+
+def evenly(count: int) -> tuple[float, ...]:
+    """So many depths from the begin to the end; the middle, if it is one."""
+    return tuple(i / (count - 1) for i in range(count)) if count > 1 else (0.5,)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as one reads them out."""
+    *firsts, last = names or [""]
+    return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
 def _fits(task: Task, style: str, tokenizer: Tokenizer, length: int) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
-from pydantic import BeforeValidator, NonNegativeInt, PositiveInt
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from andromeda.config.base import Part, Strings, as_tuple
 from andromeda.config.mistakes import read
@@ -14,6 +14,7 @@ from andromeda.errors import ConfigError, RequestError
 from andromeda.evaluate.subject import Subject
 
 Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)]
 
 
 class Options(Part):
@@ -27,8 +28,8 @@ class Options(Part):
     """Questions, one JSON object a line (fewshot, gsm8k)."""
     lengths: Lengths = ()
     """Tokens of context."""
-    depths: PositiveInt | None = None
-    """How many depths a needle is put at."""
+    depths: Depths = ()
+    """Where the evidence begins: 0 is the begin of the text, 1 its end."""
     samples: PositiveInt | None = None
     """Problems, windows or questions."""
     shots: NonNegativeInt | None = None

@@ -7,19 +7,28 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import shlex
 import sys
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from andromeda.data.files import write_whole
 from andromeda.errors import CheckpointError, ConfigError
 
 FOLDER = "evaluations"
 KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness")
+
+
+def _known(kind: str) -> str:
+    if kind not in KINDS:
+        raise ValueError(f"there is no kind {kind!r}")
+    return kind
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,9 @@ class Result:
     harness     {task: {metric: figure}}
     """
 
-    kind: str
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
+
+    kind: Annotated[str, AfterValidator(_known)]
     name: str
     step: int
     """Of the checkpoint."""
@@ -66,6 +77,18 @@ class Result:
         return path
 
 
+_SHAPE = TypeAdapter(Result)
+"""Checks what a file says."""
+
+
+def check_place(run: Path) -> None:
+    """Raises ConfigError for a folder that no result can be written into, before any is computed."""
+    place = run / FOLDER
+    there = next(one for one in (place, *place.absolute().parents) if one.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK):
+        raise ConfigError(f"{place} cannot be written: give another place with --out.")
+
+
 def path_of(run: Path, name: str) -> Path:
     """Where the result of that name lies."""
     return run / FOLDER / f"{name}.json"
@@ -80,21 +103,31 @@ def read(path: Path) -> Result:
     """One result. Raises CheckpointError, one sentence, when it is damaged."""
     mend = "remove it and run `andromeda eval` again"
     try:
-        values = json.loads(path.read_text("utf-8"))
-        found = Result(**values)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): {mend}.") from None
-    except TypeError:
-        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version: {mend}.") from None
-    if found.kind not in KINDS or not isinstance(found.settings, dict) or not isinstance(found.result, dict):
-        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version: {mend}.")
-    return found
+        return _SHAPE.validate_json(path.read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): {mend}.") from None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        reason = ": ".join([*map(str, first["loc"]), first["msg"].lower()])
+        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version ({reason}): {mend}.") from None
 
 
 def results(run: Path | str) -> dict[str, Result]:
     """All results of a run folder by name, in alphabetical order; none where nothing was evaluated. Raises CheckpointError."""
     found = [read(path) for path in sorted((Path(run) / FOLDER).glob("*.json"))]
     return {one.name: one for one in found}
+
+
+def readable(run: Path | str) -> tuple[dict[str, Result], list[str]]:
+    """The results that can be read, and a sentence for each that cannot."""
+    found, problems = {}, []
+    for path in sorted((Path(run) / FOLDER).glob("*.json")):
+        try:
+            one = read(path)
+            found[one.name] = one
+        except CheckpointError as error:
+            problems.append(str(error))
+    return found, problems
 
 
 def plain(value: Any) -> Any:

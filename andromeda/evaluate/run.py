@@ -61,7 +61,7 @@ def each(subject: Subject, tasks: Sequence[str], options: Options, report: Repor
     todo: list[Request] = []
     for task in dict.fromkeys(tasks or DEFAULT):
         try:
-            todo += [Request(TASKS[task], settings) for settings in TASKS[task].settings(options, subject)]
+            todo += [one for one in _requests(task, options, subject) if one not in todo]
         except (RequestError, ConfigError) as error:
             _refuse(task, error, bool(tasks), skip)
     for request in todo:
@@ -69,6 +69,11 @@ def each(subject: Subject, tasks: Sequence[str], options: Options, report: Repor
             yield evaluate(subject, request, report)
         except (RequestError, DataError, ConfigError) as error:
             _refuse(request.evaluation.kind, error, bool(tasks), skip)
+
+
+def _requests(task: str, options: Options, subject: Subject) -> list[Request]:
+    evaluation = EVALUATIONS[TASKS[task].kind]
+    return [Request(evaluation, settings) for settings in TASKS[task].settings(options, subject)]
 
 
 def _refuse(task: str, error: AndromedaError, named: bool, skip: Skip) -> None:

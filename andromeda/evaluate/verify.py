@@ -12,38 +12,22 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from andromeda.data.loader import open_stream
 from andromeda.data.read import Report
 from andromeda.errors import AndromedaError
-from andromeda.evaluate.check import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic
+from andromeda.evaluate.check import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic, threads
 from andromeda.evaluate.result import Result, plain, results
 from andromeda.evaluate.run import EVALUATIONS, Request, evaluate
 from andromeda.evaluate.subject import Subject, open_subject
-from andromeda.evaluate.training import training_loss
-from andromeda.train.folder import RunFolder
-from andromeda.train.run import stream_length
+from andromeda.evaluate.training import checkpoints, training_data, training_loss
 
 
 def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
-    yield _corpus(run, places)
+    yield training_data(run, places)
+    yield checkpoints(run)
     yield from training_loss(run, places, device)
     for stored in results(run).values():
         yield from _result(run, stored, places, device, report)
-
-
-def _corpus(run: Path, places: Places) -> Check:
-    """The fingerprint of the training stream that the manifest names."""
-    folder = RunFolder(run)
-    stored, config = str(folder.manifest().get("data", "")), folder.config()
-    if not stored:
-        return Check("training data", "none named", "", None, 0.0, True, "the run has no manifest of its training")
-    data = config.data.model_copy(update={"corpus": places.corpus, "sources": ()}) if places.corpus else config.data
-    try:
-        found = open_stream(data, stream_length(config), config.seed).fingerprint
-    except AndromedaError as error:
-        return Check("training data", stored[:12], "missing", None, 0.0, False, f"{error}")
-    return Check("training data", stored[:12], found[:12], None, 0.0, found == stored)
 
 
 def _result(run: Path, stored: Result, places: Places, device: str, report: Report) -> Iterator[Check]:
@@ -53,7 +37,8 @@ def _result(run: Path, stored: Result, places: Places, device: str, report: Repo
     try:
         subject = open_subject(run, step=stored.step, average=average, device=device, dtype=str(stored.machine.get("precision", "auto")))
         evaluation = EVALUATIONS[stored.kind]
-        found = evaluate(subject, Request(evaluation, evaluation.read(settings)), report)
+        with threads(stored.machine):
+            found = evaluate(subject, Request(evaluation, evaluation.read(settings)), report)
     except AndromedaError as error:
         yield Check(stored.name, "", "", None, 0.0, False, f"cannot be repeated: {error}")
         return
@@ -73,15 +58,16 @@ def _figures(stored: Result, found: Result, subject: Subject) -> Check:
     agrees = all(gap <= loose or (_is_share(old[key]) and abs(old[key] - new[key]) <= share) for key, gap in apart.items())
     worst = max(apart, key=apart.__getitem__, default="")
     gap = apart[worst] if worst else 0.0
-    shown = worst if worst and gap else next((key for key, value in old.items() if isinstance(value, float)), "")
+    shown = worst if worst and gap else next((key for key, value in old.items() if isinstance(value, float) and not _is_axis(key)), "")
     note = "equal to the last bit" if gap == 0 else f"largest difference at {worst}" + _other_code(stored, found)
     return Check(f"{stored.name}: {shown}", _spell(old.get(shown)), _spell(new.get(shown)), gap, loose, agrees, note)
 
 
 def _other_code(stored: Result, found: Result) -> str:
     """That the program itself is another one now, where that is known."""
-    old, new = stored.versions.get("code") or {}, found.versions.get("code") or {}
-    return f"; made by the code of {old['commit'][:9]}" if old.get("commit") and old.get("commit") != new.get("commit") else ""
+    old, new = (one.versions.get("code") for one in (stored, found))
+    commits = [str(code["commit"]) if isinstance(code, dict) and code.get("commit") else "" for code in (old, new)]
+    return f"; made by the code of {commits[0][:9]}" if commits[0] and commits[0] != commits[1] else ""
 
 
 def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -100,6 +86,11 @@ def _is_share(value: Any) -> bool:
     return isinstance(value, float) and 0.0 <= value <= 1.0
 
 
+def _is_axis(path: str) -> bool:
+    """Whether a figure says where something was measured, not what was found."""
+    return path.partition("[")[0] in ("depths", "chance")
+
+
 def _spell(value: Any) -> str:
     return f"{value:.6g}" if isinstance(value, float) else str(value)
 
@@ -112,27 +103,6 @@ def _moved(settings: dict[str, Any], places: Places) -> dict[str, Any]:
         if settings.get(key) and places.files and not Path(settings[key]).exists():
             settings[key] = str(Path(places.files) / Path(settings[key]).name)
     return settings
-
-
-def repeat(run: Path, place: Path, places: Places, report: Report) -> Check:
-    """Train the run again in the folder `place` and compare the last weights bit for bit. Only a CPU repeats a run exactly."""
-    import torch
-
-    from andromeda.train.run import train
-    from andromeda.train.weights import read_weights
-
-    config = RunFolder(run).config()
-    update: dict[str, Any] = {"train": config.train.model_copy(update={"device": "cpu"})}
-    if places.corpus:
-        update["data"] = config.data.model_copy(update={"corpus": places.corpus, "sources": ()})
-    report("training again", 0, 1)
-    train(config.model_copy(update=update), place)
-    report("training again", 1, 1)
-    old, new = read_weights(run)[1], read_weights(place)[1]
-    names = sorted(old.keys() | new.keys())
-    different = [name for name in names if name not in old or name not in new or not torch.equal(old[name], new[name])]
-    note = f"{len(different)} of {len(old)} tensors differ, the first is {different[0]}" if different else "equal to the last bit"
-    return Check("weights of a repeated training", f"{len(old)} tensors", f"{len(new)} tensors", None, 0.0, not different, note)
 
 
 def as_json(check: Check) -> str:

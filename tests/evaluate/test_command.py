@@ -4,69 +4,18 @@ from __future__ import annotations
 
 import json
 import math
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from andromeda import Andromeda
-from andromeda.cli.main import main
 from andromeda.evaluate.position import binned, loss_by_context, loss_by_position, spread
 from andromeda.evaluate.result import KINDS, results
 from andromeda.evaluate.run import EVALUATIONS
 from andromeda.evaluate.subject import open_subject, sha256
 from andromeda.evaluate.text import open_text
-
-SHAPE = ["model.width=16", "model.depth=1", "model.context=256", "model.vocab_size=257", "train.steps=2", "train.batch=2"]
-SHAPE += ["model.attention.heads=2", "model.attention.kv_heads=1", "model.attention.head_dim=8", "train.schedule.cooldown=1"]
-SHAPE += [
-    "train.schedule.warmup=0",
-    "train.compile=off",
-    "train.device=cpu",
-    "train.precision=fp32",
-    "train.eval_every=2",
-    "data.document_mask=true",
-]
-
-
-def call(*arguments: object) -> int:
-    before, sys.argv = sys.argv, ["andromeda", *map(str, arguments)]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A corpus of bytes, a run of two steps, questions."""
-    torch.set_num_threads(1)
-    place = tmp_path_factory.mktemp("made")
-    texts = place / "texts"
-    texts.mkdir()
-    for i in range(40):
-        (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus, café\n" * 20)
-    assert call("data", "build", texts, "--out", place / "corpus", "--tokenizer", "bytes", "--validation", "0.2", "--workers", "1") == 0
-    assert call("train", "nano", *SHAPE, f"data.corpus={place / 'corpus'}", "--out", place / "run") == 0
-    (place / "some.txt").write_text("Text of another kind, für sich.\n" * 40)
-    choices = [{"question": f"{i}?", "choices": ["yes", "no", "perhaps"], "answer": i % 3} for i in range(7)]
-    (place / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in choices))
-    solved = [{"question": f"{i} + 1?", "answer": f"#### {i + 1}"} for i in range(5)]
-    (place / "solved.jsonl").write_text("".join(json.dumps(row) + "\n" for row in solved))
-    return place
-
-
-@pytest.fixture
-def place(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    shutil.copytree(made / "run", tmp_path / "run")
-    for name in ("corpus", "some.txt", "choices.jsonl", "solved.jsonl"):
-        (tmp_path / name).symlink_to(made / name)
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
+from tests.study.pages import call
 
 
 def test_the_first_result_of_each_kind_has_the_hashes_of_weights_and_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -145,55 +94,6 @@ def test_held_out_documents_are_not_crossed(place: Path) -> None:
     assert evaluation.kind == "bits"
 
 
-def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = ["--samples", "2", "--lengths", "200", "--depths", "2", "--style", "code", "--device", "cpu"]
-    assert call("eval", "run", "bits", "single", *wishes) == 0
-    capsys.readouterr()
-    assert call("verify", "run", "--device", "cpu", "--json") == 0
-    checks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [check["what"] for check in checks[:2]] == ["training data", "held-out loss of step 2"]
-    assert checks[1]["difference"] == 0.0
-    assert all(check["agrees"] and check["difference"] in (None, 0.0) for check in checks)
-    path = place / "run/evaluations/bits.json"
-    stored = json.loads(path.read_text())
-    stored["result"]["loss"] = math.nextafter(stored["result"]["loss"], 0)
-    path.write_text(json.dumps(stored))
-    assert call("verify", "run", "--device", "cpu") == 1
-    out = capsys.readouterr().out
-    assert "DIFFERS" in out
-    stored["machine"]["processor"] = "another"
-    path.write_text(json.dumps(stored))
-    assert call("verify", "run", "--device", "cpu") == 0
-    stored["result"]["loss"] *= 1.001
-    path.write_text(json.dumps(stored))
-    assert call("verify", "run", "--device", "cpu") == 1
-
-
-def test_verify_finds_other_weights_and_other_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("eval", "run", "bits", "--text", "some.txt", "--device", "cpu") == 0
-    Path("some.txt").unlink()
-    capsys.readouterr()
-    assert call("verify", "run", "--device", "cpu") == 1
-    assert "some.txt cannot be read" in capsys.readouterr().out
-    Path("kept").mkdir()
-    Path("kept/some.txt").write_text("Text of another kind, für sich.\n" * 40)
-    assert call("verify", "run", "--device", "cpu", "--files", "kept") == 0
-    Path("kept/some.txt").write_text("Text of another kind, für mich.\n" * 40)
-    assert call("verify", "run", "--device", "cpu", "--files", "kept") == 1
-
-
-def test_a_training_repeated_on_a_cpu_is_equal_to_the_last_bit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    assert call("verify", "run", "--repeat", "--json") == 0
-    last = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert last["note"] == "equal to the last bit"
-    with open("run/config.toml", "a+") as file:
-        file.seek(0)
-        changed = file.read().replace("seed = 0", "seed = 1", 1)
-    Path("run/config.toml").write_text(changed)
-    assert call("verify", "run", "--repeat") == 1
-
-
 def test_a_model_without_a_corpus_is_measured_on_a_file(place: Path) -> None:
     model = Andromeda.from_run("run", device="cpu")
     model.save("bare")
@@ -217,6 +117,13 @@ def test_a_model_without_a_corpus_is_measured_on_a_file(place: Path) -> None:
         (["run", "position", "--text", "short.txt"], "too few for windows of 256"),
         (["run", "context", "--text", "short.txt"], "No document has"),
         (["run", "multikey", "--lengths", "64"], "too short for multikey"),
+        (["run", "common", "--device", "cpu"], "256 tokens is too short for common"),
+        (["run", "single", "--depths", "0"], "--depths must be a number of places from 1"),
+        (["run", "single", "--depths", "0,1.5"], "--depths must be at most 1, not 1.5"),
+        (["run", "single", "--depths", "-1"], "--depths must be at least 0"),
+        (["run", "single", "--depths", "0,x"], "--depths must be a number of places, or places from 0 to 1"),
+        (["run", "single", "--lengths", "-5"], "--lengths must be above 0, not -5"),
+        (["run", "bits", "--out", "choices.jsonl"], "choices.jsonl/evaluations cannot be written"),
         (["run", "single", "--style", "verse"], "--style must be one of prose, code"),
         (["run", "single", "--samples", "0"], "--samples must be above 0"),
         (["run", "fewshot"], "give it with --file"),
@@ -243,17 +150,50 @@ def test_wrong_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[
     assert not (place / "run/evaluations").exists()
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"kind": "bits"}'])
-def test_a_damaged_result_is_named(place: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
-    (place / "run/evaluations").mkdir()
-    (place / "run/evaluations/bits.json").write_text(content)
-    assert call("verify", "run", "--device", "cpu") == 2
-    assert "bits.json" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("given", "depths"), [("3", [0.0, 0.5, 1.0]), ("1", [0.5]), ("0.25", [0.25]), ("1,0,0.1,1", [0.0, 0.1, 1.0]), ("", 5)]
+)
+def test_depths_are_a_number_of_places_or_places(place: Path, given: str, depths: object) -> None:
+    assert call("eval", "run", "single", "--samples", "1", "--device", "cpu", *(["--depths", given] if given else [])) == 0
+    found = results("run")["retrieval-single"].result
+    assert found["depths"] == depths or len(found["depths"]) == depths
+    assert len(found["accuracy"][0]) == len(found["depths"])
 
 
-def test_verify_wants_a_run(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call("verify", "nowhere") == 2
-    assert "nowhere is not a run folder" in capsys.readouterr().err
+def test_what_is_asked_for_twice_is_done_once_and_what_does_not_fit_is_told(
+    place: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    capsys.readouterr()
+    assert call("eval", "run", "retrieval", "single", "single", "--samples", "1", "--device", "cpu", "--json") == 0
+    assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["retrieval-single"]
+    (told,) = caplog.messages
+    assert "256 tokens is too short for needles, multikey" in told
+    assert "single" not in told
+
+
+def test_what_was_measured_before_an_interruption_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each result is a whole file as soon as it is known."""
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EVALUATIONS["position"], "measure", interrupted)
+    assert call("eval", "run", "bits", "position", "reasoning", "--samples", "1", "--device", "cpu") == 130
+    assert list(results("run")) == ["bits"]
+    assert [path.name for path in (place / "run/evaluations").iterdir()] == ["bits.json"]
+
+
+@pytest.mark.parametrize(
+    ("shots", "said"), [("1", ("A question with its examples has", "give fewer --shots")), ("0", ("A question has", "leave out"))]
+)
+def test_a_question_that_does_not_fit_says_what_mends_it(
+    place: Path, capsys: pytest.CaptureFixture[str], shots: str, said: tuple[str, str]
+) -> None:
+    Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * n, "answer": "#### 1"}) + "\n" for n in (100, 250)))
+    assert call("eval", "run", "gsm8k", "--file", "long.jsonl", "--shots", shots, "--device", "cpu") == 2
+    told = capsys.readouterr().err
+    assert all(part in told for part in said)
+    assert "more than this model's context of 256" in told
 
 
 def test_every_kind_has_its_evaluation_and_its_table() -> None:

@@ -18,7 +18,8 @@ from andromeda.evaluate.result import Result
 from andromeda.evaluate.subject import open_subject
 from andromeda.study import demo
 from andromeda.study.report import build_report, write_report
-from andromeda.study.report.record import read_metrics, read_record
+from andromeda.study.report.record import read_record
+from andromeda.train.history import read_metrics
 from andromeda.train.run import train
 from tests.study.pages import browse, call, parse
 
@@ -102,9 +103,19 @@ def test_all_sections_of_a_full_run(run: Path) -> None:
     fill(run)
     text = build_report(run)
     assert [i for i in parse(text).ids if i in SECTIONS] == SECTIONS
-    for shown in ("1.250", "needles", "20&", "2,885", "andromeda eval run gsm8k", "GSM8K", "temperature 0.7", "Every", "&lt;i&gt;")[:2]:
-        assert shown in text
-    for shown in ("50 %", "12 %", "andromeda eval run gsm8k", "temperature 0.7", "no text &lt;i&gt;", "small &lt;b&gt;run"):
+    for shown in (
+        "1.250",
+        "needles",
+        "2,885",
+        "it needs 1.250 bits for a byte",
+        "One fact, and the whole text is other facts.",
+        "50 %",
+        "12 %",
+        "andromeda eval run gsm8k",
+        "temperature 0.7",
+        "no text &lt;i&gt;",
+        "small &lt;b&gt;run",
+    ):
         assert shown in text
     assert 'class="empty"' not in text
 
@@ -128,6 +139,22 @@ def test_what_a_run_says_is_never_markup(run: Path) -> None:
     assert "<img" not in text
     assert "\x1b" not in text
     assert "<b>run</b>" not in text
+
+
+def test_a_broken_result_takes_no_other_with_it(run: Path) -> None:
+    fill(run)
+    (run / "evaluations" / "gsm8k.json").write_text("{")
+    text = build_report(run)
+    assert "gsm8k.json is no result of an evaluation" in text
+    assert "it needs 1.250 bits for a byte" in text
+
+
+def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
+    shape = {"task": "common", "lengths": [64], "depths": [0.5], "everywhere": True, "accuracy": [[0.5]], "chance": 0.35, "samples": 8}
+    Result("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
+    text = build_report(run)
+    assert "anywhere" in text
+    assert "The five words that come most often. Guessing: 35 %; 8 problems a cell." in text
 
 
 def test_a_run_that_is_going_on(run: Path) -> None:

@@ -40,7 +40,7 @@ def build_report(run: str | Path) -> str:
     ]
     made = datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
     foot = ["Made by ", command(f"andromeda report {quoted(record.path)}"), f", {made}. One file; nothing is loaded from anywhere."]
-    return page(record.config.name, subtitle(record), sections, key_figures(record, counted), foot)
+    return page(record.config.name, subtitle(record, counted), sections, key_figures(record, counted), foot)
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:

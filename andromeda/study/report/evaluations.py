@@ -11,6 +11,7 @@ from andromeda.study.page.numbers import figure, percent, short
 from andromeda.study.page.shell import Section
 from andromeda.study.report.parts import MISSHAPEN, command, damaged, empty, origins, quoted
 from andromeda.study.report.record import Record
+from andromeda.study.report.summary import held_out_bits
 
 COMMANDS = ("bits", "reasoning", "context")
 """Kinds that `andromeda eval` measures quickly on any machine."""
@@ -20,12 +21,11 @@ def evaluations(record: Record) -> Section:
     """The section."""
     lead = ["Measured on the trained weights; each result is made again by its command and checked by ", command("andromeda verify"), "."]
     found = [result for kind in SHOWN for result in record.of_kind(kind)]
-    parts: list[Html | None] = [_compressors(record), *(_one(result) for result in found), *origins(found, record.newest)]
+    parts = [part for part in (_compressors(record), *(_one(result) for result in found)) if part]
     notes = [el("p", problem, class_="empty") for problem in record.problems]
-    if not any(parts):
-        commands = [f"andromeda eval {quoted(record.path)} {kind}" for kind in COMMANDS]
-        parts = [empty("Nothing was evaluated yet. To measure:", *commands)]
-    return Section("evaluation", "Evaluation", lead, join(notes, parts))
+    commands = [f"andromeda eval {quoted(record.path)} {kind}" for kind in COMMANDS]
+    shown = grid(*parts, kind="two") if parts else empty("Nothing was evaluated yet. To measure:", *commands)
+    return Section("evaluation", "Evaluation", lead, join(notes, shown, origins(found, record.newest)))
 
 
 def _one(result: Result) -> Html:
@@ -39,11 +39,11 @@ def _one(result: Result) -> Html:
 
 def _compressors(record: Record) -> Html | None:
     """The yardstick of the demo: what general compressors need for the same bytes."""
-    bits = record.of_kind("bits")
-    if not bits or not record.compressors:
+    bits = held_out_bits(record)
+    if bits is None or not record.compressors:
         return None
     others = [[f"{name} -9", figure(value)] for name, value in record.compressors.items()]
-    rows = [["this model", figure(bits[0].result.get("bits_per_byte"))], *others]
+    rows = [["this model", figure(bits)], *others]
     return el("div", el("h3", "Beside compressors"), table(["held-out text", "bits per byte"], rows), class_="result")
 
 
@@ -59,7 +59,8 @@ def _reasoning(result: Result) -> Html:
         for task, r in result.result.items()
         if isinstance(r, dict)
     ]
-    return table(["task", "as in training", "guessing", "longer than in training", "guessing"], rows)
+    note = "Usual: as in the probes of training. Harder: larger than any problem there, out of distribution. Exact answers only."
+    return join(table(["task", "usual", "guessing", "harder", "guessing"], rows), el("p", note, class_="note"))
 
 
 def _choices(result: Result) -> Html:

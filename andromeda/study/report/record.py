@@ -10,38 +10,13 @@ from typing import Any
 from andromeda.config.run import RunConfig
 from andromeda.data.manifest import Manifest
 from andromeda.errors import AndromedaError, CheckpointError
-from andromeda.evaluate.result import Result, results
+from andromeda.evaluate.result import Result, readable
 from andromeda.train import checkpoint
 from andromeda.train.folder import RunFolder
+from andromeda.train.history import Metrics, is_number, read_metrics
 
 SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
 """What is told of how a sample was written."""
-
-
-@dataclass(frozen=True)
-class Metrics:
-    """The lines of metrics.jsonl that can be read."""
-
-    lines: list[dict[str, Any]]
-    broken: int = 0
-    """Lines that cannot: the last one, while it is being written, or after a kill."""
-
-    def points(self, name: str) -> list[tuple[float, float]]:
-        """(step, figure) wherever the figure is a number."""
-        return [(line["step"], line[name]) for line in self.lines if _number(line.get(name))]
-
-    def last(self, name: str) -> float | None:
-        """The newest value of a figure."""
-        return next((line[name] for line in reversed(self.lines) if _number(line.get(name))), None)
-
-    def names(self, start: str) -> list[str]:
-        """Figures whose names begin so, in the order in which they came."""
-        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(start)))
-
-    @property
-    def step(self) -> int:
-        """The newest step that there are figures of."""
-        return max((int(line["step"]) for line in self.lines), default=0)
 
 
 @dataclass(frozen=True)
@@ -88,7 +63,7 @@ def read_record(path: str | Path) -> Record:
     folder = RunFolder(path)
     if not folder.exists:
         raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
-    problems: list[str] = []
+    evaluations, problems = readable(folder.path)
     config = folder.config()
     there = checkpoint.listed(folder.checkpoints)
     return Record(
@@ -96,29 +71,13 @@ def read_record(path: str | Path) -> Record:
         config=config,
         manifest=_or_nothing(folder.manifest, problems),
         metrics=read_metrics(folder.metrics_file),
-        evaluations=_or_nothing(lambda: results(folder.path), problems),
+        evaluations=evaluations,
         samples=read_samples(folder.samples),
         corpora=_corpora(config),
         compressors=_compressors(folder.path / "demo.json"),
         newest=int(there[0].name.rpartition("-")[2]) if there else None,
         problems=problems,
     )
-
-
-def read_metrics(path: Path) -> Metrics:
-    """The lines that are whole. A file that is missing has none."""
-    try:
-        raw = path.read_bytes()
-    except OSError:
-        return Metrics([])
-    lines, broken = [], 0
-    for text in raw.splitlines():
-        try:
-            line = json.loads(text)
-            lines.append(line | {"step": int(line["step"])})
-        except (ValueError, TypeError, KeyError):
-            broken += bool(text.strip(b"\0 "))
-    return Metrics(lines, broken)
 
 
 def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[Sample]:
@@ -167,10 +126,6 @@ def _corpora(config: RunConfig) -> dict[str, Manifest]:
 def _compressors(path: Path) -> dict[str, float]:
     try:
         kept = json.loads(path.read_text("utf-8"))
-        return {name: float(kept[name]) for name in ("xz", "zlib") if _number(kept.get(name))}
+        return {name: float(kept[name]) for name in ("xz", "zlib") if is_number(kept.get(name))}
     except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)

@@ -15,18 +15,28 @@ def standing(record: Record) -> str:
     step, steps = record.metrics.step, record.config.train.steps
     if not record.metrics.lines:
         return f"saved at step {record.newest:,}" if record.newest is not None else "not begun"
-    return f"finished, {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,}"
+    return f"training finished after {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,} of its training"
 
 
-def subtitle(record: Record) -> Child:
-    """The run in a sentence."""
-    return f"{architecture(record.config.model)}. Training: {standing(record)}."
+def subtitle(record: Record, counted: Parameters | None) -> Child:
+    """The run in a paragraph that a stranger understands: what it is, what it learned from, how far it came, how good it is."""
+    size = f" of {short(counted.total)} parameters" if counted else ""
+    tokens, bits = record.metrics.last("tokens"), held_out_bits(record)
+    sources = ", ".join(dict.fromkeys(source.name for corpus in record.corpora.values() for source in corpus.sources))
+    learned = f" It has learned from {short(tokens)} tokens{f' of {sources}' if sources else ''}." if tokens else ""
+    score = f" Of text that it never saw, it needs {figure(bits)} bits for a byte; guessing bytes takes 8." if bits is not None else ""
+    return f"A language model{size}: {standing(record)}.{learned}{score} Built of {architecture(record.config.model)}."
+
+
+def held_out_bits(record: Record) -> float | None:
+    """Bits per byte of the held-out text, by the newest evaluation."""
+    return next((r.result.get("bits_per_byte") for r in record.of_kind("bits") if r.name == r.kind), None)
 
 
 def key_figures(record: Record, counted: Parameters | None) -> Html:
     """Tiles; those that are not known are left out."""
     metrics = record.metrics
-    held_out = next((r.result.get("bits_per_byte") for r in record.of_kind("bits")), None)
+    held_out = held_out_bits(record)
     tokens, seconds, loss = metrics.last("tokens"), metrics.last("seconds"), metrics.last("loss")
     shown: list[tuple[str, Child, Child]] = []
     if held_out is not None:
