@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from andromeda.cli.main import main
@@ -157,10 +158,21 @@ def table(out: Path) -> list[Any]:
     return [[row["name"], row["mean"], row["effect"], row["corrected_p"], row["verdict"]] for row in rows] + runs
 
 
-def test_killed_and_gone_on_with_it_gives_the_same_table(tiny: str, tmp_path: Path) -> None:
-    asked = [tiny, "--vary", "model.block.kind=parallel", "--seeds", "2", "--cost-steps", "0"]
-    assert call("ablate", *asked, "--out", str(tmp_path / "whole")) == 0
-    out = tmp_path / "cut"
+STUDY = ["--vary", "model.block.kind=parallel", "--seeds", "2", "--cost-steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A study that nothing interrupted."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "tiny.toml").write_text(CONFIG + f'[data]\ncorpus = "{corpus}"\n')
+    assert call("ablate", str(place / "tiny.toml"), *STUDY, "--out", str(place / "out")) == 0
+    return place / "out"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int, whole: Path, tiny: str, tmp_path: Path) -> None:
+    asked, out = [tiny, *STUDY], tmp_path / "cut"
     process = subprocess.Popen(
         [sys.executable, "-m", "andromeda.cli.main", "ablate", *asked, "--out", str(out)],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -170,13 +182,15 @@ def test_killed_and_gone_on_with_it_gives_the_same_table(tiny: str, tmp_path: Pa
     until = time.monotonic() + 120
     while not list(out.glob("*/outcome.json")) and time.monotonic() < until:
         time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(120) == 128 + signal.SIGTERM
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(120) == code
+    assert psutil.wait_procs(workers, 60)[1] == []
     first = {path: path.stat().st_mtime_ns for path in out.glob("*/outcome.json")}
     assert 0 < len(first) < 4
     assert call("ablate", *asked, "--out", str(out)) == 0
     assert all(path.stat().st_mtime_ns == made for path, made in first.items())
-    assert table(out) == table(tmp_path / "whole")
+    assert table(out) == table(whole)
     for name in OUTPUTS:
         assert (out / name).stat().st_size > 0
     assert load(str(out / "baseline-s1")).seed == 1

@@ -10,7 +10,10 @@ import gc
 import json
 import os
 import shutil
+import signal
 import sys
+import threading
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,11 +30,19 @@ def main() -> None:
     # Libraries print what they like; only answers may reach the parent.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
     for line in sys.stdin:
         answer = _answer(json.loads(line))
         print(json.dumps(answer), file=answers, flush=True)
         if "stopped" in answer:
             return
+
+
+def _end_with(parent: int) -> None:
+    """Stop, state saved, when the parent is gone: one that was killed cannot say so, and would find its runs taken when it comes back."""
+    while os.getppid() == parent:
+        time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
