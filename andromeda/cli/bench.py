@@ -96,7 +96,8 @@ def memory(
 
 Source = Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN")]
 Changes = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")]
-Peers = Annotated[bool, typer.Option(help="Measure transformers' Llama and x-transformers beside it.")]
+Peers = Annotated[str, typer.Option(help="Measure beside it: llama, x-transformers, x-transformers-alibi, with commas between, or all.")]
+Unfused = Annotated[bool, typer.Option(help="Measure it without flash attention too: all T x T logits in memory.")]
 Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
 
 
@@ -106,17 +107,19 @@ def train(
     changes: Changes = None,
     rows: Annotated[int, typer.Option(min=1, help="Rows of a step; train.micro_batch at a time.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 6,
-    peers: Peers = False,
+    peers: Peers = "",
+    unfused: Unfused = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Training steps at full size on this device, beside the peers."""
+    from andromeda.study.bench import subjects
     from andromeda.study.bench.document import training_rows
-    from andromeda.study.bench.training import PEERS, measure
+    from andromeda.study.bench.training import measure
 
-    changed = changes or []
-    command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", "--peers" * peers)
-    _finish(command, measure(source, changed, rows, steps, PEERS if peers else ()), training_rows, out, as_json)
+    changed, beside = changes or [], subjects.peers(peers)
+    command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused)
+    _finish(command, measure(source, changed, rows, steps, beside, unfused), training_rows, out, as_json)
 
 
 @app.command()
@@ -125,17 +128,21 @@ def prefill(
     changes: Changes = None,
     lengths: Lengths = "8192,32768",
     eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
-    peers: Peers = False,
+    chunks: Annotated[str, typer.Option(help="Tokens read at once, with commas between; 0 is the whole prompt.")] = "0",
+    peers: Peers = "",
+    unfused: Unfused = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
     """Time to read a prompt and give the last position's logits, beside the floor and the peers."""
+    from andromeda.study.bench import subjects
     from andromeda.study.bench.document import prefill_rows
-    from andromeda.study.bench.prefill import PEERS, measure
+    from andromeda.study.bench.prefill import measure
 
-    changed = changes or []
-    command = _command("prefill", source, *changed, f"--lengths {lengths}", "--eight-bits" * eight_bits, "--peers" * peers)
-    result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, peers=PEERS if peers else ())
+    changed, beside, read = changes or [], subjects.peers(peers), _numbers(chunks, least=0)
+    options = ["--eight-bits" * eight_bits, f"--chunks {chunks}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
+    command = _command("prefill", source, *changed, f"--lengths {lengths}", *options)
+    result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, chunks=read, unfused=unfused, peers=beside)
     _finish(command, result, prefill_rows, out, as_json)
 
 
@@ -146,6 +153,8 @@ def decode(
     contexts: Lengths = "2048,32768",
     batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
     compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = True,
+    tuned: Annotated[bool, typer.Option(help="Let the compiler measure several forms of every kernel, which takes minutes.")] = False,
+    eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -154,33 +163,58 @@ def decode(
     from andromeda.study.bench.document import decode_rows
 
     changed = changes or []
-    command = _command("decode", source, *changed, f"--contexts {contexts} --batch {batch}", "--no-compiled" * (not compiled))
-    _finish(command, measure(source, changed, _numbers(contexts), batch, compiled), decode_rows, out, as_json)
+    options = ["--no-compiled" * (not compiled), "--tuned" * tuned, "--eight-bits" * eight_bits]
+    command = _command("decode", source, *changed, f"--contexts {contexts} --batch {batch}", *options)
+    way = {"compiled": compiled, "tuned": tuned, "eight_bits": eight_bits}
+    _finish(command, measure(source, changed, _numbers(contexts), batch, **way), decode_rows, out, as_json)
 
 
 @app.command()
-def loss(out: Out = None, as_json: Json = False) -> None:
+def precision(
+    source: Source,
+    changes: Changes = None,
+    steps: Annotated[int, typer.Option(min=2, help="Steps of each precision.")] = 600,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
+    """What products in 8 bits cost in loss: the same training twice, in bfloat16 and in 8 bits."""
+    from andromeda.study.bench.document import precision_rows
+    from andromeda.study.bench.precision import measure
+
+    changed = changes or []
+    command = _command("precision", source, *changed, f"--steps {steps} --rows {rows}")
+    _finish(command, measure(source, changed, steps, rows), precision_rows, out, as_json)
+
+
+@app.command()
+def loss(
+    tokens: Annotated[int, typer.Option(min=0, help="Tokens; 0 is 32,768 on a GPU, 2,048 elsewhere, with smaller matrices.")] = 0,
+    out: Out = None,
+    as_json: Json = False,
+) -> None:
     """Linear head and cross entropy, beside compiled PyTorch and the libraries that fuse them."""
     import torch
 
+    from andromeda.study.bench import loss as bench
     from andromeda.study.bench.document import loss_rows
-    from andromeda.study.bench.loss import measure
 
     gpu = torch.cuda.is_available()
-    result = measure(torch.device("cuda")) if gpu else measure(torch.device("cpu"), 2048, 4096, 256)
-    _finish("andromeda bench loss", result, loss_rows, out, as_json)
+    shape = (tokens or bench.TOKENS,) if gpu else (tokens or 2048, 4096, 256)
+    result = bench.measure(torch.device("cuda" if gpu else "cpu"), *shape)
+    _finish(_command("loss", f"--tokens {tokens}" * bool(tokens)), result, loss_rows, out, as_json)
 
 
-def _numbers(text: str) -> list[int]:
-    """Positive numbers with commas between. Raises RequestError."""
+def _numbers(text: str, least: int = 1) -> list[int]:
+    """Numbers of at least `least` with commas between. Raises RequestError."""
     from andromeda.errors import RequestError
 
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1:
-        raise RequestError(f"{text!r} are no lengths: give positive numbers with commas between, as 8192,32768.")
+    if not numbers or min(numbers) < least:
+        raise RequestError(f"{text!r} are no lengths: give numbers from {least} on with commas between, as 8192,32768.")
     return numbers
 
 

@@ -16,12 +16,14 @@ VARIANTS = 64
 """Lengths, windows and kinds of layers that are compiled before torch gives up."""
 
 
-def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = True) -> Transformer:
+def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = True, tuned: bool = False) -> Transformer:
     """Exchange parts of `model` in place and return it; it can be trained no more.
 
     eight_bits: quantise the blocks' linear layers once, weights by row, activations by token as they come; half the memory, and on
     GPUs with such units (compute capability 8.9) up to twice the speed of long prompts. compiled: torch.compile on every
-    block, which costs up to a minute at first use. Raises ConfigError where the device has no products of 8 bits.
+    block, which costs up to a minute at first use. tuned: the compiler also writes the product of a matrix with one token's vector
+    itself, with what comes before and after in the same kernel, and measures several forms of each: for writing, minutes more.
+    Raises ConfigError where the device has no products of 8 bits.
     """
     if eight_bits:
         _check(model.head.weight.device)
@@ -31,7 +33,7 @@ def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = T
         torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         warnings.filterwarnings("ignore", module="torch._inductor")
         for block in model.trunk.blocks:
-            block.compile()
+            block.compile(options={"coordinate_descent_tuning": True} if tuned else None)
     return model
 
 

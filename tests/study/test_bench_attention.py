@@ -40,6 +40,7 @@ def test_every_row_is_written_and_none_hides_a_refusal(tmp_path: Path, monkeypat
     works = (
         Work("causal", ("sdpa", "flash")),
         Work("both", ("sdpa",), 50, documents=True, alibi="folded"),
+        Work("prepared", ("sdpa",), alibi="folded", prepared=True),
         Work("one", ("sdpa",), queries=1, rows=1),
     )
     monkeypatch.setattr(attention, "WORKS", works)
@@ -49,7 +50,7 @@ def test_every_row_is_written_and_none_hides_a_refusal(tmp_path: Path, monkeypat
     result = json.loads(out.read_text())
     rows = {(row["work"], row["backend"]): row for row in result["rows"]}
     assert rows["causal", "flash"]["refused"] == "it runs on CUDA GPUs only"
-    for key in (("causal", "sdpa"), ("both", "sdpa")):
+    for key in (("causal", "sdpa"), ("both", "sdpa"), ("prepared", "sdpa")):
         assert rows[key]["both_ms"] > 0
         assert rows[key]["error"] < 2 * rows[key]["reference_error"]
     assert rows["one", "sdpa"]["both_ms"] is None

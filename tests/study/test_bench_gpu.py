@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from andromeda.config.load import load
-from andromeda.study.bench import decode, document, loss, prefill, training
+from andromeda.errors import RequestError
+from andromeda.study.bench import decode, document, goals, loss, precision, prefill, subjects, training
 from andromeda.study.bench.subjects import empty_model, llama, x_transformer
 
 CPU = torch.device("cpu")
@@ -35,8 +37,8 @@ def _short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_training_counts_tokens_and_takes_every_side() -> None:
-    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=training.PEERS)
-    assert list(result["sides"]) == ["Andromeda", *training.PEERS]
+    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=subjects.peers("all"))
+    assert list(result["sides"]) == ["Andromeda", *subjects.PEERS.values()]
     assert result["tokens_per_step"] == 2 * 64
     for side in result["sides"].values():
         assert side["tokens_per_second"] == pytest.approx(128 / side["seconds"])
@@ -105,19 +107,76 @@ def test_all_losses_agree() -> None:
     assert all(side["error"] < 0.01 for side in result["sides"].values())
 
 
+def test_without_flash_attention_it_is_the_same_attention() -> None:
+    q, k, v = (torch.randn(1, 4, 33, 16, generator=torch.Generator().manual_seed(n)) for n in range(3))
+    attend = torch.nn.functional.scaled_dot_product_attention
+    with subjects.unfused_attention(), FlopCounterMode(display=False) as counter:
+        unfused = attend(q, k, v, is_causal=True)
+    # All T x T logits are products of their own, which a fused kernel hides from the counter.
+    assert counter.get_total_flops() == 2 * 2 * 4 * 33 * 33 * 16
+    torch.testing.assert_close(unfused, attend(q.double(), k.double(), v.double(), is_causal=True).float())
+
+
+def test_a_peer_that_does_not_exist_is_refused() -> None:
+    assert subjects.peers("") == []
+    assert subjects.peers("llama,x-transformers-alibi") == ["transformers Llama", "x-transformers"]
+    with pytest.raises(RequestError, match=r"no peer 'lama'.*llama"):
+        subjects.peers("lama")
+
+
+def test_both_precisions_read_the_same_text() -> None:
+    """Bytes of Python sources, targets one byte ahead; a precision that the device lacks says so."""
+    run = [*SMALL, "train.device=cpu", "train.compile=off", "train.schedule.warmup=1"]
+    config = load("andromeda", [*run, "model.vocab_size=256", "train.batch=2", "train.micro_batch=2", "train.steps=3"])
+    drawn = list(precision.batches(config))
+    assert len(drawn) == 3
+    for ids, targets in drawn:
+        assert ids.shape == (2, 64)
+        assert torch.equal(ids[:, 1:], targets[:, :-1])
+    assert b"def " in bytes(precision.text(100_000).tolist())
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, precision.batches(config), strict=True))
+    sides = precision.measure("andromeda", run, 3, 2, ("bf16", "fp8"))["sides"]
+    assert sides["bf16"]["losses"][0] == pytest.approx(math.log(256), rel=0.05)
+    assert "fp8" in sides["fp8"]["failed"]
+
+
+def test_goals_are_read_from_results(tmp_path: Path) -> None:
+    """A goal is met or missed by its direction; what is not there says so."""
+    rows = [{"context": 2048, "of_floor": 0.8}, {"context": 32768, "of_floor": 0.6}]
+    (tmp_path / "gpu-decode.json").write_text(json.dumps({"rows": rows}))
+    sides = {"Andromeda": {"peak": 2 << 30, "ms": 10.0}, "PyTorch, compiled": {"failed": "out of memory"}}
+    (tmp_path / "gpu-loss.json").write_text(json.dumps({"sides": sides}))
+    lines = {line[:62].strip(): line[62:].split() for line in goals.table(tmp_path).splitlines()}
+    assert lines["decoding andromeda after 2,048 tokens, floor / time"] == ["0.8", ">=", "0.75", "met"]
+    assert lines["after 32,768 tokens"] == ["0.6", ">=", "0.75", "MISSED"]
+    assert lines["head and loss, peak above the inputs, GiB"] == ["2", "<=", "1", "MISSED"]
+    assert lines["time over compiled PyTorch's with all logits"][:2] == ["not", "there"]
+    assert lines["same bits twice"][:2] == ["no", "result"]
+
+
+def test_an_attention_goal_takes_each_sides_best_backend() -> None:
+    def row(work: str, backend: str, ms: float | None) -> dict[str, Any]:
+        return {"work": work, "backend": backend, "refused": None if ms else "not here", "forward_ms": ms}
+
+    result = {
+        "rows": [row("a", "fa4", None), row("a", "cudnn", 6.0), row("a", "flash", 9.0), row("b", "flash", 10.0), row("b", "cudnn", 5.0)]
+    }
+    assert goals.attention("a", "b", "forward")(result) == pytest.approx(6 / 5)
+
+
 def test_the_page_is_made_of_the_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every kind of result has a table with its command and machine; shares are floor over time."""
     introduction = tmp_path / "performance.md"
     introduction.write_text("# Performance\n")
     monkeypatch.setattr(document, "INTRODUCTION", introduction)
     common = {"machine": {"gpu": "NVIDIA H100", "cpu": ""}, "versions": {"torch": "2.11"}, "date": "2026-01-01"}
-    row = {"context": 2048, "ms": 4.0, "floor_ms": 1.0, "of_floor": 0.25, "cache": 1 << 20, "weights": 0}
+    row = {"context": 2048, "ms": 4.0, "floor_ms": 1.0, "of_floor": 0.25, "cache": 1 << 20, "weights": 0, "first_seconds": 3.0}
     result = {"command": "andromeda bench decode andromeda", **common, "batch": 2, "rows": [row]}
     (tmp_path / "gpu-decode-a.json").write_text(json.dumps(result))
     text = document.document(tmp_path)
     assert "## Decoding" in text
     assert "`andromeda bench decode andromeda`" in text
-    assert "| 2,048 | 4 ms | 1 ms | 25% | 500 | 1.00 MiB |" in text
+    assert "| 2,048 | 4 ms | 1 ms | 25% | 500 | 1.00 MiB | 3 s |" in text
     assert "## Training" not in text
 
 

@@ -24,8 +24,10 @@ from torch import Tensor
 
 from andromeda.kernels.attention import Pattern, backends, eager, flex
 from andromeda.model.flops import attention_pairs
-from andromeda.model.hardware import recognise
 from andromeda.model.position.alibi import FoldedBias, slopes
+from andromeda.model.prepare import prepare
+from andromeda.study.bench import qk
+from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import record, save
 
 HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
@@ -35,6 +37,8 @@ CHECKED = 64
 """Queries whose error is measured."""
 ROOM = 32768
 """Tokens in all rows together."""
+PREPARED = "the same, ALiBi folded"
+"""Of `bench qk`'s works, the one whose parts are those of preset `andromeda`."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +51,8 @@ class Work:
     documents: bool = False
     alibi: str = ""
     """`slopes` or `folded`."""
+    prepared: bool = False
+    """QK norm, xPos and the fold are within the time, as a layer of preset `andromeda` has them; else queries and keys come ready."""
     queries: int = 0
     """0 is all: training. Otherwise the last ones, forward only."""
     rows: int = 0
@@ -56,6 +62,7 @@ class Work:
 WORKS = (
     Work("causal", ("fa4", "cudnn", "flex", "flash")),
     Work("causal, ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded"),
+    Work("causal, QK norm + xPos + ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded", prepared=True),
     Work("causal, ALiBi slopes", ("flex",), alibi="slopes"),
     Work("window", ("fa4", "flex"), WINDOW),
     Work("window, documents, ALiBi folded", ("fa4", "flex"), WINDOW, documents=True, alibi="folded"),
@@ -88,13 +95,17 @@ class Row:
 
     def __str__(self) -> str:
         if self.refused:
-            return f"{self.work:34s} {self.tokens:6d} {self.backend:6s} refuses: {self.refused}"
+            return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} refuses: {self.refused}"
         figures = (f"{name} {value:.3g}" for name, value in asdict(self).items() if isinstance(value, float))
-        return f"{self.work:34s} {self.tokens:6d} {self.backend:6s} " + ", ".join(figures)
+        return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} " + ", ".join(figures)
+
+
+Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Queries and keys as they are given -> as attention takes them."""
 
 
 def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Pattern]:
-    """q, k, v in bfloat16 and the pattern, as a model with normalised queries and keys has them."""
+    """q, k, v in bfloat16 and the pattern, normalised; as they were before, if the work prepares them."""
     g = torch.Generator(device).manual_seed(0)
     content = HEAD_DIM - 4 * (work.alibi == "folded")
 
@@ -105,7 +116,7 @@ def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Te
     q, k, v = random(HEADS, content, True), random(KV_HEADS, content, True), random(KV_HEADS, HEAD_DIM, False)
     scale = HEAD_DIM**-0.5
     heads = torch.nn.functional.pad(slopes(ALIBI_HEADS, device), (0, HEADS - ALIBI_HEADS))
-    if work.alibi == "folded":
+    if work.alibi == "folded" and not work.prepared:
         index = torch.arange(tokens, device=device)
         digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)
         q, k = FoldedBias(heads, digits).fold(q, k, scale)
@@ -116,6 +127,14 @@ def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Te
     documents = None if numbers is None else (numbers if queries == tokens else numbers[:, -queries:].contiguous(), numbers)
     pattern = Pattern(scale, work.window, documents, heads if work.alibi == "slopes" else None)
     return q[:, -queries:].contiguous(), k, v, pattern
+
+
+def preparation(work: Work, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
+    """What is done to queries and keys within the time, the learned scales in it, and the softmax scale that belongs to it."""
+    if not work.prepared:
+        return (lambda q, k: (q, k)), [], None
+    arguments, leaves = qk.inputs(**qk.WORKS[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
+    return (lambda q, k: prepare(q, k, *arguments[2:])), leaves[2:], arguments[-1]
 
 
 def pairs(pattern: Pattern, queries: int, tokens: int, rows: int) -> int:
@@ -130,7 +149,7 @@ def pairs(pattern: Pattern, queries: int, tokens: int, rows: int) -> int:
 
 def floors(operations: float, moved: float, device: torch.device) -> float | None:
     """Least milliseconds for operations and for bytes moved on this device, where its rates are known."""
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = ceilings(device)
     rate = known and known.rate("bf16")
     return 1e3 * max(operations / rate, moved / known.bandwidth) if known and rate else None
 
@@ -151,26 +170,24 @@ def measure(work: Work, backend: str, tokens: int, device: torch.device, rep: in
     B = work.rows or max(1, ROOM // tokens)
     row = Row(work.name, backend, tokens, B)
     q, k, v, pattern = inputs(work, tokens, B, device)
+    ready, scales, scale = preparation(work, tokens, device)
+    pattern = replace(pattern, scale=scale or pattern.scale)
     trains = not work.queries
-    leaves = [x.requires_grad_(trains) for x in (q, k, v)]
+    leaves = [x.requires_grad_(trains) for x in (q, k, v, *scales)]
     module = backends()[backend]
-    row.refused = module.refuse(pattern, *leaves)
+    row.refused = module.refuse(pattern, *ready(q, k), v)
     if row.refused:
         return row
-    grad = torch.randn_like(q[..., : v.shape[-1]])
+    grad = torch.randn_like(v[:, : q.shape[1]].expand(-1, -1, HEADS, -1))
 
     def forward() -> Tensor:
         with torch.set_grad_enabled(trains):
-            return module.attend(*leaves, pattern)
+            return module.attend(*ready(q, k), v, pattern)
 
     def both() -> None:
         torch.autograd.grad(forward(), leaves, grad)
 
-    start = time.perf_counter()
-    (both if trains else forward)()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    row.first_s = time.perf_counter() - start
+    row.first_s = _seconds(both if trains else forward, device)
     operations = 4 * HEADS * HEAD_DIM * pairs(pattern, q.shape[1], tokens, B)
     moved = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
     row.forward_ms = median_ms(forward, device, rep)
@@ -181,8 +198,17 @@ def measure(work: Work, backend: str, tokens: int, device: torch.device, rep: in
         row.both_tflops = 3.5 * operations / row.both_ms / 1e9
         # Backward reads the inputs, the output and its gradient, and writes three gradients.
         row.both_floor_ms = floors(3.5 * operations, 3 * moved, device)
-    row.error, row.reference_error = errors(forward().detach(), q.detach(), k.detach(), v.detach(), pattern)
+    with torch.no_grad():
+        row.error, row.reference_error = errors(forward(), *ready(q, k), v, pattern)
     return row
+
+
+def _seconds(function: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
 
 
 @torch.no_grad()
@@ -194,7 +220,7 @@ def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tu
         pattern = replace(pattern, documents=(pattern.documents[0][:1, -few:], pattern.documents[1][:1]))
     exact = eager.attend(q.double(), k.double(), v.double(), pattern)
     same_type = eager.attend(q, k, v, pattern)
-    found, own = (((x.double() - exact).norm() / exact.norm()).item() for x in (out[:1, -few:], same_type))
+    found, own = (((x.double() - exact).norm() / exact.norm()).item() for x in (out[:1, -few:].detach(), same_type))
     return found, own
 
 

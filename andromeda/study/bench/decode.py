@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterable
 from typing import Any
 
@@ -12,8 +13,8 @@ from andromeda.config.load import load
 from andromeda.infer.optimise import optimise
 from andromeda.infer.step import FixedStep, GraphStep
 from andromeda.model.cache import Cache, Nothing
-from andromeda.model.hardware import recognise
 from andromeda.model.transformer import Transformer
+from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.subjects import empty_model
 from andromeda.study.bench.timing import device_ms
 
@@ -22,34 +23,60 @@ CHUNK = 8192
 
 
 def measure(
-    source: str, changes: list[str], contexts: Iterable[int], rows: int = 1, compiled: bool = True, rep: int = 300
+    source: str,
+    changes: list[str],
+    contexts: Iterable[int],
+    rows: int = 1,
+    *,
+    compiled: bool = True,
+    tuned: bool = False,
+    eight_bits: bool = False,
+    rep: int = 300,
 ) -> dict[str, Any]:
     """Milliseconds a token of one configuration after contexts of several lengths, `rows` sequences at once."""
     config = load(source, changes).model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = optimise(empty_model(config, device, DTYPE), compiled=compiled and device.type == "cuda")
-    measured = [_measured(model, tokens, rows, rep) for tokens in contexts]
-    return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, "compiled": compiled, "rows": measured}
+    model = empty_model(config, device, DTYPE)
+    # Only the recorded pass is compiled: what reads the context is not measured here.
+    caches = [_read(model, tokens, rows) for tokens in contexts]
+    optimise(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned)
+    way = {"compiled": compiled, "tuned": tuned, "linear_layers": "fp8" if eight_bits else "bf16"}
+    return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **way, "rows": [_measured(model, c, rep) for c in caches]}
 
 
-@torch.inference_mode()
-def _measured(model: Transformer, tokens: int, rows: int, rep: int) -> dict[str, Any]:
-    device = model.head.weight.device
+@torch.no_grad()
+def _read(model: Transformer, tokens: int, rows: int) -> Cache:
+    """What a prompt of random tokens leaves behind."""
+    cache = Cache(tokens)
+    for part in torch.randint(0, model.config.vocab_size, (rows, tokens), device=model.head.weight.device).split(CHUNK, 1):
+        model.hidden(part, cache=cache)
+    return cache
+
+
+@torch.no_grad()
+def _measured(model: Transformer, cache: Cache, rep: int) -> dict[str, Any]:
+    device, tokens, held = model.head.weight.device, cache.length, cache.bytes()
 
     def read(ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
         return model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
 
-    cache = Cache(tokens)
-    for part in torch.randint(0, model.config.vocab_size, (rows, tokens), device=device).split(CHUNK, 1):
-        model.hidden(part, cache=cache)
-    held = cache.bytes()
+    start = time.perf_counter()
     step = (GraphStep if device.type == "cuda" else FixedStep)(read, cache, most=256)
-    del cache
-    weights = sum(p.numel() * p.element_size() for p in model.parameters()) - _table(model)
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    first = time.perf_counter() - start
+    held_weights = (x for part in (model.parameters(), model.buffers()) for x in part)
+    weights = sum(x.numel() * x.element_size() for x in held_weights) - _table(model)
+    known = ceilings(device)
     ms = device_ms(step._run, device.type, rep)
     floor = 1e3 * (weights + held) / known.bandwidth if known else None
-    return {"context": tokens, "ms": ms, "floor_ms": floor, "of_floor": floor / ms if floor else None, "cache": held, "weights": weights}
+    return {
+        "context": tokens,
+        "first_seconds": first,
+        "ms": ms,
+        "floor_ms": floor,
+        "of_floor": floor / ms if floor else None,
+        "cache": held,
+        "weights": weights,
+    }
 
 
 def _table(model: Transformer) -> int:

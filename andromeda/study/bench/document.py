@@ -37,21 +37,44 @@ def _training(side: dict[str, Any]) -> list[str]:
     ]
 
 
+def precision_rows(result: dict[str, Any]) -> Rows:
+    """One line a precision."""
+    head = ["products", "loss of the last steps", "step", "first step"]
+    return [head, *([name, *_precision(side)] for name, side in result["sides"].items())]
+
+
+def _precision(side: dict[str, Any]) -> list[str]:
+    if "failed" in side:
+        return [side["failed"], "", ""]
+    return [f"{side['final_loss']:.4f}", _ms(1e3 * side["seconds"]), f"{side['first_step_seconds']:.0f} s"]
+
+
 def prefill_rows(result: dict[str, Any]) -> Rows:
-    """One line a side and length."""
-    head = ["side", "tokens", "time", "floor", "floor / time", "peak memory"]
+    """One line a side, length and way of reading."""
+    head = ["side", "tokens", "at once", "time", "floor", "floor / time", "peak memory", "first call", "logits beside the first way's"]
     return [head, *([row["side"], f"{row['tokens']:,}", *_prefill(row)] for row in result["rows"])]
 
 
 def _prefill(row: dict[str, Any]) -> list[str]:
+    chunk = f"{row['chunk']:,}" if row["chunk"] else "all"
     if "failed" in row:
-        return [row["failed"], _ms(row["floor_ms"]), "", ""]
-    return [_ms(row["ms"]), _ms(row["floor_ms"]), _ratio(row["floor_ms"], row["ms"]), size(row["peak"]) if row["peak"] else ""]
+        return [chunk, row["failed"], _ms(row["floor_ms"]), "", "", "", ""]
+    difference = "not finite" if not row["finite"] else "" if row["difference"] is None else f"differ by {row['difference']:.1e}"
+    peak = size(row["peak"]) if row["peak"] else ""
+    return [
+        chunk,
+        _ms(row["ms"]),
+        _ms(row["floor_ms"]),
+        _ratio(row["floor_ms"], row["ms"]),
+        peak,
+        f"{row['first_seconds']:.0f} s",
+        difference,
+    ]
 
 
 def decode_rows(result: dict[str, Any]) -> Rows:
     """One line a context."""
-    head = ["context", "time of a token", "floor", "floor / time", "tokens/s", "cache"]
+    head = ["context", "time of a token", "floor", "floor / time", "tokens/s", "cache", "until recorded"]
     return [
         head,
         *(
@@ -62,6 +85,7 @@ def decode_rows(result: dict[str, Any]) -> Rows:
                 _share(row["of_floor"]),
                 f"{1e3 * result['batch'] / row['ms']:,.0f}",
                 size(row["cache"]),
+                f"{row['first_seconds']:.0f} s",
             ]
             for row in result["rows"]
         ),
@@ -85,7 +109,7 @@ def attention_rows(result: dict[str, Any]) -> Rows:
     head = ["pattern", "tokens", "backend", "forward", "floor", "floor / time", "both", "floor", "floor / time", "error / PyTorch's"]
     rows = [head]
     for row in result["rows"]:
-        if row["refused"]:
+        if row["refused"] or row["error"] is None:
             continue
         forward, both = (
             [_ms(row[f"{name}_ms"]), _ms(row[f"{name}_floor_ms"]), _ratio(row[f"{name}_floor_ms"], row[f"{name}_ms"])]
@@ -139,6 +163,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "loss": ("Head and loss", loss_rows),
     "embedding": ("Embedding", embedding_rows),
     "train": ("Training", training_rows),
+    "precision": ("8 bits beside bfloat16", precision_rows),
     "prefill": ("Prefill", prefill_rows),
     "decode": ("Decoding", decode_rows),
 }

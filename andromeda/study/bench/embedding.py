@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.embedding import accepts, table_gradient
-from andromeda.model.hardware import recognise
+from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import record, save
 from andromeda.study.bench.timing import device_ms
 
@@ -67,7 +67,7 @@ def draw(kind: str, tokens: int, vocabulary: int, device: torch.device) -> Tenso
 
 def floor(moved: float, device: torch.device) -> float | None:
     """Least milliseconds for these bytes."""
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = ceilings(device)
     return 1e3 * moved / known.bandwidth if known else None
 
 
@@ -88,7 +88,7 @@ def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
     return (square / norm) ** 0.5
 
 
-def gradients(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
+def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> Iterator[Row]:
     """Both sides on every kind of ids, table and cut."""
     generator = torch.Generator(device).manual_seed(1)
     whole = torch.randn(tokens, LAYERS * WIDTH, device=device, generator=generator, dtype=torch.bfloat16)
@@ -97,23 +97,23 @@ def gradients(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
     if accepts(torch.empty(0, device=device)):
         sides["kernel"] = table_gradient
     for kind in ("uniform", "zipf"):
-        ids = draw(kind, tokens, VOCABULARY, device)
+        ids = draw(kind, tokens, vocabulary, device)
         for work, dys in cuts.items():
             for dtype in (torch.bfloat16, torch.float32):
-                bytes_ = whole.numel() * 2 + VOCABULARY * LAYERS * WIDTH * dtype.itemsize
+                bytes_ = whole.numel() * 2 + vocabulary * LAYERS * WIDTH * dtype.itemsize
                 for side, function in sides.items():
-                    first, second = (function(ids, dys, VOCABULARY, dtype) for _ in range(2))
+                    first, second = (function(ids, dys, vocabulary, dtype) for _ in range(2))
                     row = Row(work, kind, str(dtype).removeprefix("torch."), side, 0.0, floor(bytes_, device))
                     row.repeats, row.error = torch.equal(first, second), relative_error(first, ids, dys)
                     del first, second
-                    row.ms = device_ms(partial(function, ids, dys, VOCABULARY, dtype), device.type, rep)
+                    row.ms = device_ms(partial(function, ids, dys, vocabulary, dtype), device.type, rep)
                     yield row
 
 
-def reading(tokens: int, device: torch.device, rep: int, width: int = 2560) -> Iterator[Row]:
+def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width: int = 2560) -> Iterator[Row]:
     """Gather and norm: whether fusing them by hand could pay."""
-    ids = draw("zipf", tokens, VOCABULARY, device)
-    weight = torch.randn(VOCABULARY, width, device=device, dtype=torch.bfloat16)
+    ids = draw("zipf", tokens, vocabulary, device)
+    weight = torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16)
 
     def gather(ids: Tensor, weight: Tensor) -> Tensor:
         return F.embedding(ids, weight)
@@ -135,14 +135,15 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--tokens", type=int, default=TOKENS)
+    parser.add_argument("--vocabulary", type=int, default=VOCABULARY)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rep", type=int, default=50, help="milliseconds for which each function is timed")
     options = parser.parse_args(arguments)
     command = shlex.join(["python", "-m", "andromeda.study.bench.embedding", *(sys.argv[1:] if arguments is None else arguments)])
-    shape = {"tokens": options.tokens, "vocabulary": VOCABULARY, "layers": LAYERS, "width": WIDTH, "gradient": "bfloat16"}
+    shape = {"tokens": options.tokens, "vocabulary": options.vocabulary, "layers": LAYERS, "width": WIDTH, "gradient": "bfloat16"}
     device, rows = torch.device(options.device), list[dict[str, Any]]()
     for source in (gradients, reading):
-        for row in source(options.tokens, device, options.rep):
+        for row in source(options.tokens, options.vocabulary, device, options.rep):
             print(row, flush=True)
             rows.append(asdict(row))
             save(options.out, record(command, {"shape": shape, "rows": rows}))

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.cross_entropy import linear_cross_entropy
-from andromeda.model.hardware import recognise
+from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.timing import device_ms
 
 TOKENS, WIDTH, VOCABULARY = 32768, 2560, 50432
@@ -78,7 +78,7 @@ def measure(device: torch.device, tokens: int = TOKENS, vocabulary: int = VOCABU
     x = torch.randn(tokens, width, device=device, generator=g).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device, generator=g) * width**-0.5).bfloat16().requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=device, generator=g)
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = ceilings(device)
     rate = known.rate("bf16") if known else None
     return {
         "shape": {"tokens": tokens, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},

@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import Alibi, Attention, ModelConfig, Rotary
-from andromeda.model.hardware import recognise
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.prepare import plain, prepare
 from andromeda.model.qk_norm import build_qk_norm
+from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import record, save
 from andromeda.study.bench.timing import device_ms
 
@@ -110,7 +110,7 @@ def measure(work: str, side: str, function: Function, exact: list[Tensor], token
     def both() -> None:
         torch.autograd.grad(function(*arguments), leaves, gradients)
 
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = ceilings(device)
     floors = [1e3 * size / known.bandwidth if known else None for size in moved(arguments, (found[0], found[1]))]
     with torch.no_grad():
         forward_ms = device_ms(lambda: function(*arguments), device.type, rep, graph=True)

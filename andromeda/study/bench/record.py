@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from andromeda.data.files import write_whole
+from andromeda.study.bench import ceilings
 
 LIBRARIES = ("andromeda", "torch", "triton", "transformers", "x-transformers", "flash-attn-4", "numpy")
 
@@ -40,7 +41,7 @@ def versions() -> dict[str, str]:
 def record(command: str, figures: dict[str, Any]) -> dict[str, Any]:
     """A whole result."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
-    return {"command": command, "date": day, "machine": machine(), "versions": versions(), **figures}
+    return {"command": command, "date": day, "machine": machine(), "versions": versions(), **ceilings.figures(), **figures}
 
 
 def save(path: Path, result: dict[str, Any]) -> None:

@@ -6,17 +6,46 @@ Their weights are random, drawn on the device, which changes no time.
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.errors import MissingExtra
+from andromeda.errors import MissingExtra, RequestError, nearest
 from andromeda.model.transformer import Transformer
 
 GATED = ("swiglu", "geglu", "reglu")
+UNFUSED = "Andromeda without flash attention"
+LLAMA, X_TRANSFORMERS, X_TRANSFORMERS_ALIBI = "transformers Llama", "x-transformers without ALiBi", "x-transformers"
+PEERS = {"llama": LLAMA, "x-transformers": X_TRANSFORMERS, "x-transformers-alibi": X_TRANSFORMERS_ALIBI}
+"""Peers by the words that ask for them; x-transformers' ALiBi fills the memory with T x T numbers a head."""
+
+
+def peers(text: str) -> list[str]:
+    """The peers that a user asks for, words with commas between, or all. Raises RequestError."""
+    words = list(PEERS) if text == "all" else [word for word in text.split(",") if word]
+    for word in words:
+        if word not in PEERS:
+            raise RequestError(f"There is no peer {word!r}{nearest(word, PEERS)}: give {', '.join(PEERS)} or all.")
+    return [PEERS[word] for word in words]
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Causal attention of backend `sdpa` as PyTorch computes it without a fused kernel: all T x T logits, in the type of the products."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # Otherwise it computes in float32, which nobody would choose who is after speed.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
 def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:

@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
-from andromeda.model.hardware import recognise
-from andromeda.study.bench.subjects import llama, x_transformer
+from andromeda.study.bench.ceilings import ceilings
+from andromeda.study.bench.subjects import LLAMA, UNFUSED, X_TRANSFORMERS_ALIBI, llama, unfused_attention, x_transformer
 from andromeda.train.device import find_device
 from andromeda.train.objective import NextToken
 from andromeda.train.rows import Rows
@@ -30,18 +30,24 @@ from andromeda.train.session import build_session
 from andromeda.train.step import Stepper, Work
 
 WARMUP = 2
-PEERS = ("transformers Llama", "x-transformers without ALiBi", "x-transformers")
 
 Step = Callable[[Tensor], object]
 
 
-def measure(source: str, changes: list[str], rows: int = 8, steps: int = 6, peers: Iterable[str] = ()) -> dict[str, Any]:
-    """Steps of `rows` rows; medians over `steps` of them after two that are not counted."""
+def measure(
+    source: str, changes: list[str], rows: int = 8, steps: int = 6, peers: Iterable[str] = (), unfused: bool = False
+) -> dict[str, Any]:
+    """Steps of `rows` rows; medians over `steps` of them after two that are not counted.
+
+    unfused: Andromeda once more, its attention by matrix products of T x T (`subjects.unfused_attention`).
+    """
     config = load(source, changes)
     micro = config.train.micro_batch or min(config.train.batch, rows)
     config = load(source, [*changes, f"train.batch={rows}", f"train.micro_batch={micro}"])
     device = find_device(config.train.device)
     makers: dict[str, Callable[[], Step]] = {"Andromeda": partial(_andromeda, config, device)}
+    if unfused:
+        makers[UNFUSED] = partial(_unfused, config, device)
     makers |= {name: partial(_peer, name, config, device, micro) for name in peers}
     sides = {name: _side(make, config, device, steps) for name, make in makers.items()}
     tokens = rows * _sequence(config)
@@ -51,7 +57,7 @@ def measure(source: str, changes: list[str], rows: int = 8, steps: int = 6, peer
 def summary(sides: dict[str, dict[str, Any]], config: RunConfig, device: torch.device) -> dict[str, dict[str, Any]]:
     """With rates. A side that failed says why."""
     tokens, flops = config.train.batch * _sequence(config), training_flops_per_token(config.model, _sequence(config))
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    known = ceilings(device)
     ceiling = known.rate("bf16") if known else None
     for side in sides.values():
         if "seconds" in side:
@@ -99,13 +105,24 @@ def _andromeda(config: RunConfig, device: torch.device) -> Step:
     return lambda ids: stepper(Work(Rows(ids, ids, None), ids.numel(), (0, len(ids))))
 
 
+def _unfused(config: RunConfig, device: torch.device) -> Step:
+    attention = config.model.attention.model_copy(update={"backend": "sdpa"})
+    step = _andromeda(config.model_copy(update={"model": config.model.model_copy(update={"attention": attention})}), device)
+
+    def run(ids: Tensor) -> object:
+        with unfused_attention():
+            return step(ids)
+
+    return run
+
+
 def _peer(name: str, config: RunConfig, device: torch.device, micro: int) -> Step:
-    if name == "transformers Llama":
+    if name == LLAMA:
         model = llama(config.model, device, torch.float32)
         run: Any = torch.compile(model, dynamic=False) if device.type == "cuda" else model
         loss: Step = lambda ids: run(input_ids=ids, labels=ids).loss  # noqa: E731
     else:
-        model = x_transformer(config.model, device, torch.float32, alibi="without" not in name)
+        model = x_transformer(config.model, device, torch.float32, alibi=name == X_TRANSFORMERS_ALIBI)
         loss = lambda ids: F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())  # noqa: E731
     return _peer_step(model, loss, device, micro)
 

@@ -1,0 +1,163 @@
+"""All GPU figures of docs/performance.md in one command: the benchmarks in order of importance, each in a process of its own, and a table.
+
+    python benchmarks/gpu.py --out RESULTS --seconds 560            # the most important jobs that this time allows
+    python benchmarks/gpu.py --out RESULTS --seconds 560            # again: what is not in RESULTS yet
+    python benchmarks/gpu.py --out RESULTS loss embedding           # these only, measured anew
+    python benchmarks/gpu.py --out /tmp/tiny --size tiny            # the same way on a CPU, in a few minutes; its times mean nothing
+
+A job is one `andromeda bench` command, which writes gpu-JOB.json into the folder, and its output gpu-JOB.log; a job that fails or
+takes too long costs the others nothing. What Inductor and Triton compile is kept in the folder's `cache` for a job's second try.
+`benchmarks/gpu.py --table RESULTS` prints the table again. To make the page: copy the files into benchmarks/results, then
+`python -m andromeda.study.bench.document > docs/performance.md`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from andromeda.study.bench.goals import table
+
+FOLD = "model.alibi.fold=true"
+WINDOWS = "model.attention.window=1024 model.attention.global_every=8"
+LONG = f"andromeda {FOLD} model.context=32768"
+ENDLESS = f"andromeda {FOLD} model.context=200704 model.rotary.scale_base=65536"
+SMALL = (
+    "model.width=64 model.depth=2 model.vocab_size=512 model.context=256 model.attention.heads=4 model.attention.kv_heads=1 "
+    "model.attention.head_dim=32 model.feedforward.hidden=128 train.micro_batch=1"
+)
+SMALL_ALIBI = f"andromeda {SMALL} model.alibi.heads=2 {FOLD}"
+SMALL_LONG = f"andromeda-360m-long {SMALL} model.attention.window=16 model.attention.global_every=2 train.sequence=256"
+ON_CPU = "train.device=cpu train.compile=off train.precision=fp32"
+CURVE = "precision andromeda-125m train.schedule.warmup={0} train.schedule.cooldown={0}"
+"""bf16 and fp8 on the same tokens, with a warm-up and a cooldown of so many steps."""
+
+
+class Job(NamedTuple):
+    """One benchmark: its command after `andromeda bench`, the seconds it may take, and the same at a size for a CPU."""
+
+    command: str
+    limit: int
+    tiny: str
+
+
+JOBS = {
+    "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
+    "train-bf16": Job(f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"),
+    "prefill-bf16": Job(f"prefill {LONG} --lengths 32768", 80, f"prefill {SMALL_ALIBI} --lengths 64"),
+    "prefill-fp8-windows": Job(
+        f"prefill {LONG} {WINDOWS} --lengths 32768 --eight-bits", 90, f"prefill {SMALL_ALIBI} --lengths 64 --eight-bits"
+    ),
+    "prefill-long": Job("prefill andromeda-360m-long --lengths 32768,100352 --eight-bits", 80, f"prefill {SMALL_LONG} --lengths 64,128"),
+    "decode": Job(f"decode andromeda {FOLD} model.context=33280", 90, f"decode {SMALL_ALIBI} --contexts 32,64"),
+    "loss": Job("loss", 60, "loss --tokens 64"),
+    "embedding": Job("embedding", 60, "embedding --tokens 16 --vocabulary 64 --rep 1"),
+    "train-fp8": Job(
+        f"train andromeda {FOLD} train.precision=fp8 --rows 1 --steps 6", 110, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
+    ),
+    "train-360m-8k": Job(
+        "train andromeda-360m model.context=8192 train.micro_batch=4 --rows 16 --steps 4",
+        80,
+        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
+    ),
+    "train-360m-32k": Job(
+        "train andromeda-360m model.context=32768 train.micro_batch=1 --rows 4 --steps 4",
+        80,
+        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
+    ),
+    "prefill-200k": Job(f"prefill {ENDLESS} --lengths 200000 --chunks 0,25000", 150, f"prefill {SMALL_ALIBI} --lengths 96 --chunks 0,24"),
+    "decode-tuned": Job(f"decode andromeda {FOLD} model.context=33280 --tuned", 240, f"decode {SMALL_ALIBI} --contexts 32 --tuned"),
+    "precision": Job(
+        f"{CURVE.format(100)} model.context=2048 --steps 500 --rows 16",
+        150,
+        f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --rows 2",
+    ),
+    "train-flash": Job(
+        "train andromeda-360m model.context=8192 train.micro_batch=1 train.checkpointing=full --rows 2 --steps 4 --unfused",
+        100,
+        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1 --unfused",
+    ),
+    "prefill-flash": Job(
+        "prefill andromeda-360m model.context=32768 --lengths 8192,32768 --unfused",
+        80,
+        f"prefill andromeda-360m {SMALL} --lengths 64 --unfused",
+    ),
+    "prefill-long-bf16": Job("prefill andromeda-360m-long --lengths 32768,100352", 80, f"prefill {SMALL_LONG} --lengths 64"),
+    "prefill-peers": Job(
+        f"prefill andromeda {FOLD} --lengths 8192 --peers all", 120, f"prefill {SMALL_ALIBI} --lengths 64 --peers x-transformers"
+    ),
+    "train-peers": Job(
+        f"train andromeda {FOLD} --rows 1 --steps 3 --peers x-transformers,x-transformers-alibi",
+        150,
+        f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1 --peers x-transformers",
+    ),
+    "attention-8k": Job("attention --lengths 8192 --budget 60", 80, "attention --lengths 32 --rep 1 --budget 10"),
+    "qk": Job("qk", 90, "qk --tokens 16 --rep 1"),
+    "decode-fp8": Job(f"decode andromeda {FOLD} model.context=33280 --eight-bits", 90, f"decode {SMALL_ALIBI} --contexts 32 --eight-bits"),
+}
+"""In order of importance. Limits are three times what a job should take, most of it compiling."""
+
+
+def main() -> None:
+    """Run what is asked for and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help="these only, measured anew: " + ", ".join(JOBS))
+    parser.add_argument("--out", type=Path, help="folder for the results")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="of all jobs together; none begins after that")
+    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--table", type=Path, metavar="FOLDER", help="print the table of results that are there")
+    options = parser.parse_args()
+    if options.table:
+        print(table(options.table))
+        return
+    if options.out is None or (unknown := set(options.jobs) - JOBS.keys()):
+        parser.error("give --out FOLDER" if options.out is None else f"there is no job {sorted(unknown)[0]}: {', '.join(JOBS)}")
+    end = time.monotonic() + options.seconds
+    for name, job in JOBS.items():
+        if name in options.jobs or not (options.jobs or (options.out / f"gpu-{name}.json").exists()):
+            run(name, job, options.out, options.size, end - time.monotonic())
+    print(table(options.out))
+
+
+def run(name: str, job: Job, folder: Path, size: str, left: float) -> None:
+    """One job within its limit and the time that is left, and a line on how it went."""
+    if left < job.limit / 3 and size == "full":
+        print(f"{name:20s} not begun: {max(0, left):.0f} s are left", flush=True)
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    words = (job.tiny if size == "tiny" else job.command).split()
+    command = [sys.executable, "-m", "andromeda.cli.main", "bench", *words, "--out", str(folder / f"gpu-{name}.json")]
+    limit = min(job.limit, left) if size == "full" else 5 * job.limit
+    start = time.monotonic()
+    with (folder / f"gpu-{name}.log").open("w") as log:
+        try:
+            done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, timeout=limit, env=environment(folder))
+            code: int | str = done.returncode
+        except subprocess.TimeoutExpired:
+            code = "too slow"
+    print(f"{name:20s} {time.monotonic() - start:4.0f} s  {'' if code == 0 else f'FAILED ({code}): {last_line(log.name)}'}", flush=True)
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """Compilers keep their work beside the results, and memory that is free can be used in any size."""
+    kept = {"TORCHINDUCTOR_CACHE_DIR": str(folder / "cache" / "inductor"), "TRITON_CACHE_DIR": str(folder / "cache" / "triton")}
+    root = str(Path(__file__).parents[1])
+    paths = os.pathsep.join(path for path in (root, os.environ.get("PYTHONPATH", "")) if path)
+    return {**os.environ, **kept, "PYTHONPATH": paths, "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True", "PYTHONUNBUFFERED": "1"}
+
+
+def last_line(log: str) -> str:
+    """What a job said last."""
+    lines = [line for line in Path(log).read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1][:160] if lines else ""
+
+
+if __name__ == "__main__":
+    main()
