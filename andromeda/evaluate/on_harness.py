@@ -54,15 +54,11 @@ class Harness:
         """Every figure that the harness computes. Raises MissingExtra where it is not installed."""
         _check_extra()
         from lm_eval import simple_evaluate
-        from lm_eval.tasks import TaskManager
 
         from andromeda.evaluate.harness import HarnessModel
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
-        tasks = TaskManager(include_path=settings.include or None)
-        for name in settings.tasks:
-            if name not in tasks.all_tasks:
-                raise RequestError(f"lm-evaluation-harness has no task {name!r}{nearest(name, tasks.all_tasks)}: see --include.")
+        tasks = _task_manager(settings)
         model = HarnessModel(subject.model, subject.tokenizer("The evaluation harness"), report=report)
         try:
             found = simple_evaluate(
@@ -81,11 +77,32 @@ class Harness:
             reason = " ".join(str(error).split())[:200]
             raise RequestError(f"{' and '.join(settings.tasks)} cannot be run ({reason}): is its data on this machine?") from None
         result = {
-            task: {metric.removesuffix(",none"): float(value) for metric, value in metrics.items() if isinstance(value, int | float)}
+            task: {metric.removesuffix(",none"): float(value) for metric, value in metrics.items() if _is_metric(metric, value)}
             for task, metrics in found["results"].items()
         }
         hashes = sorted(str(sample["doc_hash"]) for samples in found["samples"].values() for sample in samples)
         return Outcome(file_name("harness-" + "-".join(settings.tasks)), hashlib.sha256(" ".join(hashes).encode()).hexdigest(), result)
+
+
+def _task_manager(settings: HarnessSettings) -> Any:
+    """What knows the tasks. Raises RequestError for one that does not exist."""
+    from lm_eval.tasks import TaskManager
+
+    if settings.include:
+        # A folder of a few tasks is read at once, the harness's own thousands take seconds.
+        own = TaskManager(include_path=settings.include, include_defaults=False)
+        if set(settings.tasks) <= set(own.all_tasks):
+            return own
+    tasks = TaskManager(include_path=settings.include or None)
+    for name in settings.tasks:
+        if name not in tasks.all_tasks:
+            raise RequestError(f"lm-evaluation-harness has no task {name!r}{nearest(name, tasks.all_tasks)}: see --include.")
+    return tasks
+
+
+def _is_metric(name: str, value: Any) -> bool:
+    """A figure of the model, not of the task's size."""
+    return isinstance(value, int | float) and not name.startswith("sample_")
 
 
 def _check_extra() -> None:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from andromeda import Andromeda
+from andromeda.evaluate.likelihood import likelihoods
 from andromeda.evaluate.position import binned, loss_by_context, loss_by_position, spread
 from andromeda.evaluate.result import KINDS, results
 from andromeda.evaluate.run import EVALUATIONS
@@ -194,6 +195,43 @@ def test_a_question_that_does_not_fit_says_what_mends_it(
     told = capsys.readouterr().err
     assert all(part in told for part in said)
     assert "more than this model's context of 256" in told
+
+
+def test_a_local_task_of_the_harness_runs_offline_and_is_verified(
+    place: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
+    rows = [{"q": f"the cat {i}", "c": ["sat on", "came to", "and then"], "a": i % 3} for i in range(6)]
+    (place / "tasks").mkdir()
+    (place / "tasks/rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    for task, file in (("animals", "rows.jsonl"), ("lost", "none.jsonl")):
+        (place / f"tasks/{task}.yaml").write_text(
+            f"""task: {task}
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {place / "tasks" / file}}}, cache_dir: {place / "cache"}}}
+output_type: multiple_choice
+test_split: test
+doc_to_text: "{{{{q}}}}"
+doc_to_choice: "{{{{c}}}}"
+doc_to_target: a
+metric_list: [{{metric: acc}}]
+"""
+        )
+    wishes = ["--include", "tasks", "--device", "cpu"]
+    assert call("eval", "run", "harness", "--task", "animals", *wishes) == 0
+    one = results("run")["harness-animals"]
+    # The same choices by our own likelihoods.
+    subject = open_subject(Path("run"), device="cpu")
+    words, right = subject.tokenizer("the test"), 0
+    for row in rows:
+        pairs = [([words.eos, *words.encode(row["q"])], words.encode(f" {choice}")) for choice in row["c"]]
+        logs = [found.log for found in likelihoods(subject.model, pairs)]
+        right += logs.index(max(logs)) == row["a"]
+    assert one.result == {"animals": {"acc": right / len(rows)}}
+    assert call("verify", "run", "--device", "cpu") == 0
+    capsys.readouterr()
+    assert call("eval", "run", "harness", "--task", "lost", *wishes) == 2
+    assert "lost cannot be run" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_every_kind_has_its_evaluation_and_its_table() -> None:

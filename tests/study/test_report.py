@@ -154,7 +154,7 @@ def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
     Result("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
     text = build_report(run)
     assert "anywhere" in text
-    assert "The five words that come most often. Guessing: 35 %; 8 problems a cell." in text
+    assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems a cell." in text
 
 
 def test_a_run_that_is_going_on(run: Path) -> None:

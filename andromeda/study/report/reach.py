@@ -64,7 +64,8 @@ def _retrieval(result: Result) -> Html:
         rows = ["anywhere"] if r.get("everywhere") else [ENDS.get(depth, percent(depth)) for depth in r["depths"]]
         # The file has a row for each length; a reader looks from the top of the text to its end.
         values = [[row[i] for row in r["accuracy"]] for i in range(len(r["depths"]))]
-        note = f"{WHAT.get(str(r.get('task')), '')} Guessing: {percent(r.get('chance'))}; {r.get('samples', 0):,} problems a cell.".strip()
+        told = f"{WHAT.get(str(r.get('task')), '')} Guessing: {percent(r.get('chance'))}; {r.get('samples', 0):,} problems a cell."
+        note = told.strip().replace(" %", "\u00a0%")  # no line ends before the sign
         columns = [f"{length:,}" for length in r["lengths"]]
         drawn = heat(
             str(r.get("task", result.name)), rows, columns, values, corner="depth", across="columns: tokens of the text", note=note
