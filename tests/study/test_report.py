@@ -153,7 +153,7 @@ def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
     shape = {"task": "common", "lengths": [64], "depths": [0.5], "everywhere": True, "accuracy": [[0.5]], "chance": 0.35, "samples": 8}
     Result("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
     text = build_report(run)
-    assert "anywhere" in text
+    assert ">anywhere</th>" in text
     assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems a cell." in text
 
 
