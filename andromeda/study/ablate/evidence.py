@@ -1,5 +1,6 @@
 """docs/evidence.md, from the results of the evidence's grids:
-`python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json > docs/evidence.md`.
+`python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json > docs/evidence.md`,
+with benchmarks/results/extension-gpu.json behind them where there is one.
 
 Every figure and every verdict in the page comes from those files; `benchmarks/evidence/reading.md` is its only prose.
 """
@@ -17,6 +18,7 @@ from typing import Any
 from andromeda.errors import ConfigError
 from andromeda.study.ablate import clipping
 from andromeda.study.ablate.table import DASH, UNITS, cells, evenness, legend, lines, mean, verdicts
+from andromeda.study.extend.page import sections as extensions
 
 ROWS = {
     "A2": "Flash attention",
@@ -54,13 +56,13 @@ HEAD = (
 )
 
 
-def page(every: Sequence[dict[str, Any]], reading: str) -> str:
-    """The whole document."""
+def page(every: Sequence[dict[str, Any]], reading: str, extended: Sequence[str] = ()) -> str:
+    """The whole document, from the results of grids and the lines of an extension's sections."""
     measured = [finished(results) for results in every]
     parts = ["# Evidence", "", reading.strip(), "", *_coverage(every, measured)]
     for results in measured:
         parts += [*_where(results), "", *_tables(results), *clipping.section(results), *_equal_loss(results)]
-    return "\n".join(parts).rstrip() + "\n"
+    return "\n".join([*parts, *extended]).rstrip() + "\n"
 
 
 def finished(results: dict[str, Any]) -> dict[str, Any]:
@@ -162,12 +164,13 @@ def _number(value: float | None) -> str:
 
 
 def read(path: str) -> dict[str, Any]:
-    """The results of a grid. Raises ConfigError."""
+    """The results of a grid, or of benchmarks/extension.py. Raises ConfigError."""
     try:
         results = json.loads(Path(path).read_text("utf-8"))
-        results["arms"][0]["parameters"]
+        if "training" not in results:
+            results["arms"][0]["parameters"]
     except (OSError, ValueError, LookupError, TypeError):
-        raise ConfigError(f"{path} is not the results.json of `andromeda ablate`.") from None
+        raise ConfigError(f"{path} is neither the results.json of `andromeda ablate` nor what benchmarks/extension.py writes.") from None
     return results
 
 
@@ -176,11 +179,13 @@ def main() -> None:
     try:
         if len(sys.argv) < 2:
             raise ConfigError("Name the results: python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json.")
-        every = sorted(map(read, sys.argv[1:]), key=lambda results: results["arms"][0]["parameters"])
+        every = [read(path) for path in sys.argv[1:]]
     except ConfigError as error:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
-    print(page(every, READING.read_text("utf-8") if READING.exists() else ""), end="")
+    grids = sorted((one for one in every if "arms" in one), key=lambda results: results["arms"][0]["parameters"])
+    extended = [line for one in every if "training" in one for line in extensions(one)]
+    print(page(grids, READING.read_text("utf-8") if READING.exists() else "", extended), end="")
 
 
 if __name__ == "__main__":

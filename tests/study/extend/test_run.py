@@ -18,6 +18,7 @@ from scipy import stats
 from andromeda.cli.main import main
 from andromeda.config.load import dumps, load
 from andromeda.study.extend.book import Book, difference, table, verdicts
+from andromeda.study.extend.page import sections
 from andromeda.study.extend.plan import Wishes, scored
 from andromeda.study.extend.run import extend
 from andromeda.train.screen import Silent
@@ -215,6 +216,21 @@ def test_the_change_from_the_trained_length_is_paired_by_windows(extended: Any) 
     told = verdicts(extended[1])
     assert told[0].startswith(f"pi, trained: {found['nats'][3] - found['nats'][1]:+.4f} ± ")
     assert told[0].endswith("nats from 32 to 96 tokens")
+
+
+def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
+    values = json.loads(json.dumps(extended[1]))
+    values["methods"]["pi"]["after"]["retrieval"] = {"lengths": [32, 96], "accuracy": [[1.0, 0.5], [0.75, 1.0]]}
+    training = {"parameters": 125e6, "tokens": 2e6, "model": {"context": 32}}
+    result = {"training": training, "extension": {"96": values}, "far": values, "machine": {"gpu": "H100", "cpu": ""}}
+    lines = list(sections({**result, "date": "a day", "command": "python x.py"}))
+    assert lines[0] == "## Extension of 125 M parameters"
+    assert "### From 32 to 96 tokens" in lines
+    assert "### C1: the model extended the furthest, at up to 96 tokens, without more training" in lines
+    assert "Retrieval at the depth where it is worst: pi, trained 50% at 32, 75% at 96." in lines
+    (row,) = {line for line in lines if line.startswith("| pi, trained |")}
+    assert float(row.split(" | ")[2]) == pytest.approx(values["methods"]["pi"]["after"]["context"]["nats"][1], abs=1e-4)
+    assert row.endswith("| 88% |")
 
 
 def test_by_default_the_scored_targets_fit_the_trained_context(old: Path) -> None:
