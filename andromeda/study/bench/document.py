@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from andromeda.study.bench import arithmetic
 from andromeda.study.plan.sheet import size
 
 RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
@@ -172,7 +173,7 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
 
 def document(folder: Path = RESULTS) -> str:
     """The whole page."""
-    parts = [INTRODUCTION.read_text().rstrip()]
+    parts = [INTRODUCTION.read_text().rstrip(), "## Long prompts, by arithmetic", _lines(arithmetic.rows())]
     for kind, (title, rows) in SECTIONS.items():
         files = sorted(folder.glob(f"gpu-{kind}*.json"))
         if files:
@@ -185,10 +186,17 @@ def section(result: dict[str, Any], rows: Callable[[dict[str, Any]], Rows]) -> s
     """One result as a table under the command that made it."""
     machine, versions = result["machine"], result["versions"]
     known = ", ".join(f"{name} {versions[name]}" for name in ("torch", "triton", "flash-attn-4") if name in versions)
-    head, *body = rows(result)
-    lines = [f"`{result['command']}`", f"{machine['gpu'] or machine['cpu']}, {known}, {result['date']}", ""]
-    lines += ["| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body)]
-    return "\n".join([lines[0], "", *lines[1:]])
+    reached = result.get("ceilings")
+    rates = reached and ", ".join(f"{name} {rate:,.0f} TFLOP/s" for name, rate in reached["tflops"].items())
+    measured = f"; measured ceilings: {rates}, copy {reached['copy_tb_per_s']:.2f} TB/s" if reached else ""
+    source = f"{machine['gpu'] or machine['cpu']}, {known}, {result['date']}{measured}"
+    return "\n\n".join([f"`{result['command']}`", source, _lines(rows(result))])
+
+
+def _lines(rows: Rows) -> str:
+    """A table in Markdown."""
+    head, *body = rows
+    return "\n".join("| " + " | ".join(line) + " |" for line in (head, ["---"] * len(head), *body))
 
 
 def _ms(value: float | None) -> str:

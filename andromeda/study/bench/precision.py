@@ -38,7 +38,7 @@ def measure(source: str, changes: list[str], steps: int, rows: int, precisions: 
         run = [f"train.precision={precision}", f"train.batch={rows}", f"train.micro_batch={rows}", f"train.steps={steps}"]
         torch._dynamo.reset()
         try:
-            config = load(source, [f"model.vocab_size={BYTES}", *changes, *run])
+            config = load(source, [*changes, f"model.vocab_size={BYTES}", *run])
             sides[precision] = _curve(config)
         except AndromedaError as error:
             sides[precision] = {"failed": str(error)}
