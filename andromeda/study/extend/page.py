@@ -12,7 +12,7 @@ def sections(result: dict[str, Any]) -> Iterator[str]:
     """Lines in markdown: what was trained, then a table for each length, and the furthest reading."""
     training = result["training"]
     trained, device = training["model"]["context"], result["machine"]["gpu"] or result["machine"]["cpu"]
-    yield f"## Extension of {training['parameters'] / 1e6:.0f} M parameters"
+    yield f"## Extension of {training['parameters'] / 1e6:.1f} M parameters"
     yield ""
     yield (
         f"Trained on {training['tokens'] / 1e6:.1f} M tokens in rows of {trained:,}, on {device}; "
@@ -43,7 +43,8 @@ def _table(title: str, values: dict[str, Any]) -> Iterator[str]:
 
 def _depths(values: dict[str, Any]) -> Iterator[str]:
     measured = [("as it was", values.get(UNSTRETCHED))]
-    measured += [(f"{name}, trained", stages.get("after")) for name, stages in values["methods"].items()]
+    for name, stages in values["methods"].items():
+        measured.append((f"{name}, trained", stages["after"]) if "after" in stages else (f"{name}, untrained", stages["untrained"]))
     for name, each in measured:
         if each and (found := each.get("retrieval")):
             worst = ", ".join(f"{min(row):.0%} at {length:,}" for length, row in zip(found["lengths"], found["accuracy"], strict=True))

@@ -224,7 +224,7 @@ def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
     training = {"parameters": 125e6, "tokens": 2e6, "model": {"context": 32}}
     result = {"training": training, "extension": {"96": values}, "far": values, "machine": {"gpu": "H100", "cpu": ""}}
     lines = list(sections({**result, "date": "a day", "command": "python x.py"}))
-    assert lines[0] == "## Extension of 125 M parameters"
+    assert lines[0] == "## Extension of 125.0 M parameters"
     assert "### From 32 to 96 tokens" in lines
     assert "### C1: the model extended the furthest, at up to 96 tokens, without more training" in lines
     assert "Retrieval at the depth where it is worst: pi, trained 50% at 32, 75% at 96." in lines
