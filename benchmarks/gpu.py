@@ -50,7 +50,14 @@ class Job(NamedTuple):
 
 JOBS = {
     "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
-    "train-bf16": Job(f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"),
+    "train-bf16": Job(
+        f"train andromeda {FOLD} train.micro_batch=2 --rows 16 --steps 4 --peers llama",
+        180,
+        f"train {SMALL_ALIBI} {ON_CPU} train.micro_batch=2 --rows 4 --steps 1",
+    ),
+    "train-bf16-batch-1": Job(
+        f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
+    ),
     "prefill-bf16": Job(f"prefill {LONG} --lengths 32768", 80, f"prefill {SMALL_ALIBI} --lengths 64"),
     "prefill-fp8-windows": Job(
         f"prefill {LONG} {WINDOWS} --lengths 32768 --eight-bits", 90, f"prefill {SMALL_ALIBI} --lengths 64 --eight-bits"
@@ -60,7 +67,9 @@ JOBS = {
     "loss": Job("loss", 60, "loss --tokens 64"),
     "embedding": Job("embedding", 60, "embedding --tokens 16 --vocabulary 64 --rep 1"),
     "train-fp8": Job(
-        f"train andromeda {FOLD} train.precision=fp8 --rows 1 --steps 6", 110, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
+        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch=2 --rows 16 --steps 4",
+        150,
+        f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1",
     ),
     "train-360m-8k": Job(
         "train andromeda-360m model.context=8192 train.micro_batch=4 --rows 16 --steps 4",
