@@ -28,6 +28,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
 from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
+from andromeda.train.memory import check_fits
 from andromeda.train.precision import fast_bfloat16
 from andromeda.train.session import load_model, model_tensors
 from andromeda.train.weights import read_weights
@@ -68,9 +69,11 @@ class Andromeda(Transformer):
             names["embedding_provider"] = embedding_provider
         if config and names:
             raise ConfigError(f"{', '.join(names)} cannot change a ModelConfig that is given: leave one of them out.")
-        meta = str(device) == "meta"
+        meta, config = str(device) == "meta", config or model_from_names(**names)
+        if not meta and module is None:
+            check_fits(config, torch.device("cpu"), 1)
         with torch.device("meta" if meta else "cpu"):
-            super().__init__(config or model_from_names(**names), embedding=module, seed=seed)
+            super().__init__(config, embedding=module, seed=seed)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer | None) else Tokenizer.load(tokenizer)
         place(self, torch.device("meta") if meta else find_device(str(device), "device"), dtype)
 

@@ -69,10 +69,21 @@ def main() -> None:
     except KeyboardInterrupt:
         print("andromeda: interrupted.", file=sys.stderr)
         sys.exit(130)
+    except (MemoryError, RuntimeError) as error:
+        if not _out_of_memory(error):
+            raise
+        asked = str(error).strip().partition("\n")[0].rstrip(".")
+        print(f"andromeda: Memory ran out ({asked[:200]}): take a smaller model, batch or context (`andromeda plan`).", file=sys.stderr)
+        sys.exit(2)
     except BrokenPipeError:
         # The reader of our output went away (`| head`): point stdout elsewhere so that the interpreter's flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+
+
+def _out_of_memory(error: Exception) -> bool:
+    """Python's and numpy's errors, torch's for a GPU, and torch's for a CPU, which has no type of its own."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "allocate memory" in str(error)
 
 
 def _refuse_call(error: Any) -> None:

@@ -153,7 +153,7 @@ def _values(field: FieldInfo) -> str:
             if table(field)
             else f"{'list' if ... in inner else len(inner)} of {_name(inner[0])}".replace("2 of number", "2 numbers")
         )
-    limits = [f"{sign} {getattr(limit, name):g}" for limit in field.metadata for name, sign in SIGNS.items() if hasattr(limit, name)]
+    limits = [f"{sign} {getattr(limit, name):,.12g}" for limit in field.metadata for name, sign in SIGNS.items() if hasattr(limit, name)]
     return ", ".join([_name(kind), *limits])
 
 

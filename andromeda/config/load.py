@@ -94,7 +94,7 @@ def _layers(values: Values, source: str) -> Iterator[Values]:
     own = dict(values)
     name = own.pop("preset", None)
     if name is not None:
-        if name not in presets():
+        if not isinstance(name, str) or name not in presets():
             raise ConfigError(f"{source} starts from preset {show(name)}, which does not exist{_hint(str(name))}.")
         yield from _layers(_preset(name), name)
     yield own
@@ -118,7 +118,7 @@ def _read(source: str) -> Values:
         raise ConfigError(f"{source[:200]} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file in UTF-8.") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, tables in tables without end: not only TOML's own error
         raise ConfigError(f"{path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
 
 
@@ -154,7 +154,7 @@ def _value(key: str, text: str) -> Any:
         return text
     try:
         values = tomllib.loads(f"value = {text}")
-    except tomllib.TOMLDecodeError:
+    except (ValueError, RecursionError):
         # TOML wants a digit on both sides of the point; shells and people do not.
         return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", text) else text
     return values["value"] if values.keys() == {"value"} else text

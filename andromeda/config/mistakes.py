@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from andromeda.config.base import Part
-from andromeda.config.keys import show, walk
+from andromeda.config.keys import flatten, show, walk
 from andromeda.config.names import NAMES
 from andromeda.errors import ConfigError, nearest
 
@@ -23,12 +23,15 @@ WANTED = {
     "string_type": "text in quotes",
     "tuple_type": "a list",
     "model_type": "a table of keys",
-    "greater_than": "above {gt:g}",
-    "greater_than_equal": "at least {ge:g}",
-    "less_than": "below {lt:g}",
-    "less_than_equal": "at most {le:g}",
+    "greater_than": "above {gt:.12g}",
+    "greater_than_equal": "at least {ge:.12g}",
+    "less_than": "below {lt:.12g}",
+    "less_than_equal": "at most {le:.12g}",
 }
 """What a value must be, by pydantic's name for the mistake."""
+
+LARGEST_NUMBER = 2**53
+"""Up to here a whole number is also a floating-point number, so that nothing that is computed from it can overflow."""
 
 
 def read(part: type[P], values: Mapping[str, Any], prefix: str = "", spelled: Mapping[str, str] | None = None) -> P:
@@ -37,6 +40,8 @@ def read(part: type[P], values: Mapping[str, Any], prefix: str = "", spelled: Ma
     prefix: dotted path of the part within a run. spelled: for a full dotted path, the name under which the user gave it.
     Raises ConfigError, one sentence for all mistakes.
     """
+    if huge := [path for path, value in flatten(values).items() if isinstance(value, int) and abs(value) > LARGEST_NUMBER]:
+        raise ConfigError(sentence(f"{_name(f'{prefix}.{path}'.lstrip('.'), spelled or {})} must be at most 2^53" for path in huge))
     try:
         return part.model_validate(values)
     except ValidationError as error:
@@ -65,8 +70,7 @@ def unknown(path: str, known: Sequence[str]) -> str:
 
 def _clause(finding: Any, prefix: str, spelled: Mapping[str, str], known: Sequence[str]) -> str:
     path = _path(finding["loc"], prefix)
-    # Who gave a list by one name knows no numbers of its items.
-    name = spelled.get(path) or spelled.get(re.sub(r"\[\d+\]$", "", path)) or path
+    name = _name(path, spelled)
     kind, context, value = finding["type"], finding.get("ctx", {}), finding["input"]
     if kind == "extra_forbidden":
         return unknown(path, known)
@@ -80,6 +84,11 @@ def _clause(finding: Any, prefix: str, spelled: Mapping[str, str], known: Sequen
     if kind not in WANTED:
         return f"{name} is not valid, {finding['msg'].lower()}"
     return f"{name} must be {WANTED[kind].format(**context)}, not {show(value)}"
+
+
+def _name(path: str, spelled: Mapping[str, str]) -> str:
+    """What the user called the key at a path. Who gave a list by one name knows no numbers of its items."""
+    return spelled.get(path) or spelled.get(re.sub(r"\[\d+\]$", "", path)) or path
 
 
 def _path(location: tuple[int | str, ...], prefix: str) -> str:

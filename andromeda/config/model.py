@@ -5,9 +5,9 @@ A slot that can be empty has a `kind` whose value `"none"` is the identity; noth
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
 from andromeda.config.base import Part
 
@@ -20,13 +20,18 @@ MECHANISMS = {
 }
 """Attention mechanisms that `attention.mechanism` may name, each by its `package.module:Class`. A new one is one file and one row here."""
 
+LARGEST_SIZE, LONGEST = 1_000_000, 2_000_000_000
+"""Where a number is surely a slip: beyond any model's sizes, and beyond what token ids and positions of 32 bits can count."""
+Size = Annotated[int, Field(gt=0, le=LARGEST_SIZE)]
+Length = Annotated[int, Field(gt=0, le=LONGEST)]
+
 
 class Embedding(Part):
     """How token ids become vectors, and whether the head shares that table."""
 
     kind: Literal["plain", "factorised", "custom"] = "plain"
     """A table of vocabulary x width, the product of two thinner ones, or a user's own class."""
-    rank: PositiveInt = 128
+    rank: Size = 128
     """Inner width of a factorised table."""
     provider: str = ""
     """`package.module:Class` of a user's own embedding (kind custom)."""
@@ -43,7 +48,7 @@ class Scaling(Part):
     """Linear (position interpolation), NTK-aware, NTK that follows the length, or YaRN."""
     factor: float = Field(1.0, ge=1.0)
     """New context length over the original one."""
-    original_context: int = Field(0, ge=0)
+    original_context: int = Field(0, ge=0, le=LONGEST)
     """Context the model was trained at; 0 means `context / factor`."""
     beta_fast: PositiveFloat = 32.0
     """YaRN: pairs that turn at least this often over the original context keep their frequency."""
@@ -64,7 +69,7 @@ class Rotary(Part):
     """Share of each head's dimensions that are rotated."""
     layout: Literal["half", "interleaved"] = "half"
     """Pairs are (i, i + D/2) or (2i, 2i + 1)."""
-    scale_base: PositiveInt = 512
+    scale_base: Length = 512
     """xPos: distance, in tokens, at which the decay is zeta to the first power."""
     heads: Literal["all", "unbiased"] = "all"
     """Turn every head, or only those without ALiBi, so that each head has one kind of position."""
@@ -87,11 +92,11 @@ class Attention(Part):
 
     mechanism: str = "softmax"
     """A registered mechanism, or `package.module:Class` of a user's own."""
-    heads: PositiveInt = 24
+    heads: Size = 24
     """Query heads."""
-    kv_heads: PositiveInt = 1
+    kv_heads: Size = 1
     """Key/value heads: 1 is multi-query, as many as `heads` is multi-head, any divisor between is grouped."""
-    head_dim: PositiveInt = 128
+    head_dim: Size = 128
     """Dimensions of a head; width need not be heads x head_dim."""
     bias: bool = False
     """Biases in the query, key, value and output projections."""
@@ -101,7 +106,7 @@ class Attention(Part):
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
     """Attention logits become cap * tanh(logits / cap); 0 is off."""
-    window: int = Field(0, ge=0)
+    window: int = Field(0, ge=0, le=LONGEST)
     """Tokens that a query sees, itself included; 0 is all."""
     global_every: int = Field(0, ge=0)
     """With a window: every n-th layer sees everything; 0 is none."""
@@ -114,7 +119,7 @@ class FeedForward(Part):
 
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe"] = "gelu"
     """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, reglu), or a mixture of experts."""
-    hidden: int = Field(0, ge=0)
+    hidden: int = Field(0, ge=0, le=LARGEST_SIZE)
     """Inner width; 0 takes `mult` times the model's width (for gated kinds two thirds of that, to 64)."""
     mult: PositiveFloat = 4.0
     """Inner width over the model's width, when `hidden` is 0."""
@@ -125,11 +130,11 @@ class FeedForward(Part):
 class Experts(Part):
     """Mixture of experts (feedforward.kind moe): dropless top-k routing."""
 
-    count: PositiveInt = 8
+    count: Size = 8
     """Experts of a layer."""
-    active: PositiveInt = 2
+    active: Size = 2
     """Experts that each token goes through, besides the shared ones."""
-    shared: int = Field(0, ge=0)
+    shared: int = Field(0, ge=0, le=LARGEST_SIZE)
     """Experts that every token passes through."""
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "swiglu"
     """Network of each expert, as in `model.feedforward.kind`."""
@@ -161,7 +166,7 @@ class Shift(Part):
 
     kind: Literal["none", "chunks", "lerp", "smear"] = "none"
     """Groups of channels from earlier tokens, a learned mix with the token before, or a gated share of the embedding before."""
-    tokens: PositiveInt = 1
+    tokens: Size = 1
     """kind chunks: how many previous tokens take part."""
 
 
@@ -206,13 +211,13 @@ class Init(Part):
 class ModelConfig(Part):
     """A whole model. The defaults are a plain pre-norm transformer; presets name the interesting ones."""
 
-    vocab_size: PositiveInt = 50432
+    vocab_size: Length = 50432
     """Token ids that the model knows; round it up for speed, never below the tokenizer's."""
-    context: PositiveInt = 8192
+    context: Length = 8192
     """Longest sequence, in tokens."""
-    width: PositiveInt = 2560
+    width: Size = 2560
     """Size of the residual stream."""
-    depth: PositiveInt = 32
+    depth: int = Field(32, gt=0, le=10_000)
     """Layers."""
     embedding: Embedding = Embedding()
     rotary: Rotary = Rotary()

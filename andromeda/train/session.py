@@ -17,9 +17,13 @@ from andromeda.train.checkpoint import Snapshot
 from andromeda.train.compiling import compile_blocks
 from andromeda.train.ema import NoAverage, build_average
 from andromeda.train.guard import BadSteps
+from andromeda.train.memory import check_fits
 from andromeda.train.meter import Meter
 from andromeda.train.precision import Precision, build_precision
 from andromeda.train.recompute import checkpoint_blocks
+
+COPIES = {"adamw": 4, "muon": 3, "adamw8bit": 2}
+"""How often each optimizer's training holds the parameters in 32 bits, at least: weights, gradients, moments."""
 
 
 @dataclass
@@ -99,10 +103,11 @@ class Session:
 
 def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> Session:
     """A run at its beginning."""
+    train = config.train
+    check_fits(config.model, device, COPIES[train.optim.kind])
     if device.type == "cpu":
         keep_freed_memory()
     randomness.seed_all(config.seed)
-    train = config.train
     precision = build_precision(train.precision, device)
     model = precision.prepare(Transformer(config.model, seed=config.seed).to(device))
     checkpoint_blocks(model, train.checkpointing)

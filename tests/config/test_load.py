@@ -16,7 +16,7 @@ from pydantic.fields import FieldInfo
 from andromeda.config.base import Part
 from andromeda.config.keys import table
 from andromeda.config.load import dumps, from_values, load, presets
-from andromeda.config.mistakes import read
+from andromeda.config.mistakes import LARGEST_NUMBER, read
 from andromeda.config.resolve import check, resolve
 from andromeda.config.run import RunConfig
 from andromeda.errors import ConfigError
@@ -48,7 +48,7 @@ def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind is str:
         return st.text()
     if kind is int:
-        return st.integers(limits.get("ge", limits.get("gt", -(2**63)) + 1), 2**63 - 1)
+        return st.integers(limits.get("ge", limits.get("gt", -LARGEST_NUMBER - 1) + 1), limits.get("le", LARGEST_NUMBER))
     low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
     return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="gt" in limits, exclude_max="lt" in limits)
 
