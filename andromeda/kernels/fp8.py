@@ -10,6 +10,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 FORMAT = torch.float8_e4m3fn
@@ -65,6 +66,10 @@ class Linear8(nn.Module):
     def product(self, rows: Tensor, scale: Tensor) -> Tensor:
         """rows (M, K) and scale (M, 1), as `quantise` gives them -> (M, N) in bfloat16."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
+        if rows.device.type == "cpu":
+            # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.
+            x, weight = rows.float() * scale, self.weight.float() * self.scale.T
+            return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
         return torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
 
 
