@@ -8,6 +8,7 @@ operations and not equal tokens: a larger vocabulary sees more text with each to
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -16,6 +17,7 @@ from typing import Any
 
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
+from andromeda.config.mistakes import read
 from andromeda.config.run import RunConfig
 from andromeda.data.compare import compare
 from andromeda.data.corpus import build
@@ -33,6 +35,8 @@ from andromeda.train.weights import load_weights
 
 KINDS = ("bpe", "unigram", "bytes")
 NAME = "tokenizers.json"
+FOLLOWS = ("data.corpus", "model.vocab_size", "train.steps")
+"""Keys that each model has its own value of."""
 TIMED_BYTES = 2_000_000
 """Text that speeds are measured on, as often as needed from the held-out text."""
 
@@ -203,8 +207,14 @@ def _check(plan: Plan) -> None:
         raise ConfigError(
             f"A vocabulary of {min(plan.sizes)} has no room for the 256 bytes and anything learned: give sizes of 300 or more."
         )
-    if plan.flops < 0:
-        raise ConfigError(f"--flops {plan.flops:g} is negative: give the operations of each model, or 0 to train none.")
+    if not 0 <= plan.flops < math.inf:
+        raise ConfigError(f"--flops {plan.flops:g} is no number of operations: give those of each model, or 0 to train none.")
+    for key in (change.partition("=")[0].strip() for change in plan.overrides):
+        if key in FOLLOWS:
+            raise ConfigError(f"--set {key} is decided by the comparison, for each tokenizer its own: leave it out.")
+    for name in _names(plan):
+        _build_config(plan, name)
+    load(plan.preset, plan.overrides)
 
 
 def _names(plan: Plan) -> list[str]:
@@ -217,7 +227,7 @@ def _build_config(plan: Plan, name: str) -> BuildConfig:
     given: dict[str, Any] = {"tokenizer": kind, "max_bytes": plan.max_bytes, "validation": plan.validation}
     if size:
         given["vocab_size"] = int(size)
-    return BuildConfig(**given)
+    return read(BuildConfig, given)
 
 
 def _begin(plan: Plan, out: Path) -> dict[str, Any]:

@@ -111,7 +111,12 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
         (["--kinds", ","], "Name at least one kind"),
         (["--sizes", "1k"], "no whole numbers"),
         (["--sizes", "100"], "no room for the 256 bytes"),
-        (["--flops", "-1"], "negative"),
+        (["--flops", "-1"], "no number of operations"),
+        (["--flops", "nan"], "no number of operations"),
+        (["--validation", "2"], "validation must be below 0.5"),
+        (["--preset", "nanno"], "There is no preset and no file 'nanno'"),
+        (["--set", "model.widht=3"], "did you mean"),
+        (["--set", "train.steps=3"], "is decided by the comparison"),
     ],
 )
 def test_a_mistake_is_one_sentence(
