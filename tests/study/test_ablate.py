@@ -315,8 +315,10 @@ def test_clipping_is_judged_at_each_sides_own_best_rate() -> None:
     assert clipping.reached(pairs[1][1], 3.0) == pytest.approx(40 / 7)
     assert clipping.reached(pairs[1][1], 1.4) is None
     said = clipping.best(pairs)
-    assert said.startswith("Without clipping, the best rate is 1e-3 with 3.0000 (2), and all runs stay finite up to 1e-2")
-    assert "clipped, the best rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1" in said
+    assert said.startswith(
+        "Without clipping, the best rate is 1e-3 (the lowest tried) with 3.0000 (2), and all runs stay finite up to 1e-2"
+    )
+    assert "clipped, the best rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1 (the highest tried)" in said
     assert said.endswith("met by the best clipped runs after 6 of 10 steps.")
     base = row("baseline", [3.0, 3.0], label="", **NO_EFFECT)
     body = [line for line in clipping.section({"arms": [base, *(one for pair in pairs for one in pair)]}) if line.startswith("| 1e")]

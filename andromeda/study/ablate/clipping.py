@@ -55,7 +55,11 @@ def best(found: Sequence[tuple[Row, Row]]) -> str:
             return f"No rate ends with a finite loss in every run {side}."
         winner = min(finite, key=lambda row: row["mean"])
         winners.append(winner)
-        told.append(f"{side}, the best rate is {rate(winner)} with {mean(winner)}, and all runs stay finite up to {rate(finite[-1])}")
+        edge = " (the lowest tried)" if winner is rows[0] else " (the highest tried)" if winner is rows[-1] else ""
+        end = " (the highest tried)" if finite[-1] is rows[-1] else ""
+        told.append(
+            f"{side}, the best rate is {rate(winner)}{edge} with {mean(winner)}, and all runs stay finite up to {rate(finite[-1])}{end}"
+        )
     plain, clipped = winners
     steps = reached(clipped, plain["mean"])
     met = f"after {steps:.0f} of {clipped['steps']} steps" if steps else f"not within its {clipped['steps']} steps"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,9 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
     figure = Figure(figsize=(8.0, 1.3 + 0.26 * len(rows)), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
+    reach = _reach(rows)
     for height, row in enumerate(rows):
-        _arm(axes, height, row)
+        _arm(axes, height, row, reach)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -42,15 +44,22 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
     axes.grid(axis="x", linewidth=0.3)
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
-    _limit(axes, rows)
+    axes.set_xlim(-reach if any(row["effect"]["mean"] < 0 for row in rows) else -0.3 * reach, reach)
     page = BytesIO()
     with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": "andromeda"}):
         figure.savefig(page, format=kind, dpi=160, metadata={"Date": None} if kind == "svg" else {})
     return page.getvalue()
 
 
-def _arm(axes: Any, height: int, row: dict[str, Any]) -> None:
+def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
+    """A point with its interval; one outside the frame is an arrow at its edge, with its figure."""
     effect, colour = row["effect"], COLOURS.get(row["verdict"], OTHER)
+    if abs(effect["mean"]) > reach:
+        right = effect["mean"] > 0
+        words = f"{effect['mean']:+.3f} →" if right else f"← {effect['mean']:+.3f}"
+        place = {"x": 0.98 * reach if right else -0.98 * reach, "ha": "right" if right else "left"}
+        axes.text(y=height, s=words, color=colour, fontsize=8, va="center", **place)
+        return
     if effect["low"] is not None:
         axes.plot([effect["low"], effect["high"]], [height, height], color=colour, linewidth=2.2, alpha=0.6, solid_capstyle="butt")
     axes.plot(effect["mean"], height, "o", color=colour, markersize=5)
@@ -60,8 +69,7 @@ def _title(row: dict[str, Any]) -> str:
     return row["name"] if row["on"] in ("", "baseline") else f"{row['name']} (on {row['on']})"
 
 
-def _limit(axes: Any, rows: list[dict[str, Any]]) -> None:
-    """Wide intervals of few seeds must not press all points together: the frame follows the means."""
+def _reach(rows: list[dict[str, Any]]) -> float:
+    """Half the frame's width. It follows the means: neither wide intervals of few seeds nor one far arm may press all points together."""
     means = sorted(abs(row["effect"]["mean"]) for row in rows)
-    reach = max(1.6 * means[-1], 1e-3)
-    axes.set_xlim(-reach if any(row["effect"]["mean"] < 0 for row in rows) else -0.3 * reach, reach)
+    return float(max(min(1.6 * means[-1], 6 * statistics.median(means)), 1e-3))
