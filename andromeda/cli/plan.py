@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from typing import TYPE_CHECKING, Annotated
 
@@ -20,7 +21,9 @@ def plan(
         typer.Argument(metavar="PRESET|FILE|RUN... [KEY=VALUE...]", help="Configurations side by side, and changes to all of them."),
     ],
     seq: Annotated[int | None, typer.Option(help="Tokens of a row (train.sequence); a shorter model.context is raised to it.")] = None,
-    batch: Annotated[int | None, typer.Option(help="Rows of one step (train.batch).")] = None,
+    batch: Annotated[
+        int | None, typer.Option(help="Rows of one step (train.batch); a train.micro_batch that does not divide it is lowered.")
+    ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, 4090, or cpu (this one, measured now).")] = "h200",
     parallel: Annotated[str, typer.Option(help="How many GPUs, such as dp=8,fsdp=4,tp=2.")] = "",
     tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9 (0: as configured).")] = 0.0,
@@ -36,13 +39,10 @@ def plan(
     from andromeda.study.plan import Place
     from andromeda.study.plan.mesh import read_mesh
 
+    _check(seq, batch, tokens, price)
     changes = [word for word in sources if "=" in word]
-    if seq:
-        changes.append(f"train.sequence={seq}")
-    if batch:
-        changes.append(f"train.batch={batch}")
     place = Place(find_hardware(gpu), gpu.lower() != "cpu", read_mesh(parallel), price, mfu)
-    configs = {word: _load(word, changes, seq) for word in sources if "=" not in word}
+    configs = {word: _load(word, changes, seq, batch) for word in sources if "=" not in word}
     if not configs:
         raise ConfigError(f"{' '.join(sources)} names no configuration: give a preset or a file first, such as `andromeda plan andromeda`.")
     plans = [_plan(name, config, place, int(tokens)) for name, config in configs.items()]
@@ -55,16 +55,28 @@ def plan(
     _print(plans, place)
 
 
-def _load(source: str, changes: list[str], sequence: int | None) -> RunConfig:
+def _check(seq: int | None, batch: int | None, tokens: float, price: float) -> None:
+    """Refuse figures that are none."""
+    for option, value, least in (("--seq", seq, 1), ("--batch", batch, 1), ("--tokens", tokens, 0), ("--price", price, 0)):
+        if value is not None and not least <= value < math.inf:
+            raise ConfigError(f"{option} must be a number of at least {least}, not {value}.")
+
+
+def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -> RunConfig:
+    """A configuration with the changes; --seq and --batch take along what they would not fit with, unless a change names it."""
     from importlib.resources import files
 
     from andromeda.config.load import load
 
     peer = files("andromeda.study.plan") / "peers" / f"{source}.toml"
     path = str(peer) if peer.is_file() else source
-    if sequence and sequence > load(path, [c for c in changes if not c.startswith("train.sequence=")]).model.context:
-        changes = [*changes, f"model.context={sequence}"]
-    return load(path, changes)
+    plain = load(path)
+    wished: dict[str, int] = {}
+    if seq:
+        wished |= {"train.sequence": seq, "model.context": max(seq, plain.model.context)}
+    if batch:
+        wished |= {"train.batch": batch, "train.micro_batch": math.gcd(batch, plain.train.micro_batch)}
+    return load(path, [*(f"{key}={value}" for key, value in wished.items()), *changes])
 
 
 def _plan(name: str, config: RunConfig, place: Place, tokens: int) -> Plan:

@@ -149,6 +149,15 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("no such device", nothing, [*TRAIN, "train.device=tpu"], "tpu"),
     ("a GPU that is not there", nothing, [*TRAIN, "train.device=cuda:99"], "cuda"),
     ("vocabulary smaller than the corpus's", nothing, [*TRAIN, "model.vocab_size=100"], "vocab_size"),
+    # plan
+    ("plan of nothing", nothing, ["plan", "model.depth=3"], "model.depth=3"),
+    ("plan for no such GPU", nothing, ["plan", "nano", "--gpu", "h900"], "h200"),
+    ("plan for no tokens at all", nothing, ["plan", "nano", "--tokens", "nan"], "--tokens"),
+    ("plan for endless tokens", nothing, ["plan", "nano", "--tokens", "inf"], "--tokens"),
+    ("plan at a price below nothing", nothing, ["plan", "nano", "--price", "-1"], "--price"),
+    ("plan of no rows", nothing, ["plan", "nano", "--batch", "0"], "--batch"),
+    ("plan of rows without tokens", nothing, ["plan", "nano", "--seq", "0"], "--seq"),
+    ("plan over heads that do not divide", nothing, ["plan", "nano", "--parallel", "tp=3"], "tp"),
     # data
     ("no corpus", nothing, ["train", "nano", *RUN, "--out", "new"], "data.corpus"),
     ("corpus that is not there", nothing, [*TRAIN, "data.corpus=nowhere"], "nowhere"),
