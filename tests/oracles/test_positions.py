@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.config.model import Alibi, Attention, ModelConfig, Rotary, Scaling
+from andromeda.config.model import LONGEST, Alibi, Attention, ModelConfig, Rotary, Scaling
 from andromeda.kernels.attention import Pattern
 from andromeda.kernels.attention.eager import attend as eager
 from andromeda.model.position import build_alibi, build_rotary
@@ -149,12 +149,16 @@ def test_xpos_depends_on_the_distance_alone_and_not_on_the_centre() -> None:
         torch.testing.assert_close(found, first, rtol=1e-9, atol=1e-9)
 
 
-def test_xpos_with_an_endless_base_is_rope() -> None:
+@pytest.mark.parametrize("base", [10**6, LONGEST])
+def test_xpos_with_a_long_base_is_rope_but_for_what_decays_on_the_way(base: int) -> None:
+    """The fastest pair keeps zeta^(distance / base) with zeta = 0.4 / 1.4, all others more."""
     q, k = normal(3, 128), normal(3, 128, seed=1)
     places = ([1000, 500, 3], [10, 499, 0])
+    lost = 1.0 - (0.4 / 1.4) ** ((torch.tensor(places[0]) - torch.tensor(places[1])) / base).double()
     for layout in ("half", "interleaved"):
-        far = turned(config(scale_base=10**15, layout=layout), q, k, *places)
-        torch.testing.assert_close(far, turned(config(kind="rope", layout=layout), q, k, *places), rtol=1e-9, atol=1e-9)
+        far = turned(config(scale_base=base, layout=layout), q, k, *places)
+        rope = turned(config(kind="rope", layout=layout), q, k, *places)
+        assert ((far - rope).abs() <= lost * q.norm(dim=-1) * k.norm(dim=-1) + 1e-12).all()
 
 
 def test_heads_with_alibi_can_stay_unturned_while_the_others_turn_as_ever() -> None:

@@ -59,15 +59,16 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     code, out, _ = command("train", settings, "--out", run)
     assert code == 0
-    lines = out.splitlines()
+    *lines, report = out.splitlines()
     assert [line.split("  ")[0] for line in lines] == ["step 3/6", "step 5/6", "step 6/6", "step 6/6"]
+    assert report == f"report: {run / 'report.html'}"
     assert "loss" in lines[0]
     assert "tok/s" in lines[0]
     assert "validation loss" in lines[1]
     assert "\x1b" not in out, "no colours when piped"
     assert {"config.toml", "manifest.json", "metrics.jsonl", "checkpoints", "samples"} <= {path.name for path in run.iterdir()}
     code, out, _ = command("train", "--out", run, "--resume")
-    assert (code, out) == (0, "going on from step 6\n")
+    assert (code, out) == (0, f"going on from step 6\n{report}\n")
 
 
 def test_json_lines_are_the_metrics(command: Command, settings: Path, tmp_path: Path) -> None:
