@@ -17,7 +17,7 @@ from typing import Any
 import tomli_w
 
 from andromeda.config.keys import is_text, merge, place, show
-from andromeda.config.mistakes import read
+from andromeda.config.mistakes import read, refuse_huge
 from andromeda.config.model import ModelConfig
 from andromeda.config.names import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
 from andromeda.config.resolve import check, check_model
@@ -51,6 +51,7 @@ def model_from_names(**names: Any) -> ModelConfig:
     for name in names:
         if name not in NAMES and name not in ModelConfig.model_fields:
             raise ConfigError(f"Andromeda has no parameter {name}{nearest(name, [*NAMES, *ModelConfig.model_fields])}.")
+    refuse_huge(names)
     only_hugging_face = names.keys() & HUGGING_FACE_NAMES and not names.keys() & SPEC_NAMES
     base = load("andromeda-65b" if only_hugging_face else "andromeda").model
     values, spelled = translate(names, base, prefix="")
@@ -84,6 +85,7 @@ def _change(config: RunConfig, layer: Values) -> RunConfig:
     """The configuration with one layer's keys in the place of its own."""
     layer = dict(layer)
     spelled: Values = {}
+    refuse_huge(layer)
     if isinstance(layer.get("model"), Mapping):
         layer["model"], spelled = translate(layer["model"], config.model)
     return read(RunConfig, merge(config.model_dump(), layer), spelled=spelled)

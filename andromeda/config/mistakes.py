@@ -40,13 +40,18 @@ def read(part: type[P], values: Mapping[str, Any], prefix: str = "", spelled: Ma
     prefix: dotted path of the part within a run. spelled: for a full dotted path, the name under which the user gave it.
     Raises ConfigError, one sentence for all mistakes.
     """
-    if huge := [path for path, value in flatten(values).items() if isinstance(value, int) and abs(value) > LARGEST_NUMBER]:
-        raise ConfigError(sentence(f"{_name(f'{prefix}.{path}'.lstrip('.'), spelled or {})} must be at most 2^53" for path in huge))
+    refuse_huge(values, prefix, spelled)
     try:
         return part.model_validate(values)
     except ValidationError as error:
         known = [path for path, _ in walk(part, prefix and f"{prefix}.")]
         raise ConfigError(sentence(_clause(finding, prefix, spelled or {}, known) for finding in error.errors())) from None
+
+
+def refuse_huge(values: Mapping[str, Any], prefix: str = "", spelled: Mapping[str, str] | None = None) -> None:
+    """Raise ConfigError when a whole number is too large to be computed with; arguments as in `read`."""
+    if huge := [path for path, value in flatten(values).items() if isinstance(value, int) and abs(value) > LARGEST_NUMBER]:
+        raise ConfigError(sentence(f"{_name(f'{prefix}.{path}'.lstrip('.'), spelled or {})} must be at most 2^53" for path in huge))
 
 
 def sentence(clauses: Iterable[str]) -> str:

@@ -218,6 +218,7 @@ def test_a_file_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: 
 
 ARGUMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"dimm": 512}, ("dimm", "did you mean dim?")),
+    ({"hidden_size": 10**400}, ("hidden_size", "2^53")),
     ({"dim": "512"}, ("dim", "whole number", "'512'")),
     ({"dim": 512, "width": 256}, ("dim", "width", "512", "256")),
     ({"num_tokens": 100, "vocab_size": 200}, ("num_tokens", "vocab_size")),
