@@ -36,21 +36,25 @@ app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # plain help needs no rich, whose import takes longer than all else here
 )
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizers_app, name="tokenizers")
 app.add_typer(bench_app, name="bench")
-app.command()(doctor)
-app.command()(plan)
-app.command()(demo)
-app.command()(train)
-app.command()(extend)
-app.command()(generate)
-app.command()(ablate)
-app.command("eval")(evaluate)
-app.command()(verify)
-app.command()(report)
-app.command()(explain)
+for verb, command, short in (
+    ("doctor", doctor, "What this machine can do, and what is missing."),
+    ("plan", plan, "What a run needs: FLOPs, memory, time, cost."),
+    ("demo", demo, "A small model from this machine's own sources."),
+    ("train", train, "Train a model, or go on training it."),
+    ("extend", extend, "Stretch a trained model over a longer context."),
+    ("generate", generate, "Write text that follows a prompt."),
+    ("ablate", ablate, "Compare techniques at an equal budget."),
+    ("eval", evaluate, "Measure a trained model."),
+    ("verify", verify, "Check all that a run folder says of itself."),
+    ("report", report, "A run as one HTML page."),
+    ("explain", explain, "Why a model goes on as it does, as a page."),
+):
+    app.command(verb, short_help=short)(command)
 
 
 def main() -> None:
