@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from andromeda.cli.main import main
+from tests.command import call
 
 MODEL = [
     "model.width=16",
@@ -30,17 +29,6 @@ RUN = [
     "train.compile=off",
     "train.device=cpu",
 ]
-
-
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.study.pages import call
+from tests.command import call
 
 SHAPE = ["model.width=16", "model.depth=1", "model.context=256", "model.vocab_size=257", "train.steps=2", "train.batch=2"]
 SHAPE += ["model.attention.heads=2", "model.attention.kv_heads=1", "model.attention.head_dim=8", "train.schedule.cooldown=1"]

@@ -16,7 +16,7 @@ from andromeda.evaluate.result import KINDS, results
 from andromeda.evaluate.run import EVALUATIONS
 from andromeda.evaluate.subject import open_subject, sha256
 from andromeda.evaluate.text import open_text
-from tests.study.pages import call
+from tests.command import call
 
 
 def test_the_first_result_of_each_kind_has_the_hashes_of_weights_and_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from tests.study.pages import call
+from tests.command import call
 
 
 def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

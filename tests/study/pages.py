@@ -6,15 +6,12 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from functools import cache
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-from andromeda.cli.main import main
 
 CHROMIUMS = ("chromium", "chromium-browser", "google-chrome")
 VOID = {"meta", "br", "hr", "img", "input", "link", "rect", "line", "path", "circle", "use"}
@@ -58,17 +55,6 @@ class Balanced(HTMLParser):
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
-
-
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
 
 
 def parse(text: str) -> Balanced:

@@ -15,7 +15,6 @@ from typing import Any
 import psutil
 import pytest
 
-from andromeda.cli.main import main
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
 from andromeda.data.corpus import build
@@ -28,6 +27,7 @@ from andromeda.study.ablate.jobs import jobs_of, plan_arms, with_budget
 from andromeda.study.ablate.outcome import Outcome
 from andromeda.study.ablate.slots import environments
 from andromeda.study.ablate.table import evenness
+from tests.command import call
 from tests.corpora import short_documents
 
 CONFIG = """
@@ -65,17 +65,6 @@ def tiny(tmp_path: Path, corpus: Path) -> str:
     """A configuration of a model of a few thousand weights."""
     (tmp_path / "tiny.toml").write_text(CONFIG + f'[data]\ncorpus = "{corpus}"\n')
     return str(tmp_path / "tiny.toml")
-
-
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
 
 
 def arms(*changes: str) -> tuple[Arm, ...]:

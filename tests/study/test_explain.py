@@ -22,7 +22,8 @@ from andromeda.model.attention import Attention
 from andromeda.study.explain import Wish, explain, write_explanation
 from andromeda.study.explain.page import build_page
 from andromeda.study.explain.views import packed
-from tests.study.pages import browse, call, parse
+from tests.command import call
+from tests.study.pages import browse, parse
 
 SECTIONS = ["prediction", "lens", "attention", "direct", "gradients", "checks"]
 CONFIG = {"vocab_size": 257, "context": 48, "width": 16, "depth": 2, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8}}

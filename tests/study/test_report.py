@@ -21,7 +21,8 @@ from andromeda.study.report import build_report, write_report
 from andromeda.study.report.record import read_record
 from andromeda.train.history import read_metrics
 from andromeda.train.run import train
-from tests.study.pages import browse, call, parse
+from tests.command import call
+from tests.study.pages import browse, parse
 
 SECTIONS = ["curves", "probes", "evaluation", "position", "retrieval", "samples", "size", "manifest", "card"]
 EVIL = "</script><script>window.ran = 1</script><img src=x onerror='window.ran=2'>&\"'\x1b[2J\ud800"

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 import math
 import random
-import sys
 from pathlib import Path
 
 import pytest
 
-from andromeda.cli.main import main
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
 from andromeda.study.tokenizers import speeds, steps_for
+from tests.command import call
 
 TINY = [
     "model.width=16",
@@ -37,17 +36,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", "tokenizers", "compare", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
-
-
 def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = [
         str(texts),
@@ -62,7 +50,7 @@ def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pyte
         *SET,
         "--json",
     ]
-    assert call(*arguments) == 0
+    assert call("tokenizers", "compare", *arguments) == 0
     found = json.loads(capsys.readouterr().out)
     assert list(found["tokenizers"]) == ["bpe-320", "bpe-400", "unigram-320", "unigram-400", "bytes"]
     held_out = {(tmp_path / "out" / name / "corpus" / "val.txt").read_bytes() for name in found["tokenizers"]}
@@ -80,7 +68,7 @@ def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pyte
         assert 0 < one["bits_per_byte"] < 10
     assert found["tokenizers"]["bytes"]["bytes_per_token"] == 1.0
     before = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")}
-    assert call(*arguments) == 0
+    assert call("tokenizers", "compare", *arguments) == 0
     assert json.loads(capsys.readouterr().out) == found
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").rglob("*.safetensors")} == before
 
@@ -122,7 +110,7 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
 def test_a_mistake_is_one_sentence(
     arguments: list[str], told: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert call(str(texts), "--out", str(tmp_path / "out"), *arguments) == 2
+    assert call("tokenizers", "compare", str(texts), "--out", str(tmp_path / "out"), *arguments) == 2
     said = capsys.readouterr().err.strip()
     assert told in said
     assert "\n" not in said
@@ -131,5 +119,5 @@ def test_a_mistake_is_one_sentence(
 
 def test_another_comparison_in_the_folder_is_refused(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokenizers.json").write_text('{"plan": {}, "tokenizers": {}}')
-    assert call(str(texts), "--out", str(tmp_path), "--sizes", "320") == 2
+    assert call("tokenizers", "compare", str(texts), "--out", str(tmp_path), "--sizes", "320") == 2
     assert "another comparison" in capsys.readouterr().err

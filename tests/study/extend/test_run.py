@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +14,13 @@ import torch
 from safetensors.torch import load_file
 from scipy import stats
 
-from andromeda.cli.main import main
 from andromeda.config.load import dumps, load
 from andromeda.study.extend.book import Book, difference, table, verdicts
 from andromeda.study.extend.page import sections
 from andromeda.study.extend.plan import Wishes, scored
 from andromeda.study.extend.run import extend
 from andromeda.train.screen import Silent
+from tests.command import call
 
 from .conftest import Make
 
@@ -138,17 +137,6 @@ def test_xpos_that_cannot_read_on_is_measured_as_far_as_it_can(make: Make, tmp_p
     values = extend(wishes, "pi", tmp_path / "out", silent, quiet).values
     assert values["before"]["context"]["context"] == [16, 32]
     assert values["methods"]["pi"]["untrained"]["context"]["context"][-1] == 512
-
-
-def call(*arguments: str) -> int:
-    """The command line in this process; the exit code."""
-    before, sys.argv = sys.argv, ["andromeda", *arguments]
-    try:
-        with pytest.raises(SystemExit) as end:
-            main()
-    finally:
-        sys.argv = before
-    return int(end.value.code or 0)
 
 
 def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
