@@ -26,6 +26,8 @@ from andromeda.evaluate.options import options
 from andromeda.evaluate.result import Result
 from andromeda.evaluate.run import TASKS, each
 from andromeda.evaluate.subject import Subject
+from andromeda.train.folder import RunFolder
+from andromeda.train.history import read_metrics
 from andromeda.train.run import Result as Ended
 from andromeda.train.run import train
 from andromeda.train.screen import Screen
@@ -130,8 +132,8 @@ def measure(subject: Subject, corpus: Path, evaluations: list[Result]) -> Measur
     """Model and compressors on the held-out text; kept as demo.json in the run folder."""
     bits = next(result.result for result in evaluations if result.kind == "bits")
     xz, deflate = compressed_bits((corpus / "val.txt").read_bytes())
-    figures = [json.loads(line) for line in (subject.run / "metrics.jsonl").read_text().splitlines()]
-    last = next(line for line in reversed(figures) if "seconds" in line)
+    lines = read_metrics(RunFolder(subject.run).metrics_file).lines
+    last = next(line for line in reversed(lines) if "seconds" in line)
     measured = Measured(
         held_out=bits["bits_per_byte"],
         xz=xz,

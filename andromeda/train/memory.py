@@ -7,13 +7,12 @@ import torch
 
 from andromeda.config.model import ModelConfig
 from andromeda.errors import ConfigError
-from andromeda.model.transformer import Transformer
+from andromeda.model.skeleton import skeleton
 
 
 def parameters(config: ModelConfig) -> int:
     """Number of weights of a model, a shared one counted once; nothing is allocated."""
-    with torch.device("meta"):
-        return sum(weight.numel() for weight in Transformer(config).parameters())
+    return sum(weight.numel() for weight in skeleton(config).parameters())
 
 
 def check_fits(config: ModelConfig, device: torch.device, copies: int, itemsize: int = 4) -> None:

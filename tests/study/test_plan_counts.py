@@ -11,10 +11,11 @@ import torch
 from andromeda.config.load import from_values, load
 from andromeda.config.run import RunConfig
 from andromeda.model.cache import Cache
+from andromeda.model.skeleton import skeleton
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
 from andromeda.study.plan.memory import cache_bytes, checkpoint
-from andromeda.study.plan.parameters import count, skeleton
+from andromeda.study.plan.parameters import count
 from andromeda.study.plan.state import state_bytes
 from andromeda.train.ema import build_average
 

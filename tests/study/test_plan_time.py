@@ -13,10 +13,11 @@ from andromeda.cli.main import app
 from andromeda.config.load import load
 from andromeda.errors import ConfigError
 from andromeda.model.hardware import HARDWARE, Hardware, find_hardware, peak_flops, recognise
+from andromeda.model.skeleton import skeleton
 from andromeda.study.plan import Place, plan
 from andromeda.study.plan.clock import seconds_per_step, serving
 from andromeda.study.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
-from andromeda.study.plan.parameters import count, skeleton
+from andromeda.study.plan.parameters import count
 
 SMALL = """
 [model]

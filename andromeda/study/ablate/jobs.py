@@ -11,9 +11,10 @@ from andromeda.config.load import load
 from andromeda.config.resolve import check_training
 from andromeda.config.run import RunConfig
 from andromeda.errors import AndromedaError, ConfigError
+from andromeda.model.skeleton import skeleton
 from andromeda.study.ablate.budget import amount_of, flops_per_token, steps_for, with_steps
 from andromeda.study.ablate.grid import BASELINE, Arm, Grid, slug
-from andromeda.study.plan.parameters import count, skeleton
+from andromeda.study.plan.parameters import count
 from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
 from andromeda.train.run import open_data

@@ -10,6 +10,8 @@ from typing import Any
 
 from andromeda.data.files import write_whole
 from andromeda.errors import CheckpointError
+from andromeda.train.folder import RunFolder
+from andromeda.train.history import read_metrics
 
 FILE = "outcome.json"
 
@@ -38,7 +40,7 @@ class Outcome:
 
 def collect(folder: Path, failed: str = "") -> Outcome:
     """The outcome of a run from its metrics.jsonl."""
-    lines = _lines(folder / "metrics.jsonl")
+    lines = read_metrics(RunFolder(folder).metrics_file).lines
     timed = [line for line in lines if "seconds" in line]
     held_out = [line for line in lines if "validation/loss" in line]
     last: dict[str, Any] = timed[-1] if timed else {"step": 0, "tokens": 0, "seconds": 0.0}
@@ -70,9 +72,3 @@ def kept(folder: Path) -> Outcome | None:
         return Outcome(**{**values, "curve": [(step, loss) for step, loss in values["curve"]]})
     except (ValueError, TypeError):
         raise CheckpointError(f"{path} is damaged: remove it, and the run is counted again from its metrics.") from None
-
-
-def _lines(path: Path) -> list[dict[str, Any]]:
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text("utf-8").splitlines()]

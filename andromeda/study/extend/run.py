@@ -20,6 +20,7 @@ from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import CheckpointError, ConfigError
+from andromeda.model.skeleton import skeleton
 from andromeda.model.transformer import Transformer
 from andromeda.study.extend import needles
 from andromeda.study.extend.book import NAME, UNSTRETCHED, Book
@@ -65,8 +66,7 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
     _refuse_other_run(out)
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
     for config in configs.values():
-        with torch.device("meta"):
-            load_model(Transformer(config.model), weights)  # copies nothing, and raises where the shapes differ
+        load_model(skeleton(config.model), weights)  # copies nothing, and raises where the shapes differ
     sample = _Sample(old, wishes, next(iter(configs.values())))
     _make(out)
     book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old)})
@@ -168,9 +168,7 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
     if model.head.tied or model.embedding.kind == "custom" or model.feedforward.kind == "moe":
         filled = Transformer(model).to(device)
     else:
-        with torch.device("meta"):
-            filled = Transformer(model)
-        filled = filled.to_empty(device=device)
+        filled = skeleton(model).to_empty(device=device)
     load_model(filled, weights)
     return filled
 

@@ -9,11 +9,12 @@ import torch
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import forward_flops_per_token, hardware_flops_per_token, training_flops_per_token
 from andromeda.model.hardware import Hardware
+from andromeda.model.skeleton import skeleton
 from andromeda.study.plan.clock import Serving, seconds_per_step, serving
 from andromeda.study.plan.dryrun import passing
 from andromeda.study.plan.memory import Checkpoint, Training, cache_bytes, checkpoint, training
 from andromeda.study.plan.mesh import Mesh, Traffic, rows_per_reader, traffic
-from andromeda.study.plan.parameters import Parameters, count, skeleton
+from andromeda.study.plan.parameters import Parameters, count
 from andromeda.study.plan.state import state_bytes
 from andromeda.train.compiling import wants_compile
 from andromeda.train.precision import build_precision

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import nn
 
-from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 
 
@@ -34,12 +32,6 @@ PARTS = (
 )
 """A parameter belongs to the first part whose mark is in its name; what is left are norms and the weights of mixes."""
 OTHER = "norms and mixes"
-
-
-def skeleton(config: ModelConfig) -> Transformer:
-    """The model without numbers: every parameter has its shape and no memory."""
-    with torch.device("meta"):
-        return Transformer(config)
 
 
 def count(model: Transformer) -> Parameters:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from andromeda.errors import AndromedaError
 from andromeda.model.flops import forward_flops_per_token, training_flops_per_token
+from andromeda.model.skeleton import skeleton
 from andromeda.study.page import Bar, Section, bars, facts, grid, join
 from andromeda.study.page.numbers import short
 from andromeda.study.plan.memory import cache_bytes
-from andromeda.study.plan.parameters import Parameters, count, skeleton
+from andromeda.study.plan.parameters import Parameters, count
 from andromeda.study.plan.sheet import size as byte_size
 from andromeda.study.report.parts import empty
 from andromeda.study.report.record import Record
