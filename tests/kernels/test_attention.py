@@ -53,7 +53,7 @@ REFUSALS: dict[str, tuple[set[str], ...]] = {
     "flash": (*HALF_ON_CUDA, *PLAIN_ONLY),
     "cudnn": (*HALF_ON_CUDA, *PLAIN_ONLY, {"chunk"}, {"token"}),
     "flex": ({"cpu", "gradients"}, {"cuda", "float64"}),
-    "fa4": (*HALF_ON_CUDA, {"slopes"}, {"documents", "chunk"}, {"documents", "token"}),
+    "fa4": (*HALF_ON_CUDA, {"slopes"}, {"documents", "chunk"}, {"documents", "token"}, {"narrow values", "gradients"}),
 }
 """A backend refuses a call that has all traits of one of its sets, and no other call."""
 

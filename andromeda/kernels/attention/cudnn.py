@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.kernels.attention.needs import equal_heads, half_on_cuda, heads_of_eights, only_causal
+from andromeda.kernels.attention.needs import equal_heads, half_on_cuda, heads_of_eights, only_causal, trained
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "cudnn"
+
+_AVAILABLE = torch.backends.cudnn.is_available()  # asked here, since torch.compile cannot trace the question
 
 
 def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -19,12 +21,12 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it needs two tokens or more"
     if reason := only_causal(pattern) or half_on_cuda(q, capability=8) or equal_heads(q, v) or heads_of_eights(q, v, widest=128):
         return reason
-    return None if torch.backends.cudnn.is_available() else "this PyTorch has no cuDNN"
+    return None if _AVAILABLE else "this PyTorch has no cuDNN"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Same contract as `eager.attend`."""
-    gradients = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    gradients = trained(q, k, v)
     # The operator itself: the public function may take another kernel, and asks again at every call.
     out = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, gradients, is_causal=True, scale=pattern.scale

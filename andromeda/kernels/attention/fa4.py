@@ -15,7 +15,7 @@ from torch import Tensor
 
 from andromeda.errors import DataError
 from andromeda.kernels.attention.memo import Memo
-from andromeda.kernels.attention.needs import FOLD, half_on_cuda, heads_of_eights, queries_last
+from andromeda.kernels.attention.needs import FOLD, equal_heads, half_on_cuda, heads_of_eights, queries_last, trained
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "fa4"
@@ -34,6 +34,8 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
     if reason := heads_of_eights(q, v, widest):
         return reason
+    if q.shape[2] != k.shape[2] and (reason := equal_heads(q, v)) and trained(q, k, v):
+        return f"{reason} for the gradients of shared ones"
     return None if _installed() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
 
 

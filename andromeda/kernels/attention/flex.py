@@ -53,6 +53,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         block_mask=mask,
         scale=pattern.scale,
         enable_gqa=q.shape[2] != k.shape[2],
+        # Its kernel for decoding is chosen for up to 127 queries, and then finds no configuration for more rows than a block.
+        kernel_options=None if T == 1 else {"BACKEND": "TRITON"},
     )
     return out.transpose(1, 2)
 

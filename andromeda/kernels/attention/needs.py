@@ -50,3 +50,8 @@ def heads_of_eights(q: Tensor, v: Tensor, widest: int) -> str | None:
 def equal_heads(q: Tensor, v: Tensor) -> str | None:
     """Refusal of values that are narrower or wider than keys."""
     return None if q.shape[-1] == v.shape[-1] else "it needs values as wide as keys"
+
+
+def trained(*tensors: Tensor) -> bool:
+    """Whether autograd will ask for the gradient of any of them."""
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.attention.memo import Memo
-from andromeda.kernels.attention.needs import HALF
+from andromeda.kernels.attention.needs import HALF, trained
 from andromeda.kernels.attention.pattern import Pattern
 
 name = "sdpa"
@@ -43,7 +43,7 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
 
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Same contract as `eager.attend`."""
-    if q.device.type == "cpu" and q.dtype in HALF and torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v)):
+    if q.device.type == "cpu" and q.dtype in HALF and trained(q, k, v):
         # A CPU takes 2.7 times as long for both passes in 16 bits as in float32 with the conversions (benchmarks/attention_cpu.py).
         return attend(q.float(), k.float(), v.float(), pattern).to(v.dtype)
     T, S = q.shape[1], k.shape[1]
@@ -54,7 +54,12 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     if T == 1:
         return _decode(q, k, v, pattern)
     strips = _strips.get(pattern.documents or (), (pattern.window, T, S, q.dtype, q.device), lambda: list(_cut(pattern, q, S)))
-    parts = [_call(q[:, rows], k[:, keys], v[:, keys], pattern.scale, _biased(pattern, hidden)) for rows, keys, hidden in strips]
+    dtype = q.dtype
+    if dtype in HALF and trained(k, v):
+        k, v = k.float(), v.float()  # so that the gradients of a key's strips are added in float32
+    parts = [
+        _call(q[:, rows], k[:, keys].to(dtype), v[:, keys].to(dtype), pattern.scale, _biased(pattern, hidden)) for rows, keys, hidden in strips
+    ]
     return torch.cat(parts, 1)
 
 

@@ -75,7 +75,6 @@ def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.M
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,
-        "num_attention_heads": a.heads,
         "num_key_value_heads": a.kv_heads,
         "head_dim": a.head_dim,
         # A multiple of 128, as fast kernels like it.
@@ -84,8 +83,11 @@ def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.M
         "attn_implementation": "sdpa",
         "use_cache": False,
     }
+    described = LlamaConfig(**shape, num_attention_heads=a.kv_heads)
+    # Its check wants heads that divide the width, though its layers do not need them to.
+    described.num_attention_heads = a.heads
     with torch.device(device):
-        model: nn.Module = LlamaForCausalLM(LlamaConfig(**shape))
+        model: nn.Module = LlamaForCausalLM(described)
     return model.to(dtype)
 
 
