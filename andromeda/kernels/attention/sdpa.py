@@ -57,9 +57,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     dtype = q.dtype
     if dtype in HALF and trained(k, v):
         k, v = k.float(), v.float()  # so that the gradients of a key's strips are added in float32
-    parts = [
-        _call(q[:, rows], k[:, keys].to(dtype), v[:, keys].to(dtype), pattern.scale, _biased(pattern, hidden)) for rows, keys, hidden in strips
-    ]
+    parts = []
+    for rows, keys, hidden in strips:
+        seen = k[:, keys].to(dtype), v[:, keys].to(dtype)
+        parts.append(_call(q[:, rows], *seen, pattern.scale, _biased(pattern, hidden)))
     return torch.cat(parts, 1)
 
 
