@@ -17,7 +17,7 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 SIDES = 16
 """Both sizes of a matrix must be multiples of this."""
-ACTIVATIONS, WIDEST = ("gelu", "gelu_tanh", "relu", "relu2", "silu"), 32768
+ACTIVATIONS, WIDEST = ("none", "gelu", "gelu_tanh", "relu", "relu2", "silu"), 32768
 """What the fused kernel knows, and the longest row that it holds."""
 TRITON = find_spec("triton") is not None
 
@@ -25,7 +25,7 @@ TRITON = find_spec("triton") is not None
 def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., K) in 8 bits, and what each row was divided by (..., 1) in float32."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
-    return (x / scale).clamp(-LARGEST, LARGEST).to(FORMAT), scale
+    return (x * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
 
 @torch.library.custom_op("andromeda::activate_quantise", mutates_args=())
@@ -42,7 +42,7 @@ def _(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
 
 
 def activates(x: Tensor, activation: str) -> bool:
-    """Whether `activate_quantise` computes this."""
+    """Whether `activate_quantise` and `activation.activate` compute this."""
     return TRITON and x.is_cuda and activation in ACTIVATIONS and x.shape[-1] <= WIDEST
 
 

@@ -45,12 +45,15 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        q = self.query(x).unflatten(-1, (self.heads, -1))
-        k = self.key(x).unflatten(-1, (self.kv_heads, -1))
-        v = self.value_mix(self.value(x).unflatten(-1, (self.kv_heads, -1)), ctx.value)
+        return self.out(self.read(self.query(x), self.key(x), self.value(x), ctx))
+
+    def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """What lies between the projections: q (B, T, H D), k and v (B, T, G D) as projected -> (B, T, H Dv)."""
+        q, k, v = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
+        v = self.value_mix(v, ctx.value)
         q, k = prepare(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale)
         k, v = ctx.state.extend(k, v)
-        return self.out(self.mix(q, k, v, self.pattern(ctx)).flatten(-2))
+        return self.mix(q, k, v, self.pattern(ctx)).flatten(-2)
 
     def pattern(self, ctx: Context) -> Pattern:
         """What this layer computes in this pass."""

@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from andromeda.kernels.device import cross_entropy, decode, embedding, fp8, qk  # noqa: E402
+from andromeda.kernels.device import activation, cross_entropy, decode, embedding, fp8, norm_shift, qk  # noqa: E402
 from tests.kernels import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted.INTERPRETED, reason="the interpreter compiles nothing")
@@ -87,6 +87,18 @@ def one_query(rows: int, keys: int, H: int, G: int, D: int, numbered: bool) -> N
     decode.attend(empty(rows, 1, H, D), empty(rows, keys, G, D), empty(rows, keys, G, D), 0.1, 0, documents, None, 0.0)
 
 
+def rows_activated(tokens: int, width: int) -> None:
+    activation.activate(empty(tokens, width), "gelu")
+
+
+def between(tokens: int, width: int, eight_bits: bool) -> None:
+    x, row = empty(1, tokens, width), empty(width)
+    y = empty(1, tokens, width, dtype=torch.float8_e4m3fn if eight_bits else torch.bfloat16)
+    made = norm_shift.Made(y, empty(tokens, dtype=torch.float32) if eight_bits else None, x, row)
+    given = norm_shift.Given(x, x, row, row, row)
+    norm_shift.norm_shift(given, made, True, 1e-5, (width // 2, width), 448.0 if eight_bits else 0.0)
+
+
 WORKS: dict[str, Callable[[], None]] = {
     "loss": lambda: loss(32768, 50432, 0.0),
     "loss, soft cap": lambda: loss(65536, 50304, 15.0),
@@ -94,6 +106,9 @@ WORKS: dict[str, Callable[[], None]] = {
     "table of value embeddings, by layers": lambda: table(65536, 9216, 12, torch.float32),
     "activation in 8 bits": lambda: fp8.activate_quantise(empty(200_000, 10240), "gelu", 448.0) and None,
     "activation in 8 bits, gated width": lambda: fp8.activate_quantise(empty(32768, 4224), "relu2", 448.0) and None,
+    "activation": lambda: rows_activated(200_000, 10240),
+    "between products": lambda: between(200_000, 2560, False),
+    "between products, 8 bits": lambda: between(32768, 2560, True),
     "heads, folded ALiBi": lambda: heads(200_000, 24, 1, 124, "l2", "interleaved", 62, fold=True),
     "heads, xPos": lambda: heads(32768, 24, 1, 128, "l2", "interleaved", 64),
     "heads, RoPE": lambda: heads(32768, 16, 4, 64, "rms", "half", 64),

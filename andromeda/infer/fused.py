@@ -1,0 +1,211 @@
+"""A serial pre-norm layer rearranged for inference, so that fewer passes go over its activations.
+
+Queries, keys and values come from one product. On a GPU, what lies between two products is one kernel (`kernels.norm_shift`),
+which also rounds to 8 bits where the layers are in 8 bits; without 8 bits the last product adds itself to the stream. What a
+kernel cannot do, the layer's own parts do, as before.
+
+Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from andromeda.kernels import fp8
+from andromeda.kernels.activation import activate, add_product
+from andromeda.kernels.norm_shift import accepts, norm_shift
+from andromeda.model.attention import Attention
+from andromeda.model.block import Serial
+from andromeda.model.context import Context
+from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
+from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.token_shift import ChunkShift, NoShift
+
+ALIGNED = 16
+"""Rows of a joined matrix are filled up to a multiple of this, as fast products and those of 8 bits want it."""
+
+
+class Rows(NamedTuple):
+    """Vectors on their way into a product."""
+
+    values: Tensor
+    """(B, T, K) in a floating type, or in 8 bits."""
+    scale: Tensor
+    """What each row was divided by (B T, 1); of use in 8 bits only."""
+
+
+def fuses(block: nn.Module) -> TypeGuard[Serial]:
+    """Whether `Fused` knows this layer and all of its parts."""
+    return (
+        type(block) is Serial
+        and type(block.attention) is Attention
+        and type(block.feedforward) is Dense
+        and {type(block.attention_norm), type(block.feedforward_norm)} <= {LayerNorm, RMSNorm, PlainRMSNorm}
+        and {type(block.attention_shift), type(block.feedforward_shift)} <= {NoShift, ChunkShift}
+    )
+
+
+class Fused(nn.Module):
+    """x + A(N1 x), then + F(N2 x), as `Serial`; takes over the block's parts."""
+
+    def __init__(self, block: Serial, *, eight_bits: bool = False) -> None:
+        super().__init__()
+        feedforward = block.feedforward
+        assert isinstance(block.attention, Attention)
+        assert isinstance(feedforward, Dense)
+        self.eight_bits = eight_bits and fp8.fits(feedforward.inner) and fp8.fits(feedforward.out) and fp8.fits(block.attention.out)
+        self.first = Between(block.attention_norm, block.attention_shift, self.eight_bits)
+        self.second = Between(block.feedforward_norm, block.feedforward_shift, self.eight_bits)
+        self.attention = JoinedAttention(block.attention, self.eight_bits)
+        self.feedforward = (FeedForward8 if self.eight_bits else FeedForward)(feedforward)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        rows, x = self.first(x, None, None, ctx)
+        rows, x = self.second(x, self.attention(rows, ctx), self.feedforward.late, ctx)
+        return self.feedforward(rows, x)
+
+
+class Between(nn.Module):
+    """Sum, norm, shift and 8 bits."""
+
+    def __init__(self, norm: nn.Module, shift: nn.Module, eight_bits: bool) -> None:
+        super().__init__()
+        assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
+        assert isinstance(shift, (NoShift, ChunkShift))
+        self.norm, self.shift, self.eight_bits = norm, shift, eight_bits
+
+    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
+        """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
+        moved = self._moved(x.shape[-1])
+        # Documents cut the shift, and a step of a recorded graph keeps its own state: both are the parts' business.
+        if not accepts(x) or moved is None or ctx.documents is not None or ctx.index is not None:
+            return self._plain(x, delta, bias, ctx)
+        slot = self.shift.slot if isinstance(self.shift, ChunkShift) else ""
+        past = ctx.state.get(slot, x, (x.shape[0], 1, x.shape[2])) if moved[1] else None
+        weight = None if isinstance(self.norm, PlainRMSNorm) else self.norm.weight.to(x.dtype)
+        layer = isinstance(self.norm, LayerNorm)
+        made = norm_shift(x, delta, weight, bias, past, layer=layer, eps=self.norm.eps, moved=moved, eight_bits=self.eight_bits)
+        if past is not None:
+            ctx.state.put(slot, made.last)
+        return Rows(made.y, made.scale), x if delta is None and bias is None else made.total
+
+    def _moved(self, width: int) -> tuple[int, int] | None:
+        """Channels from and to, of the token before; None where tokens further back are asked for."""
+        if isinstance(self.shift, NoShift):
+            return 0, 0
+        size = width // 2
+        return (size, 2 * size) if self.shift.tokens == 1 else None
+
+    def _plain(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
+        x = x if delta is None else x + delta
+        return as_rows(self.shift(self.norm(x), ctx), self.eight_bits), x if bias is None else x + bias
+
+
+def as_rows(x: Tensor, eight_bits: bool) -> Rows:
+    """x (B, T, K), in 8 bits if asked for."""
+    if not eight_bits:
+        return Rows(x, x.new_empty(0))
+    flat = x.flatten(0, -2)
+    values, scale = fp8.activate_quantise(flat, "none") if fp8.activates(flat, "none") else fp8.quantise(flat)
+    return Rows(values.unflatten(0, x.shape[:-1]), scale)
+
+
+def product(linear: nn.Module, rows: Rows) -> Tensor:
+    """(B, T, N) from (B, T, K)."""
+    if isinstance(linear, fp8.Linear8):
+        return linear.product(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
+    out: Tensor = linear(rows.values)
+    return out
+
+
+class JoinedAttention(nn.Module):
+    """`Attention` whose queries, values and keys come from one product, in this order: so values begin where fast reads may."""
+
+    def __init__(self, attention: Attention, eight_bits: bool) -> None:
+        super().__init__()
+        linears = (attention.query, attention.value, attention.key)
+        self.sizes = [linear.out_features for linear in linears]
+        joined = join(linears)
+        self.eight_bits = eight_bits
+        self.joined = fp8.Linear8(joined) if eight_bits else joined
+        self.out = fp8.Linear8(attention.out) if eight_bits else attention.out
+        del attention.query, attention.value, attention.key, attention.out
+        self.inner = attention
+
+    def forward(self, rows: Rows, ctx: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q, v, k, _ = product(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
+        return product(self.out, as_rows(self.inner.read(q, k, v.contiguous(), ctx), self.eight_bits))
+
+    @property
+    def joined_width(self) -> int:
+        """Rows of the joined matrix."""
+        return int(self.joined.weight.shape[0])
+
+
+def join(linears: tuple[nn.Linear, ...]) -> nn.Linear:
+    """One layer that computes what all of these do, side by side, and zeros up to a round size."""
+    first = linears[0]
+    width = sum(linear.out_features for linear in linears)
+    padding = -width % ALIGNED
+    joined = nn.utils.skip_init(nn.Linear, first.in_features, width + padding, bias=first.bias is not None, device=first.weight.device)
+    joined.weight = nn.Parameter(F.pad(torch.cat([linear.weight.detach() for linear in linears]), (0, 0, 0, padding)), requires_grad=False)
+    if first.bias is not None:
+        joined.bias = nn.Parameter(F.pad(torch.cat([linear.bias.detach() for linear in linears]), (0, padding)), requires_grad=False)
+    return joined
+
+
+class FeedForward(nn.Module):
+    """x + `Dense`."""
+
+    def __init__(self, dense: Dense) -> None:
+        super().__init__()
+        self.inner, self.out, self.activation = dense.inner, dense.out, dense.activation
+        self.name = activation_name(dense)
+
+    @property
+    def late(self) -> Tensor | None:
+        """The last bias (C,), which must be in the sum that `forward` is given."""
+        return self.out.bias
+
+    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+        """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
+        hidden = self.inner(rows.values)
+        hidden = activate(hidden, self.name) if fp8.activates(hidden, self.name) else self.activation(hidden)
+        if not x.is_cuda:
+            return x + F.linear(hidden, self.out.weight)
+        total = x.flatten(0, -2)
+        add_product(total, hidden.flatten(0, -2), self.out.weight)
+        return total.view(x.shape)
+
+
+class FeedForward8(nn.Module):
+    """The same with both products in 8 bits, the activation quantised as it is computed."""
+
+    late = None
+
+    def __init__(self, dense: Dense) -> None:
+        super().__init__()
+        self.inner, self.out, self.activation = fp8.Linear8(dense.inner), fp8.Linear8(dense.out), dense.activation
+        self.name = activation_name(dense)
+
+    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+        """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
+        hidden = product(self.inner, rows)
+        flat = hidden.flatten(0, -2)
+        if fp8.activates(flat, self.name):
+            values, scale = fp8.activate_quantise(flat, self.name)
+            rows = Rows(values.unflatten(0, hidden.shape[:-1]), scale)
+        else:
+            rows = as_rows(self.activation(hidden), True)
+        return x + product(self.out, rows).to(x.dtype)
+
+
+def activation_name(dense: Dense) -> str:
+    """What `ACTIVATIONS` calls it."""
+    return next(name for name, function in ACTIVATIONS.items() if function is dense.activation)

@@ -1,0 +1,98 @@
+"""What lies between two products of a layer, at once: the sum with a branch, norm, token shift, and 8 bits if asked for.
+
+Each of these alone reads and writes all activations. For inference: there are no gradients.
+
+Shapes: B batch, T time, C channels.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from andromeda.kernels.fp8 import FORMAT, LARGEST
+
+TRITON = find_spec("triton") is not None
+WIDEST = 8192
+"""Channels that a program can hold."""
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Shifted(NamedTuple):
+    """What comes out."""
+
+    y: Tensor
+    """(B, T, C) in the type of x, or in 8 bits."""
+    scale: Tensor
+    """What each row of y was divided by (B T, 1) in float32; empty without 8 bits."""
+    total: Tensor
+    """x + delta + bias (B, T, C); empty where neither was given."""
+    last: Tensor
+    """Normalised last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
+
+
+def accepts(x: Tensor) -> bool:
+    """Whether the kernel takes this: on a GPU, in 32 or 16 bits."""
+    return TRITON and x.is_cuda and type(x) is Tensor and x.shape[-1] <= WIDEST and x.dtype in TYPES
+
+
+def norm_shift(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: Tensor | None,
+    *,
+    layer: bool,
+    eps: float,
+    moved: tuple[int, int] = (0, 0),
+    eight_bits: bool = False,
+) -> Shifted:
+    """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
+
+    layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
+    normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move.
+    """
+    return Shifted(*_norm_shift(x, delta, weight, bias, past, layer, eps, *moved, eight_bits))
+
+
+@torch.library.custom_op("andromeda::norm_shift", mutates_args=())
+def _norm_shift(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: Tensor | None,
+    layer: bool,
+    eps: float,
+    begin: int,
+    end: int,
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from andromeda.kernels.device import norm_shift as device
+
+    given = device.Given(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past)))
+    made = _made(x, delta is not None or bias is not None, end > begin, eight_bits)
+    filled = device.Made(*(t if t.numel() else None for t in made))
+    device.norm_shift(given, filled, layer, eps, (begin, end), LARGEST if eight_bits else 0.0)
+    return made.y, made.scale, made.total, made.last
+
+
+@_norm_shift.register_fake
+def _(
+    x: Tensor, delta: Tensor | None, weight: Tensor | None, bias: Tensor | None, past: Tensor | None, layer: bool, eps: float,
+    begin: int, end: int, eight_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = _made(x, delta is not None or bias is not None, end > begin, eight_bits)
+    return made.y, made.scale, made.total, made.last
+
+
+def _made(x: Tensor, summed: bool, moved: bool, eight_bits: bool) -> Shifted:
+    B, T, C = x.shape
+    y = x.new_empty(B, T, C, dtype=FORMAT if eight_bits else x.dtype)
+    scale = x.new_empty(B * T if eight_bits else 0, 1, dtype=torch.float32)
+    total = x.new_empty(B, T, C) if summed else x.new_empty(0)
+    return Shifted(y, scale, total, x.new_empty(B, 1, C) if moved else x.new_empty(0))

@@ -1,0 +1,88 @@
+"""Sum, norm, token shift and 8 bits in one kernel, beside the same in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from andromeda.kernels import fp8
+from andromeda.kernels.norm_shift import Shifted, norm_shift
+from tests.kernels import interpreted
+
+EPS = 1e-5
+DTYPE = torch.float32 if interpreted.INTERPRETED else torch.bfloat16
+"""Triton's interpreter cuts numbers off where they are rounded to 16 bits."""
+
+
+def inputs(T: int, C: int) -> list[Tensor]:
+    """x, delta, weight, bias and past."""
+    g = torch.Generator().manual_seed(T * C)
+    shapes = ((2, T, C), (2, T, C), (C,), (C,), (2, 1, C))
+    return [torch.randn(shape, generator=g).to(interpreted.device(), DTYPE) for shape in shapes]
+
+
+def reference(x: Tensor, weight: Tensor | None, past: Tensor, layer: bool, moved: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """y and the normalised last vector in float64."""
+    x, w = x.double(), None if weight is None else weight.double()
+    normal = F.layer_norm(x, x.shape[-1:], w, None, EPS) if layer else F.rms_norm(x, x.shape[-1:], w, EPS)
+    before = torch.cat([past.double(), normal], 1)[:, :-1]
+    y = normal.clone()
+    y[..., slice(*moved)] = before[..., slice(*moved)]
+    return y, normal[:, -1:]
+
+
+def close(actual: Tensor, wanted: Tensor, bits: int = 8) -> bool:
+    return bool(((actual.double() - wanted.double()).abs() <= 2.0**-bits * wanted.double().abs() + 1e-4).all())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize(("T", "C", "moved"), [(1, 64, (32, 64)), (19, 96, (48, 96)), (8, 40, (20, 33)), (17, 64, (0, 0))])
+def test_sum_norm_and_shift(T: int, C: int, moved: tuple[int, int], layer: bool) -> None:
+    x, delta, weight, bias, past = inputs(T, C)
+    made = norm_shift(x, delta, weight, bias, past if moved[1] else None, layer=layer, eps=EPS, moved=moved)
+    summed = (x.double() + delta.double()).to(DTYPE)
+    y, last = reference(summed, weight, past, layer, moved)
+    assert close(made.y, y)
+    assert close(made.total, x.double() + delta.double() + bias.double())
+    assert close(made.last, last) if moved[1] else not made.last.numel()
+    assert not made.scale.numel()
+
+
+@pytest.mark.gpu
+def test_nothing_is_added_and_no_gain() -> None:
+    x, _, _, _, past = inputs(13, 48)
+    made = norm_shift(x, None, None, None, past, layer=False, eps=EPS, moved=(24, 48))
+    assert close(made.y, reference(x, None, past, False, (24, 48))[0])
+    assert not made.total.numel()
+
+
+@pytest.mark.gpu
+def test_eight_bits_are_those_of_the_shifted_rows() -> None:
+    x, delta, weight, _, past = inputs(11, 64)
+    plain = norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64))
+    eight = norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64), eight_bits=True)
+    rows, scale = fp8.quantise(plain.y.flatten(0, 1))
+    assert torch.equal(eight.scale, scale)
+    assert torch.equal(eight.total, plain.total)
+    if not interpreted.INTERPRETED:  # whose rounding to 8 bits loses carries
+        assert torch.equal(eight.y.flatten(0, 1).view(torch.uint8), rows.view(torch.uint8))
+
+
+@pytest.mark.gpu
+def test_a_sequence_in_two_passes_is_that_in_one() -> None:
+    x, _, weight, _, past = inputs(20, 64)
+
+    def read(x: Tensor, past: Tensor) -> Shifted:
+        return norm_shift(x, None, weight, None, past, layer=True, eps=EPS, moved=(32, 64))
+
+    whole, first = read(x, past), read(x[:, :9].contiguous(), past)
+    second = read(x[:, 9:].contiguous(), first.last)
+    assert torch.equal(torch.cat([first.y, second.y], 1), whole.y)
+    assert torch.equal(second.last, whole.last)
+
+
+def test_under_the_interpreter() -> None:
+    interpreted.run(__file__)
