@@ -27,8 +27,10 @@ _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 5 << 25}
 """Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits."""
 _CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
+_TILE = 128
+"""Chunks are multiples of it: tokens that a matrix product takes as one tile, whole or not, so that a part of one costs as much."""
 _SCALED = 4096
-"""Rows of a 16-bit gradient that are scaled at once."""
+"""Rows of a gradient that are scaled at once on a CPU."""
 
 
 class CrossEntropy(NamedTuple):
@@ -98,6 +100,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
         total, nll, gradients = _run(x, weight, bias, labels, rule, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
+        ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         nll_sum = nll.sum()
         ctx.mark_non_differentiable(nll_sum)
         return total.sum(), nll_sum
@@ -105,41 +108,41 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        return (*(None if g is None else _scaled(g, grad_total) for g in ctx.saved_tensors), None, None)
+        last = _last_backward()
+        pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        return (*(None if g is None else _scaled(g, grad_total, dtype, last) for g, dtype in pairs), None, None)
 
 
 def _run(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule, needed: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
-    """Losses of x (N, C), each (N,), and those gradients of their sum that are needed, in the dtypes of their inputs."""
+    """Losses of x (N, C), each (N,), and those gradients of their sum that are needed: that of x in its dtype, the others as summed."""
     softcap, z_loss, chunk, dtype = rule
-    wide = _wide(dtype)
-    head = weight.to(dtype)
-    totals, nlls, rows = [], [], []
-    d_weight = torch.zeros_like(weight, dtype=wide) if needed[1] else None
+    wide, head = _wide(dtype), weight.to(dtype)
+    totals, nlls = [], []
+    d_x = torch.empty_like(x) if needed[0] else None
+    d_weight: Tensor | None = None
     d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
-    for x_n, labels_n in zip(x.split(chunk), labels.split(chunk), strict=True):
-        x_n = x_n.to(dtype)
-        logits = x_n @ head.T if bias is None else torch.addmm(bias.to(dtype), x_n, head.T)
-        total, nll, d_logits = _rows(logits, labels_n, softcap, z_loss, any(needed))
+    for start in range(0, max(1, len(x)), chunk):
+        tokens = slice(start, start + chunk)
+        x_n = x[tokens].to(dtype)
+        total, nll, d_logits = _rows(_logits(x_n, head, bias), labels[tokens], softcap, z_loss, any(needed))
         totals.append(total)
         nlls.append(nll)
         if d_bias is not None:
             d_bias += d_logits.sum(0, dtype=wide)
         d_logits = d_logits.to(dtype)
-        if needed[0]:
-            rows.append((d_logits @ head).to(x.dtype))
-        if d_weight is not None:
-            _accumulate(d_weight, d_logits, x_n)
-    return (
-        torch.cat(totals),
-        torch.cat(nlls),
-        (
-            torch.cat(rows) if needed[0] else None,
-            None if d_weight is None else d_weight.to(weight.dtype),
-            None if bias is None or d_bias is None else d_bias.to(bias.dtype),
-        ),
-    )
+        if d_x is not None:
+            _product_into(d_x[tokens], d_logits, head)
+        if needed[1]:
+            d_weight = _accumulated(d_weight, d_logits, x_n, wide)
+        # Before the next chunk takes as much again.
+        del d_logits
+    return torch.cat(totals), torch.cat(nlls), (d_x, d_weight, d_bias)
+
+
+def _logits(x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
+    return x @ head.T if bias is None else torch.addmm(bias.to(x.dtype), x, head.T)
 
 
 def _rows(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -174,33 +177,52 @@ def _chunk(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradie
     return torch.where(counted, total, 0.0), torch.where(counted, nll, 0.0), p
 
 
-def _accumulate(d_weight: Tensor, d_logits: Tensor, x: Tensor) -> None:
-    """d_weight += d_logits^T x, always summed over chunks in at least float32."""
-    if d_logits.dtype == d_weight.dtype:
-        d_weight.addmm_(d_logits.T, x)
-    elif d_logits.is_cuda:
-        # The product is added to the sum before it is ever rounded, and takes no memory of its own.
-        torch.addmm(d_weight, d_logits.T, x, out_dtype=d_weight.dtype, out=d_weight)
+def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+    """out = a b, without memory of its own where the types agree."""
+    if out.dtype == a.dtype:
+        torch.mm(a, b, out=out)
     else:
-        d_weight.add_(d_logits.T @ x)
+        out.copy_(a @ b)
 
 
-def _scaled(gradient: Tensor, factor: Tensor) -> Tensor:
-    """gradient * factor, in float32 at least: 1 / tokens rounded to bfloat16 would scale a whole gradient by up to 0.4 %."""
-    wide = _wide(gradient.dtype)
-    if gradient.dtype == wide:
-        return gradient * factor
-    out = torch.empty_like(gradient)
+def _accumulated(d_weight: Tensor | None, d_logits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+    """d_weight, or nothing yet, plus d_logits^T x: always summed over chunks in at least float32."""
+    exact = d_logits.is_cuda and d_logits.dtype != wide
+    if d_weight is None:
+        return torch.mm(d_logits.T, x, out_dtype=wide) if exact else (d_logits.T @ x).to(wide)
+    if exact:
+        # The product is added to the sum before it is ever rounded, and takes no memory of its own.
+        return torch.addmm(d_weight, d_logits.T, x, out_dtype=wide, out=d_weight)
+    return d_weight.addmm_(d_logits.T, x) if d_logits.dtype == wide else d_weight.add_(d_logits.T @ x)
+
+
+def _last_backward() -> bool:
+    """Whether the backward pass that is running frees the graph, so that what was saved for it is read for the last time."""
+    return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
+
+
+def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
+    """gradient * factor in `dtype`, multiplied in float32 at least: 1 / tokens rounded to bfloat16 would scale it all by up to 0.4 %.
+
+    When `last`, nobody reads `gradient` again, and the product may take its place.
+    """
+    if TRITON and gradient.is_cuda and gradient.dtype != torch.float64:
+        from andromeda.kernels.device import cross_entropy as device
+
+        return device.scaled(gradient, factor, dtype, last and gradient.dtype == dtype)
+    out = torch.empty_like(gradient, dtype=dtype)
     for part, to in zip(gradient.split(_SCALED), out.split(_SCALED), strict=True):
-        to.copy_(part.to(wide) * factor)
+        # A factor without dimensions would be rounded to the type of the gradient first.
+        torch.mul(part, factor.reshape(1), out=to)
     return out
 
 
 def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
-    """Tokens of a chunk: equal chunks, none of which has more logits than the device is given."""
-    most = max(_CHUNK_TOKENS, _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) // vocabulary)
+    """Tokens of a chunk: chunks as equal as whole tiles are, none of which has more logits than the device is given (to a tile)."""
+    given = _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) / vocabulary
+    most = max(_CHUNK_TOKENS, round(given / _TILE) * _TILE)
     chunks = -(-max(1, tokens) // most)
-    return -(-max(1, tokens) // chunks)
+    return -(-max(1, tokens) // (chunks * _TILE)) * _TILE
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.kernels.cross_entropy import CrossEntropy, linear_cross_entropy, reference
+from andromeda.kernels.cross_entropy import CrossEntropy, _chunk_tokens, linear_cross_entropy, reference
 
 OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 3.0, "z_loss": 0.1}]
 
@@ -198,6 +198,28 @@ def test_no_chunk_is_ever_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch)
     x, weight, targets, _ = problem(B=4, T=64)
     with_gradients(linear_cross_entropy, x, weight, targets, None, chunk=100)
     assert rows == [100, 100, 56]
+
+
+@given(device=st.sampled_from(["cpu", "cuda"]), tokens=st.integers(0, 200_000), vocabulary=st.integers(1, 300_000))
+def test_chunks_are_whole_tiles_and_as_few_as_fit(device: str, tokens: int, vocabulary: int) -> None:
+    chunk = _chunk_tokens(device, tokens, vocabulary)
+    given = {"cpu": 2**20, "cuda": 5 * 2**25}[device]
+    assert chunk % 128 == 0
+    assert chunk <= 256 or (chunk - 64) * vocabulary <= given
+    if tokens > chunk and chunk > 256:
+        # One chunk less would need larger ones than the device is given.
+        chunks = math.ceil(tokens / chunk)
+        assert (tokens / (chunks - 1) + 64) * vocabulary > given
+
+
+def test_a_kept_graph_gives_the_gradients_again() -> None:
+    x, weight, targets, bias = problem()
+    assert bias is not None
+    leaves = [t.float().requires_grad_() for t in (x, weight, bias)]
+    total = linear_cross_entropy(leaves[0], leaves[1], targets, bias=leaves[2], chunk=4).total / 3
+    first = torch.autograd.grad(total, leaves, retain_graph=True)
+    for again in (torch.autograd.grad(total, leaves, retain_graph=True), torch.autograd.grad(total, leaves)):
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_a_tied_weight_gets_both_gradients() -> None:

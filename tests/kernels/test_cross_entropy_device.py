@@ -1,4 +1,4 @@
-"""The softmax kernel against its float64 definition: any row length, cap, z-loss and ignored targets, gradients in place."""
+"""The kernels of the loss against their float64 definitions: any row length, cap, z-loss and ignored targets, gradients in place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def wanted(logits: Tensor, labels: Tensor, softcap: float, z_loss: float) -> tup
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     n=st.integers(1, 4),
-    V=st.integers(1, 70),
+    V=st.integers(1, 150),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16]),
     softcap=st.sampled_from([0.0, 0.5, 30.0]),
     z_loss=st.sampled_from([0.0, 0.1]),
@@ -47,8 +47,8 @@ def test_rows(n: int, V: int, dtype: torch.dtype, softcap: float, z_loss: float,
     # Rows that lie apart, as a slice of a larger buffer.
     held = torch.full((n, V + 3), 7.0, dtype=dtype, device=place)
     held[:, :V] = logits.to(place)
-    untouched = device.rows(held[:, :V].clone(), labels.to(place), softcap, z_loss, False, IGNORED, block=16)
-    found = device.rows(held[:, :V], labels.to(place), softcap, z_loss, True, IGNORED, block=16)
+    untouched = device.rows(held[:, :V].clone(), labels.to(place), softcap, z_loss, False, IGNORED, block=32)
+    found = device.rows(held[:, :V], labels.to(place), softcap, z_loss, True, IGNORED, block=32)
     for a, b, want in zip(found[:2], untouched[:2], expected[:2], strict=True):
         torch.testing.assert_close(a.cpu().double(), want, rtol=1e-5, atol=1e-4)
         assert torch.equal(a, b)
@@ -56,6 +56,58 @@ def test_rows(n: int, V: int, dtype: torch.dtype, softcap: float, z_loss: float,
     slack = {torch.float32: 1e-5, torch.float16: 1e-3, torch.bfloat16: 8e-3}[dtype]
     torch.testing.assert_close(held[:, :V].cpu().double(), expected[2], rtol=slack, atol=slack * (1 + size * z_loss))
     assert (held[:, V:] == 7).all()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("factor", [1.0, 1 / 560])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
+def test_scaled(held: torch.dtype, dtype: torch.dtype, factor: float) -> None:
+    """The exact product, rounded once; in place only what was asked for is written. (The interpreter cuts bits off, a GPU rounds.)"""
+    from andromeda.kernels.device import cross_entropy as device
+
+    place = interpreted.device()
+    gradient = torch.randn(37, 131, generator=torch.Generator().manual_seed(0)).to(held).to(place)
+    by = torch.tensor(factor, device=place)
+    before = gradient.clone()
+    exact = before.double() * by.double()
+    found = device.scaled(gradient, by, dtype, False)
+    assert found.dtype == dtype
+    assert torch.equal(gradient, before)
+    torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / (1 if interpreted.INTERPRETED else 1.99), atol=0)
+    if held == dtype:
+        whole = torch.cat([gradient, before])
+        placed = device.scaled(whole[:37], by, dtype, True)
+        assert placed.data_ptr() == whole.data_ptr()
+        assert torch.equal(placed, found)
+        assert torch.equal(whole[37:], before)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_memory_on_a_gpu() -> None:
+    """At most the sums of both gradients and one chunk's logits are held, and a graph that is kept gives the same gradients again."""
+    N, C, V, chunk = 4096, 256, 16384, 512
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(N, C, device="cuda", generator=g).bfloat16().requires_grad_()
+    weight = torch.randn(V, C, device="cuda", generator=g).bfloat16().requires_grad_()
+    targets = torch.randint(V, (N,), device="cuda", generator=g)
+
+    def gradients(kept: bool = False) -> tuple[Tensor, ...]:
+        total = linear_cross_entropy(x, weight, targets, chunk=chunk).total / N
+        if kept:
+            torch.autograd.grad(total, (x, weight), retain_graph=True)
+        return torch.autograd.grad(total, (x, weight))
+
+    once, twice = gradients(), gradients(kept=True)
+    assert all(torch.equal(a, b) for a, b in zip(once, twice, strict=True))
+    del once, twice
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients()
+    held = 2 * N * C + 4 * V * C
+    largest = max(held + 2 * chunk * V, held + 2 * V * C)
+    assert torch.cuda.max_memory_allocated() - before < largest + (4 << 20)
 
 
 @pytest.mark.gpu

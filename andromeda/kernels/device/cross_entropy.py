@@ -1,7 +1,9 @@
-"""A Triton kernel for the softmax side of a linear head's loss: losses of a chunk's logits, and their gradient in the logits' place.
+"""Triton kernels for the softmax side of a linear head's loss: losses of a chunk's logits, with their gradient in the logits' place,
+and the last product of a gradient with what comes from above.
 
-A program takes a row. It reads the row once for the largest logit and the sum of exponentials, each lane for its own columns,
-and once more (from the cache, as a row is short) to write the gradient. All arithmetic is in float32.
+A program takes a row. It reads the row once for the largest logit and the sum of exponentials, and once more to write the
+gradient. The second time the row comes from the cache, if the rows that are being worked on fit into it: a program is therefore
+large, so that few are at work at once. All arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -13,15 +15,28 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK, WARPS = 4096, 8
-"""Columns that a program reads at once."""
+BLOCK = 8192
+"""Columns that a program reads at once, at most."""
+PER_WARP = 256
+"""Columns of those that a warp takes: 16 bytes of logits a thread."""
+GROUP = 8
+"""Neighbouring logits of one thread that share a running maximum, so that a sum is brought to a new one once for all of them."""
+SCALE_BLOCK, SCALE_WARPS = 4096, 8
+"""Elements of a gradient that a program scales."""
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _exp(x):
+    """e^x as the device raises it: without the care that `tl.exp` takes of results below 1e-38, which is half of all its instructions."""
+    return tl.exp2(x * LOG2E)
 
 
 @triton.jit
 def _capped(x, cap, CAPPED: tl.constexpr):
     """cap tanh(x / cap), or x."""
     if CAPPED:
-        return cap * (1.0 - 2.0 / (tl.exp(2.0 * x / cap) + 1.0))
+        return cap * (1.0 - 2.0 / (_exp(2.0 * x / cap) + 1.0))
     return x
 
 
@@ -39,6 +54,7 @@ def _row(
     CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
+    GROUP: tl.constexpr,
 ):
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
@@ -46,18 +62,21 @@ def _row(
     counted = label != IGNORED
     # Read before any lane writes: the reductions below are barriers.
     chosen = _capped(tl.load(row + tl.where(counted, label, 0)).to(tl.float32), cap, CAPPED)
-    largest = tl.full((BLOCK,), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
+    lane = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    largest = tl.full((BLOCK // GROUP,), float("-inf"), tl.float32)
+    sums = tl.zeros((BLOCK // GROUP,), tl.float32)
     for start in range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        z = tl.load(row + column, mask=column < V, other=0.0).to(tl.float32)
-        z = tl.where(column < V, _capped(z, cap, CAPPED), float("-inf"))
-        above = tl.maximum(largest, z)
-        # A lane that has seen no column yet has minus infinity twice.
-        sums = tl.where(above == float("-inf"), 0.0, sums * tl.exp(largest - above) + tl.exp(z - above))
+        column = start + lane
+        z = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
+        if CAPPED:
+            z = tl.where(column < V, _capped(z, cap, CAPPED), float("-inf"))
+        above = tl.maximum(largest, tl.max(z, 1))
+        # A group that has seen no column yet has minus infinity twice, whose difference is no number.
+        base = tl.where(above == float("-inf"), 0.0, above)
+        sums = sums * _exp(largest - base) + tl.sum(_exp(z - base[:, None]), 1)
         largest = above
     peak = tl.max(largest, 0)
-    log_z = peak + tl.log(tl.sum(sums * tl.exp(largest - peak), 0))
+    log_z = peak + tl.log(tl.sum(sums * _exp(largest - peak), 0))
     loss = log_z - chosen
     tl.store(nll + index, tl.where(counted, loss, 0.0))
     tl.store(total + index, tl.where(counted, loss + z_loss * log_z * log_z, 0.0))
@@ -65,12 +84,22 @@ def _row(
         factor = tl.where(counted, 1.0 + 2.0 * z_loss * log_z, 0.0)
         one = tl.where(counted, 1.0, 0.0)
         for start in range(0, V, BLOCK):
-            column = start + tl.arange(0, BLOCK)
+            column = start + lane
             z = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, CAPPED)
-            d = tl.exp(z - log_z) * factor - tl.where(column == label, one, 0.0)
+            d = _exp(z - log_z) * factor - tl.where(column == label, one, 0.0)
             if CAPPED:
                 d = d * (1.0 - (z / cap) * (z / cap))
             tl.store(row + column, d.to(row.dtype.element_ty), mask=column < V)
+
+
+@triton.jit
+def _scale(source, to, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    by = tl.load(factor)
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    # The gradient of a plain sum has a factor of one: in its own place, nothing is to be read or written.
+    mask = (at < tl.where(by == 1.0, 0, n)) if IN_PLACE else at < n
+    x = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to + at, (x * by).to(to.dtype.element_ty), mask=mask)
 
 
 def rows(
@@ -82,8 +111,35 @@ def rows(
     """
     n, V = logits.shape
     total, nll = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    shape: dict[str, Any] = {"CAPPED": bool(softcap), "GRADIENT": gradient, "BLOCK": block, "num_warps": WARPS}
+    # A cap takes registers, and a program of all warps that a processor has room for would then be alone on it.
+    block = min(block // 2 if softcap else block, max(GROUP, triton.next_power_of_2(V)))
+    shape: dict[str, Any] = {"CAPPED": bool(softcap), "GRADIENT": gradient, "BLOCK": block, "GROUP": GROUP}
     with torch.cuda.device_of(logits):
         if n:
-            _row[(n,)](logits, labels, total, nll, V, logits.stride(0), softcap or 1.0, z_loss, IGNORED=ignored, **shape)
+            _row[(n,)](
+                logits,
+                labels,
+                total,
+                nll,
+                V,
+                logits.stride(0),
+                softcap or 1.0,
+                z_loss,
+                IGNORED=ignored,
+                num_warps=max(1, block // PER_WARP),
+                **shape,
+            )
     return total, nll, logits
+
+
+def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+    """gradient * factor, multiplied in float32 and rounded to `dtype` once; gradient dense, factor () in float32.
+
+    `in_place` writes it over `gradient`, which is then in `dtype` already.
+    """
+    out = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
+    n = gradient.numel()
+    with torch.cuda.device_of(gradient):
+        if n:
+            _scale[(triton.cdiv(n, SCALE_BLOCK),)](gradient, out, factor, n, IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
+    return out
