@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from andromeda.kernels import fp8
 from andromeda.kernels.activation import activate, add_product
-from andromeda.kernels.norm_shift import accepts, norm_shift
 from andromeda.model.attention import Attention
+from andromeda.model.between import accepts, fused
 from andromeda.model.block import Serial
 from andromeda.model.context import Context
 from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
@@ -75,33 +75,13 @@ class Between(nn.Module):
 
     def __init__(self, norm: nn.Module, shift: nn.Module, eight_bits: bool) -> None:
         super().__init__()
-        assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
-        assert isinstance(shift, (NoShift, ChunkShift))
         self.norm, self.shift, self.eight_bits = norm, shift, eight_bits
 
     def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
-        moved = self._moved(x.shape[-1])
-        # Documents cut the shift, and a step of a recorded graph keeps its own state: both are the parts' business.
-        if not accepts(x) or moved is None or ctx.documents is not None or ctx.index is not None:
-            return self._plain(x, delta, bias, ctx)
-        slot = self.shift.slot if isinstance(self.shift, ChunkShift) else ""
-        past = ctx.state.get(slot, x, (x.shape[0], 1, x.shape[2])) if moved[1] else None
-        weight = None if isinstance(self.norm, PlainRMSNorm) else self.norm.weight.to(x.dtype)
-        layer = isinstance(self.norm, LayerNorm)
-        made = norm_shift(x, delta, weight, bias, past, layer=layer, eps=self.norm.eps, moved=moved, eight_bits=self.eight_bits)
-        if past is not None:
-            ctx.state.put(slot, made.last)
-        return Rows(made.y, made.scale), x if delta is None and bias is None else made.total
-
-    def _moved(self, width: int) -> tuple[int, int] | None:
-        """Channels from and to, of the token before; None where tokens further back are asked for."""
-        if isinstance(self.shift, NoShift):
-            return 0, 0
-        size = width // 2
-        return (size, 2 * size) if self.shift.tokens == 1 else None
-
-    def _plain(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
+        if accepts(x, self.norm, self.shift, ctx):
+            made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.eight_bits)
+            return Rows(made.y, made.scale), x if delta is None and bias is None else made.total
         x = x if delta is None else x + delta
         return as_rows(self.shift(self.norm(x), ctx), self.eight_bits), x if bias is None else x + bias
 

@@ -1,6 +1,6 @@
 """What lies between two products of a layer, at once: the sum with a branch, norm, token shift, and 8 bits if asked for.
 
-Each of these alone reads and writes all activations. For inference: there are no gradients.
+Each of these alone reads and writes all activations.
 
 Shapes: B batch, T time, C channels.
 """
@@ -8,7 +8,7 @@ Shapes: B batch, T time, C channels.
 from __future__ import annotations
 
 from importlib.util import find_spec
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -45,6 +45,7 @@ def norm_shift(
     weight: Tensor | None,
     bias: Tensor | None,
     past: Tensor | None,
+    documents: Tensor | None = None,
     *,
     layer: bool,
     eps: float,
@@ -54,9 +55,10 @@ def norm_shift(
     """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
 
     layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
-    normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move.
+    normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move. documents (B, T):
+    numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
     """
-    return Shifted(*_norm_shift(x, delta, weight, bias, past, layer, eps, *moved, eight_bits))
+    return Shifted(*_norm_shift(x, delta, weight, bias, past, documents, layer, eps, *moved, eight_bits))
 
 
 @torch.library.custom_op("andromeda::norm_shift", mutates_args=())
@@ -66,6 +68,7 @@ def _norm_shift(
     weight: Tensor | None,
     bias: Tensor | None,
     past: Tensor | None,
+    documents: Tensor | None,
     layer: bool,
     eps: float,
     begin: int,
@@ -74,25 +77,62 @@ def _norm_shift(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     from andromeda.kernels.device import norm_shift as device
 
-    given = device.Given(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past)))
-    made = _made(x, delta is not None or bias is not None, end > begin, eight_bits)
+    given = device.Given(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past, documents)))
+    made = _made(x, delta, bias, begin, end, eight_bits)
     filled = device.Made(*(t if t.numel() else None for t in made))
     device.norm_shift(given, filled, layer, eps, (begin, end), LARGEST if eight_bits else 0.0)
     return made.y, made.scale, made.total, made.last
 
 
-@_norm_shift.register_fake
-def _(
-    x: Tensor, delta: Tensor | None, weight: Tensor | None, bias: Tensor | None, past: Tensor | None, layer: bool, eps: float,
-    begin: int, end: int, eight_bits: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = _made(x, delta is not None or bias is not None, end > begin, eight_bits)
-    return made.y, made.scale, made.total, made.last
-
-
-def _made(x: Tensor, summed: bool, moved: bool, eight_bits: bool) -> Shifted:
+def _made(x: Tensor, delta: Tensor | None, bias: Tensor | None, begin: int, end: int, eight_bits: bool) -> Shifted:
     B, T, C = x.shape
     y = x.new_empty(B, T, C, dtype=FORMAT if eight_bits else x.dtype)
     scale = x.new_empty(B * T if eight_bits else 0, 1, dtype=torch.float32)
-    total = x.new_empty(B, T, C) if summed else x.new_empty(0)
-    return Shifted(y, scale, total, x.new_empty(B, 1, C) if moved else x.new_empty(0))
+    total = x.new_empty(0) if delta is None and bias is None else x.new_empty(B, T, C)
+    return Shifted(y, scale, total, x.new_empty(B, 1, C) if end > begin else x.new_empty(0))
+
+
+@_norm_shift.register_fake
+def _(
+    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer: bool, eps: float, begin: int, end: int,
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = _made(x, delta, bias, begin, end, eight_bits)
+    return made.y, made.scale, made.total, made.last
+
+
+@torch.library.custom_op("andromeda::norm_shift_backward", mutates_args=())
+def _gradients(
+    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dtotal: Tensor | None, layer: bool, eps: float, begin: int,
+    end: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of what was normalised (B, T, C) and of the gain (C,), empty where there is none."""
+    from andromeda.kernels.device import norm_shift as device
+
+    x, dy = x.contiguous(), dy.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    documents = None if documents is None else documents.contiguous()
+    dx, dweight = device.backward(x, weight, documents, dy, dtotal, layer, eps, (begin, end))
+    return dx, x.new_empty(0) if dweight is None else dweight
+
+
+@_gradients.register_fake
+def _(x: Tensor, weight: Any, documents: Any, dy: Any, dtotal: Any, layer: bool, eps: float, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, delta, weight, bias, _, documents, ctx.layer, ctx.eps, ctx.begin, ctx.end, eight_bits = inputs
+    if eight_bits or bias is not None:
+        raise NotImplementedError("norm_shift has no gradients with a bias or in 8 bits")
+    ctx.added = delta is not None
+    ctx.save_for_backward(output[2] if ctx.added else x, weight, documents)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Any, dtotal: Tensor, last: Any) -> tuple[Any, ...]:
+    x, weight, documents = ctx.saved_tensors
+    dx, dweight = _gradients(x, weight, documents, dy, dtotal if ctx.added else None, ctx.layer, ctx.eps, ctx.begin, ctx.end)
+    return (dx, dx if ctx.added else None, None if weight is None else dweight, *[None] * 8)
+
+
+_norm_shift.register_autograd(_backward, setup_context=_save)

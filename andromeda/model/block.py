@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import MECHANISMS, ModelConfig
+from andromeda.model.between import between
 from andromeda.model.context import Context
 from andromeda.model.feedforward import build_feedforward
 from andromeda.model.norm import build_norm
@@ -47,8 +48,9 @@ class Serial(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
-        x = x + self.attention(self.attention_shift(self.attention_norm(x), ctx), ctx)
-        return x + self.feedforward(self.feedforward_shift(self.feedforward_norm(x), ctx))
+        y, x = between(x, None, self.attention_norm, self.attention_shift, ctx)
+        y, x = between(x, self.attention(y, ctx), self.feedforward_norm, self.feedforward_shift, ctx)
+        return x + self.feedforward(y)
 
 
 class SerialDeepNorm(Serial):

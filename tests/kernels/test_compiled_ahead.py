@@ -95,8 +95,9 @@ def between(tokens: int, width: int, eight_bits: bool) -> None:
     x, row = empty(1, tokens, width), empty(width)
     y = empty(1, tokens, width, dtype=torch.float8_e4m3fn if eight_bits else torch.bfloat16)
     made = norm_shift.Made(y, empty(tokens, dtype=torch.float32) if eight_bits else None, x, row)
-    given = norm_shift.Given(x, x, row, row, row)
+    given = norm_shift.Given(x, x, row, row, row, empty(1, tokens, dtype=torch.long))
     norm_shift.norm_shift(given, made, True, 1e-5, (width // 2, width), 448.0 if eight_bits else 0.0)
+    norm_shift.backward(x, row, given.documents, x, x, True, 1e-5, (width // 2, width))
 
 
 WORKS: dict[str, Callable[[], None]] = {

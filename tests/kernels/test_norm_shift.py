@@ -84,5 +84,33 @@ def test_a_sequence_in_two_passes_is_that_in_one() -> None:
     assert torch.equal(second.last, whole.last)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("layer", [True, False])
+@pytest.mark.parametrize(("T", "C", "moved", "packed"), [(70, 64, (32, 64), True), (33, 96, (48, 96), False), (5, 40, (0, 0), False)])
+def test_gradients(T: int, C: int, moved: tuple[int, int], packed: bool, layer: bool) -> None:
+    """Of both results of the sum, beside autograd in float64; documents of three tokens and more."""
+    x, delta, weight, _, past = inputs(T, C)
+    past = torch.zeros_like(past)
+    documents = (torch.arange(T, device=x.device) // 3).clamp(max=9).expand(2, -1).contiguous() if packed else None
+    leaves = [t.requires_grad_() for t in (x, delta, weight)]
+    made = norm_shift(*leaves, None, past if moved[1] else None, documents, layer=layer, eps=EPS, moved=moved)
+    g = torch.Generator().manual_seed(7)
+    dy, dtotal = (torch.randn(2, T, C, generator=g).to(x) for _ in range(2))
+    grads = torch.autograd.grad((made.y, made.total), leaves, (dy, dtotal))
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    summed = exact[0] + exact[1]
+    # As rounded as the kernel had it.
+    summed = summed + ((summed.to(DTYPE).double() - summed).detach())
+    normal = F.layer_norm(summed, (C,), exact[2], None, EPS) if layer else F.rms_norm(summed, (C,), exact[2], EPS)
+    before = F.pad(normal, (0, 0, 1, 0))[:, :-1]
+    if documents is not None:
+        before = before * (F.pad(documents, (1, 0))[:, :-1] == documents)[..., None]
+    y = torch.cat([normal[..., : moved[0]], before[..., slice(*moved)], normal[..., moved[1] :]], -1)
+    assert close(made.y, y)
+    wanted = torch.autograd.grad((y, summed), exact, (dy.double(), dtotal.double()))
+    for actual, right in zip(grads, wanted, strict=True):
+        assert (actual.double() - right).norm() / right.norm() < 2.0**-8
+
+
 def test_under_the_interpreter() -> None:
     interpreted.run(__file__)

@@ -11,10 +11,12 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 from andromeda.kernels.device.fp8 import parts, scale_of
 
-TOKENS, WARPS = 8, 4
+TOKENS, TOKENS_BACKWARD, WARPS = 8, 32, 4
+"""Tokens of a program, and its warps. The backward pass writes a sum for each program."""
 
 
 class Form(NamedTuple):
@@ -46,6 +48,8 @@ class Given(NamedTuple):
     """What is added to the sum that is stored (C,)."""
     past: Any
     """Normalised vector before the first token (B, C)."""
+    documents: Any
+    """Document numbers (B, T): a token that begins one gets zeros from before."""
 
 
 class Made(NamedTuple):
@@ -78,12 +82,26 @@ def _sum(given, made, row, column, exists, STORE: tl.constexpr, form: tl.constex
 
 
 @triton.jit
-def _scaled(given, value, factor, column, exists):
-    """Normalised, with the gain, rounded to the type of x."""
-    value = value * factor
-    if given.weight is not None:
-        value *= tl.load(given.weight + column, mask=exists, other=0.0).to(tl.float32)
-    return value.to(given.x.dtype.element_ty).to(tl.float32)
+def _statistics(a, b, a_exists, b_exists, eps, form: tl.constexpr):
+    """Both parts normalised without the gain, and what they were multiplied with."""
+    if form.layer:
+        mean = (tl.sum(a, 0) + tl.sum(b, 0)) / form.C
+        a, b = tl.where(a_exists, a - mean, 0.0), tl.where(b_exists, b - mean, 0.0)
+    factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / form.C + eps)
+    return a * factor, b * factor, factor
+
+
+@triton.jit
+def _gained(of, value, column, exists):
+    if of.weight is not None:
+        value *= tl.load(of.weight + column, mask=exists, other=0.0).to(tl.float32)
+    return value
+
+
+@triton.jit
+def _rounded(given, value, column, exists):
+    """With the gain, rounded to the type of x."""
+    return _gained(given, value, column, exists).to(given.x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
@@ -92,11 +110,24 @@ def _normal(given, made, row, eps, first, second, STORE: tl.constexpr, form: tl.
     a_exists, b_exists = first < form.C, second < form.C
     a = _sum(given, made, row, first, a_exists, STORE, form)
     b = _sum(given, made, row, second, b_exists, STORE, form)
-    if form.layer:
-        mean = (tl.sum(a, 0) + tl.sum(b, 0)) / form.C
-        a, b = tl.where(a_exists, a - mean, 0.0), tl.where(b_exists, b - mean, 0.0)
-    factor = 1.0 / tl.sqrt((tl.sum(a * a, 0) + tl.sum(b * b, 0)) / form.C + eps)
-    return _scaled(given, a, factor, first, a_exists), _scaled(given, b, factor, second, b_exists)
+    a, b, _ = _statistics(a, b, a_exists, b_exists, eps, form)
+    return _rounded(given, a, first, a_exists), _rounded(given, b, second, b_exists)
+
+
+@triton.jit
+def _moved(column, form: tl.constexpr):
+    """Which channels are of the token before."""
+    return (column >= form.begin) & (column < form.end)
+
+
+@triton.jit
+def _same(documents, row, has_before):
+    """1.0 where the token before is of the same document, or where there is none, else 0.0."""
+    same = 1.0
+    if documents is not None:
+        before = tl.load(documents + row - 1, mask=has_before, other=0)
+        same = tl.where(has_before & (tl.load(documents + row) != before), 0.0, 1.0)
+    return same
 
 
 @triton.jit
@@ -125,8 +156,9 @@ def _norm_shift(given, made, T, eps, form: tl.constexpr, FIRST: tl.constexpr, SE
         a, b = _normal(given, made, row, eps, first, second, True, form)
         y_a, y_b = a, b
         if form.end > form.begin:
-            y_a = tl.where((first >= form.begin) & (first < form.end), a_before, a)
-            y_b = tl.where((second >= form.begin) & (second < form.end), b_before, b)
+            same = _same(given.documents, row, token > 0)
+            y_a = tl.where(_moved(first, form), a_before * same, a)
+            y_b = tl.where(_moved(second, form), b_before * same, b)
             a_before, b_before = a, b
         inverse = 1.0
         if form.largest > 0:
@@ -142,12 +174,95 @@ def _norm_shift(given, made, T, eps, form: tl.constexpr, FIRST: tl.constexpr, SE
             tl.store(made.last + batch * form.C + second, b_before.to(kind), mask=second < form.C)
 
 
+class Back(NamedTuple):
+    """What the backward pass reads and writes; None where there is nothing."""
+
+    x: Any
+    """What was normalised (B, T, C)."""
+    weight: Any
+    documents: Any
+    dy: Any
+    dtotal: Any
+    """Gradient of the sum that was given back (B, T, C)."""
+    dx: Any
+    partial: Any
+    """Gradient of the gain, for each program (programs, C)."""
+
+
+@triton.jit
+def _store_gradient(back, value, row, column, exists, form: tl.constexpr):
+    at = row * form.C + column
+    if back.dtotal is not None:
+        value += tl.load(back.dtotal + at, mask=exists, other=0.0).to(tl.float32)
+    tl.store(back.dx + at, value.to(back.dx.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _norm_shift_backward(back, T, eps, form: tl.constexpr, FIRST: tl.constexpr, SECOND: tl.constexpr):
+    blocks = tl.cdiv(T, form.tokens)
+    batch = tl.program_id(0) // blocks
+    start = (tl.program_id(0) % blocks) * form.tokens
+    base = batch.to(tl.int64) * T
+    first, second = tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND)
+    a_exists, b_exists = first < form.C, second < form.C
+    a_sum, b_sum = tl.zeros((FIRST,), tl.float32), tl.zeros((SECOND,), tl.float32)
+    a_own = tl.load(back.dy + (base + start) * form.C + first, mask=a_exists, other=0.0).to(tl.float32)
+    b_own = tl.load(back.dy + (base + start) * form.C + second, mask=b_exists, other=0.0).to(tl.float32)
+    for token in range(start, min(start + form.tokens, T)):
+        row = base + token
+        more = token + 1 < T
+        a_next = tl.load(back.dy + (row + 1) * form.C + first, mask=a_exists & more, other=0.0).to(tl.float32)
+        b_next = tl.load(back.dy + (row + 1) * form.C + second, mask=b_exists & more, other=0.0).to(tl.float32)
+        a_dn, b_dn = a_own, b_own
+        if form.end > form.begin:
+            # What this token gave to the next one.
+            same = _same(back.documents, tl.where(more, row + 1, row), more)
+            a_dn = tl.where(_moved(first, form), a_next * same, a_own)
+            b_dn = tl.where(_moved(second, form), b_next * same, b_own)
+        a_own, b_own = a_next, b_next
+        a = tl.load(back.x + row * form.C + first, mask=a_exists, other=0.0).to(tl.float32)
+        b = tl.load(back.x + row * form.C + second, mask=b_exists, other=0.0).to(tl.float32)
+        a, b, factor = _statistics(a, b, a_exists, b_exists, eps, form)
+        a_sum += a_dn * a
+        b_sum += b_dn * b
+        a_dn, b_dn = _gained(back, a_dn, first, a_exists), _gained(back, b_dn, second, b_exists)
+        along = (tl.sum(a_dn * a, 0) + tl.sum(b_dn * b, 0)) / form.C
+        shift = 0.0
+        if form.layer:
+            shift = (tl.sum(a_dn, 0) + tl.sum(b_dn, 0)) / form.C
+        _store_gradient(back, factor * (a_dn - shift - a * along), row, first, a_exists, form)
+        _store_gradient(back, factor * (b_dn - shift - b * along), row, second, b_exists, form)
+    if back.partial is not None:
+        at = back.partial + tl.program_id(0) * form.C
+        tl.store(at + first, a_sum, mask=a_exists)
+        tl.store(at + second, b_sum, mask=b_exists)
+
+
+def _halves(C: int) -> dict[str, int]:
+    first, second = parts(C)
+    return {"FIRST": first, "SECOND": second} if second else {"FIRST": first // 2, "SECOND": first // 2}
+
+
 def norm_shift(given: Given, made: Made, layer: bool, eps: float, moved: tuple[int, int], largest: float) -> None:
     """Fill `made` from `given`, both of contiguous tensors; moved: channels from and to, of the token before."""
     B, T, C = given.x.shape
-    first, second = parts(C)
-    if not second:
-        first, second = first // 2, first // 2
     form = Form(C, layer, *moved, largest, TOKENS)
     with torch.cuda.device_of(given.x):
-        _norm_shift[(B * triton.cdiv(T, TOKENS),)](given, made, T, eps, form, FIRST=first, SECOND=second, num_warps=WARPS)
+        _norm_shift[(B * triton.cdiv(T, TOKENS),)](given, made, T, eps, form, **_halves(C), num_warps=WARPS)
+
+
+def backward(
+    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dtotal: Tensor | None, layer: bool, eps: float,
+    moved: tuple[int, int],
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """Gradients of x (B, T, C) and of the gain (C,), all of contiguous tensors."""
+    B, T, C = x.shape
+    programs = B * triton.cdiv(T, TOKENS_BACKWARD)
+    dx = torch.empty_like(x)
+    partial = None if weight is None else x.new_empty(programs, C, dtype=torch.float32)
+    form = Form(C, layer, *moved, 0.0, TOKENS_BACKWARD)
+    back = Back(x, weight, documents, dy, dtotal, dx, partial)
+    with torch.cuda.device_of(x):
+        _norm_shift_backward[(programs,)](back, T, eps, form, **_halves(C), num_warps=WARPS)
+    # One order of summation, whatever the order in which the blocks ran.
+    return dx, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)
