@@ -9,6 +9,7 @@ Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, TypeGuard
 
 import torch
@@ -22,11 +23,9 @@ from andromeda.model.between import accepts, fused
 from andromeda.model.block import Serial
 from andromeda.model.context import Context
 from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
+from andromeda.model.joined import side_by_side
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
-
-ALIGNED = 16
-"""Rows of a joined matrix are filled up to a multiple of this, as fast products and those of 8 bits want it."""
 
 
 class Rows(NamedTuple):
@@ -128,16 +127,14 @@ class JoinedAttention(nn.Module):
         return int(self.joined.weight.shape[0])
 
 
-def join(linears: tuple[nn.Linear, ...]) -> nn.Linear:
-    """One layer that computes what all of these do, side by side, and zeros up to a round size."""
-    first = linears[0]
-    width = sum(linear.out_features for linear in linears)
-    padding = -width % ALIGNED
-    joined = nn.utils.skip_init(nn.Linear, first.in_features, width + padding, bias=first.bias is not None, device=first.weight.device)
-    joined.weight = nn.Parameter(F.pad(torch.cat([linear.weight.detach() for linear in linears]), (0, 0, 0, padding)), requires_grad=False)
-    if first.bias is not None:
-        joined.bias = nn.Parameter(F.pad(torch.cat([linear.bias.detach() for linear in linears]), (0, padding)), requires_grad=False)
-    return joined
+def join(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer that computes what all of these do, side by side."""
+    with torch.no_grad():
+        weight, bias = side_by_side(linears)
+    made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return made
 
 
 class FeedForward(nn.Module):

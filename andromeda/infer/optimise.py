@@ -12,6 +12,8 @@ from andromeda.infer.fused import Fused, fuses
 from andromeda.kernels import fp8
 from andromeda.model.transformer import Transformer
 
+UNPADDED = {"comprehensive_padding": False}
+"""Products with gaps between their rows would have to be copied for kernels of our own, which want them as they are."""
 VARIANTS = 64
 """Lengths, windows and kinds of layers that are compiled before torch gives up."""
 
@@ -38,7 +40,7 @@ def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = T
         torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         warnings.filterwarnings("ignore", module="torch._inductor")
         for block in blocks:
-            block.compile(options={"coordinate_descent_tuning": True} if tuned else None)
+            block.compile(options={**UNPADDED, "coordinate_descent_tuning": tuned})
     return model
 
 

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
 from andromeda.kernels.attention import Pattern, attend
+from andromeda.model import joined
 from andromeda.model.context import Context
 from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
@@ -45,7 +46,10 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
-        return self.out(self.read(self.query(x), self.key(x), self.value(x), ctx))
+        # Values first after the queries, where fast kernels may begin to read.
+        linears = (self.query, self.value, self.key)
+        q, v, k = joined.project(x, linears) if joined.worth(x, linears) else (linear(x) for linear in linears)
+        return self.out(self.read(q, k, v.contiguous(), ctx))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """What lies between the projections: q (B, T, H D), k and v (B, T, G D) as projected -> (B, T, H Dv)."""

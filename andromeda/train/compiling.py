@@ -26,7 +26,8 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
     for block in model.trunk.blocks:
-        block.compile()
+        # Products with gaps between their rows would have to be copied for kernels of our own, which want them as they are.
+        block.compile(options={"comprehensive_padding": False})
     return True
 
 
