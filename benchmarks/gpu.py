@@ -51,9 +51,7 @@ class Job(NamedTuple):
 JOBS = {
     "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
     "train-bf16": Job(
-        f"train andromeda {FOLD} train.micro_batch=2 --rows 16 --steps 4 --peers llama",
-        180,
-        f"train {SMALL_ALIBI} {ON_CPU} train.micro_batch=2 --rows 4 --steps 1",
+        f"train andromeda {FOLD} train.micro_batch=2 --rows 16 --steps 3", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 4 --steps 1"
     ),
     "train-bf16-batch-1": Job(
         f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
