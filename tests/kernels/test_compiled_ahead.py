@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from andromeda.kernels.device import activation, cross_entropy, decode, embedding, fp8, norm_shift, qk  # noqa: E402
+from andromeda.kernels.device import activation, cross_entropy, decode, embedding, fp8, gelu, norm_shift, qk  # noqa: E402
 from tests.kernels import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted.INTERPRETED, reason="the interpreter compiles nothing")
@@ -68,6 +68,16 @@ def loss(tokens: int, vocabulary: int, softcap: float) -> None:
     cross_entropy.rows(empty(tokens, vocabulary), empty(tokens, dtype=torch.long), softcap, 1e-4, True, -100)
 
 
+def head_gradient(dtype: torch.dtype) -> None:
+    cross_entropy.scaled(empty(50432, 2560, dtype=torch.float32), empty(1, dtype=torch.float32), dtype, dtype == torch.float32)
+
+
+def inner(tokens: int, hidden: int) -> None:
+    u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)
+    gelu.forward(u, bias)
+    gelu.backward(u, u, bias)
+
+
 def table(tokens: int, width: int, parts: int, dtype: torch.dtype) -> None:
     dys = [empty(tokens, width // parts) for _ in range(parts)]
     embedding.table_gradient(empty(tokens, dtype=torch.long), dys, 50304, dtype)
@@ -103,6 +113,9 @@ def between(tokens: int, width: int, eight_bits: bool) -> None:
 WORKS: dict[str, Callable[[], None]] = {
     "loss": lambda: loss(32768, 50432, 0.0),
     "loss, soft cap": lambda: loss(65536, 50304, 15.0),
+    "gradient of the head": lambda: head_gradient(torch.float32),
+    "gradient of the head, 16 bits": lambda: head_gradient(torch.bfloat16),
+    "gelu and its gradients": lambda: inner(200_000, 10240),
     "table of value embeddings": lambda: table(65536, 9216, 1, torch.bfloat16),
     "table of value embeddings, by layers": lambda: table(65536, 9216, 12, torch.float32),
     "activation in 8 bits": lambda: fp8.activate_quantise(empty(200_000, 10240), "gelu", 448.0) and None,
