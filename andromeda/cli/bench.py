@@ -155,6 +155,7 @@ def decode(
     compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = True,
     tuned: Annotated[bool, typer.Option(help="Let the compiler measure several forms of every kernel, which takes minutes.")] = False,
     eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
+    kernels: Annotated[bool, typer.Option(help="Steps by kernels of our own, where they can.")] = True,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -163,9 +164,9 @@ def decode(
     from andromeda.study.bench.document import decode_rows
 
     changed = changes or []
-    options = ["--no-compiled" * (not compiled), "--tuned" * tuned, "--eight-bits" * eight_bits]
+    options = ["--no-compiled" * (not compiled), "--tuned" * tuned, "--eight-bits" * eight_bits, "--no-kernels" * (not kernels)]
     command = _command("decode", source, *changed, f"--contexts {contexts} --batch {batch}", *options)
-    way = {"compiled": compiled, "tuned": tuned, "eight_bits": eight_bits}
+    way = {"compiled": compiled, "tuned": tuned, "eight_bits": eight_bits, "kernels": kernels}
     _finish(command, measure(source, changed, _numbers(contexts), batch, **way), decode_rows, out, as_json)
 
 

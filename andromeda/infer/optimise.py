@@ -9,6 +9,7 @@ from torch import nn
 
 from andromeda.errors import ConfigError
 from andromeda.infer.fused import Fused, fuses
+from andromeda.infer.fused_step import step_by_kernels
 from andromeda.kernels import fp8
 from andromeda.model.transformer import Transformer
 
@@ -18,14 +19,17 @@ VARIANTS = 64
 """Lengths, windows and kinds of layers that are compiled before torch gives up."""
 
 
-def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = True, tuned: bool = False) -> Transformer:
+def optimise(
+    model: Transformer, *, eight_bits: bool = False, compiled: bool = True, tuned: bool = False, kernels: bool = True
+) -> Transformer:
     """Exchange parts of `model` in place and return it; it can be trained no more.
 
     Serial pre-norm layers are rearranged (`infer.fused`). eight_bits: quantise the blocks' linear layers once, weights by row,
     activations by token as they come; half the memory, and on GPUs with such units (compute capability 8.9) up to twice the speed
     of long prompts. compiled: torch.compile on every block, which costs up to a minute at first use. tuned: the compiler also
     writes the product of a matrix with one token's vector itself, with what comes before and after in the same kernel, and
-    measures several forms of each: for writing, minutes more.
+    measures several forms of each: for writing, minutes more. kernels: on a GPU the rearranged layers take steps of one token by
+    kernels of their own (`infer.fused_step`), which nothing compiles.
     Raises ConfigError where the device has no products of 8 bits.
     """
     if eight_bits:
@@ -41,6 +45,8 @@ def optimise(model: Transformer, *, eight_bits: bool = False, compiled: bool = T
         warnings.filterwarnings("ignore", module="torch._inductor")
         for block in blocks:
             block.compile(options={**UNPADDED, "coordinate_descent_tuning": tuned})
+    if kernels:
+        step_by_kernels(blocks)
     return model
 
 

@@ -21,13 +21,18 @@ LAYOUTS: dict[Callable[[Tensor, Table], Tensor], qk.Layout] = {stay: "none", tur
 
 def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D) as projected -> normalised, turned, and with `bias` folded in for the softmax scale `scale`."""
-    if q.is_cuda and type(norm) in NORMS and type(rotation) is Rotation and rotation.turn in LAYOUTS:
-        layout = LAYOUTS[rotation.turn]
-        tables = () if layout == "none" else (*rotation.query, *rotation.key)
-        form = qk.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
-        if qk.accepts(q, k, form):
-            return qk.prepare(q, k, form)
-    return plain(q, k, norm, rotation, bias, scale)
+    form = known(q, k, norm, rotation, bias, scale)
+    return plain(q, k, norm, rotation, bias, scale) if form is None else qk.prepare(q, k, form)
+
+
+def known(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> qk.Form | None:
+    """What the kernel is to do, None where it cannot."""
+    if not (type(norm) in NORMS and type(rotation) is Rotation and rotation.turn in LAYOUTS):
+        return None
+    layout = LAYOUTS[rotation.turn]
+    tables = () if layout == "none" else (*rotation.query, *rotation.key)
+    form = qk.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
+    return form if qk.accepts(q, k, form) else None
 
 
 def plain(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.early import begin, early, options, wait
+
 
 class Launch(NamedTuple):
     """How the work is cut."""
@@ -54,6 +56,8 @@ def _parts(
     q_b, q_h, k_b, k_s, k_g, v_b, v_s, v_g, own_b, numbers_b, pattern: tl.constexpr,
 ):  # fmt: skip
     """One part: its weighted values (B, G, P, R, Dv) over its own largest logit, with that and the sum of exponentials (B, G, P, R)."""
+    begin(pattern)
+    wait(pattern)
     pair, part = tl.program_id(0), tl.program_id(1)
     b, g = (pair // pattern.G).to(tl.int64), pair % pattern.G
     row, d, dv = tl.arange(0, pattern.ROWS), tl.arange(0, pattern.WIDE), tl.arange(0, pattern.WIDE_V)
@@ -62,13 +66,13 @@ def _parts(
     last = tl.load(index).to(tl.int32) if pattern.placed else S - 1
     first = tl.maximum(last + 1 - window, 0) if pattern.window else 0
     document = tl.load(own + b * own_b) if pattern.documents else 0
-    begin = part * length
-    end = tl.minimum(begin + length, S)
+    from_key = part * length
+    end = tl.minimum(from_key + length, S)
     m = tl.full((pattern.ROWS,), float("-inf"), tl.float32)
     s = tl.full((pattern.ROWS,), 0.0, tl.float32)
     sums = tl.full((pattern.ROWS, pattern.WIDE_V), 0.0, tl.float32)
-    # Blocks before the window and behind the query are passed over; begin and the window's start lie on no common grid.
-    start = begin + tl.maximum(first - begin, 0) // pattern.KEYS * pattern.KEYS
+    # Blocks before the window and behind the query are passed over; from_key and the window's start lie on no common grid.
+    start = from_key + tl.maximum(first - from_key, 0) // pattern.KEYS * pattern.KEYS
     for at in range(start, tl.minimum(end, last + 1), pattern.KEYS):
         position = at + tl.arange(0, pattern.KEYS)
         live = position < end
@@ -97,6 +101,8 @@ def _parts(
 @triton.jit
 def _together(total, peak, parts, out, P, pattern: tl.constexpr):
     """Some columns of one head's average (B, H, Dv), from its parts."""
+    begin(pattern)
+    wait(pattern)
     head, column = tl.program_id(0), tl.program_id(1) * pattern.COLUMNS + tl.arange(0, pattern.COLUMNS)
     pair, r = head // pattern.R, head % pattern.R
     part = tl.arange(0, pattern.PARTS)
@@ -129,6 +135,7 @@ class Kind(NamedTuple):
     slopes: bool
     softcap: bool
     placed: bool
+    early: bool
 
 
 def attend(
@@ -144,7 +151,7 @@ def attend(
     width, width_v = (max(16, triton.next_power_of_2(x)) for x in (D, DV))
     kind = Kind(
         *(G, R, D, DV, max(16, triton.next_power_of_2(R)), width, width_v, launch.keys, min(COLUMNS, width_v), triton.next_power_of_2(P)),
-        *(bool(window), documents is not None, slopes is not None, bool(softcap), index is not None),
+        *(bool(window), documents is not None, slopes is not None, bool(softcap), index is not None, early(q)),
     )
     total, peak = (q.new_empty(B * G, P, R, dtype=torch.float32) for _ in range(2))
     parts, out = q.new_empty(B * G, P, R, DV, dtype=torch.float32), q.new_empty(B, 1, H, DV)
@@ -153,9 +160,12 @@ def attend(
     with torch.cuda.device_of(q):
         given: tuple[Any, ...] = (own, numbers, q if slopes is None else slopes, q if index is None else index)
         _parts[(B * G, P)](
-            q, k, v, *given, total, peak, parts, S, length, scale, softcap or 1.0, window, *strides, pattern=kind, num_warps=launch.warps
+            q, k, v, *given, total, peak, parts, S, length, scale, softcap or 1.0, window, *strides, pattern=kind, num_warps=launch.warps,
+            **options(kind.early),
+        )  # fmt: skip
+        _together[(B * H, triton.cdiv(DV, kind.COLUMNS))](
+            total, peak, parts, out, P, pattern=kind, num_warps=launch.warps, **options(kind.early)
         )
-        _together[(B * H, triton.cdiv(DV, kind.COLUMNS))](total, peak, parts, out, P, pattern=kind, num_warps=launch.warps)
     return out
 
 

@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.early import begin, early, options, wait
+
 RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 UNIT_EPS = tl.constexpr(1e-12)
 """The constants of `F.rms_norm` and `F.normalize`."""
@@ -62,6 +64,7 @@ class Shape(NamedTuple):
     """Tokens of a program."""
     heads: int
     """Heads of a program."""
+    early: bool = False
 
 
 class Side(NamedTuple):
@@ -97,6 +100,8 @@ class Side(NamedTuple):
     dx_t: Any = None
     partial: Any = None
     """Gradient of the scales, for each block of tokens."""
+    place: Any = None
+    """Where in y, a cache, the one token of a pass belongs: a number () on the device."""
 
 
 class Block(NamedTuple):
@@ -257,12 +262,14 @@ def _store_bias(rows, side, head, at, shape: tl.constexpr):
 
 
 @triton.jit
-def _forward_side(side, at, begin, shape: tl.constexpr):
-    """Some heads of a block of tokens, from head `begin` on."""
+def _forward_side(side, at, start, shape: tl.constexpr):
+    """Some heads of a block of tokens, from head `start` on."""
     if shape.HALF > 0:
         cos, sin = _angles(side, at, shape)
     x, y = _rows(side.x, side.x_b, side.x_t, at, shape), _rows(side.y, side.y_b, side.y_t, at, shape)
-    for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
+    if side.place is not None:
+        y += tl.load(side.place).to(tl.int64) * side.y_t * shape.unit
+    for head in range(start, tl.minimum(start + shape.heads, side.count)):
         a, b = _load(x + head * side.x_h, at.live, shape)
         if shape.norm != "none":
             f, _ = _norm(a, b, shape)
@@ -314,6 +321,8 @@ def _program(q, k, N, T, shape: tl.constexpr):
 
 @triton.jit
 def _forward(q, k, N, T, shape: tl.constexpr):
+    begin(shape)
+    wait(shape)
     of_queries, first, at = _program(q, k, N, T, shape)
     if of_queries:
         _forward_side(q, at, first, shape)
@@ -331,20 +340,31 @@ def _backward(q, k, N, T, shape: tl.constexpr):
 
 
 def forward(
-    xs: Pair, scales: Maybe, tables: list[Tensor], tails: list[Tensor], norm: str, layout: str, launch: Launch | None = None
+    xs: Pair,
+    scales: Maybe,
+    tables: list[Tensor],
+    tails: list[Tensor],
+    norm: str,
+    layout: str,
+    launch: Launch | None = None,
+    place: tuple[Tensor, Tensor] | None = None,
 ) -> Pair:
-    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`."""
+    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`.
+
+    place: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
+    """
     B, T, _, D = xs[0].shape
     launch = launch or (DECODE if B * T <= FEW_TOKENS else FORWARD)
     out = D + (tails[1].shape[-1] if tails else 0)
-    ys = [x.new_empty(*x.shape[:-1], out) for x in xs]
+    cache, index = place or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
+    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
     xs = _readable(xs, layout)
-    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)
+    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)._replace(early=place is not None and early(xs[0]))
     q, k = (
         _side(shape, query, x, y, scale, tables)._replace(tail=tail)
         for query, x, y, scale, tail in zip(_QUERY, xs, ys, scales, tails or (None, None), strict=True)
     )
-    _launch(_forward, q, k, ys[0], shape, launch)
+    _launch(_forward, q, k._replace(place=index), ys[0], shape, launch)
     return ys[0], ys[1]
 
 
@@ -418,4 +438,4 @@ def _launch(kernel: Any, q: Side, k: Side, x: Tensor, shape: Shape, launch: Laun
     N, T = x.shape[0] * x.shape[1], x.shape[1]
     groups = triton.cdiv(q.count.value, launch.heads) + triton.cdiv(k.count.value, launch.heads)
     with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(N, launch.tokens) * groups,)](q, k, N, T, shape, num_warps=launch.warps)
+        kernel[(triton.cdiv(N, launch.tokens) * groups,)](q, k, N, T, shape, num_warps=launch.warps, **options(shape.early))

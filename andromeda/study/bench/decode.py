@@ -31,6 +31,7 @@ def measure(
     compiled: bool = True,
     tuned: bool = False,
     eight_bits: bool = False,
+    kernels: bool = True,
     rep: int = 300,
 ) -> dict[str, Any]:
     """Milliseconds a token of one configuration after contexts of several lengths, `rows` sequences at once."""
@@ -39,8 +40,8 @@ def measure(
     model = empty_model(config, device, DTYPE)
     # Only the recorded pass is compiled: what reads the context is not measured here.
     caches = [_read(model, tokens, rows) for tokens in contexts]
-    optimise(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned)
-    way = {"compiled": compiled, "tuned": tuned, "linear_layers": "fp8" if eight_bits else "bf16"}
+    optimise(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned, kernels=kernels)
+    way = {"compiled": compiled, "tuned": tuned, "kernels": kernels, "linear_layers": "fp8" if eight_bits else "bf16"}
     return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **way, "rows": [_measured(model, c, rep) for c in caches]}
 
 

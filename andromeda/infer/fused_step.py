@@ -1,0 +1,120 @@
+"""A layer's pass over one token of each sequence: seven kernels, of which four read a weight each, once, at the device's bandwidth.
+
+    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
+    ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
+
+Values and keys are written where they belong in a cache of one size (`model.fixed`); other caches, and parts that the kernels do
+not know, take the layer's own way between the products.
+
+Shapes: M sequences, C width, N outputs of the joined projection, J tokens of the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.infer.fused import FeedForward, Fused, JoinedAttention
+from andromeda.kernels import gemv, qk
+from andromeda.model.context import Context
+from andromeda.model.fixed import FixedState
+from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.prepare import known
+from andromeda.model.token_shift import ChunkShift
+from andromeda.model.value_embedding import NoValueMix
+
+
+def step_by_kernels(blocks: nn.ModuleList) -> None:
+    """Exchange those layers that are on a GPU and in 16 or 32 bits for ones that take steps this way."""
+    for index, block in enumerate(blocks):
+        if isinstance(block, Fused) and not block.eight_bits and gemv.refuse(_probe(block), *_weights(block)) is None:
+            blocks[index] = Stepped(block)
+
+
+class Stepped(nn.Module):
+    """A `Fused` layer; passes over longer texts or more sequences are its own."""
+
+    def __init__(self, layer: Fused) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.refuse(x[:, 0], *_weights(self.layer)):
+            out: Tensor = self.layer(x, ctx)
+            return out
+        return step(self.layer, x[:, 0].contiguous(), ctx)[:, None]
+
+
+def step(layer: Fused, x: Tensor, ctx: Context) -> Tensor:
+    """x (M, C) of one token each -> the same after the layer."""
+    attention, feedforward = layer.attention, layer.feedforward
+    assert isinstance(feedforward, FeedForward)
+    place = _place(attention, ctx, x)
+    joined = attention.joined
+    # Its last rows are filling.
+    outputs = sum(attention.sizes)
+    weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
+    norm, shift = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx)
+    rows, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, place=place)
+    mixed = _mix(attention, rows, ctx, placed=place is not None)
+    x, _ = gemv.product(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
+    norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
+    weight, bias = feedforward.inner.weight, feedforward.inner.bias
+    hidden, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, activation=feedforward.name)
+    return gemv.product(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
+
+
+def _mix(attention: JoinedAttention, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
+    """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
+    inner = attention.inner
+    q, v, k = (part[:, None] for part in rows.split(attention.sizes, 1))
+    if placed and isinstance(ctx.state, FixedState) and ctx.index is not None:
+        keys, values = ctx.state.buffers
+        q_heads, k_heads = q.unflatten(-1, (inner.heads, -1)), k.unflatten(-1, (inner.kv_heads, -1))
+        form = known(q_heads, k_heads, inner.qk_norm, ctx.rotation, ctx.bias, inner.scale)
+        if form is not None:
+            queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
+            return inner.mix(queries, keys, values, inner.pattern(ctx)).flatten(1)
+    return inner.read(q, k, v.contiguous(), ctx).flatten(1)
+
+
+def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
+    """Where the values go, if there is a place for them yet and nothing is mixed into them."""
+    state = ctx.state
+    if not (isinstance(state, FixedState) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix):
+        return None
+    values = state.buffers[1]
+    return gemv.Place(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
+
+
+def _norm(norm: nn.Module) -> gemv.Norm:
+    assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
+    kind = "layer" if isinstance(norm, LayerNorm) else "rms"
+    return gemv.Norm(kind, norm.eps, None if isinstance(norm, PlainRMSNorm) else norm.weight)
+
+
+def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
+    """What the shift reads, with a past that the kernels may write to."""
+    if not isinstance(shift, ChunkShift):
+        return None
+    state, shape = ctx.state, (len(x), shift.tokens, x.shape[1])
+    past = state.get(shift.slot, x, shape)
+    if isinstance(state, FixedState):
+        past = state.recent[shift.slot]
+    else:
+        # Others may hold what such a state gives away.
+        past = past.clone()
+        state.put(shift.slot, past)
+    return gemv.Shift(past, ctx.documents, ctx.index)
+
+
+def _weights(layer: Fused) -> tuple[Tensor, ...]:
+    feedforward = layer.feedforward
+    return layer.attention.joined.weight, layer.attention.out.weight, feedforward.inner.weight, feedforward.out.weight
+
+
+def _probe(layer: Fused) -> Tensor:
+    """A row as the layer is given them."""
+    weight = layer.attention.joined.weight
+    return weight.new_empty(1, weight.shape[1])
