@@ -14,11 +14,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from andromeda.infer.fused import FeedForward, Fused, JoinedAttention
+from andromeda.infer.fused import Fused, JoinedAttention
 from andromeda.kernels import gemv, qk
 from andromeda.model.context import Context
 from andromeda.model.fixed import FixedState
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.position.alibi import FoldedBias, NoBias
 from andromeda.model.prepare import known
 from andromeda.model.token_shift import ChunkShift
 from andromeda.model.value_embedding import NoValueMix
@@ -37,46 +38,55 @@ class Stepped(nn.Module):
     def __init__(self, layer: Fused) -> None:
         super().__init__()
         self.layer = layer
+        self._slopes: Tensor | None = None
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
         if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.refuse(x[:, 0], *_weights(self.layer)):
             out: Tensor = self.layer(x, ctx)
             return out
-        return step(self.layer, x[:, 0].contiguous(), ctx)[:, None]
+        return self.step(x[:, 0].contiguous(), ctx)[:, None]
 
+    def step(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (M, C) of one token each -> the same after the layer."""
+        layer, attention, feedforward = self.layer, self.layer.attention, self.layer.feedforward
+        joined, inner = attention.joined, feedforward.inner
+        # Its last rows are filling.
+        outputs = sum(attention.sizes)
+        weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
+        norm, shift, place = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx), _place(attention, ctx, x)
+        rows, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, place=place)
+        mixed = self._mix(rows, ctx, placed=place is not None)
+        x, _ = gemv.product(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
+        norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
+        hidden, keep = gemv.product(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
+        return gemv.product(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
 
-def step(layer: Fused, x: Tensor, ctx: Context) -> Tensor:
-    """x (M, C) of one token each -> the same after the layer."""
-    attention, feedforward = layer.attention, layer.feedforward
-    assert isinstance(feedforward, FeedForward)
-    place = _place(attention, ctx, x)
-    joined = attention.joined
-    # Its last rows are filling.
-    outputs = sum(attention.sizes)
-    weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
-    norm, shift = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx)
-    rows, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, place=place)
-    mixed = _mix(attention, rows, ctx, placed=place is not None)
-    x, _ = gemv.product(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
-    norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
-    weight, bias = feedforward.inner.weight, feedforward.inner.bias
-    hidden, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, activation=feedforward.name)
-    return gemv.product(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
+    def _mix(self, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
+        """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
+        sizes, attention = self.layer.attention.sizes, self.layer.attention.inner
+        q, v, k = (part[:, None] for part in rows.split(sizes, 1))
+        if placed and isinstance(ctx.state, FixedState) and ctx.index is not None:
+            keys, values = ctx.state.buffers
+            q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
+            form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
+            if form is not None:
+                form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
+                queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
+                return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
+        return attention.read(q, k, v.contiguous(), ctx).flatten(1)
 
-
-def _mix(attention: JoinedAttention, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
-    """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
-    inner = attention.inner
-    q, v, k = (part[:, None] for part in rows.split(attention.sizes, 1))
-    if placed and isinstance(ctx.state, FixedState) and ctx.index is not None:
-        keys, values = ctx.state.buffers
-        q_heads, k_heads = q.unflatten(-1, (inner.heads, -1)), k.unflatten(-1, (inner.kv_heads, -1))
-        form = known(q_heads, k_heads, inner.qk_norm, ctx.rotation, ctx.bias, inner.scale)
-        if form is not None:
-            queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
-            return inner.mix(queries, keys, values, inner.pattern(ctx)).flatten(1)
-    return inner.read(q, k, v.contiguous(), ctx).flatten(1)
+    def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `bias` appends. Its slopes are the same in every pass, and worth no kernels of a step."""
+        if not isinstance(bias, FoldedBias):
+            return ()
+        held = self._slopes
+        if held is None or held.dtype != dtype or held.device != bias.weights.device:
+            held = bias.tails(self.layer.attention.inner.scale, dtype)[0]
+            # What is made while a graph is recorded is gone with it.
+            if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._slopes = held
+        return held, bias.digits
 
 
 def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
@@ -98,14 +108,15 @@ def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
     """What the shift reads, with a past that the kernels may write to."""
     if not isinstance(shift, ChunkShift):
         return None
-    state, shape = ctx.state, (len(x), shift.tokens, x.shape[1])
-    past = state.get(shift.slot, x, shape)
-    if isinstance(state, FixedState):
+    state = ctx.state
+    if isinstance(state, FixedState) and shift.slot in state.recent:
         past = state.recent[shift.slot]
     else:
-        # Others may hold what such a state gives away.
-        past = past.clone()
+        # Others may hold what a state gives away.
+        past = state.get(shift.slot, x, (len(x), shift.tokens, x.shape[1])).clone()
         state.put(shift.slot, past)
+        if isinstance(state, FixedState):
+            past = state.recent[shift.slot]
     return gemv.Shift(past, ctx.documents, ctx.index)
 
 

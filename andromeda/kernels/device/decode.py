@@ -30,9 +30,9 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(32, 128, 4)
-"""A program for nearly each of a large GPU's 132 multiprocessors: few enough parts that putting them together stays cheap."""
-COLUMNS = 32
+LAUNCH = Launch(32, 264, 4)
+"""Two programs for nearly each of a large GPU's 132 multiprocessors: while one computes, the other's keys and values come."""
+COLUMNS = 16
 """Dimensions of a head that a program of the second kernel puts together."""
 
 
