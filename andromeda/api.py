@@ -139,12 +139,13 @@ class Andromeda(Transformer):
         answers = [_answer(*pair) for pair in zip(engine.generate(prompts, **settings), prompts, strict=True)]
         return answers if several else answers[0]
 
-    def optimise(self, *, eight_bits: bool = False, compiled: bool = True) -> Self:
+    def optimise(self, *, eight_bits: bool = False, compiled: bool = True, kernels: bool = True) -> Self:
         """Make this model faster for inference, in place; it can be trained no more.
 
-        eight_bits: linear layers of the blocks in 8 bits. compiled: torch.compile. Details in `andromeda.infer.optimise`.
+        eight_bits: linear layers of the blocks in 8 bits. compiled: torch.compile. kernels: steps of one token by
+        kernels of their own. Details in `andromeda.infer.optimise`.
         """
-        optimise(self, eight_bits=eight_bits, compiled=compiled)
+        optimise(self, eight_bits=eight_bits, compiled=compiled, kernels=kernels)
         return self
 
     def num_parameters(self) -> int:

@@ -1,4 +1,4 @@
-"""Triton kernels for attention of one query: one takes the keys in parts, about one for each multiprocessor, one puts the parts together.
+"""Triton kernels for attention of one query: one takes the keys in parts, two for each multiprocessor, one puts the parts together.
 
 A program takes a part of the keys of one sequence and one key/value head, and all query heads that read it, so that keys and
 values are read once (Flash-Decoding, arXiv 2311.01282). It keeps the running largest logit and sum of FlashAttention
