@@ -141,12 +141,13 @@ def _normalised(x, gain, block: tl.constexpr, mean, factor, form: tl.constexpr):
 @triton.jit
 def _same(shift, m, distance: tl.constexpr, form: tl.constexpr):
     """One where the token so many before row m's is of its document, otherwise zero."""
-    if shift.own is None:
-        return 1.0
-    # A sum, as the compiler takes an argument of one for a constant, which has no type.
-    last = tl.load(shift.index).to(tl.int64) if form.placed else tl.full((), 0, tl.int64) + shift.last
-    before = tl.load(shift.numbers + m * shift.numbers_m + tl.maximum(last - distance, 0))
-    return tl.where(before == tl.load(shift.own + m * shift.own_m), 1.0, 0.0)
+    same = tl.full((), 1.0, tl.float32)
+    if shift.own is not None:
+        # A sum, as the compiler takes an argument of one for a constant, which has no type.
+        last = tl.load(shift.index).to(tl.int64) if form.placed else tl.full((), 0, tl.int64) + shift.last
+        before = tl.load(shift.numbers + m * shift.numbers_m + tl.maximum(last - distance, 0))
+        same = tl.where(before == tl.load(shift.own + m * shift.own_m), 1.0, 0.0)
+    return same
 
 
 @triton.jit
