@@ -84,18 +84,18 @@ SIZES = {
             "train.optim.embedding_lr=0.006",
         ),
         vocab=32768,
-        corpus_bytes=200_000_000,
+        corpus_bytes=100_000_000,
         document_bytes=400_000,
         validation=0.04,
         trained=2048,
         to=(16384, 32768),
         far=200_000,
         rows=16,
-        seconds=140.0,
-        steps=60,
+        seconds=100.0,
+        steps=80,
         samples=16,
-        far_samples=4,
-        job_seconds=45.0,
+        far_samples=2,
+        job_seconds=30.0,
     ),
     "tiny": Size(
         model=(
@@ -128,7 +128,7 @@ Job = tuple[int, str]
 FAR: Job = (-1, "far")
 JOBS: tuple[Job, ...] = ((1, "yarn"), (0, "yarn"), (0, "ntk"), (0, "none"), FAR, (0, "pi"), (0, "dynamic-ntk"), (1, "ntk"))
 """What is done in this order while there is time: which of the lengths, by which method; and the reading of longer texts still."""
-NEEDLE_SHARE = {"train": 0.3, "extend": 0.5}
+NEEDLE_SHARE = {"train": 0.5, "extend": 0.5}
 """Share of the rows that are a text with notes in it."""
 
 
@@ -158,10 +158,11 @@ class Experiment:
 
     def run(self) -> None:
         """Every stage; what is done is kept."""
-        for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension)):
-            begun = self.clock.now
-            stage()
-            self.keep(name, self.clock.now - begun)
+        with workers(self.size) as self.pool:
+            for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension)):
+                begun = self.clock.now
+                stage()
+                self.keep(name, self.clock.now - begun)
 
     def keep(self, stage: str, seconds: float) -> None:
         """Write all figures so far."""
@@ -172,7 +173,13 @@ class Experiment:
     # The corpus
 
     def corpus(self) -> None:
-        """Code with one document a package, and the same with notes in it at every length that is trained on."""
+        """Code with one document a package, and the same with notes in it at every length that is trained on; made once in a folder."""
+        kept = self.work / "corpus.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self._corpus()))
+        self.figures["corpus"] = json.loads(kept.read_text())
+
+    def _corpus(self) -> dict[str, Any]:
         texts = self.work / "texts"
         count = write_packages(texts, self.size)
         made = build(
@@ -190,14 +197,15 @@ class Experiment:
             steps = 1300 if length == self.size.trained else self.size.steps
             share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
             rows = max(8, int(steps * self.size.rows * self.size.trained / length * share))
-            self._needles(text, length, min(rows, 8000))
+            self._needles(text, length, min(rows, 4000))
         splits = made.splits
-        self.figures["corpus"] = {
+        return {
             "documents": count,
             "train_tokens": splits["train"].tokens,
             "held_out_tokens": splits["val"].tokens,
             "bytes_per_token": splits["train"].bytes / splits["train"].tokens,
             "fingerprint": made.fingerprint,
+            "seconds": round(self.clock.now, 1),
         }
 
     def _needles(self, text: np.ndarray, length: int, rows: int) -> None:
@@ -266,14 +274,11 @@ class Experiment:
         """All jobs that there is time for, one at a time on each GPU; one that fails does not stop the others."""
         self.figures["extension"] = {}
         self.waiting, running = list(JOBS), dict[Future[dict[str, Any]], tuple[Job, float]]()
-        with workers(self.size) as pool:
-            while self.waiting or running:
-                while len(running) < places(self.size) and (job := self._next([one for one, _ in running.values()])):
-                    running[pool.submit(stretch, self.work, self.size, job)] = job, self.clock.now
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self._ended(*running.pop(future), future)
+        while self.waiting or running:
+            while len(running) < places(self.size) and (job := self._next([one for one, _ in running.values()])):
+                running[self.pool.submit(stretch, self.work, self.size, job)] = job, self.clock.now
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                self._ended(*running.pop(future), future)
         self._draw()
 
     def _next(self, running: list[Job]) -> Job | None:
@@ -322,7 +327,8 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
         to,
         steps=size.steps,
         rate=0.2,
-        overrides=(mixture(work, to, NEEDLE_SHARE["extend"]), "train.checkpoints.every=0", "train.log.every=20"),
+        # So few steps end before their compilation would.
+        overrides=(mixture(work, to, NEEDLE_SHARE["extend"]), "train.compile=off", "train.checkpoints.every=0", "train.log.every=20"),
         samples=size.samples,
         held_out=str(work / "code"),
     )
@@ -360,7 +366,10 @@ def workers(size: Size) -> ProcessPoolExecutor:
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     for place in range(places(size)):
         free.put(seen[place] if len(seen) > place and seen[place] else str(place))
-    return ProcessPoolExecutor(places(size), context, _take, (free,))
+    pool = ProcessPoolExecutor(places(size), context, _take, (free,))
+    for _ in range(places(size)):
+        pool.submit(time.sleep, 1)  # begun now, they have imported everything when they are needed
+    return pool
 
 
 def _take(free: Any) -> None:
