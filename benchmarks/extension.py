@@ -2,20 +2,24 @@
 
     python benchmarks/extension.py --out benchmarks/results/extension-gpu.json --plots docs/images
 
-One run of seven to eight minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
+One run of minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
 are one long document; notes hidden in them, to be found again; a training at 2,048 tokens; then `andromeda extend` by every
-method to 16,384 tokens, by YaRN to 32,768, and what is left at 65,536 to 200,000. `--size tiny` runs the same way
-on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole.
+method to 16,384 tokens, by YaRN and NTK to 32,768, and what is left at 65,536 to 200,000. Extensions are independent of each
+other: each visible GPU takes one at a time. `--size tiny` runs the same way on a CPU in minutes. What is done is written after
+every stage, and `--seconds` bounds the whole.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
 import time
+import traceback
 from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +66,7 @@ class Size:
     steps: int
     """Steps of each continued training."""
     samples: int
+    far_samples: int
     job_seconds: float
     """Time that one extension needs."""
     train: tuple[str, ...] = ()
@@ -79,17 +84,18 @@ SIZES = {
             "train.optim.embedding_lr=0.006",
         ),
         vocab=32768,
-        corpus_bytes=200_000_000,
+        corpus_bytes=100_000_000,
         document_bytes=400_000,
         validation=0.04,
         trained=2048,
         to=(16384, 32768),
         far=200_000,
         rows=16,
-        seconds=140.0,
-        steps=60,
+        seconds=100.0,
+        steps=80,
         samples=16,
-        job_seconds=45.0,
+        far_samples=2,
+        job_seconds=30.0,
     ),
     "tiny": Size(
         model=(
@@ -113,13 +119,16 @@ SIZES = {
         seconds=20.0,
         steps=4,
         samples=2,
+        far_samples=2,
         job_seconds=20.0,
         train=("train.compile=off", "train.device=cpu"),
     ),
 }
-JOBS = ((0, "yarn"), (0, "ntk"), (0, "none"), (1, "yarn"), (-1, "far"), (0, "pi"), (0, "dynamic-ntk"), (1, "ntk"))
+Job = tuple[int, str]
+FAR: Job = (-1, "far")
+JOBS: tuple[Job, ...] = ((1, "yarn"), (0, "yarn"), (0, "ntk"), (0, "none"), FAR, (0, "pi"), (0, "dynamic-ntk"), (1, "ntk"))
 """What is done in this order while there is time: which of the lengths, by which method; and the reading of longer texts still."""
-NEEDLE_SHARE = {"train": 0.3, "extend": 0.5}
+NEEDLE_SHARE = {"train": 0.5, "extend": 0.5}
 """Share of the rows that are a text with notes in it."""
 
 
@@ -142,16 +151,18 @@ class Clock:
 class Experiment:
     """All stages over one working folder."""
 
-    def __init__(self, size: Size, work: Path, out: Path, plots: Path, limit: float, command: str) -> None:
+    def __init__(self, size: Size, work: Path, out: Path, plots: Path, limit: float, steps: int, command: str) -> None:
         self.size, self.work, self.out, self.plots, self.clock, self.command = size, work, out, plots, Clock(limit), command
+        self.steps = steps
         self.figures: dict[str, Any] = {"seconds": {}}
 
     def run(self) -> None:
         """Every stage; what is done is kept."""
-        for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension)):
-            begun = self.clock.now
-            stage()
-            self.keep(name, self.clock.now - begun)
+        with workers(self.size) as self.pool:
+            for name, stage in (("corpus", self.corpus), ("training", self.training), ("extension", self.extension)):
+                begun = self.clock.now
+                stage()
+                self.keep(name, self.clock.now - begun)
 
     def keep(self, stage: str, seconds: float) -> None:
         """Write all figures so far."""
@@ -162,7 +173,13 @@ class Experiment:
     # The corpus
 
     def corpus(self) -> None:
-        """Code with one document a package, and the same with notes in it at every length that is trained on."""
+        """Code with one document a package, and the same with notes in it at every length that is trained on; made once in a folder."""
+        kept = self.work / "corpus.json"
+        if not kept.exists():
+            kept.write_text(json.dumps(self._corpus()))
+        self.figures["corpus"] = json.loads(kept.read_text())
+
+    def _corpus(self) -> dict[str, Any]:
         texts = self.work / "texts"
         count = write_packages(texts, self.size)
         made = build(
@@ -180,14 +197,15 @@ class Experiment:
             steps = 1300 if length == self.size.trained else self.size.steps
             share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
             rows = max(8, int(steps * self.size.rows * self.size.trained / length * share))
-            self._needles(text, length, min(rows, 8000))
+            self._needles(text, length, min(rows, 4000))
         splits = made.splits
-        self.figures["corpus"] = {
+        return {
             "documents": count,
             "train_tokens": splits["train"].tokens,
             "held_out_tokens": splits["val"].tokens,
             "bytes_per_token": splits["train"].bytes / splits["train"].tokens,
             "fingerprint": made.fingerprint,
+            "seconds": round(self.clock.now, 1),
         }
 
     def _needles(self, text: np.ndarray, length: int, rows: int) -> None:
@@ -203,19 +221,16 @@ class Experiment:
             return 12
         return 40 if length <= self.size.trained else 64
 
-    def sources(self, length: int, share: float) -> str:
-        """The mixture as an override."""
-        parts = [(self.work / "code", 1 - share), (self.work / f"notes-{length}", share)]
-        return "data.sources=[" + ", ".join(f'{{path="{path}", weight={weight}}}' for path, weight in parts) + "]"
-
     # Training at the short context
 
     def training(self) -> None:
-        """A few steps to learn the speed, then as many as fit into the time."""
-        speed = self._train("calibration", 16)
+        """As many steps as fit into the time, by the speed of a few, unless their number is given."""
         tokens = self.size.rows * self.size.trained
-        steps = int(min(1800, max(24, self.size.seconds * speed / tokens)))
-        shutil.rmtree(self.work / "calibration")
+        steps = self.steps
+        if not steps:
+            speed = self._train("calibration", 16)
+            steps = int(min(1800, max(24, self.size.seconds * speed / tokens)))
+            shutil.rmtree(self.work / "calibration")
         speed = self._train("base", steps)
         model = load(str(self.work / "base")).model
         self.figures["training"] = {
@@ -238,7 +253,7 @@ class Experiment:
         return [
             f"model.vocab_size={self.size.vocab}",
             f"model.context={self.size.trained}",
-            self.sources(self.size.trained, NEEDLE_SHARE["train"]),
+            mixture(self.work, self.size.trained, NEEDLE_SHARE["train"]),
             "data.packing=documents",
             "data.document_mask=false",
             "data.workers=2",
@@ -256,61 +271,109 @@ class Experiment:
     # Extension
 
     def extension(self) -> None:
-        """All jobs that there is time for."""
+        """All jobs that there is time for, one at a time on each GPU; one that fails does not stop the others."""
         self.figures["extension"] = {}
-        done: dict[int, tuple[str, ...]] = {}
-        for which, method in JOBS:
-            if method == "far":
-                self.far()
-            elif self.clock.allows(self.size.job_seconds):
-                to = self.size.to[which]
-                done[to] = (*done.get(to, ()), method)
-                self._extend(to, done[to])
+        self.waiting, running = list(JOBS), dict[Future[dict[str, Any]], tuple[Job, float]]()
+        while self.waiting or running:
+            while len(running) < places(self.size) and (job := self._next([one for one, _ in running.values()])):
+                running[self.pool.submit(stretch, self.work, self.size, job)] = job, self.clock.now
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                self._ended(*running.pop(future), future)
+        self._draw()
 
-    def _extend(self, to: int, methods: tuple[str, ...]) -> None:
-        """The last of these methods: those before it are in the folder already."""
-        begun = self.clock.now
-        wishes = Wishes(
-            str(self.work / "base"),
-            to,
-            steps=self.size.steps,
-            rate=0.2,
-            overrides=(self.sources(to, NEEDLE_SHARE["extend"]), "train.checkpoints.every=0", "train.log.every=20"),
-            samples=self.size.samples,
-            held_out=str(self.work / "code"),
-        )
-        ended = extend(wishes, ",".join(methods), self.work / f"to-{to}", Lines, print)
-        self.figures["extension"][str(to)] = ended.values
-        self.keep(f"{methods[-1]} to {to}", self.clock.now - begun)
-        self._draw(ended.values, f"extension-{to}")
+    def _next(self, running: list[Job]) -> Job | None:
+        """The first job that waits for no other and that there is time for."""
+        first = (len(self.size.to) - 1, "yarn")
+        if not self.clock.allows(self.size.job_seconds):
+            self.waiting.clear()
+        for job in self.waiting:
+            if job != FAR or first not in (*running, *self.waiting):
+                self.waiting.remove(job)
+                return job
+        return None
 
-    def far(self) -> None:
-        """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
-        folders = [folder for to in self.size.to for folder in _runs(self.work / f"to-{to}") if folder.name in (f"to-{to}", "yarn")]
-        if not folders or not self.clock.allows(0.7 * self.size.job_seconds):
-            return
-        begun = self.clock.now
-        wishes = Wishes(
-            str(folders[-1]),
-            self.size.far,
-            steps=0,
-            overrides=("train.micro_batch=1", "train.batch=1"),
-            samples=2,
-            held_out=str(self.work / "code"),
-        )
-        ended = extend(wishes, "yarn", self.work / "far", Lines, print)
-        self.figures["far"] = ended.values
-        self.keep("far", self.clock.now - begun)
-        self._draw(ended.values, "extension-far")
+    def _ended(self, job: Job, begun: float, future: Future[dict[str, Any]]) -> None:
+        which, method = job
+        name = method if job == FAR else f"{method} to {self.size.to[which]}"
+        if error := future.exception():
+            traceback.print_exception(error)
+            self.figures.setdefault("failed", {})[name] = f"{type(error).__name__}: {error}"
+        elif job == FAR:
+            self.figures["far"] = future.result()
+        else:
+            values, found = future.result(), self.figures["extension"]
+            methods = found.setdefault(str(self.size.to[which]), values)["methods"]
+            methods.update(values["methods"])
+            ordered = [one for to, one in JOBS if to == which and one in methods]
+            found[str(self.size.to[which])]["methods"] = {one: methods[one] for one in ordered}
+        self.keep(name, self.clock.now - begun)
 
-    def _draw(self, values: dict[str, Any], name: str) -> None:
+    def _draw(self) -> None:
         self.plots.mkdir(parents=True, exist_ok=True)
-        draw(values, self.plots / name)
+        for to, values in self.figures["extension"].items():
+            draw(values, self.plots / f"extension-{to}")
+        if "far" in self.figures:
+            draw(self.figures["far"], self.plots / "extension-far")
 
 
-def _runs(folder: Path) -> list[Path]:
-    """Run folders of an extension: itself, when it was by one method, else those below it."""
-    return [path for path in (folder, *sorted(folder.glob("*"))) if (path / "config.toml").exists()]
+def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
+    """One extension of the base run, in a folder of its own, or the reading of longer texts; returns what extension.json holds."""
+    which, method = job
+    if job == FAR:
+        return read_far(work, size)
+    to = size.to[which]
+    wishes = Wishes(
+        str(work / "base"),
+        to,
+        steps=size.steps,
+        rate=0.2,
+        # So few steps end before their compilation would.
+        overrides=(mixture(work, to, NEEDLE_SHARE["extend"]), "train.compile=off", "train.checkpoints.every=0", "train.log.every=20"),
+        samples=size.samples,
+        held_out=str(work / "code"),
+    )
+    return extend(wishes, method, folder_of(work, to, method), Lines, print).values
+
+
+def read_far(work: Path, size: Size) -> dict[str, Any]:
+    """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
+    folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
+    overrides = ("train.micro_batch=1", "train.batch=1")
+    wishes = Wishes(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
+    return extend(wishes, "yarn", work / "far", Lines, print).values
+
+
+def mixture(work: Path, length: int, share: float) -> str:
+    """Code with a share of rows that hold notes, as an override."""
+    parts = [(work / "code", 1 - share), (work / f"notes-{length}", share)]
+    return "data.sources=[" + ", ".join(f'{{path="{path}", weight={weight}}}' for path, weight in parts) + "]"
+
+
+def folder_of(work: Path, to: int, method: str) -> Path:
+    """The run folder of one extension."""
+    return work / f"to-{to}-{method}"
+
+
+def places(size: Size) -> int:
+    """Extensions that are worked on at once."""
+    return 1 if "train.device=cpu" in size.train else max(1, torch.cuda.device_count())
+
+
+def workers(size: Size) -> ProcessPoolExecutor:
+    """One process for each place, each with a GPU of its own."""
+    context = multiprocessing.get_context("spawn")
+    free = context.SimpleQueue()
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
+    for place in range(places(size)):
+        free.put(seen[place] if len(seen) > place and seen[place] else str(place))
+    pool = ProcessPoolExecutor(places(size), context, _take, (free,))
+    for _ in range(places(size)):
+        pool.submit(time.sleep, 1)  # begun now, they have imported everything when they are needed
+    return pool
+
+
+def _take(free: Any) -> None:
+    os.environ["CUDA_VISIBLE_DEVICES"] = free.get()
 
 
 def write_packages(out: Path, size: Size) -> int:
@@ -361,9 +424,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/extension-gpu.json"))
     parser.add_argument("--plots", type=Path, default=Path("docs/images"))
     parser.add_argument("--seconds", type=float, default=440.0)
+    parser.add_argument("--steps", type=int, default=0, help="of the training; as many as fit into its time by default")
     given = parser.parse_args()
-    command = f"python benchmarks/extension.py --size {given.size}"
-    Experiment(SIZES[given.size], given.work, given.out, given.plots, given.seconds, command).run()
+    command = f"python benchmarks/extension.py --size {given.size}" + (f" --steps {given.steps}" if given.steps else "")
+    Experiment(SIZES[given.size], given.work, given.out, given.plots, given.seconds, given.steps, command).run()
 
 
 if __name__ == "__main__":

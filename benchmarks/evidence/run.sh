@@ -16,7 +16,7 @@ sizes=${*:-small medium}
 work=${WORK:-runs/evidence}
 here=benchmarks/evidence
 declare -A vocab=([tiny]=2048 [small]=8192 [medium]=8192) bytes=([tiny]=12000000 [small]=24000000 [medium]=24000000)
-declare -A tokens=([tiny]=81920 [small]=1966080 [medium]=2621440) jobs=([tiny]=1 [small]=12 [medium]=2)
+declare -A tokens=([tiny]=81920 [small]=1966080 [medium]=1966080) jobs=([tiny]=1 [small]=8 [medium]=2)
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 andromeda() { python3 -c 'import sys; sys.argv[0] = "andromeda"; from andromeda.cli.main import main; main()' "$@"; }
 
@@ -39,7 +39,7 @@ while [ $# -gt 0 ]; do
   size=$1
   corpus=$work/corpus-${vocab[$size]}
   [ -e "$corpus/manifest.json" ] || andromeda data build python --out "$corpus" --vocab "${vocab[$size]}" --max-bytes "${bytes[$size]}" \
-    --validation 0.03 --workers "$(nproc)"
+    --validation 0.03 --workers "$(getconf _NPROCESSORS_ONLN)"
   # A run that is stopped still saves its state, and the table is drawn.
   limit=$(((seconds - SECONDS - 20) / $#))
   amount=TOKENS_$size

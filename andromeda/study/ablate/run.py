@@ -143,14 +143,23 @@ def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Sa
     """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
     path = settings.out / "costs.json"
     known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
+    marks = {plan.arm.name: _mark(plan) for plan in planned}
+    known = {name: of for name, of in known.items() if of["of"] == marks.get(name)}
+    if settings.cost_steps:
+        _measure_costs(planned, marks, known, settings, began, say)
+    return {name: Cost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
+
+
+def _measure_costs(
+    planned: Sequence[Planned], marks: dict[str, str], known: dict[str, dict[str, Any]], settings: Settings, began: float, say: Say
+) -> None:
+    """Add what is not known yet, each kept as soon as it is."""
     place = environments(planned[0].config.train.device, 1)[0]
-    if not settings.cost_steps:
-        return {}
     with open(settings.out / "workers.log", "ab") as log:
         worker = Worker(place, log)
         for number, plan in enumerate(planned):
-            name, mark = plan.arm.name, _mark(plan)
-            if known.get(name, {}).get("of") == mark:
+            name = plan.arm.name
+            if name in known:
                 continue
             if settings.limit and time.monotonic() - began > settings.limit:
                 say("no time was left for the other costs", number, len(planned))
@@ -162,11 +171,10 @@ def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Sa
                 say(f"{name}: its cost was not measured ({answer.get('error', 'stopped')})", number, len(planned))
                 continue
             answer.pop("done")
-            known[name] = {"of": mark, **answer}
-            write_whole(path, (json.dumps(known, indent=1) + "\n").encode())
+            known[name] = {"of": marks[name], **answer}
+            write_whole(settings.out / "costs.json", (json.dumps(known, indent=1) + "\n").encode())
             say(f"{name}: {answer['step_seconds'] * 1e3:.4g} ms a step", number + 1, len(planned))
         worker.close()
-    return {name: Cost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
 
 
 def _mark(plan: Planned) -> str:

@@ -124,6 +124,9 @@ class Slots:
 
     def run(self, jobs: Sequence[Job], told: Told) -> None:
         """Train every job; `told` hears of each answer, one at a time."""
+        if self.deadline is not None and time.monotonic() > self.deadline:
+            self.late = True  # nothing to begin: a process that only starts up cannot be stopped yet
+            return
         waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
         for job in jobs:
             waiting.put(job)
