@@ -11,7 +11,6 @@ reference in the same type. Times are medians with a cold L2 cache. `first` is t
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from andromeda.model.position.alibi import FoldedBias, slopes
 from andromeda.model.prepare import prepare
 from andromeda.study.bench import qk
 from andromeda.study.bench.ceilings import ceilings
-from andromeda.study.bench.record import record, save
+from andromeda.study.bench.record import command_line, record, save
 
 HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
 WINDOW, DOCUMENT = 1024, 2000
@@ -252,7 +251,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rep", type=int, default=100, help="milliseconds for which each function is timed")
     parser.add_argument("--budget", type=float, default=160.0, help="seconds after which nothing new is measured")
     options = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "andromeda.study.bench.attention", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_line("attention", sys.argv[1:] if arguments is None else arguments)
     rows: list[dict[str, Any]] = []
     for row in sweep(options.lengths, torch.device(options.device), options.rep, options.budget):
         print(row, flush=True)

@@ -13,7 +13,6 @@ The same for reading: rows gathered and RMS-normalised, by PyTorch and as torch.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -27,7 +26,7 @@ from torch import Tensor
 
 from andromeda.kernels.embedding import accepts, table_gradient
 from andromeda.study.bench.ceilings import ceilings
-from andromeda.study.bench.record import record, save
+from andromeda.study.bench.record import command_line, record, save
 from andromeda.study.bench.timing import device_ms
 
 TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
@@ -125,6 +124,7 @@ def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width:
     bytes_ = (ids.unique().numel() + tokens) * width * 2
     for work, function in (("gather", gather), ("gather, RMS norm", normed)):
         for side, run in (("pytorch", function), ("compiled", torch.compile(function))):
+            run(ids, weight)  # compiles
             yield Row(work, "zipf", "bfloat16", side, device_ms(partial(run, ids, weight), device.type, rep), floor(bytes_, device))
 
 
@@ -139,7 +139,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rep", type=int, default=50, help="milliseconds for which each function is timed")
     options = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "andromeda.study.bench.embedding", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_line("embedding", sys.argv[1:] if arguments is None else arguments)
     shape = {"tokens": options.tokens, "vocabulary": options.vocabulary, "layers": LAYERS, "width": WIDTH, "gradient": "bfloat16"}
     device, rows = torch.device(options.device), list[dict[str, Any]]()
     for source in (gradients, reading):

@@ -11,7 +11,6 @@ in float64 on the same numbers in bfloat16.
 from __future__ import annotations
 
 import argparse
-import shlex
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -26,7 +25,7 @@ from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.prepare import plain, prepare
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.study.bench.ceilings import ceilings
-from andromeda.study.bench.record import record, save
+from andromeda.study.bench.record import command_line, record, save
 from andromeda.study.bench.timing import device_ms
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 32768, 24, 1, 128
@@ -137,7 +136,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rep", type=int, default=50, help="milliseconds for which each function is timed")
     options = parser.parse_args(arguments)
-    command = shlex.join(["python", "-m", "andromeda.study.bench.qk", *(sys.argv[1:] if arguments is None else arguments)])
+    command = command_line("qk", sys.argv[1:] if arguments is None else arguments)
     shape = {"tokens": options.tokens, "heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16"}
     rows: list[dict[str, Any]] = []
     for row in sweep(options.tokens, torch.device(options.device), options.rep):

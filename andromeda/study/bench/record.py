@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import platform
+import shlex
 import time
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ def record(command: str, figures: dict[str, Any]) -> dict[str, Any]:
     """A whole result."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
     return {"command": command, "date": day, "machine": machine(), "versions": versions(), **ceilings.figures(), **figures}
+
+
+def command_line(name: str, arguments: list[str]) -> str:
+    """The command `andromeda bench NAME` with these arguments, but for the place of its result."""
+    kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if word != "--out" and before != "--out"]
+    return shlex.join(["andromeda", "bench", name, *kept])
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
