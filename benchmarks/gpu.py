@@ -56,6 +56,9 @@ JOBS = {
     "train-bf16-batch-1": Job(
         f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
     ),
+    "train-bf16-rows-3": Job(
+        f"train andromeda {FOLD} train.micro_batch=3 --rows 15 --steps 3", 110, f"train {SMALL_ALIBI} {ON_CPU} --rows 3 --steps 1"
+    ),
     "prefill-bf16": Job(f"prefill {LONG} --lengths 32768", 80, f"prefill {SMALL_ALIBI} --lengths 64"),
     "prefill-fp8-windows": Job(
         f"prefill {LONG} {WINDOWS} --lengths 32768 --eight-bits", 90, f"prefill {SMALL_ALIBI} --lengths 64 --eight-bits"
