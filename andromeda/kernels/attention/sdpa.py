@@ -56,7 +56,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     strips = _strips.get(pattern.documents or (), (pattern.window, T, S, q.dtype, q.device), lambda: list(_cut(pattern, q, S)))
     dtype = q.dtype
     if dtype in HALF and trained(k, v):
-        k, v = k.float(), v.float()  # so that the gradients of a key's strips are added in float32
+        # The gradients of a key's strips and of the heads that share it are added in float32.
+        k, v = (x.float().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     parts = []
     for rows, keys, hidden in strips:
         seen = k[:, keys].to(dtype), v[:, keys].to(dtype)
