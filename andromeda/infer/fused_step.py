@@ -1,6 +1,6 @@
-"""A layer's pass over one token of each sequence: seven kernels, of which four read a weight each, once, at the device's bandwidth.
+"""A layer's pass over one token of each sequence: six kernels, of which four read a weight each, once, at the device's bandwidth.
 
-    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
+    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys + attention in parts  ->  parts put together
     ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
 
 Values and keys are written where they belong in a cache of one size (`model.fixed`); other caches, and parts that the kernels do
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from andromeda.infer.fused import Fused, JoinedAttention
 from andromeda.kernels import gemv, qk
+from andromeda.kernels.attention import decode
+from andromeda.model.attention import Attention
 from andromeda.model.context import Context
 from andromeda.model.fixed import FixedState
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
@@ -71,9 +73,12 @@ class Stepped(nn.Module):
             q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
             form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
             if form is not None:
-                form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
+                form, pattern = form._replace(tails=self._tails(ctx.bias, rows.dtype)), attention.pattern(ctx)
+                if _plain(attention) and decode.prepares(q_heads, keys, values, form, pattern):
+                    ahead = (self.layer.attention.out.weight, self.layer.feedforward.inner.weight)
+                    return decode.attend_projected(q_heads, k_heads, form, keys, values, pattern, ahead).flatten(1)
                 queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
-                return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
+                return attention.mix(queries, keys, values, pattern).flatten(1)
         return attention.read(q, k, v.contiguous(), ctx).flatten(1)
 
     def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -87,6 +92,11 @@ class Stepped(nn.Module):
             if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._slopes = held
         return held, bias.digits
+
+
+def _plain(attention: Attention) -> bool:
+    """Whether it mixes values as softmax attention does, by the kernel that is best for one query."""
+    return type(attention).mix is Attention.mix and attention.backend in ("auto", decode.name)
 
 
 def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:

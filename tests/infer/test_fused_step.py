@@ -15,6 +15,7 @@ from andromeda.infer.fused_step import Stepped
 from andromeda.infer.optimise import optimise
 from andromeda.infer.step import FixedStep, GraphStep, PlainStep
 from andromeda.kernels import gemv, qk
+from andromeda.kernels.attention import decode
 from andromeda.model.cache import Cache, Nothing
 from andromeda.model.transformer import Transformer
 from tests.infer.test_fused import KINDS, model
@@ -68,6 +69,7 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
     if interpreted.INTERPRETED:
         monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
         monkeypatch.setattr(qk, "accepts", lambda q, k, form: True)
+        monkeypatch.setattr(decode, "held", lambda q, v: True)
     made = optimise(made, compiled=False)
     fused_step.step_by_kernels(made.trunk.blocks)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)

@@ -119,12 +119,32 @@ def _unfused(config: RunConfig, device: torch.device) -> Step:
 def _peer(name: str, config: RunConfig, device: torch.device, micro: int) -> Step:
     if name == LLAMA:
         model = llama(config.model, device, torch.float32)
-        run: Any = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-        loss: Step = lambda ids: run(input_ids=ids, labels=ids).loss  # noqa: E731
+        loss = _llama_loss(model, compiled=device.type == "cuda")
     else:
         model = x_transformer(config.model, device, torch.float32, alibi=name == X_TRANSFORMERS_ALIBI)
-        loss = lambda ids: F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())  # noqa: E731
+
+        def loss(ids: Tensor) -> Tensor:
+            return F.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+
     return _peer_step(model, loss, device, micro)
+
+
+def _llama_loss(model: Any, compiled: bool) -> Callable[[Tensor], Tensor]:
+    """Its loss by layers that are compiled one by one, as Andromeda's are, and a compiled head: the whole at once compiles for minutes."""
+
+    def from_hidden(hidden: Tensor, ids: Tensor) -> Tensor:
+        return F.cross_entropy(model.lm_head(hidden[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
+
+    head = torch.compile(from_hidden, dynamic=False) if compiled else from_hidden
+    if compiled:
+        for layer in model.model.layers:
+            layer.compile(dynamic=False)
+
+    def loss(ids: Tensor) -> Tensor:
+        value: Tensor = head(model.model(input_ids=ids).last_hidden_state, ids)
+        return value
+
+    return loss
 
 
 def _peer_step(model: nn.Module, loss: Callable[[Tensor], Any], device: torch.device, micro: int) -> Step:
