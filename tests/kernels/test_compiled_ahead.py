@@ -61,7 +61,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, Any]]:
 
 
 def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    return torch.empty(*shape, dtype=dtype, device="meta")
+    return torch.empty(shape, dtype=dtype, device="meta")
 
 
 def loss(tokens: int, vocabulary: int, softcap: float) -> None:
