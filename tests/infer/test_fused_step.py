@@ -71,7 +71,7 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
         monkeypatch.setattr(qk, "accepts", lambda q, k, form: True)
         monkeypatch.setattr(decode, "held", lambda q, v: True)
     made = optimise(made, compiled=False)
-    fused_step.step_by_kernels(made.trunk.blocks)
+    fused_step.step_by_kernels(made)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
     return made
 
@@ -104,9 +104,9 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
 
 
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
-    blocks = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False).trunk.blocks
-    fused_step.step_by_kernels(blocks)
-    assert not any(isinstance(block, Stepped) for block in blocks)
+    made = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False)
+    fused_step.step_by_kernels(made)
+    assert not any(isinstance(block, Stepped) for block in made.trunk.blocks)
 
 
 @pytest.mark.gpu
