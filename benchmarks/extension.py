@@ -92,10 +92,10 @@ SIZES = {
         far=200_000,
         rows=16,
         seconds=100.0,
-        steps=80,
-        samples=16,
-        far_samples=2,
-        job_seconds=30.0,
+        steps=320,
+        samples=32,
+        far_samples=4,
+        job_seconds=60.0,
     ),
     "tiny": Size(
         model=(
