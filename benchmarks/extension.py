@@ -5,8 +5,8 @@
 One run of minutes on an H100: a corpus of this machine's own Python sources, in which the files of one package
 are one long document; notes hidden in them, to be found again; a training at 2,048 tokens; then `andromeda extend` by every
 method to 16,384 tokens, by YaRN and NTK to 32,768, and what is left at 65,536 to 200,000. Extensions are independent of each
-other: each visible GPU takes one at a time. `--size tiny` runs the same way on a CPU in minutes. What is done is written after
-every stage, and `--seconds` bounds the whole.
+other: each visible GPU takes one at a time. `--to` and `--methods` ask for other lengths and for a part of them. `--size tiny` runs the
+same way on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ import os
 import shutil
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -125,11 +125,27 @@ SIZES = {
     ),
 }
 Job = tuple[int, str]
+"""Which of the lengths, by which method."""
 FAR: Job = (-1, "far")
-JOBS: tuple[Job, ...] = ((1, "yarn"), (0, "yarn"), (0, "ntk"), (0, "none"), FAR, (0, "pi"), (0, "dynamic-ntk"), (1, "ntk"))
-"""What is done in this order while there is time: which of the lengths, by which method; and the reading of longer texts still."""
+"""The reading of longer texts still."""
+METHODS = ("yarn", "ntk", "none", "pi", "dynamic-ntk")
+FAR_METHODS = ("yarn", "ntk")
+"""Those that are taken further than to the first length."""
 NEEDLE_SHARE = {"train": 0.5, "extend": 0.5}
 """Share of the rows that are a text with notes in it."""
+
+
+def jobs_of(lengths: int, methods: Sequence[str]) -> list[Job]:
+    """What is done in this order while there is time, the most important first: YaRN, the furthest before the others."""
+    last = lengths - 1
+    asked = [(which, "yarn") for which in reversed(range(lengths))]
+    asked += [(0, method) for method in METHODS if method != "yarn"]
+    asked += [(which, method) for which in range(1, lengths) for method in FAR_METHODS if method != "yarn"]
+    jobs = [job for job in asked if job[1] in methods]
+    # Longer texts are read by the model that YaRN took furthest; three of the first length come before them.
+    if (last, "yarn") in jobs:
+        jobs.insert(min(len(jobs), lengths + 2), FAR)
+    return jobs
 
 
 class Clock:
@@ -151,9 +167,11 @@ class Clock:
 class Experiment:
     """All stages over one working folder."""
 
-    def __init__(self, size: Size, work: Path, out: Path, plots: Path, limit: float, steps: int, command: str) -> None:
+    def __init__(
+        self, size: Size, work: Path, out: Path, plots: Path, limit: float, steps: int, command: str, methods: Sequence[str] = METHODS
+    ) -> None:
         self.size, self.work, self.out, self.plots, self.clock, self.command = size, work, out, plots, Clock(limit), command
-        self.steps = steps
+        self.steps, self.jobs = steps, jobs_of(len(size.to), methods)
         self.figures: dict[str, Any] = {"seconds": {}}
 
     def run(self) -> None:
@@ -196,7 +214,9 @@ class Experiment:
         for length in (self.size.trained, *self.size.to):
             steps = 1300 if length == self.size.trained else self.size.steps
             share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
-            rows = max(8, int(steps * self.size.rows * self.size.trained / length * share))
+            # Of a step, which has as many tokens as the training's, or a whole number of rows near that.
+            each = max(1, round(self.size.rows * self.size.trained / length))
+            rows = max(8, int(steps * each * share))
             self._needles(text, length, min(rows, 4000))
         splits = made.splits
         return {
@@ -273,7 +293,7 @@ class Experiment:
     def extension(self) -> None:
         """All jobs that there is time for, one at a time on each GPU; one that fails does not stop the others."""
         self.figures["extension"] = {}
-        self.waiting, running = list(JOBS), dict[Future[dict[str, Any]], tuple[Job, float]]()
+        self.waiting, running = list(self.jobs), dict[Future[dict[str, Any]], tuple[Job, float]]()
         while self.waiting or running:
             while len(running) < places(self.size) and (job := self._next([one for one, _ in running.values()])):
                 running[self.pool.submit(stretch, self.work, self.size, job)] = job, self.clock.now
@@ -283,11 +303,11 @@ class Experiment:
 
     def _next(self, running: list[Job]) -> Job | None:
         """The first job that waits for no other and that there is time for."""
-        first = (len(self.size.to) - 1, "yarn")
+        furthest = (len(self.size.to) - 1, "yarn")
         if not self.clock.allows(self.size.job_seconds):
             self.waiting.clear()
         for job in self.waiting:
-            if job != FAR or first not in (*running, *self.waiting):
+            if job != FAR or furthest not in (*running, *self.waiting):
                 self.waiting.remove(job)
                 return job
         return None
@@ -304,7 +324,7 @@ class Experiment:
             values, found = future.result(), self.figures["extension"]
             methods = found.setdefault(str(self.size.to[which]), values)["methods"]
             methods.update(values["methods"])
-            ordered = [one for to, one in JOBS if to == which and one in methods]
+            ordered = [one for to, one in self.jobs if to == which and one in methods]
             found[str(self.size.to[which])]["methods"] = {one: methods[one] for one in ordered}
         self.keep(name, self.clock.now - begun)
 
@@ -425,9 +445,28 @@ def main() -> None:
     parser.add_argument("--plots", type=Path, default=Path("docs/images"))
     parser.add_argument("--seconds", type=float, default=440.0)
     parser.add_argument("--steps", type=int, default=0, help="of the training; as many as fit into its time by default")
+    parser.add_argument("--to", type=_lengths, default=(), help="contexts to extend to instead of the size's, such as 20480,40960")
+    parser.add_argument("--methods", type=_methods, default=METHODS, help=f"to be compared, of {','.join(METHODS)}; all by default")
     given = parser.parse_args()
     command = f"python benchmarks/extension.py --size {given.size}" + (f" --steps {given.steps}" if given.steps else "")
-    Experiment(SIZES[given.size], given.work, given.out, given.plots, given.seconds, given.steps, command).run()
+    command += f" --to {','.join(map(str, given.to))}" if given.to else ""
+    command += f" --methods {','.join(given.methods)}" if given.methods != METHODS else ""
+    size = SIZES[given.size]
+    size = replace(size, to=given.to or size.to)
+    Experiment(size, given.work, given.out, given.plots, given.seconds, given.steps, command, given.methods).run()
+
+
+def _lengths(text: str) -> tuple[int, ...]:
+    """Contexts between commas, the shortest first."""
+    return tuple(sorted({int(one) for one in text.split(",")}))
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    """Names between commas, in the order of METHODS."""
+    asked = text.split(",")
+    if unknown := [one for one in asked if one not in METHODS]:
+        raise argparse.ArgumentTypeError(f"{unknown[0]!r} is none of {', '.join(METHODS)}")
+    return tuple(one for one in METHODS if one in asked)
 
 
 if __name__ == "__main__":

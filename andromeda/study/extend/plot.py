@@ -63,7 +63,7 @@ def _position(axes: Any, values: dict[str, Any]) -> None:
     late = [n for *_, e in curves(values) for n, end in zip(e["position"]["nats"], e["position"]["edges"][1:], strict=True) if end > 64]
     _dress(axes, values, "position in the row", "loss at that position (nats)", late)
     furthest = max(e["position"]["edges"][-1] for *_, e in curves(values))
-    _name_lengths(axes, {16 << i for i in range(0, 40, 2) if 16 << i < 0.7 * furthest} | {furthest})
+    _name_lengths(axes, {16 << i for i in range(0, 40, 2) if 16 << i < 0.3 * furthest} | {furthest})
 
 
 def _retrieval(axes: Any, values: dict[str, Any]) -> None:
