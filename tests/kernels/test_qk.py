@@ -152,6 +152,22 @@ def test_any_number_of_heads(rotary: str, heads: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 9, 13], ids=str)
+@pytest.mark.parametrize("norm", ["l2_head_scale", "l2_dim_scale"])
+def test_walks_over_blocks_of_tokens(norm: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last walk may have fewer blocks than the others, the last block fewer tokens, and rows may end within either."""
+    from andromeda.kernels.device import qk as device
+
+    monkeypatch.setattr(device, "SCALED", device.Launch(4, 1, 4))
+    monkeypatch.setattr(device, "WALK", 3)
+    monkeypatch.setattr(device, "WALKS", 1)
+    config = configure(norm, "interleaved, part", True, heads=4, kv_heads=2)
+    positions = positions_of(tokens, 2, interpreted.device())
+    for found, wanted in zip(results(kernel, config, positions, torch.float32, torch.float32), exact(config, positions), strict=True):
+        assert error(found, wanted) < 1e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_in_16_bits_no_worse_than_the_parts(norm: str, dtype: torch.dtype) -> None:
