@@ -224,6 +224,40 @@ def test_what_is_registered_is_true() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rotary", ["none", "rope", "interleaved, part"])
+@pytest.mark.parametrize("norm", ["none", "l2_head_scale", "l2_dim_scale"])
+def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, values and keys side by side, with columns at the end that nothing reads: all of it, and all its gradients."""
+    monkeypatch.setattr(seam.qk, "accepts", lambda q, k, form: q.dtype == torch.float32)
+    config = configure(norm, rotary, True, heads=4, kv_heads=2)
+    positions, sizes = positions_of(5, 2, interpreted.device()), qk.Sizes(4, 2, 12, 6)
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(2, 5, 4 * 12 + 2 * 6 + 2 * 12 + 5, generator=generator)
+    gradients = [torch.randn(2, 5, *shape, generator=generator) for shape in ((4, 16), (2, 16), (2, 6))]
+
+    def outcome(dtype: torch.dtype) -> list[Tensor]:
+        parts, whole = build(config, positions, 3, dtype), start.to(positions.device, dtype).requires_grad_()
+        out = seam.prepare_joined(whole, sizes, *parts, SCALE)
+        assert all(x.is_contiguous() for x in out)
+        leaves = [whole, *parts.norm.parameters()]
+        return [*out, *torch.autograd.grad(out, leaves, [g.to(x) for g, x in zip(gradients, out, strict=True)])]
+
+    found, wanted = outcome(torch.float32), outcome(torch.float64)
+    assert not found[3][..., -5:].any()
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.gpu
+def test_what_is_registered_for_a_joined_projection_is_true() -> None:
+    config, device = configure("l2_dim_scale", "xpos", True), interpreted.device()
+    parts = build(config, positions_of(3, 1, device), 3, torch.float32)
+    whole = torch.randn(2, 3, 64, device=device, requires_grad=True)
+    tables, tails = [*parts.rotation.query, *parts.rotation.key], list(parts.bias.tails(SCALE, whole.dtype))
+    torch.library.opcheck(qk._prepare_joined, (whole, [3, 1, 12, 16], *parts.norm.scales, tables, tails, "l2", "half"))
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("norm", ["none", "l2_dim_scale"])
 def test_inside_torch_compile(norm: str) -> None:
     """One graph, with autocast around it as in training, and the same results."""

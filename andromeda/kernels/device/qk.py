@@ -396,18 +396,26 @@ def forward(
 
 
 def backward(
-    dys: Pair, raw: Sequence[Tensor], scales: Maybe, tables: list[Tensor], norm: str, layout: str, D: int, launch: Launch | None = None
+    dys: Pair,
+    raw: Sequence[Tensor],
+    scales: Maybe,
+    tables: list[Tensor],
+    norm: str,
+    layout: str,
+    dxs: Pair,
+    launch: Launch | None = None,
 ) -> list[Tensor]:
-    """Gradients of raw queries and keys, then of the scales that there are, from those of the prepared ones.
+    """Fill dxs, the gradients of raw queries (B, T, H, D) and keys (B, T, G, D), and return those of the scales that there are.
 
-    `raw` may be missing where nothing is normed.
+    dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
+    long as heads lie side by side and, for interleaved pairs, begin at even columns.
     """
+    D = dxs[0].shape[-1]
     N, T = _tokens(dys[0])
     scaled = any(s is not None for s in scales)
     launch = launch or (SCALED if scaled else BACKWARD)
     blocks = min(WALK, max(1, N // (WALKS * launch.tokens))) if scaled else 1
     walks = triton.cdiv(N, blocks * launch.tokens)
-    dxs = [dy.new_empty(*dy.shape[:-1], D) for dy in dys]
     sizes = [0 if s is None else s.numel() for s in scales]
     partial = dys[0].new_empty(walks, sum(sizes), dtype=torch.float32)
     dys = _readable(dys, layout)
@@ -422,7 +430,7 @@ def backward(
     _launch(_backward, (q, k, N, T, blocks), walks, shape, launch)
     # One order of summation, whatever the order in which the programs ran, and one pass for both scales.
     sums = zip(partial.sum(0).split(sizes), scales, strict=True) if scaled else ()
-    return [*dxs, *(of.view_as(s).to(s.dtype, copy=True) for of, s in sums if s is not None)]
+    return [of.view_as(s).to(s.dtype, copy=True) for of, s in sums if s is not None]
 
 
 _QUERY = (True, False)
