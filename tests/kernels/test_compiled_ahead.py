@@ -126,6 +126,7 @@ WORKS: dict[str, Callable[[], None]] = {
     "heads, folded ALiBi": lambda: heads(200_000, 24, 1, 124, "l2", "interleaved", 62, fold=True),
     "heads, xPos": lambda: heads(32768, 24, 1, 128, "l2", "interleaved", 64),
     "heads, scales and RoPE": lambda: heads(32768, 24, 1, 128, "l2", "half", 128),
+    "heads, few tokens": lambda: [heads(tokens, 24, 1, 124, "l2", "interleaved", 62, fold=True) for tokens in (1, 500)] and None,
     "heads, narrow": lambda: heads(32768, 16, 4, 64, "l2", "half", 64),
     "heads, RoPE": lambda: heads(32768, 16, 4, 64, "rms", "half", 64),
     "one query": lambda: one_query(1, 32768 + 256, 24, 1, 128, numbered=True),
