@@ -80,7 +80,7 @@ class Between(nn.Module):
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
         if accepts(x, self.norm, self.shift, ctx):
             made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.eight_bits)
-            return Rows(made.y, made.scale), x if delta is None and bias is None else made.total
+            return Rows(made.y, made.scale), made.total
         x = x if delta is None else x + delta
         return as_rows(self.shift(self.norm(x), ctx), self.eight_bits), x if bias is None else x + bias
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.infer.fused import Fused, JoinedAttention
-from andromeda.kernels import gemv, qk
+from andromeda.kernels import gemv
 from andromeda.kernels.attention import decode
 from andromeda.model.attention import Attention
 from andromeda.model.context import Context
@@ -97,8 +97,6 @@ class Stepped(nn.Module):
                 if _plain(attention) and decode.prepares(q_heads, keys, values, form, pattern):
                     ahead = (self.layer.attention.out.weight, self.layer.feedforward.inner.weight)
                     return decode.attend_projected(q_heads, k_heads, form, keys, values, pattern, ahead).flatten(1)
-                queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
-                return attention.mix(queries, keys, values, pattern).flatten(1)
         return attention.read(q, k, v.contiguous(), ctx).flatten(1)
 
     def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:

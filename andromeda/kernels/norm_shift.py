@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from andromeda.kernels.fp8 import FORMAT, LARGEST
 
@@ -29,7 +30,7 @@ class Shifted(NamedTuple):
     scale: Tensor
     """What each row of y was divided by (B T, 1) in float32; empty without 8 bits."""
     total: Tensor
-    """x + delta + bias (B, T, C); empty where neither was given."""
+    """x + delta + bias (B, T, C); x itself where neither was given."""
     last: Tensor
     """Normalised last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
 
@@ -58,7 +59,35 @@ def norm_shift(
     normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move. documents (B, T):
     numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
     """
-    return Shifted(*_norm_shift(x, delta, weight, bias, past, documents, layer, eps, *moved, eight_bits))
+    if delta is None and bias is None and not eight_bits and torch.is_grad_enabled() and x.requires_grad:
+        y, total, last = _Through.apply(x, weight, past, documents, layer, eps, *moved)
+        return Shifted(y, x.new_empty(0, 1, dtype=torch.float32), total, last)
+    made = Shifted(*_norm_shift(x, delta, weight, bias, past, documents, layer, eps, *moved, eight_bits))
+    return made._replace(total=x) if delta is None and bias is None else made
+
+
+class _Through(torch.autograd.Function):
+    """The norm of x, and x once more: the gradient of whoever reads x besides is added where the norm's own is written.
+
+    Autograd would read and write all of x's gradient once more for their sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer: bool, eps: float, begin: int,
+        end: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        y, _, _, last = _norm_shift(x, None, weight, None, past, documents, layer, eps, begin, end, False)
+        ctx.save_for_backward(x, weight, documents)
+        ctx.form = layer, eps, begin, end
+        return y, x.view_as(x), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, weight, documents = ctx.saved_tensors
+        dx, dweight = _gradients(x, weight, documents, dy, dx, *ctx.form)
+        return (dx, None if weight is None else dweight, *[None] * 6)
 
 
 @torch.library.custom_op("andromeda::norm_shift", mutates_args=())

@@ -58,32 +58,29 @@ def prepare(q: Tensor, k: Tensor, form: Form) -> tuple[Tensor, Tensor]:
     return _prepare(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
 
 
-def prepare_into(q: Tensor, k: Tensor, form: Form, keys: Tensor, index: Tensor) -> Tensor:
-    """The same for T = 1 without gradients, the keys written into a cache (B, S, G, D or D + 4) at `index`, a number () on the device."""
-    return _prepare_into(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout, keys, index)
+class Sizes(NamedTuple):
+    """What a joined projection (B, T, N) holds: queries, values, keys, and what its width is filled up with."""
+
+    heads: int
+    kv_heads: int
+    content: int
+    """Columns of a query's or key's head."""
+    value: int
+    """Columns of a value's head, an even number."""
+
+    def views(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q (B, T, H, D), k (B, T, G, D), v (B, T, G, Dv), and the rest (B, T, ...)."""
+        H, G, D, Dv = self
+        q, v, k, rest = whole.split([H * D, G * Dv, G * D, whole.shape[-1] - H * D - G * (D + Dv)], -1)
+        return q.unflatten(-1, (H, D)), k.unflatten(-1, (G, D)), v.unflatten(-1, (G, Dv)), rest
 
 
-@torch.library.custom_op("andromeda::prepare_qk_into", mutates_args=("keys",))
-def _prepare_into(
-    q: Tensor,
-    k: Tensor,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    tables: list[Tensor],
-    tails: list[Tensor],
-    norm: str,
-    layout: str,
-    keys: Tensor,
-    index: Tensor,
-) -> Tensor:
-    from andromeda.kernels.device import qk as device
+def prepare_joined(whole: Tensor, sizes: Sizes, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for the q and k of a joined projection (B, T, N), and its v (B, T, G, Dv) as it is; all contiguous.
 
-    return device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout, place=(keys, index))[0]
-
-
-@_prepare_into.register_fake
-def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], *_: Any) -> Tensor:
-    return q.new_empty(*q.shape[:-1], q.shape[-1] + (tails[1].shape[-1] if tails else 0))
+    The gradients are written where they belong in that of the projection, which need not be put together afterwards.
+    """
+    return _prepare_joined(whole, list(sizes), form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
 
 
 @torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
@@ -123,15 +120,19 @@ def _gradients(
     """Gradients of q, k, and of those scales that there are; `raw` is q and k, or nothing where there is no norm."""
     from andromeda.kernels.device import qk as device
 
-    return device.backward((dq, dk), raw, (q_scale, k_scale), tables, norm, layout, D)
+    dxs = dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D)
+    return [*dxs, *device.backward((dq, dk), raw, (q_scale, k_scale), tables, norm, layout, dxs)]
 
 
 @_gradients.register_fake
 def _(
     dq: Tensor, dk: Tensor, raw: Any, q_scale: Tensor | None, k_scale: Tensor | None, tables: Any, norm: str, layout: str, D: int
 ) -> list[Tensor]:
-    scales = [torch.empty_like(s) for s in (q_scale, k_scale) if s is not None]
-    return [dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D), *scales]
+    return [dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D), *_like(q_scale, k_scale)]
+
+
+def _like(*scales: Tensor | None) -> list[Tensor]:
+    return [torch.empty_like(s) for s in scales if s is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -151,3 +152,81 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
 
 
 _prepare.register_autograd(_backward, setup_context=_save)
+
+
+@torch.library.custom_op("andromeda::prepare_joined_qkv", mutates_args=())
+def _prepare_joined(
+    whole: Tensor,
+    sizes: list[int],
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    tables: list[Tensor],
+    tails: list[Tensor],
+    norm: str,
+    layout: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from andromeda.kernels.device import qk as device
+
+    q, k, v, _ = Sizes(*sizes).views(whole)
+    # Results must not share memory with what they are made of.
+    return *device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout), v.clone(memory_format=torch.contiguous_format)
+
+
+@_prepare_joined.register_fake
+def _(
+    whole: Tensor, sizes: list[int], q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    H, G, D, Dv = sizes
+    out = D + (tails[1].shape[-1] if tails else 0)
+    q, k, v = (whole.new_empty(*whole.shape[:2], *shape) for shape in ((H, out), (G, out), (G, Dv)))
+    return q, k, v
+
+
+@torch.library.custom_op("andromeda::prepare_joined_qkv_backward", mutates_args=())
+def _joined_gradients(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    raw: Tensor | None,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    tables: list[Tensor],
+    norm: str,
+    layout: str,
+    sizes: list[int],
+    width: int,
+) -> list[Tensor]:
+    """Gradients of the joined projection (B, T, width), and of those scales that there are; `raw` is it, or None without a norm."""
+    from andromeda.kernels.device import qk as device
+
+    whole = dq.new_empty(*dq.shape[:2], width)
+    q, k, v, rest = Sizes(*sizes).views(whole)
+    read = [] if raw is None else Sizes(*sizes).views(raw)[:2]
+    d_scales = device.backward((dq, dk), read, (q_scale, k_scale), tables, norm, layout, (q, k))
+    v.copy_(dv)
+    rest.zero_()
+    return [whole, *d_scales]
+
+
+@_joined_gradients.register_fake
+def _(
+    dq: Tensor, dk: Any, dv: Any, raw: Any, q_scale: Tensor | None, k_scale: Tensor | None, tables: Any, norm: str, layout: str,
+    sizes: list[int], width: int,
+) -> list[Tensor]:  # fmt: skip
+    return [dq.new_empty(*dq.shape[:2], width), *_like(q_scale, k_scale)]
+
+
+def _save_joined(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    whole, ctx.sizes, q_scale, k_scale, tables, tails, ctx.norm, ctx.layout = inputs
+    ctx.width, ctx.tails = whole.shape[-1], len(tails)
+    ctx.save_for_backward(q_scale, k_scale, None if ctx.norm == "none" else whole, *tables)
+
+
+def _backward_joined(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+    q_scale, k_scale, whole, *tables = ctx.saved_tensors
+    d_whole, *d_scales = _joined_gradients(dq, dk, dv, whole, q_scale, k_scale, tables, ctx.norm, ctx.layout, ctx.sizes, ctx.width)
+    scales = [None if s is None else d_scales.pop(0) for s in (q_scale, k_scale)]
+    return (d_whole, None, *scales, [None] * len(tables), [None] * ctx.tails, None, None)
+
+
+_prepare_joined.register_autograd(_backward_joined, setup_context=_save_joined)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
 from andromeda.kernels.attention import Pattern, attend
+from andromeda.kernels.qk import Sizes
 from andromeda.model import joined
 from andromeda.model.context import Context
 from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
-from andromeda.model.prepare import prepare
+from andromeda.model.prepare import prepare, prepare_joined
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.model.value_embedding import build_value_mix
 
@@ -35,6 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         a, D = config.attention, content_dim(config)
         self.heads, self.kv_heads = a.heads, a.kv_heads
+        self.sizes = Sizes(a.heads, a.kv_heads, D, a.head_dim)
         self.query = Linear(config.width, a.heads * D, bias=a.bias)
         self.key = Linear(config.width, a.kv_heads * D, bias=a.bias)
         self.value = Linear(config.width, a.kv_heads * a.head_dim, bias=a.bias)
@@ -48,15 +50,20 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C)."""
         # Values first after the queries, where fast kernels may begin to read.
         linears = (self.query, self.value, self.key)
-        q, v, k = joined.project(x, linears) if joined.worth(x, linears) else (linear(x) for linear in linears)
+        if joined.worth(x, linears):
+            whole = joined.project(x, linears)
+            return self.out(self.look(*prepare_joined(whole, self.sizes, self.qk_norm, ctx.rotation, ctx.bias, self.scale), ctx))
+        q, v, k = (linear(x) for linear in linears)
         return self.out(self.read(q, k, v.contiguous(), ctx))
 
     def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
         """What lies between the projections: q (B, T, H D), k and v (B, T, G D) as projected -> (B, T, H Dv)."""
         q, k, v = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
-        v = self.value_mix(v, ctx.value)
-        q, k = prepare(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale)
-        k, v = ctx.state.extend(k, v)
+        return self.look(*prepare(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale), v, ctx)
+
+    def look(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+        """Prepared q (B, T, H, D) and k (B, T, G, D), and v (B, T, G, Dv) as projected -> (B, T, H Dv)."""
+        k, v = ctx.state.extend(k, self.value_mix(v, ctx.value))
         return self.mix(q, k, v, self.pattern(ctx)).flatten(-2)
 
     def pattern(self, ctx: Context) -> Pattern:

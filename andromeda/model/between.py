@@ -23,7 +23,7 @@ def between(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, 
     worth = isinstance(shift, ChunkShift) or x.shape[-1] > NARROW
     if worth and accepts(x, norm, shift, ctx):
         made = fused(x, delta, norm, shift, ctx)
-        return made.y, x if delta is None else made.total
+        return made.y, made.total
     x = x if delta is None else x + delta
     return shift(norm(x), ctx), x
 

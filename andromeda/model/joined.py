@@ -23,11 +23,9 @@ def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 
 
-def project(x: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
-    """What each linear layer gives for x (..., K): views (..., N) of one product."""
-    out = F.linear(x, *side_by_side(linears))
-    sizes = [linear.out_features for linear in linears]
-    return out.split([*sizes, out.shape[-1] - sum(sizes)], -1)[:-1]
+def project(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
+    """What all linear layers give for x (..., K), side by side, and zeros at the end: (..., N)."""
+    return F.linear(x, *side_by_side(linears))
 
 
 def side_by_side(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:

@@ -25,6 +25,17 @@ def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias
     return plain(q, k, norm, rotation, bias, scale) if form is None else qk.prepare(q, k, form)
 
 
+def prepare_joined(
+    whole: Tensor, sizes: qk.Sizes, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for the queries and keys of a joined projection (B, T, N), and its values (B, T, G, Dv)."""
+    q, k, v, _ = sizes.views(whole)
+    form = known(q, k, norm, rotation, bias, scale)
+    if form is None or sizes.value % 2:
+        return *prepare(q, k, norm, rotation, bias, scale), v.contiguous()
+    return qk.prepare_joined(whole, sizes, form)
+
+
 def known(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> qk.Form | None:
     """What the kernel is to do, None where it cannot."""
     if not (type(norm) in NORMS and type(rotation) is Rotation and rotation.turn in LAYOUTS):

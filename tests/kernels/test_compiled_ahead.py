@@ -89,7 +89,7 @@ def heads(tokens: int, H: int, G: int, D: int, norm: str, layout: str, turned: i
     tails = [empty(H), empty(tokens, 4, dtype=torch.long)] if fold else []
     scales = (empty(H, D, dtype=torch.float32), empty(G, D, dtype=torch.float32)) if norm == "l2" else (None, None)
     prepared = qk.forward((raw[0], raw[1]), scales, tables, tails, norm, layout)
-    qk.backward(prepared, raw, scales, tables, norm, layout, D)
+    qk.backward(prepared, raw, scales, tables, norm, layout, (empty(1, tokens, H, D), empty(1, tokens, G, D)))
 
 
 def one_query(rows: int, keys: int, H: int, G: int, D: int, numbered: bool) -> None:
@@ -136,6 +136,9 @@ WORKS: dict[str, Callable[[], None]] = {
     "between products, 8 bits": lambda: between(32768, 2560, True),
     "heads, folded ALiBi": lambda: heads(200_000, 24, 1, 124, "l2", "interleaved", 62, fold=True),
     "heads, xPos": lambda: heads(32768, 24, 1, 128, "l2", "interleaved", 64),
+    "heads, scales and RoPE": lambda: heads(32768, 24, 1, 128, "l2", "half", 128),
+    "heads, few tokens": lambda: [heads(tokens, 24, 1, 124, "l2", "interleaved", 62, fold=True) for tokens in (1, 500)] and None,
+    "heads, narrow": lambda: heads(32768, 16, 4, 64, "l2", "half", 64),
     "heads, RoPE": lambda: heads(32768, 16, 4, 64, "rms", "half", 64),
     "one query": lambda: one_query(1, 32768 + 256, 24, 1, 128, numbered=True),
     "one query as projected": lambda: one_query_as_projected(32768 + 256, "interleaved", 32),

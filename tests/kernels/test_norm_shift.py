@@ -56,7 +56,7 @@ def test_nothing_is_added_and_no_gain() -> None:
     x, _, _, _, past = inputs(13, 48)
     made = norm_shift(x, None, None, None, past, layer=False, eps=EPS, moved=(24, 48))
     assert close(made.y, reference(x, None, past, False, (24, 48))[0])
-    assert not made.total.numel()
+    assert made.total is x
 
 
 @pytest.mark.gpu
@@ -84,6 +84,16 @@ def test_a_sequence_in_two_passes_is_that_in_one() -> None:
     assert torch.equal(second.last, whole.last)
 
 
+def shifted(x: Tensor, weight: Tensor, documents: Tensor | None, layer: bool, moved: tuple[int, int]) -> Tensor:
+    """y of packed documents in float64, with zeros before the first token."""
+    C = x.shape[-1]
+    normal = F.layer_norm(x, (C,), weight, None, EPS) if layer else F.rms_norm(x, (C,), weight, EPS)
+    before = F.pad(normal, (0, 0, 1, 0))[:, :-1]
+    if documents is not None:
+        before = before * (F.pad(documents, (1, 0))[:, :-1] == documents)[..., None]
+    return torch.cat([normal[..., : moved[0]], before[..., slice(*moved)], normal[..., moved[1] :]], -1)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("layer", [True, False])
 @pytest.mark.parametrize(("T", "C", "moved", "packed"), [(70, 64, (32, 64), True), (33, 96, (48, 96), False), (5, 40, (0, 0), False)])
@@ -101,14 +111,36 @@ def test_gradients(T: int, C: int, moved: tuple[int, int], packed: bool, layer: 
     summed = exact[0] + exact[1]
     # As rounded as the kernel had it.
     summed = summed + ((summed.to(DTYPE).double() - summed).detach())
-    normal = F.layer_norm(summed, (C,), exact[2], None, EPS) if layer else F.rms_norm(summed, (C,), exact[2], EPS)
-    before = F.pad(normal, (0, 0, 1, 0))[:, :-1]
-    if documents is not None:
-        before = before * (F.pad(documents, (1, 0))[:, :-1] == documents)[..., None]
-    y = torch.cat([normal[..., : moved[0]], before[..., slice(*moved)], normal[..., moved[1] :]], -1)
+    y = shifted(summed, exact[2], documents, layer, moved)
     assert close(made.y, y)
     wanted = torch.autograd.grad((y, summed), exact, (dy.double(), dtotal.double()))
     for actual, right in zip(grads, wanted, strict=True):
+        assert (actual.double() - right).norm() / right.norm() < 2.0**-8
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_x_where_nothing_is_added(compiled: bool) -> None:
+    """Those of the norm and of whoever reads x besides, from one pass; in a compiler's graph too."""
+    x, _, weight, _, past = inputs(9, 64)
+    past, moved, leaves = torch.zeros_like(past), (32, 64), [t.requires_grad_() for t in (x, weight)]
+
+    def read(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        made = norm_shift(x, None, weight, None, past, layer=True, eps=EPS, moved=moved)
+        return made.y, made.total * 2
+
+    function = torch.compile(read, fullgraph=True, backend="aot_eager" if interpreted.INTERPRETED else "inductor") if compiled else read
+    g = torch.Generator().manual_seed(7)
+    gradients = [torch.randn(x.shape, generator=g).to(x) for _ in range(2)]
+    exact = [t.detach().double().requires_grad_() for t in leaves]
+    wanted = (shifted(exact[0], exact[1], None, True, moved), exact[0] * 2)
+    found = function(*leaves)
+    for actual, right in zip(found, wanted, strict=True):
+        assert close(actual, right)
+    pairs = zip(
+        torch.autograd.grad(found, leaves, gradients), torch.autograd.grad(wanted, exact, [d.double() for d in gradients]), strict=True
+    )
+    for actual, right in pairs:
         assert (actual.double() - right).norm() / right.norm() < 2.0**-8
 
 

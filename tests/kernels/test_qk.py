@@ -152,6 +152,22 @@ def test_any_number_of_heads(rotary: str, heads: tuple[int, int]) -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [8, 9, 13], ids=str)
+@pytest.mark.parametrize("norm", ["l2_head_scale", "l2_dim_scale"])
+def test_walks_over_blocks_of_tokens(norm: str, tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last walk may have fewer blocks than the others, the last block fewer tokens, and rows may end within either."""
+    from andromeda.kernels.device import qk as device
+
+    monkeypatch.setattr(device, "SCALED", device.Launch(4, 1, 4))
+    monkeypatch.setattr(device, "WALK", 3)
+    monkeypatch.setattr(device, "WALKS", 1)
+    config = configure(norm, "interleaved, part", True, heads=4, kv_heads=2)
+    positions = positions_of(tokens, 2, interpreted.device())
+    for found, wanted in zip(results(kernel, config, positions, torch.float32, torch.float32), exact(config, positions), strict=True):
+        assert error(found, wanted) < 1e-6
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("norm", NORMS)
 def test_in_16_bits_no_worse_than_the_parts(norm: str, dtype: torch.dtype) -> None:
@@ -205,6 +221,40 @@ def test_what_is_registered_is_true() -> None:
     tables, tails = [*parts.rotation.query, *parts.rotation.key], list(parts.bias.tails(SCALE, q.dtype))
     inputs = (q.detach().requires_grad_(), k.detach().requires_grad_(), *parts.norm.scales, tables, tails, "l2", "half")
     torch.library.opcheck(qk._prepare, inputs)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rotary", ["none", "rope", "interleaved, part"])
+@pytest.mark.parametrize("norm", ["none", "l2_head_scale", "l2_dim_scale"])
+def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Queries, values and keys side by side, with columns at the end that nothing reads: all of it, and all its gradients."""
+    monkeypatch.setattr(seam.qk, "accepts", lambda q, k, form: q.dtype == torch.float32)
+    config = configure(norm, rotary, True, heads=4, kv_heads=2)
+    positions, sizes = positions_of(5, 2, interpreted.device()), qk.Sizes(4, 2, 12, 6)
+    generator = torch.Generator().manual_seed(1)
+    start = torch.randn(2, 5, 4 * 12 + 2 * 6 + 2 * 12 + 5, generator=generator)
+    gradients = [torch.randn(2, 5, *shape, generator=generator) for shape in ((4, 16), (2, 16), (2, 6))]
+
+    def outcome(dtype: torch.dtype) -> list[Tensor]:
+        parts, whole = build(config, positions, 3, dtype), start.to(positions.device, dtype).requires_grad_()
+        out = seam.prepare_joined(whole, sizes, *parts, SCALE)
+        assert all(x.is_contiguous() for x in out)
+        leaves = [whole, *parts.norm.parameters()]
+        return [*out, *torch.autograd.grad(out, leaves, [g.to(x) for g, x in zip(gradients, out, strict=True)])]
+
+    found, wanted = outcome(torch.float32), outcome(torch.float64)
+    assert not found[3][..., -5:].any()
+    for a, b in zip(found, wanted, strict=True):
+        assert error(a, b) < 1e-6
+
+
+@pytest.mark.gpu
+def test_what_is_registered_for_a_joined_projection_is_true() -> None:
+    config, device = configure("l2_dim_scale", "xpos", True), interpreted.device()
+    parts = build(config, positions_of(3, 1, device), 3, torch.float32)
+    whole = torch.randn(2, 3, 64, device=device, requires_grad=True)
+    tables, tails = [*parts.rotation.query, *parts.rotation.key], list(parts.bias.tails(SCALE, whole.dtype))
+    torch.library.opcheck(qk._prepare_joined, (whole, [3, 1, 12, 16], *parts.norm.scales, tables, tails, "l2", "half"))
 
 
 @pytest.mark.gpu

@@ -18,8 +18,10 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
             torch.nn.init.normal_(parameter)
     x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
     parameters = [x, *(p for linear in linears for p in linear.parameters())]
-    outs, wanted = joined.project(x, linears), [linear(x) for linear in linears]
-    assert [out.shape for out in outs] == [out.shape for out in wanted]
+    whole, wanted = joined.project(x, linears), [linear(x) for linear in linears]
+    assert whole.shape == (2, 5, 64)
+    assert not whole[..., 61:].any()
+    outs = whole[..., :61].split([40, 12, 9], -1)
     assert joined.side_by_side(linears)[0].shape == (64, 24)
     weights = [torch.randn_like(out) for out in wanted]
     grads = (torch.autograd.grad(sum((o * w).sum() for o, w in zip(side, weights, strict=True)), parameters) for side in (outs, wanted))

@@ -17,6 +17,8 @@ from andromeda.kernels.device.fp8 import parts, scale_of
 
 TOKENS, TOKENS_BACKWARD, WARPS = 8, 32, 4
 """Tokens of a program, and its warps. The backward pass writes a sum for each program."""
+WIDE, WARPS_WIDE = 2048, 8
+"""Wider vectors than this need more warps in the backward pass, which holds several of them in registers."""
 
 
 class Form(NamedTuple):
@@ -190,11 +192,27 @@ class Back(NamedTuple):
 
 
 @triton.jit
-def _store_gradient(back, value, row, column, exists, form: tl.constexpr):
-    at = row * form.C + column
-    if back.dtotal is not None:
-        value += tl.load(back.dtotal + at, mask=exists, other=0.0).to(tl.float32)
-    tl.store(back.dx + at, value.to(back.dx.dtype.element_ty), mask=exists)
+def _both(a, b, more_a, more_b):
+    return a + more_a, b + more_b
+
+
+@triton.jit
+def _two_sums(a, b, of_a, of_b):
+    """Sums over both parts of a and b, and of of_a and of_b, whose warps wait for each other once for both."""
+    first, of_first = tl.reduce((a, of_a), 0, _both)
+    second, of_second = tl.reduce((b, of_b), 0, _both)
+    return first + second, of_first + of_second
+
+
+@triton.jit
+def _row(x, row, column, exists, form: tl.constexpr):
+    """Some channels of a row as they are stored, zero where there are none."""
+    return tl.load(x + row * form.C + column, mask=exists, other=0.0)
+
+
+@triton.jit
+def _store_row(x, value, row, column, exists, form: tl.constexpr):
+    tl.store(x + row * form.C + column, value.to(x.dtype.element_ty), mask=exists)
 
 
 @triton.jit
@@ -206,32 +224,43 @@ def _norm_shift_backward(back, T, eps, form: tl.constexpr, FIRST: tl.constexpr, 
     first, second = tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND)
     a_exists, b_exists = first < form.C, second < form.C
     a_sum, b_sum = tl.zeros((FIRST,), tl.float32), tl.zeros((SECOND,), tl.float32)
-    a_own = tl.load(back.dy + (base + start) * form.C + first, mask=a_exists, other=0.0).to(tl.float32)
-    b_own = tl.load(back.dy + (base + start) * form.C + second, mask=b_exists, other=0.0).to(tl.float32)
-    for token in range(start, min(start + form.tokens, T)):
-        row = base + token
-        more = token + 1 < T
-        a_next = tl.load(back.dy + (row + 1) * form.C + first, mask=a_exists & more, other=0.0).to(tl.float32)
-        b_next = tl.load(back.dy + (row + 1) * form.C + second, mask=b_exists & more, other=0.0).to(tl.float32)
-        a_dn, b_dn = a_own, b_own
+    # Rows are asked for a token ahead, so that a program need not wait for memory and for its warps in turn; until then they
+    # stay in the type that they are stored in, which takes half the registers in 16 bits.
+    begin, end, after = base + start, base + min(start + form.tokens, T), base + T
+    more = begin + 1 < after
+    a_next, b_next = _row(back.dy, begin + 1, first, a_exists & more, form), _row(back.dy, begin + 1, second, b_exists & more, form)
+    a_own, b_own = _row(back.dy, begin, first, a_exists, form), _row(back.dy, begin, second, b_exists, form)
+    a_x, b_x = _row(back.x, begin, first, a_exists, form), _row(back.x, begin, second, b_exists, form)
+    for row in range(begin, end):
+        a, b = a_x.to(tl.float32), b_x.to(tl.float32)
+        further, more = row + 1 < end, row + 2 < tl.minimum(end + 1, after)
+        a_dy, b_dy = _row(back.dy, row + 2, first, a_exists & more, form), _row(back.dy, row + 2, second, b_exists & more, form)
+        a_x, b_x = _row(back.x, row + 1, first, a_exists & further, form), _row(back.x, row + 1, second, b_exists & further, form)
+        if back.dtotal is not None:
+            a_passed, b_passed = _row(back.dtotal, row, first, a_exists, form), _row(back.dtotal, row, second, b_exists, form)
+        a_dn, b_dn = a_own.to(tl.float32), b_own.to(tl.float32)
         if form.end > form.begin:
             # What this token gave to the next one.
-            same = _same(back.documents, tl.where(more, row + 1, row), more)
-            a_dn = tl.where(_moved(first, form), a_next * same, a_own)
-            b_dn = tl.where(_moved(second, form), b_next * same, b_own)
-        a_own, b_own = a_next, b_next
-        a = tl.load(back.x + row * form.C + first, mask=a_exists, other=0.0).to(tl.float32)
-        b = tl.load(back.x + row * form.C + second, mask=b_exists, other=0.0).to(tl.float32)
-        a, b, factor = _statistics(a, b, a_exists, b_exists, eps, form)
-        a_sum += a_dn * a
-        b_sum += b_dn * b
-        a_dn, b_dn = _gained(back, a_dn, first, a_exists), _gained(back, b_dn, second, b_exists)
-        along = (tl.sum(a_dn * a, 0) + tl.sum(b_dn * b, 0)) / form.C
+            same = _same(back.documents, tl.minimum(row + 1, after - 1), row + 1 < after)
+            a_dn = tl.where(_moved(first, form), a_next.to(tl.float32) * same, a_dn)
+            b_dn = tl.where(_moved(second, form), b_next.to(tl.float32) * same, b_dn)
+        a_own, b_own, a_next, b_next = a_next, b_next, a_dy, b_dy
+        a_d, b_d = _gained(back, a_dn, first, a_exists), _gained(back, b_dn, second, b_exists)
         shift = 0.0
         if form.layer:
-            shift = (tl.sum(a_dn, 0) + tl.sum(b_dn, 0)) / form.C
-        _store_gradient(back, factor * (a_dn - shift - a * along), row, first, a_exists, form)
-        _store_gradient(back, factor * (b_dn - shift - b * along), row, second, b_exists, form)
+            mean, shift = _two_sums(a, b, a_d, b_d)
+            mean, shift = mean / form.C, shift / form.C
+            a, b = tl.where(a_exists, a - mean, 0.0), tl.where(b_exists, b - mean, 0.0)
+        square, along = _two_sums(a * a, b * b, a_d * a, b_d * b)
+        factor = 1.0 / tl.sqrt(square / form.C + eps)
+        a, b, along = a * factor, b * factor, along * factor / form.C
+        a_sum += a_dn * a
+        b_sum += b_dn * b
+        a_dx, b_dx = factor * (a_d - shift - a * along), factor * (b_d - shift - b * along)
+        if back.dtotal is not None:
+            a_dx, b_dx = a_dx + a_passed.to(tl.float32), b_dx + b_passed.to(tl.float32)
+        _store_row(back.dx, a_dx, row, first, a_exists, form)
+        _store_row(back.dx, b_dx, row, second, b_exists, form)
     if back.partial is not None:
         at = back.partial + tl.program_id(0) * form.C
         tl.store(at + first, a_sum, mask=a_exists)
@@ -263,6 +292,6 @@ def backward(
     form = Form(C, layer, *moved, 0.0, TOKENS_BACKWARD)
     back = Back(x, weight, documents, dy, dtotal, dx, partial)
     with torch.cuda.device_of(x):
-        _norm_shift_backward[(programs,)](back, T, eps, form, **_halves(C), num_warps=WARPS)
+        _norm_shift_backward[(programs,)](back, T, eps, form, **_halves(C), num_warps=WARPS_WIDE if C > WIDE else WARPS)
     # One order of summation, whatever the order in which the blocks ran.
     return dx, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)

@@ -2,6 +2,8 @@
 
 A program takes a block of tokens and a few heads, of the queries or of the keys: it reads the tokens' angles once and then
 each head once. The backward pass reads the raw vectors again and computes their norms anew, so that forward saves nothing.
+Where it has gradients of learned scales, a program walks over several blocks of tokens of one head instead, and their sums
+stay in registers until the end.
 
 A head is read as D/2 pairs of columns; those that rotary leaves alone are pairs that turn by nothing. Shapes: n tokens of a
 block, P pairs, rounded up to a power of two.
@@ -17,8 +19,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from andromeda.kernels.device.early import begin, early, options, wait
 
 RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 UNIT_EPS = tl.constexpr(1e-12)
@@ -40,6 +40,10 @@ class Launch(NamedTuple):
 
 
 FORWARD, BACKWARD, DECODE = Launch(32, 6, 4), Launch(32, 6, 4), Launch(4, 1, 1)
+SCALED = Launch(16, 1, 4)
+"""Of the backward pass with learned scales: small blocks, since the sums take registers too."""
+WALK, WALKS = 8, 64
+"""Most blocks that one of its programs walks over, and as many walks as there must be before they grow longer than one block."""
 FEW_TOKENS = 1024
 """Up to here a program has one head, so that few tokens still occupy the whole GPU."""
 
@@ -64,7 +68,6 @@ class Shape(NamedTuple):
     """Tokens of a program."""
     heads: int
     """Heads of a program."""
-    early: bool = False
 
 
 class Side(NamedTuple):
@@ -99,19 +102,17 @@ class Side(NamedTuple):
     dx_b: Any = None
     dx_t: Any = None
     partial: Any = None
-    """Gradient of the scales, for each block of tokens."""
-    place: Any = None
-    """Where in y, a cache, the one token of a pass belongs: a number () on the device."""
+    """Gradient of the scales, a row for each walk over blocks of tokens."""
+    partial_row: Any = None
+    """Numbers from one of its rows to the next."""
 
 
 class Block(NamedTuple):
-    """The tokens of a program, each (n,), and the number of their block."""
+    """The tokens of a block, each (n,)."""
 
-    token: Any
     batch: Any
     time: Any
     live: Any
-    index: Any
 
 
 @triton.jit
@@ -220,16 +221,16 @@ def _scales(side, head, shape: tl.constexpr):
 
 
 @triton.jit
-def _store_scale_gradient(side, index, head, a, b, shape: tl.constexpr):
-    """A block's share in the gradient of a head's scales, summed from the tokens' shares a and b, each (n, P)."""
-    row = index * side.count + head
+def _store_scale_gradient(side, walk, head, a, b, shape: tl.constexpr):
+    """A walk's share in the gradient of a head's scales, summed from the shares a and b of its tokens, each (n, P)."""
+    row = side.partial + walk * side.partial_row
     if side.per_dim:
         first, second = _columns(shape)
         exists = tl.arange(0, shape.P) < shape.D // 2
-        tl.store(side.partial + row * shape.D + first, tl.sum(a, 0), mask=exists)
-        tl.store(side.partial + row * shape.D + second, tl.sum(b, 0), mask=exists)
+        tl.store(row + head * shape.D + first, tl.sum(a, 0), mask=exists)
+        tl.store(row + head * shape.D + second, tl.sum(b, 0), mask=exists)
     else:
-        tl.store(side.partial + row, tl.sum(tl.sum(a + b, 1), 0))
+        tl.store(row + head, tl.sum(tl.sum(a + b, 1), 0))
 
 
 @triton.jit
@@ -267,8 +268,6 @@ def _forward_side(side, at, start, shape: tl.constexpr):
     if shape.HALF > 0:
         cos, sin = _angles(side, at, shape)
     x, y = _rows(side.x, side.x_b, side.x_t, at, shape), _rows(side.y, side.y_b, side.y_t, at, shape)
-    if side.place is not None:
-        y += tl.load(side.place).to(tl.int64) * side.y_t * shape.unit
     for head in range(start, tl.minimum(start + shape.heads, side.count)):
         a, b = _load(x + head * side.x_h, at.live, shape)
         if shape.norm != "none":
@@ -285,45 +284,63 @@ def _forward_side(side, at, start, shape: tl.constexpr):
 
 
 @triton.jit
-def _backward_side(side, at, begin, shape: tl.constexpr):
-    """Gradients of some heads of a block of tokens, from head `begin` on, and the block's share of those of the scales."""
-    if shape.HALF > 0:
-        cos, sin = _angles(side, at, shape)
-    dy, dx = _rows(side.y, side.y_b, side.y_t, at, shape), _rows(side.dx, side.dx_b, side.dx_t, at, shape)
-    for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
-        d_a, d_b = _load(dy + head * side.y_h, at.live, shape)
+def _backward_side(side, walk, begin, N, T, blocks, shape: tl.constexpr):
+    """Gradients of some heads of the blocks of a walk, from head `begin` on, and the walk's share of those of the scales."""
+    tl.static_assert(side.scale is None or shape.heads == 1, "the sums are of one head")
+    tokens: tl.constexpr = shape.tokens
+    P: tl.constexpr = shape.P
+    sum_a, sum_b = tl.zeros((tokens, P), tl.float32), tl.zeros((tokens, P), tl.float32)
+    if side.scale is not None:
+        s_a, s_b = _scales(side, begin, shape)
+    for block in range(walk * blocks, tl.minimum((walk + 1) * blocks, tl.cdiv(N, shape.tokens))):
+        at = _block(block, N, T, shape)
         if shape.HALF > 0:
-            d_a, d_b = d_a * cos + d_b * sin, d_b * cos - d_a * sin
-        if shape.norm != "none":
-            a, b = _load(_rows(side.x, side.x_b, side.x_t, at, shape) + head * side.x_h, at.live, shape)
-            f, w = _norm(a, b, shape)
-            a, b = a * f, b * f
-            if side.scale is not None:
-                _store_scale_gradient(side, at.index, head, a * d_a, b * d_b, shape)
-                s_a, s_b = _scales(side, head, shape)
-                d_a, d_b = d_a * s_a, d_b * s_b
-            along = w * tl.sum(a * d_a + b * d_b, 1)[:, None]
-            d_a, d_b = f * (d_a - a * along), f * (d_b - b * along)
-        _store(dx + head * shape.D, at.live, d_a, d_b, shape)
+            cos, sin = _angles(side, at, shape)
+        dy, dx = _rows(side.y, side.y_b, side.y_t, at, shape), _rows(side.dx, side.dx_b, side.dx_t, at, shape)
+        for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
+            d_a, d_b = _load(dy + head * side.y_h, at.live, shape)
+            if shape.HALF > 0:
+                d_a, d_b = d_a * cos + d_b * sin, d_b * cos - d_a * sin
+            if shape.norm != "none":
+                a, b = _load(_rows(side.x, side.x_b, side.x_t, at, shape) + head * side.x_h, at.live, shape)
+                f, w = _norm(a, b, shape)
+                a, b = a * f, b * f
+                if side.scale is not None:
+                    sum_a += a * d_a
+                    sum_b += b * d_b
+                    d_a, d_b = d_a * s_a, d_b * s_b
+                along = w * tl.sum(a * d_a + b * d_b, 1)[:, None]
+                d_a, d_b = f * (d_a - a * along), f * (d_b - b * along)
+            _store(dx + head * shape.D, at.live, d_a, d_b, shape)
+    if side.scale is not None:
+        _store_scale_gradient(side, walk, begin, sum_a, sum_b, shape)
 
 
 @triton.jit
-def _program(q, k, N, T, shape: tl.constexpr):
-    """Whether this program is of the queries, its first head and its tokens. Neighbours share tokens, whose tables are cached then."""
+def _block(index, N, T, shape: tl.constexpr):
+    """The tokens of a block."""
+    token = index * shape.tokens + tl.arange(0, shape.tokens)
+    batch = token // T
+    return Block(batch, token - batch * T, token < N)
+
+
+@triton.jit
+def _program(q, k, shape: tl.constexpr):
+    """Whether this program is of the queries, its first head and the number of its tokens' block or walk.
+
+    Neighbours share tokens, whose tables are cached then.
+    """
     q_groups: tl.constexpr = (q.count + shape.heads - 1) // shape.heads
     groups: tl.constexpr = q_groups + (k.count + shape.heads - 1) // shape.heads
     index, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    token = index * shape.tokens + tl.arange(0, shape.tokens)
-    batch = token // T
     first = tl.where(group < q_groups, group, group - q_groups) * shape.heads
-    return group < q_groups, first, Block(token, batch, token - batch * T, token < N, index)
+    return group < q_groups, first, index
 
 
 @triton.jit
 def _forward(q, k, N, T, shape: tl.constexpr):
-    begin(shape)
-    wait(shape)
-    of_queries, first, at = _program(q, k, N, T, shape)
+    of_queries, first, index = _program(q, k, shape)
+    at = _block(index, N, T, shape)
     if of_queries:
         _forward_side(q, at, first, shape)
     else:
@@ -331,12 +348,12 @@ def _forward(q, k, N, T, shape: tl.constexpr):
 
 
 @triton.jit
-def _backward(q, k, N, T, shape: tl.constexpr):
-    of_queries, first, at = _program(q, k, N, T, shape)
+def _backward(q, k, N, T, blocks, shape: tl.constexpr):
+    of_queries, first, walk = _program(q, k, shape)
     if of_queries:
-        _backward_side(q, at, first, shape)
+        _backward_side(q, walk, first, N, T, blocks, shape)
     else:
-        _backward_side(k, at, first, shape)
+        _backward_side(k, walk, first, N, T, blocks, shape)
 
 
 def forward(
@@ -347,49 +364,59 @@ def forward(
     norm: str,
     layout: str,
     launch: Launch | None = None,
-    place: tuple[Tensor, Tensor] | None = None,
 ) -> Pair:
-    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`.
-
-    place: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
-    """
-    B, T, _, D = xs[0].shape
-    launch = launch or (DECODE if B * T <= FEW_TOKENS else FORWARD)
+    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`."""
+    N, T = _tokens(xs[0])
+    D = xs[0].shape[-1]
+    launch = launch or (DECODE if N <= FEW_TOKENS else FORWARD)
     out = D + (tails[1].shape[-1] if tails else 0)
-    cache, index = place or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
-    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
+    ys = [x.new_empty(*x.shape[:-1], out) for x in xs]
     xs = _readable(xs, layout)
-    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)._replace(early=place is not None and early(xs[0]))
+    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)
     q, k = (
         _side(shape, query, x, y, scale, tables)._replace(tail=tail)
         for query, x, y, scale, tail in zip(_QUERY, xs, ys, scales, tails or (None, None), strict=True)
     )
-    _launch(_forward, q, k._replace(place=index), ys[0], shape, launch)
+    _launch(_forward, (q, k, N, T), triton.cdiv(N, launch.tokens), shape, launch)
     return ys[0], ys[1]
 
 
 def backward(
-    dys: Pair, raw: Sequence[Tensor], scales: Maybe, tables: list[Tensor], norm: str, layout: str, D: int, launch: Launch | None = None
+    dys: Pair,
+    raw: Sequence[Tensor],
+    scales: Maybe,
+    tables: list[Tensor],
+    norm: str,
+    layout: str,
+    dxs: Pair,
+    launch: Launch | None = None,
 ) -> list[Tensor]:
-    """Gradients of raw queries and keys, then of the scales that there are, from those of the prepared ones.
+    """Fill dxs, the gradients of raw queries (B, T, H, D) and keys (B, T, G, D), and return those of the scales that there are.
 
-    `raw` may be missing where nothing is normed.
+    dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
+    long as heads lie side by side and, for interleaved pairs, begin at even columns.
     """
-    launch = launch or BACKWARD
-    blocks = triton.cdiv(dys[0].shape[0] * dys[0].shape[1], launch.tokens)
-    dxs = [dy.new_empty(*dy.shape[:-1], D) for dy in dys]
-    partials = [None if s is None else s.new_empty(blocks, *s.shape, dtype=torch.float32) for s in scales]
+    D = dxs[0].shape[-1]
+    N, T = _tokens(dys[0])
+    scaled = any(s is not None for s in scales)
+    launch = launch or (SCALED if scaled else BACKWARD)
+    blocks = min(WALK, max(1, N // (WALKS * launch.tokens))) if scaled else 1
+    walks = triton.cdiv(N, blocks * launch.tokens)
+    sizes = [0 if s is None else s.numel() for s in scales]
+    partial = dys[0].new_empty(walks, sum(sizes), dtype=torch.float32)
     dys = _readable(dys, layout)
     xs = _readable((raw[0], raw[1]), layout) if raw else dys
     shape = _shape(D, D, [*xs, *dys, *dxs], tables, norm, layout, launch)
     q, k = (
-        _side(shape, query, x, dy, scale, tables)._replace(dx=dx, dx_b=_units(dx, 0, shape), dx_t=_units(dx, 1, shape), partial=partial)
-        for query, x, dy, scale, dx, partial in zip(_QUERY, xs, dys, scales, dxs, partials, strict=True)
+        _side(shape, query, x, dy, scale, tables)._replace(
+            dx=dx, dx_b=_units(dx, 0, shape), dx_t=_units(dx, 1, shape), partial=part, partial_row=sum(sizes)
+        )
+        for query, x, dy, scale, dx, part in zip(_QUERY, xs, dys, scales, dxs, partial.split(sizes, 1), strict=True)
     )
-    _launch(_backward, q, k, dxs[0], shape, launch)
-    # One order of summation, whatever the order in which the blocks ran.
-    sums = [p.sum(0).to(s.dtype) for p, s in zip(partials, scales, strict=True) if p is not None and s is not None]
-    return [*dxs, *sums]
+    _launch(_backward, (q, k, N, T, blocks), walks, shape, launch)
+    # One order of summation, whatever the order in which the programs ran, and one pass for both scales.
+    sums = zip(partial.sum(0).split(sizes), scales, strict=True) if scaled else ()
+    return [of.view_as(s).to(s.dtype, copy=True) for of, s in sums if s is not None]
 
 
 _QUERY = (True, False)
@@ -434,8 +461,14 @@ def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: 
     return Shape(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, launch.tokens, launch.heads)
 
 
-def _launch(kernel: Any, q: Side, k: Side, x: Tensor, shape: Shape, launch: Launch) -> None:
-    N, T = x.shape[0] * x.shape[1], x.shape[1]
+def _tokens(x: Tensor) -> tuple[int, int]:
+    """Tokens of x (B, T, ...), in all and in a sequence."""
+    return x.shape[0] * x.shape[1], x.shape[1]
+
+
+def _launch(kernel: Any, given: tuple[Any, ...], indices: int, shape: Shape, launch: Launch) -> None:
+    """Programs for every group of heads of both sides, which `given` begins with, and each of `indices` blocks or walks."""
+    q, k = given[:2]
     groups = triton.cdiv(q.count.value, launch.heads) + triton.cdiv(k.count.value, launch.heads)
-    with torch.cuda.device_of(x):
-        kernel[(triton.cdiv(N, launch.tokens) * groups,)](q, k, N, T, shape, num_warps=launch.warps, **options(shape.early))
+    with torch.cuda.device_of(q.x):
+        kernel[(indices * groups,)](*given, shape, num_warps=launch.warps)
