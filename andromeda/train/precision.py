@@ -21,6 +21,8 @@ from andromeda.model.transformer import Transformer
 
 OWN = True
 """Whether fp8 uses our own layers where they can run, otherwise torchao's."""
+TOGETHER = (("query", "value", "key"),)
+"""Layers whose products are taken as one, in the order in which attention asks for it."""
 
 
 class Precision:
@@ -140,7 +142,7 @@ class Float8(BFloat16):
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if OWN and self.device.type == "cuda" and cast8.TRITON:
-            exchange(model.trunk, _chosen, [("query", "value", "key")])
+            exchange(model.trunk, _chosen, TOGETHER)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
