@@ -17,10 +17,10 @@ from andromeda.model.linear8 import Linear8
 
 
 def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
-    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product; plain ones only, or 8-bit ones
-    that were cast as one."""
+    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product. Plain ones, or
+    8-bit ones, which were cast as one."""
     if isinstance(linears[0], Linear8):
-        return bool(linears[0].beside) and cast8.accepts(x)
+        return len(linears[0].beside) > 0 and cast8.accepts(x)
     plain = all(type(linear) is Linear and type(linear.weight) is nn.Parameter for linear in linears)
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 
