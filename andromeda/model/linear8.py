@@ -54,6 +54,7 @@ class Linear8(Linear):
             return cast8.cast_weight(self._joined())
         return Weight8(self.rows, self.columns, self.scale, self.norms)
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def refresh(self) -> None:
         """Cast again what has changed."""

@@ -23,6 +23,20 @@ class Tile(NamedTuple):
 
 
 MEASURED, CAST = Tile(16, 256, 4), Tile(128, 128, 8)
+GROUP = tl.constexpr(8)
+"""Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
+
+
+@triton.jit
+def place(N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Row and column of this program's tile among all tiles."""
+    down, across = tl.cdiv(N, ROWS), tl.cdiv(K, COLUMNS)
+    return tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, GROUP)
+
+
+def programs(N: int, K: int, tile: Tile) -> int:
+    """How many tiles cover (N, K)."""
+    return triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns)
 
 
 @triton.jit
@@ -32,16 +46,16 @@ def eight_bits(value, kind: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def word(packed, value, PLACE: tl.constexpr):
-    """packed with the byte of an 8-bit number put at PLACE."""
-    return packed | (value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * PLACE))
+def word(packed, value, BYTE: tl.constexpr):
+    """packed with the byte of an 8-bit number put at BYTE."""
+    return packed | (value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * BYTE))
 
 
 @triton.jit
-def store_words(columns, packed, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Words (ROWS / 4, COLUMNS) of a program's tile into its place in `columns` (K, N / 4)."""
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
+def store_words(columns, packed, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Words (ROWS / 4, COLUMNS) of a tile into its place in `columns` (K, N / 4)."""
+    column = across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
     tl.store(columns + column.to(tl.int64) * (N // 4) + four, tl.trans(packed), mask=(column < K) & (four < N // 4))
 
 
@@ -62,12 +76,13 @@ def _measure(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 @triton.jit
 def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     inverse = 1.0 / tl.load(scale)
-    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    down, across = place(N, K, ROWS, COLUMNS)
+    four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
+    column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     packed = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
     total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
-    for place in tl.static_range(4):
-        row = 4 * four + place
+    for byte in tl.static_range(4):
+        row = 4 * four + byte
         at, mask = row.to(tl.int64) * K + column, (row < N) & (column < K)
         value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
         if sums is not None:
@@ -75,12 +90,12 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
         y = eight_bits(value * inverse, kind, LARGEST)
         if rows is not None:
             tl.store(rows + at, y, mask=mask)
-        packed = word(packed, y, place)
+        packed = word(packed, y, byte)
     if columns is not None:
-        store_words(columns, packed, N, K, ROWS, COLUMNS)
+        store_words(columns, packed, N, K, down, across, ROWS, COLUMNS)
     if sums is not None:
-        one = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(sums + tl.program_id(0).to(tl.int64) * K + one, tl.sum(total, 0), mask=one < K)
+        one = across * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(sums + down.to(tl.int64) * K + one, tl.sum(total, 0), mask=one < K)
 
 
 KINDS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
@@ -100,12 +115,11 @@ def cast(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """x (N, K) in one piece over scale () -> 8 bits (N, K), the same transposed (K, N), and the sum of x's rows (K,) in float32."""
     N, K = x.shape
-    grid = triton.cdiv(N, CAST.rows), triton.cdiv(K, CAST.columns)
     by_row = torch.empty(N, K, dtype=dtype, device=x.device) if rows else None
     by_column = torch.empty(K, N, dtype=dtype, device=x.device) if columns else None
-    sums = torch.empty(grid[0], K, dtype=torch.float32, device=x.device) if total else None
+    sums = torch.empty(triton.cdiv(N, CAST.rows), K, dtype=torch.float32, device=x.device) if total else None
     words = None if by_column is None else by_column.view(torch.int32)
     form = {"LARGEST": torch.finfo(dtype).max, "kind": KINDS[dtype], "ROWS": CAST.rows, "COLUMNS": CAST.columns}
     with torch.cuda.device_of(x):
-        _cast[grid](x, scale, by_row, words, sums, N, K, **form, num_warps=CAST.warps)
+        _cast[(programs(N, K, CAST),)](x, scale, by_row, words, sums, N, K, **form, num_warps=CAST.warps)
     return by_row, by_column, None if sums is None else sums.sum(0)

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from andromeda.kernels.device.activation import _tail
-from andromeda.kernels.device.cast8 import KINDS, Tile, eight_bits, store_words, word
+from andromeda.kernels.device.cast8 import KINDS, Tile, eight_bits, place, programs, store_words, word
 
 FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
 
@@ -34,13 +34,14 @@ def _backward(
     A: tl.constexpr, A_LARGEST: tl.constexpr, DZ_LARGEST: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     a_inverse, dz_inverse = 1.0 / tl.load(a_scale), 1.0 / tl.load(dz_scale)
-    four = tl.program_id(0) * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    down, across = place(N, H, ROWS, COLUMNS)
+    four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
+    column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
     a_words, dz_words = tl.zeros((ROWS // 4, COLUMNS), tl.int32), tl.zeros((ROWS // 4, COLUMNS), tl.int32)
-    for place in tl.static_range(4):
-        row = 4 * four + place
+    for byte in tl.static_range(4):
+        row = 4 * four + byte
         at, mask = row.to(tl.int64) * H + column, (row < N) & (column < H)
         z = tl.load(u + at, mask=mask, other=0.0).to(tl.float32) + b
         above = tl.load(da + at, mask=mask, other=0.0).to(tl.float32)
@@ -52,12 +53,12 @@ def _backward(
         total += d
         rounded = eight_bits(d * dz_inverse, dz.dtype.element_ty, DZ_LARGEST)
         tl.store(dz + at, rounded, mask=mask)
-        dz_words = word(dz_words, rounded, place)
-        a_words = word(a_words, eight_bits(z * below * a_inverse, A, A_LARGEST), place)
-    store_words(dz_columns, dz_words, N, H, ROWS, COLUMNS)
-    store_words(a_columns, a_words, N, H, ROWS, COLUMNS)
-    one = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
-    tl.store(sums + tl.program_id(0).to(tl.int64) * H + one, tl.sum(total, 0), mask=one < H)
+        dz_words = word(dz_words, rounded, byte)
+        a_words = word(a_words, eight_bits(z * below * a_inverse, A, A_LARGEST), byte)
+    store_words(dz_columns, dz_words, N, H, down, across, ROWS, COLUMNS)
+    store_words(a_columns, a_words, N, H, down, across, ROWS, COLUMNS)
+    one = across * COLUMNS + tl.arange(0, COLUMNS)
+    tl.store(sums + down.to(tl.int64) * H + one, tl.sum(total, 0), mask=one < H)
 
 
 def forward(u: Tensor, bias: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -79,14 +80,13 @@ def backward(
     dz and a are divided by their scales before they are rounded; the bias's gradient is summed in float32 before that.
     """
     N, H = u.shape
-    grid = triton.cdiv(N, BACKWARD.rows), triton.cdiv(H, BACKWARD.columns)
     dz = torch.empty(N, H, dtype=dz_dtype, device=u.device)
     dz_columns, a_columns = dz.new_empty(H, N), torch.empty(H, N, dtype=a_dtype, device=u.device)
-    sums = torch.empty(grid[0], H, dtype=torch.float32, device=u.device)
+    sums = torch.empty(triton.cdiv(N, BACKWARD.rows), H, dtype=torch.float32, device=u.device)
     form = {"A": KINDS[a_dtype], "A_LARGEST": torch.finfo(a_dtype).max, "DZ_LARGEST": torch.finfo(dz_dtype).max}
     words = dz_columns.view(torch.int32), a_columns.view(torch.int32)
     with torch.cuda.device_of(u):
-        _backward[grid](
+        _backward[(programs(N, H, BACKWARD),)](
             *(da, u, bias, a_scale, dz_scale, dz, *words, sums, N, H),
             **form, ROWS=BACKWARD.rows, COLUMNS=BACKWARD.columns, num_warps=BACKWARD.warps,
         )  # fmt: skip
