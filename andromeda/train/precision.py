@@ -21,8 +21,8 @@ from andromeda.model.transformer import Transformer
 
 OWN = True
 """Whether fp8 uses our own layers where they can run, otherwise torchao's."""
-TOGETHER = (("query", "value", "key"),)
-"""Layers whose products are taken as one, in the order in which attention asks for it."""
+TOGETHER = (("query", "value", "key"), ("gate", "inner"))
+"""Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
 
 
 class Precision:

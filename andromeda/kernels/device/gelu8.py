@@ -15,6 +15,8 @@ from andromeda.kernels.device.activation import _tail
 from andromeda.kernels.device.cast8 import KINDS, Tile, eight_bits, place, programs, store_words, word
 
 FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
+REGISTERS = 80
+"""Of a thread in the backward pass: three programs at once on a multiprocessor, where the compiler would leave two."""
 
 
 @triton.jit
@@ -88,6 +90,6 @@ def backward(
     with torch.cuda.device_of(u):
         _backward[(programs(N, H, BACKWARD),)](
             *(da, u, bias, a_scale, dz_scale, dz, *words, sums, N, H),
-            **form, ROWS=BACKWARD.rows, COLUMNS=BACKWARD.columns, num_warps=BACKWARD.warps,
+            **form, ROWS=BACKWARD.rows, COLUMNS=BACKWARD.columns, num_warps=BACKWARD.warps, maxnreg=REGISTERS,
         )  # fmt: skip
     return dz, dz_columns, a_columns, sums.sum(0)

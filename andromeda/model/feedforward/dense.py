@@ -12,6 +12,7 @@ from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
 from andromeda.kernels import cast8, mlp
 from andromeda.kernels.mlp8 import gelu_mlp8
+from andromeda.model import joined
 from andromeda.model.layers import Linear
 from andromeda.model.linear8 import Linear8
 
@@ -66,7 +67,10 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C)."""
-        return self.out(self.activation(self.gate(x)) * self.inner(x))
+        pair = (self.gate, self.inner)
+        # Weights that are cast side by side anyway; others would have to be copied.
+        gate, inner = joined.project(x, pair) if isinstance(self.gate, Linear8) and joined.worth(x, pair) else (part(x) for part in pair)
+        return self.out(self.activation(gate) * inner)
 
 
 def build_dense(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
