@@ -23,6 +23,8 @@ from andromeda.kernels.precision import product_dtype
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 SIDES = 16
 """All sizes of a product must be multiples of this."""
+PIECE = 16
+"""Rows that are measured together."""
 TRITON = find_spec("triton") is not None
 
 
@@ -59,7 +61,7 @@ def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast_weight(weight: Tensor) -> Weight8:
     """weight (O, K) in both orders."""
-    largest, row = measure(weight).unbind()
+    largest, row = limits(weight)
     scale = scale_for(largest, VALUES)
     rows, columns, _ = cast(weight, scale, VALUES, True, False)
     column = torch.linalg.vector_norm(weight, dim=0, dtype=torch.float32).amax()
@@ -77,17 +79,24 @@ def weight_gradient(dy: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], dtype:
     return product(dy, x, scales, wide, fast=False).to(dtype)
 
 
+def limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, K) -> its largest absolute value () and the largest norm of a row () in float32."""
+    # One by one, so that a compiler takes each with what is made of it.
+    largest, norm = measure(x).unbind()
+    return largest.amax(), norm.amax()
+
+
 @torch.library.custom_op("andromeda::measure8", mutates_args=(), device_types="cuda")
 def measure(x: Tensor) -> Tensor:
-    """x (N, K) -> its largest absolute value and the largest norm of a row, (2,) in float32."""
+    """x (N, K) -> largest absolute values and largest norms of its rows, each of PIECE rows, (2, pieces) in float32."""
     from andromeda.kernels.device import cast8 as device
 
-    return device.measure(x.contiguous())
+    return device.measure(x.contiguous(), PIECE)
 
 
 @measure.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(2, dtype=torch.float32)
+    return x.new_empty(2, -(-x.shape[0] // PIECE), dtype=torch.float32)
 
 
 @torch.library.custom_op("andromeda::cast8", mutates_args=(), device_types="cuda")

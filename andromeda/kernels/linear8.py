@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.kernels.cast8 import GRADIENTS, VALUES, Weight8, cast, measure, product, scale_for, weight_gradient
+from andromeda.kernels.cast8 import GRADIENTS, VALUES, Weight8, cast, limits, product, scale_for, weight_gradient
 
 
 def linear8(x: Tensor, weight: Weight8, parameters: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
@@ -32,7 +32,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, bias: Tensor | None, *parameters: Tensor) -> Tensor:
-        x_scale = scale_for(measure(x)[0], VALUES)
+        x_scale = scale_for(limits(x)[0], VALUES)
         x_rows, x_columns, _ = cast(x, x_scale, VALUES, any(ctx.needs_input_grad[5:]), False)
         ctx.save_for_backward(x_columns, x_scale, columns, scale)
         ctx.sizes, ctx.dtype = [p.shape[0] for p in parameters], parameters[0].dtype
@@ -45,7 +45,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_columns, x_scale, columns, scale = ctx.saved_tensors
         need = ctx.needs_input_grad
-        dy_scale = scale_for(measure(dy)[0], GRADIENTS)
+        dy_scale = scale_for(limits(dy)[0], GRADIENTS)
         dy_rows, dy_columns, total = cast(dy, dy_scale, GRADIENTS, any(need[5:]), need[4])
         dx = product(dy_rows, columns, (dy_scale, scale), torch.bfloat16, fast=False) if need[0] else None
         dw: tuple[Tensor | None, ...] = (None,) * len(ctx.sizes)

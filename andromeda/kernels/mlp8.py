@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.kernels.cast8 import GRADIENTS, VALUES, Weight8, cast, measure, product, scale_for, weight_gradient
+from andromeda.kernels.cast8 import GRADIENTS, VALUES, Weight8, cast, limits, product, scale_for, weight_gradient
 
 FORWARD, BACKWARD = 1.25, 1.5
 """Margins of the bounds: above (17/16)^2, and above 9/8 * 17/16 * 1.13."""
@@ -44,7 +44,7 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: Tensor, rows1: Tensor, columns1: Tensor, scale1: Tensor, norms1: Tensor, w1: Tensor, b1: Tensor,
         rows2: Tensor, columns2: Tensor, scale2: Tensor, norms2: Tensor, w2: Tensor, b2: Tensor,
     ) -> Tensor:  # fmt: skip
-        largest, norm = measure(x).unbind()
+        largest, norm = limits(x)
         x_scale = scale_for(largest, VALUES)
         x_rows, x_columns, _ = cast(x, x_scale, VALUES, ctx.needs_input_grad[5], False)
         u = product(x_rows, rows1, (x_scale, scale1), torch.bfloat16, fast=True)
@@ -59,7 +59,7 @@ class _Mlp(torch.autograd.Function):
         x_columns, x_scale, u, b1, a_scale, columns1, scale1, columns2, scale2, norms2 = ctx.saved_tensors
         need = ctx.needs_input_grad
         w1_dtype, b1_dtype, w2_dtype, b2_dtype = ctx.dtypes
-        largest, norm = measure(dy).unbind()
+        largest, norm = limits(dy)
         dy_scale = scale_for(largest, GRADIENTS)
         dy_rows, dy_columns, d_b2 = cast(dy, dy_scale, GRADIENTS, need[11], need[12])
         da = product(dy_rows, columns2, (dy_scale, scale2), torch.bfloat16, fast=False)

@@ -82,7 +82,7 @@ def trained8(tokens: int, width: int, hidden: int) -> None:
     """A layer's activations and gradients in 8 bits, and its weights."""
     scale, values, gradients = empty(dtype=torch.float32), torch.float8_e4m3fn, torch.float8_e5m2
     for x in (empty(tokens, width), empty(hidden, width, dtype=torch.float32)):
-        cast8.measure(x)
+        cast8.measure(x, 16)
         cast8.cast(x, scale, values)
     cast8.cast(empty(tokens, width), scale, gradients, total=True)
     u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)

@@ -22,7 +22,9 @@ class Tile(NamedTuple):
     warps: int
 
 
-MEASURED, CAST = Tile(16, 256, 4), Tile(128, 128, 8)
+MEASURED, WARPS = 256, 4
+"""Columns that a program reads at once when it measures, and its warps."""
+CAST = Tile(128, 128, 8)
 GROUP = tl.constexpr(8)
 """Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
 
@@ -68,9 +70,9 @@ def _measure(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
         value = tl.load(x + row.to(tl.int64) * K + column, mask=(row < N) & (column < K), other=0.0).to(tl.float32)
         largest = tl.maximum(largest, tl.abs(value))
         square += value * value
-    at = partial + 2 * tl.program_id(0)
+    at = partial + tl.program_id(0)
     tl.store(at, tl.max(tl.max(largest, 1), 0))
-    tl.store(at + 1, tl.sqrt(tl.max(tl.sum(square, 1), 0)))
+    tl.store(at + tl.num_programs(0), tl.sqrt(tl.max(tl.sum(square, 1), 0)))
 
 
 @triton.jit
@@ -101,13 +103,13 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
 KINDS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
-def measure(x: Tensor) -> Tensor:
-    """x (N, K) in one piece -> largest absolute value and largest norm of a row, (2,) in float32."""
+def measure(x: Tensor, piece: int) -> Tensor:
+    """x (N, K) in one piece -> largest absolute value and largest norm of a row, each of `piece` rows, (2, pieces) in float32."""
     N, K = x.shape
-    partial = torch.empty(triton.cdiv(N, MEASURED.rows), 2, dtype=torch.float32, device=x.device)
+    partial = torch.empty(2, triton.cdiv(N, piece), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _measure[(len(partial),)](x, partial, N, K, ROWS=MEASURED.rows, COLUMNS=MEASURED.columns, num_warps=MEASURED.warps)
-    return partial.amax(0)
+        _measure[(partial.shape[1],)](x, partial, N, K, ROWS=piece, COLUMNS=MEASURED, num_warps=WARPS)
+    return partial
 
 
 def cast(
