@@ -26,13 +26,15 @@ FORWARD, BACKWARD = 1.25, 1.5
 """Margins of the bounds: above (17/16)^2, and above 9/8 * 17/16 * 1.13."""
 
 
-def gelu_mlp8(x: Tensor, first: Weight8, w1: Tensor, b1: Tensor, second: Weight8, w2: Tensor, b2: Tensor) -> Tensor:
+def gelu_mlp8(
+    x: Tensor, first: Weight8, w1: Tensor, b1: Tensor, second: Weight8, w2: Tensor, b2: Tensor, bound: Tensor | None = None
+) -> Tensor:
     """x (..., C), w1 (H, C), b1 (H,), w2 (C', H), b2 (C',) -> (..., C') in bfloat16, with the exact GELU; gradients of first order.
 
-    first, second: what was cast of w1 and w2.
+    first, second: what was cast of w1 and w2. bound (): of the norms of x's rows, which are measured otherwise.
     """
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    out: Tensor = _Mlp.apply(flat, *first, w1, b1, *second, w2, b2)
+    out: Tensor = _Mlp.apply(flat, *first, w1, b1, *second, w2, b2, bound)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -42,9 +44,9 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, rows1: Tensor, columns1: Tensor, scale1: Tensor, norms1: Tensor, w1: Tensor, b1: Tensor,
-        rows2: Tensor, columns2: Tensor, scale2: Tensor, norms2: Tensor, w2: Tensor, b2: Tensor,
+        rows2: Tensor, columns2: Tensor, scale2: Tensor, norms2: Tensor, w2: Tensor, b2: Tensor, bound: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        largest, norm = limits(x)
+        largest, norm = limits(x) if bound is None else (bound, bound)
         x_scale = scale_for(largest, VALUES)
         x_rows, x_columns, _ = cast(x, x_scale, VALUES, ctx.needs_input_grad[5], False)
         u = product(x_rows, rows1, (x_scale, scale1), torch.bfloat16, fast=True)
@@ -73,6 +75,7 @@ class _Mlp(torch.autograd.Function):
             *[None] * 4,
             weight_gradient(dy_columns, a_columns, (dy_scale, a_scale), w2_dtype) if need[11] else None,
             d_b2.to(b2_dtype) if need[12] else None,
+            None,
         )
 
 

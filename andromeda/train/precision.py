@@ -16,13 +16,11 @@ from torch import Tensor, nn
 
 from andromeda.errors import ConfigError, MissingExtra
 from andromeda.kernels import cast8
-from andromeda.model.linear8 import exchange
+from andromeda.model.exchange8 import exchange
 from andromeda.model.transformer import Transformer
 
 OWN = True
 """Whether fp8 uses our own layers where they can run, otherwise torchao's."""
-TOGETHER = (("query", "value", "key"), ("gate", "inner"))
-"""Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
 
 
 class Precision:
@@ -142,7 +140,7 @@ class Float8(BFloat16):
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if OWN and self.device.type == "cuda" and cast8.TRITON:
-            exchange(model.trunk, _chosen, TOGETHER)
+            exchange(model.trunk, _chosen)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training

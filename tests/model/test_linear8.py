@@ -12,10 +12,11 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
 from andromeda.config.train import Optim
 from andromeda.kernels import cast8
-from andromeda.model.linear8 import Linear8, exchange
+from andromeda.model.exchange8 import exchange
+from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
-from andromeda.train.precision import TOGETHER, Float8
+from andromeda.train.precision import Float8
 from andromeda.train.recompute import checkpoint_blocks
 from tests.kernels import emulated8, interpreted
 
@@ -44,7 +45,7 @@ def model(eight: bool = True, config: ModelConfig = CONFIG) -> Transformer:
     """A model whose layers were exchanged."""
     made = Transformer(config, seed=1)
     if eight:
-        exchange(made.trunk, lambda path: True, TOGETHER)
+        exchange(made.trunk, lambda path: True)
     return made
 
 
@@ -63,7 +64,7 @@ def gradients(made: Transformer) -> dict[str, Tensor]:
 def test_parameters_and_what_is_saved_stay_the_same() -> None:
     plain = Transformer(CONFIG, seed=1)
     before, saved = dict(plain.named_parameters()), plain.state_dict().keys()
-    exchange(plain.trunk, lambda path: True, TOGETHER)
+    exchange(plain.trunk, lambda path: True)
     gradients(plain)
     after = dict(plain.named_parameters())
     assert after.keys() == before.keys()
@@ -111,6 +112,38 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
             for p in made.parameters():
                 p.mul_(1.0)
     assert counter is None or counter.frame_count == 1
+
+
+@pytest.mark.parametrize("norm", ["layer", "rms", "rms_plain"])
+@pytest.mark.parametrize("kind", ["serial", "parallel"])
+@pytest.mark.parametrize("shift", ["none", "chunks"])
+def test_inputs_keep_to_the_bounds_of_their_norms(norm: str, kind: str, shift: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a gain is far larger than the others, and changes; what a norm feeds is not measured."""
+    config = CONFIG.model_copy(
+        update={
+            "block": CONFIG.block.model_copy(update={"norm": norm, "kind": kind}),
+            "shift": CONFIG.shift.model_copy(update={"kind": shift, "tokens": 3}),
+        }
+    )
+    made, shares, real = model(True, config), [], emulated8.rounded
+
+    def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        shares.append(float((x.float() / scale).abs().max() / torch.finfo(dtype).max))
+        return real(x, scale, dtype)
+
+    monkeypatch.setattr(emulated8, "rounded", rounded)
+    bounds = []
+    for size in (1.0, 100.0):
+        with torch.no_grad():
+            for name, p in made.trunk.named_parameters():
+                if "norm" in name:
+                    p[3] = size
+        gradients(made)
+        bounds.append([layer.bound for layer in made.modules() if isinstance(layer, Linear8) and layer.bound is not None])
+    assert len(bounds[0]) == 2 * 2
+    assert max(shares) <= 1
+    for before, after in zip(*bounds, strict=True):
+        assert float(after / before) == pytest.approx(1.0 if norm == "rms_plain" else 100.0)
 
 
 def test_each_weight_is_cast_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:

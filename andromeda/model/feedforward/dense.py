@@ -51,7 +51,7 @@ class Dense(nn.Module):
                 return mlp.gelu_mlp(x, *parameters)
         if self._whole and isinstance(self.inner, Linear8) and isinstance(self.out, Linear8) and cast8.accepts(x):
             inner, out = self.inner, self.out
-            return gelu_mlp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias)
+            return gelu_mlp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
         return self.out(self.activation(self.inner(x)))
 
 
