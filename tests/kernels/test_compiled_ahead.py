@@ -81,6 +81,7 @@ def inner(tokens: int, hidden: int) -> None:
 def trained8(tokens: int, width: int, hidden: int) -> None:
     """A layer's activations and gradients in 8 bits, and its weights."""
     scale, values, gradients = empty(dtype=torch.float32), torch.float8_e4m3fn, torch.float8_e5m2
+    cast8.measure(empty(width, hidden, dtype=values), 16)
     for x in (empty(tokens, width), empty(hidden, width, dtype=torch.float32)):
         cast8.measure(x, 16)
         cast8.cast(x, scale, values)
