@@ -11,27 +11,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.model.layers import Linear
-
-ALIGNED = 64
-"""The rows of the joined matrix are filled up to a multiple of this: 128 bytes in 16 bits, as fast products write best."""
+from andromeda.kernels import cast8
+from andromeda.model.layers import Linear, side_by_side
+from andromeda.model.linear8 import Linear8
 
 
 def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
-    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product; plain ones only."""
+    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product. Plain ones, or
+    8-bit ones, which were cast as one."""
+    if isinstance(linears[0], Linear8):
+        return len(linears[0].beside) > 0 and cast8.accepts(x)
     plain = all(type(linear) is Linear and type(linear.weight) is nn.Parameter for linear in linears)
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 
 
 def project(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
     """What all linear layers give for x (..., K), side by side, and zeros at the end: (..., N)."""
-    return F.linear(x, *side_by_side(linears))
+    return linears[0].project(x) if isinstance(linears[0], Linear8) else F.linear(x, *side_by_side(linears))
 
 
-def side_by_side(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
-    """Their weights as one (N, K) and their biases as one (N,), zeros at the end."""
-    padding = -sum(linear.out_features for linear in linears) % ALIGNED
-    weights: list[Tensor] = [linear.weight for linear in linears]
-    weight = F.pad(torch.cat(weights), (0, 0, 0, padding))
-    biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return weight, F.pad(torch.cat(biases), (0, padding)) if biases else None
+def parts(whole: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
+    """What each linear layer gives: views (..., N_i) of what `project` does."""
+    sizes = [linear.out_features for linear in linears]
+    return whole.split([*sizes, whole.shape[-1] - sum(sizes)], -1)[:-1]

@@ -40,6 +40,8 @@ class Optimizer:
         """Update every parameter that has a gradient."""
         for part in self.parts:
             part.step()
+        # torch's fused steps change parameters without counting it, which whoever keeps something made of them must see.
+        torch.autograd.graph.increment_version(self.parameters())
 
     def zero_grad(self) -> None:
         """Drop all gradients (they become None, so their memory is free)."""

@@ -15,7 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.errors import ConfigError, MissingExtra
+from andromeda.kernels import cast8
+from andromeda.model.exchange8 import exchange
 from andromeda.model.transformer import Transformer
+
+OWN = True
+"""Whether fp8 uses our own layers where they can run, otherwise torchao's."""
 
 
 class Precision:
@@ -124,15 +129,19 @@ class Float16(Precision):
 
 class Float8(BFloat16):
     """Products of the blocks in 8 bits, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
-    2209.05433), one scale a tensor, taken from its largest value at every step. The weights that are trained stay float32.
+    2209.05433), one scale a tensor, from its largest value or a bound of it at every step. The weights that are trained stay float32.
 
-    The linear layers are torchao's. Sizes that are no multiple of 16 cannot be products of 8 bits and keep bfloat16.
+    The linear layers are our own on a GPU (model/linear8.py), torchao's elsewhere. Sizes that are no multiple of 16 cannot be
+    products of 8 bits and keep bfloat16.
     """
 
     name = "fp8"
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
+        if OWN and self.device.type == "cuda" and cast8.TRITON:
+            exchange(model.trunk, _chosen)
+            return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         except ImportError:
@@ -142,9 +151,14 @@ class Float8(BFloat16):
         return model
 
 
+def _chosen(path: str) -> bool:
+    """Not a router, by its path in the trunk: its scores decide by small differences and are kept exact."""
+    return path.startswith("blocks.") and ".router." not in path
+
+
 def _fits_fp8(module: nn.Module, path: str) -> bool:
-    """The blocks' own products. A router's scores decide by small differences and are kept exact."""
-    if not isinstance(module, nn.Linear) or not path.startswith("trunk.blocks.") or ".router." in path:
+    """The blocks' own products."""
+    if not isinstance(module, nn.Linear) or not path.startswith("trunk.") or not _chosen(path.removeprefix("trunk.")):
         return False
     return module.in_features % 16 == 0 and module.out_features % 16 == 0
 

@@ -26,9 +26,12 @@ DEAR = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "andromeda::fa4",
+    "andromeda::measure8",
+    "andromeda::cast8",
     "flex_attention",
 )
-"""Operations whose outputs `selective` keeps: matrix products and attention. The rest costs memory traffic only."""
+"""Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
+are made of. The rest costs memory traffic only."""
 
 
 def checkpoint_blocks(model: Transformer, kind: str) -> None:

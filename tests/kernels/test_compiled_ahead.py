@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from andromeda.kernels.device import activation, cross_entropy, decode, embedding, fp8, gelu, norm_shift, qk  # noqa: E402
+from andromeda.kernels.device import activation, cast8, cross_entropy, decode, embedding, fp8, gelu, gelu8, norm_shift, qk  # noqa: E402
 from tests.kernels import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted.INTERPRETED, reason="the interpreter compiles nothing")
@@ -78,6 +78,19 @@ def inner(tokens: int, hidden: int) -> None:
     gelu.backward(u, u, bias)
 
 
+def trained8(tokens: int, width: int, hidden: int) -> None:
+    """A layer's activations and gradients in 8 bits, and its weights."""
+    scale, values, gradients = empty(dtype=torch.float32), torch.float8_e4m3fn, torch.float8_e5m2
+    cast8.measure(empty(width, hidden, dtype=values), 16)
+    for x in (empty(tokens, width), empty(hidden, width, dtype=torch.float32)):
+        cast8.measure(x, 16)
+        cast8.cast(x, scale, values)
+    cast8.cast(empty(tokens, width), scale, gradients, total=True)
+    u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)
+    gelu8.forward(u, bias, scale, values)
+    gelu8.backward(u, u, bias, scale, scale, values, gradients)
+
+
 def table(tokens: int, width: int, parts: int, dtype: torch.dtype) -> None:
     dys = [empty(tokens, width // parts) for _ in range(parts)]
     embedding.table_gradient(empty(tokens, dtype=torch.long), dys, 50304, dtype)
@@ -127,6 +140,8 @@ WORKS: dict[str, Callable[[], None]] = {
     "gradient of the head": lambda: head_gradient(torch.float32),
     "gradient of the head, 16 bits": lambda: head_gradient(torch.bfloat16),
     "gelu and its gradients": lambda: inner(200_000, 10240),
+    "training in 8 bits": lambda: trained8(16384, 2560, 10240),
+    "training in 8 bits, a tail": lambda: trained8(200_000, 3328, 4224),
     "table of value embeddings": lambda: table(65536, 9216, 1, torch.bfloat16),
     "table of value embeddings, by layers": lambda: table(65536, 9216, 12, torch.float32),
     "activation in 8 bits": lambda: fp8.activate_quantise(empty(200_000, 10240), "gelu", 448.0) and None,

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from andromeda.config.model import Attention, Experts, FeedForward, ModelConfig, Rotary
 from andromeda.errors import ConfigError
+from andromeda.kernels import cast8
+from andromeda.model import exchange8
+from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
+from andromeda.train import precision
 from andromeda.train.precision import Float8, build_precision
 
 pytest.importorskip("torchao")
@@ -37,6 +42,24 @@ def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
     kinds = {name: type(module).__name__ for name, module in Float8(CPU).prepare(Transformer(odd)).named_modules()}
     exchanged = {name for name, kind in kinds.items() if kind == "Float8Linear"}
     assert exchanged == {f"trunk.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
+
+
+@pytest.mark.parametrize(("own", "triton", "kind"), [(True, True, "Linear8"), (False, True, "Float8Linear"), (True, False, "Float8Linear")])
+def test_our_own_layers_where_they_can_run(own: bool, triton: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precision, "OWN", own)
+    monkeypatch.setattr(cast8, "TRITON", triton)
+    on_gpu = Float8(CPU)
+    on_gpu.device = torch.device("cuda")
+    kinds = {type(module).__name__ for module in on_gpu.prepare(Transformer(CONFIG)).trunk.modules() if isinstance(module, nn.Linear)}
+    assert kinds == {kind}
+
+
+def test_a_router_is_left_alone() -> None:
+    mixture = CONFIG.model_copy(update={"feedforward": FeedForward(kind="moe", hidden=24), "experts": Experts(shared=1, count=16)})
+    model = Transformer(mixture)
+    exchange8.exchange(model.trunk, precision._chosen)
+    exchanged = {name for name, module in model.trunk.named_modules() if isinstance(module, Linear8)}
+    assert exchanged == {f"blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
 
 
 def test_a_product_is_that_of_the_rounded_factors() -> None:

@@ -10,8 +10,11 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.kernels import mlp
+from andromeda.kernels import cast8, mlp
+from andromeda.kernels.mlp8 import gelu_mlp8
+from andromeda.model import joined
 from andromeda.model.layers import Linear
+from andromeda.model.linear8 import Linear8
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -41,11 +44,14 @@ class Dense(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C)."""
-        # As one step where it may be: layers that were exchanged for others, as 8-bit ones are, keep their own products.
+        # As one step where it may be: layers that were exchanged for others keep their own products.
         if self._whole and type(self.inner) is type(self.out) is Linear:
             parameters = (self.inner.weight, self.inner.bias, self.out.weight, self.out.bias)
             if mlp.accepts(x, *parameters):
                 return mlp.gelu_mlp(x, *parameters)
+        if self._whole and isinstance(self.inner, Linear8) and isinstance(self.out, Linear8) and cast8.accepts(x):
+            inner, out = self.inner, self.out
+            return gelu_mlp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
         return self.out(self.activation(self.inner(x)))
 
 
@@ -61,7 +67,11 @@ class Gated(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C)."""
-        return self.out(self.activation(self.gate(x)) * self.inner(x))
+        pair = (self.gate, self.inner)
+        # Weights that are cast side by side anyway; others would have to be copied.
+        together = isinstance(self.gate, Linear8) and joined.worth(x, pair)
+        gate, inner = joined.parts(joined.project(x, pair), pair) if together else (part(x) for part in pair)
+        return self.out(self.activation(gate) * inner)
 
 
 def build_dense(config: ModelConfig, kind: str, bias: bool) -> nn.Module:

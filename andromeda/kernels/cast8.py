@@ -1,0 +1,117 @@
+"""Matrices in 8 bits for training: how they are measured, scaled, cast and multiplied.
+
+Weights and activations are e4m3, gradients e5m2 (arXiv 2209.05433), with one scale a matrix. Both formats keep their relative
+precision over many powers of two (e4m3 from 2^-6 to 448, e5m2 from 2^-14 to 57,344), so that a scale need not come from the
+largest value itself: a bound that is ten times too large costs nothing but some of the smallest numbers. What is only known after
+a product can thus be cast by the kernel that makes it, and no pass looks for its largest value (kernels/mlp8.py).
+
+A scale is a power of two. Dividing by it is exact, and a weight that hardly changes is rounded to the same numbers again.
+
+Shapes: N tokens, K width of a factor, O outputs.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from andromeda.kernels.precision import product_dtype
+
+VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
+SIDES = 16
+"""All sizes of a product must be multiples of this."""
+PIECE = 16
+"""Rows that are measured together."""
+TRITON = find_spec("triton") is not None
+
+
+class Weight8(NamedTuple):
+    """A weight (O, K) as both passes read it."""
+
+    rows: Tensor
+    """(O, K)."""
+    columns: Tensor
+    """Transposed, (K, O)."""
+    scale: Tensor
+    """What was divided by, () in float32."""
+    norms: Tensor
+    """Largest norm of a row, and of a column as it was rounded, (2,) in float32."""
+
+
+def on_device(x: Tensor) -> bool:
+    """Whether the kernels can take x."""
+    return TRITON and x.is_cuda
+
+
+def accepts(x: Tensor) -> bool:
+    """Whether products of x (..., K) are taken in 8 bits here: on a GPU, in place of bfloat16, with sizes that they can have."""
+    tokens = x.numel() // max(1, x.shape[-1])
+    return on_device(x) and product_dtype(x) == torch.bfloat16 and tokens > 0 and tokens % SIDES == 0
+
+
+def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
+    """The least power of two () by which numbers of up to `bound` () can be divided to fit into `dtype`."""
+    bits = (bound.float().clamp(min=1e-30) / torch.finfo(dtype).max).view(torch.int32)
+    # A float's bits with any of its fraction carry into its exponent.
+    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+
+
+def cast_weight(weight: Tensor) -> Weight8:
+    """weight (O, K) in both orders."""
+    largest, row = limits(weight)
+    scale = scale_for(largest, VALUES)
+    rows, columns, _ = cast(weight, scale, VALUES, True, False)
+    # A quarter of the bytes that the weight has.
+    column = limits(columns)[1] * scale
+    return Weight8(rows, columns, scale, torch.stack([row, column]))
+
+
+def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool) -> Tensor:
+    """a (M, K) and b (N, K) in 8 bits and their scales -> a b^T (M, N) in `dtype`. fast: sums that are cut off a little earlier."""
+    return torch._scaled_mm(a, b.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=fast)
+
+
+def weight_gradient(dy: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
+    """dy^T (O, N) and x^T (K, N) in 8 bits -> the gradient (O, K) in `dtype`: into float32 without a rounding in between."""
+    wide = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return product(dy, x, scales, wide, fast=False).to(dtype)
+
+
+def limits(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x (N, K) -> its largest absolute value () and the largest norm of a row () in float32."""
+    # One by one, so that a compiler takes each with what is made of it.
+    largest, norm = measure(x).unbind()
+    return largest.amax(), norm.amax()
+
+
+@torch.library.custom_op("andromeda::measure8", mutates_args=(), device_types="cuda")
+def measure(x: Tensor) -> Tensor:
+    """x (N, K) -> largest absolute values and largest norms of its rows, each of PIECE rows, (2, pieces) in float32."""
+    from andromeda.kernels.device import cast8 as device
+
+    return device.measure(x.contiguous(), PIECE)
+
+
+@measure.register_fake
+def _(x: Tensor) -> Tensor:
+    return x.new_empty(2, -(-x.shape[0] // PIECE), dtype=torch.float32)
+
+
+@torch.library.custom_op("andromeda::cast8", mutates_args=(), device_types="cuda")
+def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """x (N, K) over scale () in 8 bits; the same transposed (K, N) if asked for; the sum of x's rows (K,) in float32 if asked for."""
+    from andromeda.kernels.device import cast8 as device
+
+    by_row, by_column, sums = device.cast(x.contiguous(), scale, dtype, True, columns, total)
+    assert by_row is not None
+    return by_row, by_row.new_empty(0) if by_column is None else by_column, scale.new_empty(0) if sums is None else sums
+
+
+@cast.register_fake
+def _(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
+    N, K = x.shape
+    transposed = x.new_empty((K, N) if columns else (0,), dtype=dtype)
+    return x.new_empty(N, K, dtype=dtype), transposed, x.new_empty(K if total else 0, dtype=torch.float32)
