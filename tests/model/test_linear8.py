@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
 from andromeda.config.train import Optim
 from andromeda.kernels import cast8
+from andromeda.model import joined
 from andromeda.model.exchange8 import exchange
 from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
@@ -180,6 +182,25 @@ def test_a_step_is_seen(kind: str) -> None:
             p.zero_()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert not torch.equal(made(ids()), fresh(ids()))
+
+
+def test_layers_that_nobody_refreshed_cast_as_they_go() -> None:
+    """Blocks that are called without the trunk: compiled too, the same numbers."""
+    found = []
+    for fresh in (True, False):
+        made = model()
+        attention: Any = made.trunk.blocks[0].attention
+        layers = (attention.query, attention.value, attention.key)
+        if fresh:
+            attention.query.refresh()
+            attention.query.bound = None
+        x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = torch.compile(joined.project, backend="aot_eager", fullgraph=True)(x, layers)
+            alone = attention.query(x)
+        torch.cat([*out, alone], -1).float().square().sum().backward()
+        found.append([out[0], alone, *(layer.weight.grad for layer in layers)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_number_of_tokens_that_does_not_fit_keeps_bfloat16() -> None:
