@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
@@ -114,6 +117,26 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
             for p in made.parameters():
                 p.mul_(1.0)
     assert counter is None or counter.frame_count == 1
+
+
+@pytest.mark.parametrize("kind", ["none", "selective"])
+def test_passes_of_a_compiled_block(kind: str) -> None:
+    """Forward: two inputs bounded by their norms, attention's output measured. Backward: three gradients measured, nothing cast again."""
+    graphs: list[Counter[str]] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+        return make_boxed_func(graph.forward)
+
+    made = model()
+    checkpoint_blocks(made, kind)
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
+    for block in made.trunk.blocks:
+        block.compile(backend=backend)
+    gradients(made)
+    names = ("andromeda.measure8.default", "andromeda.cast8.default", "aten._scaled_mm.default")
+    assert [[graph[name] for name in names] for graph in graphs] == [[1, 3, 4], [3, 3, 8]]
+    assert [graphs[0]["andromeda.gelu8.default"], graphs[1]["andromeda.gelu8_gradients.default"]] == [1, 1]
 
 
 @pytest.mark.parametrize("norm", ["layer", "rms", "rms_plain"])
