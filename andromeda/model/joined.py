@@ -20,7 +20,8 @@ def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
     """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product. Plain ones, or
     8-bit ones, which were cast as one."""
     if isinstance(linears[0], Linear8):
-        return len(linears[0].beside) > 0 and cast8.accepts(x)
+        beside = linears[0].beside
+        return len(beside) > 0 and all(a is b for a, b in zip(beside, linears[1:], strict=True)) and cast8.accepts(x)
     plain = all(type(linear) is Linear and type(linear.weight) is nn.Parameter for linear in linears)
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 

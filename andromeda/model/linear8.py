@@ -45,7 +45,7 @@ class Linear8(Linear):
         """x (..., K) -> (..., O)."""
         if not cast8.accepts(x):
             return super().forward(x)
-        return linear8(x, cast8.cast_weight(self.weight) if self.beside else self.cast(), [self.weight], self.bias, self.bound)
+        return linear8(x, cast8.cast_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound)
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
@@ -76,4 +76,4 @@ class Linear8(Linear):
             self.key = key
 
     def _joined(self) -> Tensor:
-        return side_by_side((self, *self.beside))[0] if self.beside else self.weight
+        return (side_by_side((self, *self.beside))[0] if self.beside else self.weight).detach()

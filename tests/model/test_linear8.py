@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from torch import Tensor
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
 from andromeda.config.train import Optim
 from andromeda.kernels import cast8
+from andromeda.model import joined
 from andromeda.model.exchange8 import exchange
 from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
@@ -114,6 +119,26 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
     assert counter is None or counter.frame_count == 1
 
 
+@pytest.mark.parametrize("kind", ["none", "selective"])
+def test_passes_of_a_compiled_block(kind: str) -> None:
+    """Forward: two inputs bounded by their norms, attention's output measured. Backward: three gradients measured, nothing cast again."""
+    graphs: list[Counter[str]] = []
+
+    def counted(graph: torch.fx.GraphModule, inputs: Any) -> Any:
+        graphs.append(Counter(str(node.target) for node in graph.graph.nodes if node.op == "call_function"))
+        return make_boxed_func(graph.forward)
+
+    made = model()
+    checkpoint_blocks(made, kind)
+    backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
+    for block in made.trunk.blocks:
+        block.compile(backend=backend)
+    gradients(made)
+    names = ("andromeda.measure8.default", "andromeda.cast8.default", "aten._scaled_mm.default")
+    assert [[graph[name] for name in names] for graph in graphs] == [[1, 3, 4], [3, 3, 8]]
+    assert [graphs[0]["andromeda.gelu8.default"], graphs[1]["andromeda.gelu8_gradients.default"]] == [1, 1]
+
+
 @pytest.mark.parametrize("norm", ["layer", "rms", "rms_plain"])
 @pytest.mark.parametrize("kind", ["serial", "parallel"])
 @pytest.mark.parametrize("shift", ["none", "chunks"])
@@ -180,6 +205,25 @@ def test_a_step_is_seen(kind: str) -> None:
             p.zero_()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         assert not torch.equal(made(ids()), fresh(ids()))
+
+
+def test_layers_that_nobody_refreshed_cast_as_they_go() -> None:
+    """Blocks that are called without the trunk: compiled too, the same numbers."""
+    found = []
+    for fresh in (True, False):
+        made = model()
+        attention: Any = made.trunk.blocks[0].attention
+        layers = (attention.query, attention.value, attention.key)
+        if fresh:
+            attention.query.refresh()
+            attention.query.bound = None
+        x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16):
+            out = torch.compile(joined.project, backend="aot_eager", fullgraph=True)(x, layers)
+            alone = attention.query(x)
+        torch.cat([*out, alone], -1).float().square().sum().backward()
+        found.append([out[0], alone, *(layer.weight.grad for layer in layers)])
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 def test_a_number_of_tokens_that_does_not_fit_keeps_bfloat16() -> None:
