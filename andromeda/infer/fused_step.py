@@ -1,6 +1,6 @@
-"""A layer's pass over one token of each sequence: six kernels, of which four read a weight each, once, at the device's bandwidth.
+"""A layer's pass over one token of each sequence: seven kernels, of which four read a weight each, once, at the device's bandwidth.
 
-    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys + attention in parts  ->  parts put together
+    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
     ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
 
 Values and keys are written where they belong in a cache of one size (`model.fixed`); other caches, and parts that the kernels do
@@ -15,43 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.infer.fused import Fused, JoinedAttention
-from andromeda.kernels import gemv
-from andromeda.kernels.attention import decode
-from andromeda.model.attention import Attention
+from andromeda.kernels import gemv, qk
 from andromeda.model.context import Context
 from andromeda.model.fixed import FixedState
-from andromeda.model.head import Head
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.position.alibi import FoldedBias, NoBias
 from andromeda.model.prepare import known
 from andromeda.model.token_shift import ChunkShift
-from andromeda.model.transformer import Transformer
 from andromeda.model.value_embedding import NoValueMix
 
 
-def step_by_kernels(model: Transformer) -> None:
-    """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
-    blocks = model.trunk.blocks
+def step_by_kernels(blocks: nn.ModuleList) -> None:
+    """Exchange those layers that are on a GPU and in 16 or 32 bits for ones that take steps this way."""
     for index, block in enumerate(blocks):
         if isinstance(block, Fused) and not block.eight_bits and gemv.refuse(_probe(block), *_weights(block)) is None:
             blocks[index] = Stepped(block)
-    if type(model.head) is Head:
-        model.head = SteppedHead(model.head)
-
-
-class SteppedHead(Head):
-    """A head that reads its weight the same way where it is asked for few rows."""
-
-    def __init__(self, head: Head) -> None:
-        nn.Module.__init__(self)
-        self.softcap, self.weight, self.bias = head.softcap, head.weight, head.bias
-
-    def product(self, x: Tensor) -> Tensor:
-        """x (..., C) -> (..., V)."""
-        rows = x.reshape(-1, x.shape[-1])
-        if torch.is_autocast_enabled(x.device.type) or gemv.refuse(rows, self.weight):
-            return super().product(x)
-        return gemv.product(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
 
 
 class Stepped(nn.Module):
@@ -93,10 +71,9 @@ class Stepped(nn.Module):
             q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
             form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
             if form is not None:
-                form, pattern = form._replace(tails=self._tails(ctx.bias, rows.dtype)), attention.pattern(ctx)
-                if _plain(attention) and decode.prepares(q_heads, keys, values, form, pattern):
-                    ahead = (self.layer.attention.out.weight, self.layer.feedforward.inner.weight)
-                    return decode.attend_projected(q_heads, k_heads, form, keys, values, pattern, ahead).flatten(1)
+                form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
+                queries = qk.prepare_into(q_heads, k_heads, form, keys, ctx.index)
+                return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
         return attention.read(q, k, v.contiguous(), ctx).flatten(1)
 
     def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
@@ -110,11 +87,6 @@ class Stepped(nn.Module):
             if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._slopes = held
         return held, bias.digits
-
-
-def _plain(attention: Attention) -> bool:
-    """Whether it mixes values as softmax attention does, by the kernel that is best for one query."""
-    return type(attention).mix is Attention.mix and attention.backend in ("auto", decode.name)
 
 
 def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:

@@ -23,6 +23,8 @@ from andromeda.kernels.precision import product_dtype
 VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
 SIDES = 16
 """All sizes of a product must be multiples of this."""
+SMALLEST = 1e-15
+"""Bounds below this count as this, so that the product of two scales is not lost in float32."""
 PIECE = 16
 """Rows that are measured together."""
 TRITON = find_spec("triton") is not None
@@ -53,10 +55,11 @@ def accepts(x: Tensor) -> bool:
 
 
 def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least power of two () by which numbers of up to `bound` () can be divided to fit into `dtype`."""
-    bits = (bound.float().clamp(min=1e-30) / torch.finfo(dtype).max).view(torch.int32)
+    """The least power of two () by which numbers of up to `bound` () can be divided to fit into `dtype`; one where all are zero."""
+    bits = (bound.float().clamp(min=SMALLEST) / torch.finfo(dtype).max).view(torch.int32)
     # A float's bits with any of its fraction carry into its exponent.
-    return ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
+    return torch.where(bound > 0, scale, 1.0)
 
 
 def cast_weight(weight: Tensor) -> Weight8:

@@ -83,6 +83,34 @@ def prepare_joined(whole: Tensor, sizes: Sizes, form: Form) -> tuple[Tensor, Ten
     return _prepare_joined(whole, list(sizes), form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
 
 
+def prepare_into(q: Tensor, k: Tensor, form: Form, keys: Tensor, index: Tensor) -> Tensor:
+    """The same for T = 1 without gradients, the keys written into a cache (B, S, G, D or D + 4) at `index`, a number () on the device."""
+    return _prepare_into(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout, keys, index)
+
+
+@torch.library.custom_op("andromeda::prepare_qk_into", mutates_args=("keys",))
+def _prepare_into(
+    q: Tensor,
+    k: Tensor,
+    q_scale: Tensor | None,
+    k_scale: Tensor | None,
+    tables: list[Tensor],
+    tails: list[Tensor],
+    norm: str,
+    layout: str,
+    keys: Tensor,
+    index: Tensor,
+) -> Tensor:
+    from andromeda.kernels.device import qk as device
+
+    return device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout, place=(keys, index))[0]
+
+
+@_prepare_into.register_fake
+def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], q.shape[-1] + (tails[1].shape[-1] if tails else 0))
+
+
 @torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
 def _prepare(
     q: Tensor,

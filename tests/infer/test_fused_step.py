@@ -15,7 +15,6 @@ from andromeda.infer.fused_step import Stepped
 from andromeda.infer.optimise import optimise
 from andromeda.infer.step import FixedStep, GraphStep, PlainStep
 from andromeda.kernels import gemv, qk
-from andromeda.kernels.attention import decode
 from andromeda.model.cache import Cache, Nothing
 from andromeda.model.transformer import Transformer
 from tests.infer.test_fused import KINDS, model
@@ -69,9 +68,8 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
     if interpreted.INTERPRETED:
         monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
         monkeypatch.setattr(qk, "accepts", lambda q, k, form: True)
-        monkeypatch.setattr(decode, "held", lambda q, v: True)
     made = optimise(made, compiled=False)
-    fused_step.step_by_kernels(made)
+    fused_step.step_by_kernels(made.trunk.blocks)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
     return made
 
@@ -104,9 +102,9 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
 
 
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
-    made = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False)
-    fused_step.step_by_kernels(made)
-    assert not any(isinstance(block, Stepped) for block in made.trunk.blocks)
+    blocks = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False).trunk.blocks
+    fused_step.step_by_kernels(blocks)
+    assert not any(isinstance(block, Stepped) for block in blocks)
 
 
 @pytest.mark.gpu

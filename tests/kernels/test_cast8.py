@@ -106,13 +106,21 @@ def test_gelu(N: int, H: int) -> None:
     torch.testing.assert_close(total.cpu().double(), dz.sum(0), rtol=1e-4, atol=1e-4)
 
 
-@given(st.floats(1e-20, 1e20), st.sampled_from([VALUES, GRADIENTS]))
+@given(st.floats(1e-15, 1e20), st.sampled_from([VALUES, GRADIENTS]))
 def test_a_scale_is_the_least_power_of_two_that_fits(bound: float, dtype: torch.dtype) -> None:
     given_bound = torch.tensor(bound, dtype=torch.float32)
     scale = scale_for(given_bound, dtype)
     assert torch.frexp(scale).mantissa == 0.5
     assert given_bound / scale <= torch.finfo(dtype).max
     assert given_bound / (scale / 2) > torch.finfo(dtype).max * (1 - 2**-23)
+
+
+def test_what_is_zero_has_a_scale_of_one_and_scales_have_products() -> None:
+    """A layer whose output projection begins at zero has gradients of zero below it."""
+    zero, tiny = torch.zeros(()), torch.tensor(1e-30)
+    for dtype in (VALUES, GRADIENTS):
+        assert scale_for(zero, dtype) == 1
+        assert scale_for(tiny, dtype) * scale_for(tiny, VALUES) > 0
 
 
 def test_the_kernels_under_the_interpreter() -> None:

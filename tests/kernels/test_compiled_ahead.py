@@ -110,17 +110,6 @@ def one_query(rows: int, keys: int, H: int, G: int, D: int, numbered: bool) -> N
     decode.attend(empty(rows, 1, H, D), empty(rows, keys, G, D), empty(rows, keys, G, D), 0.1, 0, documents, None, 0.0)
 
 
-def one_query_as_projected(keys: int, layout: str, half: int) -> None:
-    """Preset andromeda's: one key head, scales of each dimension, folded ALiBi; weights to come as well."""
-    q, k = (empty(1, 3328)[:, at : at + size].view(1, 1, -1, 128) for at, size in ((0, 3072), (3200, 128)))
-    tables, scales = [empty(1, 1, 1, half, dtype=torch.float32)] * 4, (empty(24, 128), empty(1, 128))
-    tails = [empty(24), empty(1, 4, dtype=torch.long)]
-    made = decode.Projected(k, scales, tables, tails, "l2", layout, (empty(2560, 3072), empty(10240, 2560)))
-    cache = empty(1, keys, 1, 132), empty(1, keys, 1, 128)
-    documents = empty(1, 1, dtype=torch.long), empty(1, keys, dtype=torch.long)
-    decode.attend(q, *cache, 0.1, 0, documents, None, 0.0, empty(dtype=torch.long), made)
-
-
 def rows_activated(tokens: int, width: int) -> None:
     activation.activate(empty(tokens, width), "gelu")
 
@@ -156,8 +145,6 @@ WORKS: dict[str, Callable[[], None]] = {
     "heads, narrow": lambda: heads(32768, 16, 4, 64, "l2", "half", 64),
     "heads, RoPE": lambda: heads(32768, 16, 4, 64, "rms", "half", 64),
     "one query": lambda: one_query(1, 32768 + 256, 24, 1, 128, numbered=True),
-    "one query as projected": lambda: one_query_as_projected(32768 + 256, "interleaved", 32),
-    "one query as projected, halves": lambda: one_query_as_projected(32768 + 256, "half", 64),
     "one query, grouped heads": lambda: one_query(8, 8192, 16, 4, 64, numbered=False),
 }
 

@@ -9,7 +9,6 @@ Shapes: B batch, S keys, H query heads, G key/value heads, R = H / G, D head dim
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from importlib.util import find_spec
 
 import torch
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from andromeda.kernels.attention.needs import HALF
 from andromeda.kernels.attention.pattern import Pattern
-from andromeda.kernels.qk import Form
 
 name = "decode"
 
@@ -35,42 +33,9 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF and q.device.type != "cuda" else None
 
 
-def held(q: Tensor, v: Tensor) -> bool:
-    """Whether the kernel takes heads like these."""
-    return TRITON and q.is_cuda and q.dtype in HALF and q.shape[-1] % 2 == 0 and max(q.shape[-1], v.shape[-1]) <= WIDEST
-
-
-def prepares(q: Tensor, keys: Tensor, values: Tensor, form: Form, pattern: Pattern) -> bool:
-    """Whether `attend_projected` computes this: q (B, 1, H, D) as projected, with a cache of keys (B, S, G, D or D + 4) and values."""
-    return (
-        held(q, values)
-        and pattern.index is not None
-        # A soft cap is put on logits with a folded bias in them.
-        and not (pattern.softcap and form.tails)
-        and keys.dtype == values.dtype == q.dtype
-        and keys.stride(-1) == values.stride(-1) == q.stride(-1) == 1
-    )
-
-
-def attend_projected(
-    q: Tensor, k: Tensor, form: Form, keys: Tensor, values: Tensor, pattern: Pattern, ahead: Sequence[Tensor] = ()
-) -> Tensor:
-    """Queries (B, 1, H, D) and the newest key (B, 1, G, D) as projected: prepared as `qk.prepare` does it, and attention, in one.
-
-    The key is written into `keys` at the pattern's index; its value is in `values` already. Attention of one query leaves the
-    memory idle for microseconds: `ahead` are two weights that the kernels after it read, to be brought nearer meanwhile.
-    """
-    own, numbers = pattern.documents or (None, None)
-    return torch.ops.andromeda.decode_projected(
-        *(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout),
-        *(keys, values, own, numbers),
-        *(pattern.slopes, pattern.index, pattern.scale, pattern.window, pattern.softcap, list(ahead)),
-    )
-
-
 def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     """Same contract as `eager.attend`, for T = 1."""
-    if held(q, v):
+    if TRITON and q.is_cuda and q.dtype in HALF and max(q.shape[-1], v.shape[-1]) <= WIDEST:
         own, numbers = pattern.documents or (None, None)
         return torch.ops.andromeda.decode(
             q, k, v, own, numbers, pattern.slopes, pattern.index, pattern.scale, pattern.window, pattern.softcap
@@ -100,41 +65,6 @@ def _kernel(
 @_kernel.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, numbers: Tensor | None, slopes: Tensor | None, *_: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
-
-
-@torch.library.custom_op("andromeda::decode_projected", mutates_args=("keys",))
-def _projected(
-    q: Tensor,
-    k: Tensor,
-    q_scale: Tensor | None,
-    k_scale: Tensor | None,
-    tables: list[Tensor],
-    tails: list[Tensor],
-    norm: str,
-    layout: str,
-    keys: Tensor,
-    values: Tensor,
-    own: Tensor | None,
-    numbers: Tensor | None,
-    slopes: Tensor | None,
-    index: Tensor,
-    scale: float,
-    window: int,
-    softcap: float,
-    ahead: list[Tensor],
-) -> Tensor:
-    from andromeda.kernels.device import decode as device
-
-    documents = None if own is None or numbers is None else (own, numbers)
-    projected = device.Projected(k, (q_scale, k_scale), tables, tails, norm, layout, ahead)
-    return device.attend(q, keys, values, scale, window, documents, slopes, softcap, index, projected)
-
-
-@_projected.register_fake
-def _(q: Tensor, *given: object) -> Tensor:
-    values = given[8]
-    assert isinstance(values, Tensor)
-    return q.new_empty(*q.shape[:-1], values.shape[-1])
 
 
 def products(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:

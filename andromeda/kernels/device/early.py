@@ -2,9 +2,8 @@
 
 Such a kernel calls `begin`, so that the next one may start as early, and `wait` before it reads or writes anything that another
 kernel of the step writes or reads; all of its programs must. `wait` returns when all kernels before have ended and what they
-wrote is seen, those included for which they have waited. What no kernel of the step writes may be asked for before that: between
-two steps lie kernels that are launched in the usual way, which wait for all before them by themselves, and for which all after
-them wait. The launches become edges of a CUDA graph like others.
+wrote is seen, those included for which they have waited. A kernel launched in the usual way waits for all of that by itself.
+The launches become edges of a CUDA graph like others.
 """
 
 from __future__ import annotations
@@ -43,15 +42,3 @@ def wait(form: tl.constexpr):
     """Wait until all kernels before have written all that they write."""
     if form.early:
         gdc_wait()
-
-
-@triton.jit
-def fetch(x, count, form: tl.constexpr):
-    """Ask for `count` numbers from `x` on, a pointer, to be brought into the L2 cache."""
-    if form.early:
-        LINE: tl.constexpr = 1024 // x.dtype.element_ty.primitive_bitwidth
-        for start in range(0, count, 128 * LINE):
-            at = x + tl.minimum(start + tl.arange(0, 128) * LINE, count - 1)
-            tl.inline_asm_elementwise(
-                "prefetch.global.L2 [$1]; mov.b32 $0, 0;", "=r,l", [at.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
-            )

@@ -20,6 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.early import begin, early, options, wait
+
 RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 UNIT_EPS = tl.constexpr(1e-12)
 """The constants of `F.rms_norm` and `F.normalize`."""
@@ -68,6 +70,7 @@ class Shape(NamedTuple):
     """Tokens of a program."""
     heads: int
     """Heads of a program."""
+    early: bool = False
 
 
 class Side(NamedTuple):
@@ -105,6 +108,8 @@ class Side(NamedTuple):
     """Gradient of the scales, a row for each walk over blocks of tokens."""
     partial_row: Any = None
     """Numbers from one of its rows to the next."""
+    place: Any = None
+    """Where in y, a cache, the one token of a pass belongs: a number () on the device."""
 
 
 class Block(NamedTuple):
@@ -268,6 +273,8 @@ def _forward_side(side, at, start, shape: tl.constexpr):
     if shape.HALF > 0:
         cos, sin = _angles(side, at, shape)
     x, y = _rows(side.x, side.x_b, side.x_t, at, shape), _rows(side.y, side.y_b, side.y_t, at, shape)
+    if side.place is not None:
+        y += tl.load(side.place).to(tl.int64) * side.y_t * shape.unit
     for head in range(start, tl.minimum(start + shape.heads, side.count)):
         a, b = _load(x + head * side.x_h, at.live, shape)
         if shape.norm != "none":
@@ -339,6 +346,8 @@ def _program(q, k, shape: tl.constexpr):
 
 @triton.jit
 def _forward(q, k, N, T, shape: tl.constexpr):
+    begin(shape)
+    wait(shape)
     of_queries, first, index = _program(q, k, shape)
     at = _block(index, N, T, shape)
     if of_queries:
@@ -364,20 +373,25 @@ def forward(
     norm: str,
     layout: str,
     launch: Launch | None = None,
+    place: tuple[Tensor, Tensor] | None = None,
 ) -> Pair:
-    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`."""
+    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns; arguments as in `andromeda.kernels.qk.Form`.
+
+    place: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
+    """
     N, T = _tokens(xs[0])
     D = xs[0].shape[-1]
     launch = launch or (DECODE if N <= FEW_TOKENS else FORWARD)
     out = D + (tails[1].shape[-1] if tails else 0)
-    ys = [x.new_empty(*x.shape[:-1], out) for x in xs]
+    cache, index = place or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
+    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
     xs = _readable(xs, layout)
-    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)
+    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)._replace(early=place is not None and early(xs[0]))
     q, k = (
         _side(shape, query, x, y, scale, tables)._replace(tail=tail)
         for query, x, y, scale, tail in zip(_QUERY, xs, ys, scales, tails or (None, None), strict=True)
     )
-    _launch(_forward, (q, k, N, T), triton.cdiv(N, launch.tokens), shape, launch)
+    _launch(_forward, (q, k._replace(place=index), N, T), triton.cdiv(N, launch.tokens), shape, launch)
     return ys[0], ys[1]
 
 
@@ -471,4 +485,4 @@ def _launch(kernel: Any, given: tuple[Any, ...], indices: int, shape: Shape, lau
     q, k = given[:2]
     groups = triton.cdiv(q.count.value, launch.heads) + triton.cdiv(k.count.value, launch.heads)
     with torch.cuda.device_of(q.x):
-        kernel[(indices * groups,)](*given, shape, num_warps=launch.warps)
+        kernel[(indices * groups,)](*given, shape, num_warps=launch.warps, **options(shape.early))

@@ -27,7 +27,7 @@ from andromeda.train.device import find_device
 from andromeda.train.objective import NextToken
 from andromeda.train.rows import Rows
 from andromeda.train.session import build_session
-from andromeda.train.step import Stepper, Work
+from andromeda.train.step import Outcome, Stepper, Work
 
 WARMUP = 2
 
@@ -86,17 +86,22 @@ def _side(make: Callable[[], Step], config: RunConfig, device: torch.device, ste
 
 
 def _timed(step: Step, ids: Tensor, steps: int) -> dict[str, Any]:
-    seconds = [_seconds(step, ids) for _ in range(WARMUP + steps)]
+    made = [_seconds(step, ids) for _ in range(WARMUP + steps)]
+    seconds, bad = [spent for spent, _ in made], [why for _, why in made if why]
+    if bad:
+        # Time of steps that teach nothing is no result.
+        return {"failed": f"{len(bad)} of {len(made)} steps were not taken: {bad[0]}"}
     peak = torch.cuda.max_memory_allocated() if ids.is_cuda else None
     return {"first_step_seconds": seconds[0], "seconds": statistics.median(seconds[WARMUP:]), "all_seconds": seconds[WARMUP:], "peak": peak}
 
 
-def _seconds(step: Step, ids: Tensor) -> float:
+def _seconds(step: Step, ids: Tensor) -> tuple[float, str | None]:
+    """Of one step, and why it was not taken, if it was not."""
     start = time.perf_counter()
-    step(ids)
+    done = step(ids)
     if ids.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - start, done.bad if isinstance(done, Outcome) else None
 
 
 def _andromeda(config: RunConfig, device: torch.device) -> Step:
