@@ -219,7 +219,7 @@ def test_layers_that_nobody_refreshed_cast_as_they_go() -> None:
             attention.query.bound = None
         x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
-            out = torch.compile(joined.project, backend="aot_eager", fullgraph=True)(x, layers)
+            out = joined.parts(torch.compile(joined.project, backend="aot_eager", fullgraph=True)(x, layers), layers)
             alone = attention.query(x)
         torch.cat([*out, alone], -1).float().square().sum().backward()
         found.append([out[0], alone, *(layer.weight.grad for layer in layers)])
