@@ -23,7 +23,7 @@ from andromeda.model.between import accepts, fused
 from andromeda.model.block import Serial
 from andromeda.model.context import Context
 from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
-from andromeda.model.joined import side_by_side
+from andromeda.model.layers import side_by_side
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
 

@@ -18,11 +18,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from andromeda.kernels.fp8 import FORMAT, SIDES
 from andromeda.kernels.precision import product_dtype
 
-VALUES, GRADIENTS = torch.float8_e4m3fn, torch.float8_e5m2
-SIDES = 16
-"""All sizes of a product must be multiples of this."""
+VALUES, GRADIENTS = FORMAT, torch.float8_e5m2
 SMALLEST = 1e-15
 """Bounds below this count as this, so that the product of two scales is not lost in float32."""
 PIECE = 16
@@ -108,8 +107,7 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: boo
     """x (N, K) over scale () in 8 bits; the same transposed (K, N) if asked for; the sum of x's rows (K,) in float32 if asked for."""
     from andromeda.kernels.device import cast8 as device
 
-    by_row, by_column, sums = device.cast(x.contiguous(), scale, dtype, True, columns, total)
-    assert by_row is not None
+    by_row, by_column, sums = device.cast(x.contiguous(), scale, dtype, columns, total)
     return by_row, by_row.new_empty(0) if by_column is None else by_column, scale.new_empty(0) if sums is None else sums
 
 

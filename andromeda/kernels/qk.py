@@ -108,7 +108,12 @@ def _prepare_into(
 
 @_prepare_into.register_fake
 def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], *_: Any) -> Tensor:
-    return q.new_empty(*q.shape[:-1], q.shape[-1] + (tails[1].shape[-1] if tails else 0))
+    return q.new_empty(*q.shape[:-1], _columns(q.shape[-1], tails))
+
+
+def _columns(D: int, tails: list[Tensor]) -> int:
+    """Columns of a prepared head of D."""
+    return D + (tails[1].shape[-1] if tails else 0)
 
 
 @torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
@@ -129,7 +134,7 @@ def _prepare(
 
 @_prepare.register_fake
 def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str) -> tuple[Tensor, Tensor]:
-    out = q.shape[-1] + (tails[1].shape[-1] if tails else 0)
+    out = _columns(q.shape[-1], tails)
     return q.new_empty(*q.shape[:-1], out), k.new_empty(*k.shape[:-1], out)
 
 
@@ -205,7 +210,7 @@ def _(
     whole: Tensor, sizes: list[int], q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, G, D, Dv = sizes
-    out = D + (tails[1].shape[-1] if tails else 0)
+    out = _columns(D, tails)
     q, k, v = (whole.new_empty(*whole.shape[:2], *shape) for shape in ((H, out), (G, out), (G, Dv)))
     return q, k, v
 

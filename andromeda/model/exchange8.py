@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from andromeda.kernels.cast8 import SIDES
+from andromeda.kernels import fp8
 from andromeda.model.block import Parallel, Serial
 from andromeda.model.layers import Linear
 from andromeda.model.linear8 import Linear8
@@ -19,11 +19,6 @@ TOGETHER = (("query", "value", "key"), ("gate", "inner"))
 """Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
 
 
-def fits(linear: nn.Module) -> bool:
-    """Whether its sizes can be a product of 8 bits."""
-    return type(linear) is Linear and linear.in_features % SIDES == 0 and linear.out_features % SIDES == 0
-
-
 def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit.
 
@@ -31,8 +26,7 @@ def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     """
     for path, module in list(root.named_modules()):
         for name, child in list(module.named_children()):
-            if fits(child) and chosen(f"{path}.{name}" if path else name):
-                assert isinstance(child, Linear)
+            if type(child) is Linear and fp8.fits(child) and chosen(f"{path}.{name}" if path else name):
                 setattr(module, name, Linear8(child))
         for group in TOGETHER:
             _join([getattr(module, name, None) for name in group])
@@ -45,10 +39,9 @@ def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
 
 
 def _join(linears: Sequence[nn.Module | None]) -> None:
-    if all(isinstance(linear, Linear8) for linear in linears):
-        first, *rest = linears
-        assert isinstance(first, Linear8)
-        first.beside = tuple(linear for linear in rest if isinstance(linear, Linear8))
+    exchanged = [linear for linear in linears if isinstance(linear, Linear8)]
+    if len(exchanged) == len(linears):
+        exchanged[0].beside = tuple(exchanged[1:])
 
 
 def _read(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.errors import ConfigError, MissingExtra
-from andromeda.kernels import cast8
+from andromeda.kernels import cast8, fp8
 from andromeda.model.exchange8 import exchange
 from andromeda.model.transformer import Transformer
 
@@ -159,9 +159,7 @@ def _chosen(path: str) -> bool:
 
 def _fits_fp8(module: nn.Module, path: str) -> bool:
     """The blocks' own products."""
-    if not isinstance(module, nn.Linear) or not path.startswith("trunk.") or not _chosen(path.removeprefix("trunk.")):
-        return False
-    return module.in_features % 16 == 0 and module.out_features % 16 == 0
+    return isinstance(module, nn.Linear) and path.startswith("trunk.") and _chosen(path.removeprefix("trunk.")) and fp8.fits(module)
 
 
 PRECISIONS: dict[str, type[Precision]] = {kind.name: kind for kind in (Precision, BFloat16, Float16, Float8)}

@@ -90,8 +90,7 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
         if sums is not None:
             total += value
         y = eight_bits(value * inverse, kind, LARGEST)
-        if rows is not None:
-            tl.store(rows + at, y, mask=mask)
+        tl.store(rows + at, y, mask=mask)
         packed = word(packed, y, byte)
     if columns is not None:
         store_words(columns, packed, N, K, down, across, ROWS, COLUMNS)
@@ -113,11 +112,11 @@ def measure(x: Tensor, piece: int) -> Tensor:
 
 
 def cast(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, rows: bool = True, columns: bool = True, total: bool = False
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool = True, total: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (N, K) in one piece over scale () -> 8 bits (N, K), the same transposed (K, N), and the sum of x's rows (K,) in float32."""
     N, K = x.shape
-    by_row = torch.empty(N, K, dtype=dtype, device=x.device) if rows else None
+    by_row = torch.empty(N, K, dtype=dtype, device=x.device)
     by_column = torch.empty(K, N, dtype=dtype, device=x.device) if columns else None
     sums = torch.empty(triton.cdiv(N, CAST.rows), K, dtype=torch.float32, device=x.device) if total else None
     words = None if by_column is None else by_column.view(torch.int32)

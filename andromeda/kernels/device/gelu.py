@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.kernels.device.activation import _tail
+from andromeda.kernels.device.activation import gelu_and_slope, gelu_tail
 
 COLUMNS, WARPS = 256, 4
 """A warp reads a row of a program's columns at once, 16 bytes a thread."""
@@ -39,8 +39,7 @@ def _bias(bias, column, H):
 def _forward(u, bias, a, N, H, STEP: tl.constexpr, COLUMNS: tl.constexpr):
     at, mask, column = _place(N, H, tl.program_id(0) * STEP, STEP, COLUMNS)
     z = tl.load(u + at, mask=mask, other=0.0).to(tl.float32) + _bias(bias, column, H)
-    tail = _tail(tl.abs(z))
-    tl.store(a + at, (z * tl.where(z < 0, tail, 1.0 - tail)).to(a.dtype.element_ty), mask=mask)
+    tl.store(a + at, gelu_tail(z).to(a.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -51,12 +50,9 @@ def _backward(da, u, bias, dz, a, sums, N, H, ROWS: tl.constexpr, STEP: tl.const
         at, mask, _ = _place(N, H, tl.program_id(0) * ROWS + start, STEP, COLUMNS)
         z = tl.load(u + at, mask=mask, other=0.0).to(tl.float32) + b
         above = tl.load(da + at, mask=mask, other=0.0).to(tl.float32)
-        size = tl.abs(z)
-        tail = _tail(size)
-        below = tl.where(z < 0, tail, 1.0 - tail)
-        # d(z P(Z < z)) = P(Z < z) + z phi(z); phi's exponential is the one in the tail, which is raised once.
-        d = above * (below + z * (0.3989422804014327 * tl.exp2(size * size * -0.7213475204444817)))
-        tl.store(a + at, (z * below).to(a.dtype.element_ty), mask=mask)
+        value, slope = gelu_and_slope(z)
+        d = above * slope
+        tl.store(a + at, value.to(a.dtype.element_ty), mask=mask)
         tl.store(dz + at, d.to(dz.dtype.element_ty), mask=mask)
         total += d
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)

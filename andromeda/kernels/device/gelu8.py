@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.kernels.device.activation import _tail
+from andromeda.kernels.device.activation import gelu_and_slope, gelu_tail
 from andromeda.kernels.device.cast8 import KINDS, Tile, eight_bits, place, programs, store_words, word
 
 FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
@@ -25,9 +25,7 @@ def _forward(u, bias, scale, a, N, H, LARGEST: tl.constexpr, ROWS: tl.constexpr,
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     at, mask = row.to(tl.int64) * H + column, (row < N) & (column < H)
     z = tl.load(u + at, mask=mask, other=0.0).to(tl.float32) + tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)
-    tail = _tail(tl.abs(z))
-    value = z * tl.where(z < 0, tail, 1.0 - tail) * (1.0 / tl.load(scale))
-    tl.store(a + at, eight_bits(value, a.dtype.element_ty, LARGEST), mask=mask)
+    tl.store(a + at, eight_bits(gelu_tail(z) * (1.0 / tl.load(scale)), a.dtype.element_ty, LARGEST), mask=mask)
 
 
 @triton.jit
@@ -47,16 +45,13 @@ def _backward(
         at, mask = row.to(tl.int64) * H + column, (row < N) & (column < H)
         z = tl.load(u + at, mask=mask, other=0.0).to(tl.float32) + b
         above = tl.load(da + at, mask=mask, other=0.0).to(tl.float32)
-        size = tl.abs(z)
-        tail = _tail(size)
-        below = tl.where(z < 0, tail, 1.0 - tail)
-        # d(z P(Z < z)) = P(Z < z) + z phi(z); phi's exponential is the one in the tail, which is raised once.
-        d = above * (below + z * (0.3989422804014327 * tl.exp2(size * size * -0.7213475204444817)))
+        value, slope = gelu_and_slope(z)
+        d = above * slope
         total += d
         rounded = eight_bits(d * dz_inverse, dz.dtype.element_ty, DZ_LARGEST)
         tl.store(dz + at, rounded, mask=mask)
         dz_words = word(dz_words, rounded, byte)
-        a_words = word(a_words, eight_bits(z * below * a_inverse, A, A_LARGEST), byte)
+        a_words = word(a_words, eight_bits(value * a_inverse, A, A_LARGEST), byte)
     store_words(dz_columns, dz_words, N, H, down, across, ROWS, COLUMNS)
     store_words(a_columns, a_words, N, H, down, across, ROWS, COLUMNS)
     one = across * COLUMNS + tl.arange(0, COLUMNS)
