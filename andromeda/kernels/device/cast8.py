@@ -1,7 +1,7 @@
 """Triton kernels that measure a matrix and cast it to 8 bits, in rows and transposed, in one reading.
 
-A tile is transposed through shared memory four bytes at a time: a thread that holds one column of four rows puts them into one
-32-bit word first, so that nothing is moved byte by byte. N and K rows and columns; N is a multiple of 4 where it is transposed.
+A tile is transposed through shared memory four bytes at a time: a thread that holds four columns of four rows turns them first, so
+that nothing is moved byte by byte. N and K rows and columns; N is a multiple of 4 where it is transposed.
 """
 
 from __future__ import annotations
@@ -27,6 +27,22 @@ MEASURED, WARPS = 256, 4
 CAST = Tile(128, 128, 8)
 GROUP = tl.constexpr(8)
 """Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
+TURN = tl.constexpr("""
+{
+    .reg .b32 low01, high01, low23, high23;
+    prmt.b32 low01, $4, $5, 0x5140;
+    prmt.b32 high01, $4, $5, 0x7362;
+    prmt.b32 low23, $6, $7, 0x5140;
+    prmt.b32 high23, $6, $7, 0x7362;
+    prmt.b32 $0, low01, low23, 0x5410;
+    prmt.b32 $1, low01, low23, 0x7632;
+    prmt.b32 $2, high01, high23, 0x5410;
+    prmt.b32 $3, high01, high23, 0x7632;
+}
+""")
+"""Four words of four columns each, one from each row -> four words of four rows each, one from each column; first bytes are lowest."""
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+"""By Triton's interpreter, which knows no machine instructions."""
 
 
 @triton.jit
@@ -48,14 +64,30 @@ def eight_bits(value, kind: tl.constexpr, LARGEST: tl.constexpr):
 
 
 @triton.jit
-def word(packed, value, BYTE: tl.constexpr):
-    """packed with the byte of an 8-bit number put at BYTE."""
-    return packed | (value.to(tl.uint8, bitcast=True).to(tl.int32) << (8 * BYTE))
+def bits(value):
+    """The byte of an 8-bit number."""
+    return value.to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def store_words(columns, packed, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Words (ROWS / 4, COLUMNS) of a tile into its place in `columns` (K, N / 4)."""
+def words(a, b, c, d):
+    """Bytes of four rows in one 32-bit word for each column, a's lowest.
+
+    Not by shifts: ptxas (CUDA 12.8) lets a byte that it has converted and packed be read as a byte of its own from a register
+    that was never written.
+    """
+    if INTERPRETED:
+        word = a.to(tl.int32) | (b.to(tl.int32) << 8) | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24)
+    else:
+        word = tl.inline_asm_elementwise(TURN, "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=4)
+    return word
+
+
+@triton.jit
+def store_words(columns, rows, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Bytes of a tile, a tuple of every fourth row (ROWS / 4, COLUMNS) from the first, second, ... on, into its place in `columns`
+    (K, N / 4)."""
+    packed = words(rows[0], rows[1], rows[2], rows[3])
     column = across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
     tl.store(columns + column.to(tl.int64) * (N // 4) + four, tl.trans(packed), mask=(column < K) & (four < N // 4))
@@ -81,7 +113,7 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
     down, across = place(N, K, ROWS, COLUMNS)
     four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
     column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    packed = tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    turned = ()
     total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
     for byte in tl.static_range(4):
         row = 4 * four + byte
@@ -91,9 +123,9 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
             total += value
         y = eight_bits(value * inverse, kind, LARGEST)
         tl.store(rows + at, y, mask=mask)
-        packed = word(packed, y, byte)
+        turned = turned + (bits(y),)  # noqa: RUF005 (Triton has no other way)
     if columns is not None:
-        store_words(columns, packed, N, K, down, across, ROWS, COLUMNS)
+        store_words(columns, turned, N, K, down, across, ROWS, COLUMNS)
     if sums is not None:
         one = across * COLUMNS + tl.arange(0, COLUMNS)
         tl.store(sums + down.to(tl.int64) * K + one, tl.sum(total, 0), mask=one < K)

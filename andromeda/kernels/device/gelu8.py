@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from andromeda.kernels.device.activation import gelu_and_slope, gelu_tail
-from andromeda.kernels.device.cast8 import KINDS, Tile, eight_bits, place, programs, store_words, word
+from andromeda.kernels.device.cast8 import KINDS, Tile, bits, eight_bits, place, programs, store_words
 
 FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
 REGISTERS = 80
@@ -39,7 +39,7 @@ def _backward(
     column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
     b = tl.load(bias + column, mask=column < H, other=0.0).to(tl.float32)
     total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
-    a_words, dz_words = tl.zeros((ROWS // 4, COLUMNS), tl.int32), tl.zeros((ROWS // 4, COLUMNS), tl.int32)
+    a_rows, dz_rows = (), ()
     for byte in tl.static_range(4):
         row = 4 * four + byte
         at, mask = row.to(tl.int64) * H + column, (row < N) & (column < H)
@@ -50,10 +50,10 @@ def _backward(
         total += d
         rounded = eight_bits(d * dz_inverse, dz.dtype.element_ty, DZ_LARGEST)
         tl.store(dz + at, rounded, mask=mask)
-        dz_words = word(dz_words, rounded, byte)
-        a_words = word(a_words, eight_bits(value * a_inverse, A, A_LARGEST), byte)
-    store_words(dz_columns, dz_words, N, H, down, across, ROWS, COLUMNS)
-    store_words(a_columns, a_words, N, H, down, across, ROWS, COLUMNS)
+        dz_rows = dz_rows + (bits(rounded),)  # noqa: RUF005
+        a_rows = a_rows + (bits(eight_bits(value * a_inverse, A, A_LARGEST)),)  # noqa: RUF005
+    store_words(dz_columns, dz_rows, N, H, down, across, ROWS, COLUMNS)
+    store_words(a_columns, a_rows, N, H, down, across, ROWS, COLUMNS)
     one = across * COLUMNS + tl.arange(0, COLUMNS)
     tl.store(sums + down.to(tl.int64) * H + one, tl.sum(total, 0), mask=one < H)
 

@@ -408,7 +408,7 @@ def backward(
     """Fill dxs, the gradients of raw queries (B, T, H, D) and keys (B, T, G, D), and return those of the scales that there are.
 
     dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
-    long as heads lie side by side and, for interleaved pairs, begin at even columns.
+    long as heads lie side by side.
     """
     D = dxs[0].shape[-1]
     N, T = _tokens(dys[0])
@@ -420,14 +420,18 @@ def backward(
     partial = dys[0].new_empty(walks, sum(sizes), dtype=torch.float32)
     dys = _readable(dys, layout)
     xs = _readable((raw[0], raw[1]), layout) if raw else dys
-    shape = _shape(D, D, [*xs, *dys, *dxs], tables, norm, layout, launch)
+    made = [dx if _whole(dx, layout) else dx.new_empty(dx.shape) for dx in dxs]
+    shape = _shape(D, D, [*xs, *dys, *made], tables, norm, layout, launch)
     q, k = (
         _side(shape, query, x, dy, scale, tables)._replace(
             dx=dx, dx_b=_units(dx, 0, shape), dx_t=_units(dx, 1, shape), partial=part, partial_row=sum(sizes)
         )
-        for query, x, dy, scale, dx, part in zip(_QUERY, xs, dys, scales, dxs, partial.split(sizes, 1), strict=True)
+        for query, x, dy, scale, dx, part in zip(_QUERY, xs, dys, scales, made, partial.split(sizes, 1), strict=True)
     )
     _launch(_backward, (q, k, N, T, blocks), walks, shape, launch)
+    for dx, of in zip(dxs, made, strict=True):
+        if of is not dx:
+            dx.copy_(of)
     # One order of summation, whatever the order in which the programs ran, and one pass for both scales.
     sums = zip(partial.sum(0).split(sizes), scales, strict=True) if scaled else ()
     return [of.view_as(s).to(s.dtype, copy=True) for of, s in sums if s is not None]
@@ -456,14 +460,15 @@ def _units(x: Tensor, dim: int, shape: Shape) -> int:
 
 
 def _readable(xs: Pair, layout: str) -> Pair:
-    """xs, or copies where the columns of a head do not lie side by side, or interleaved pairs not where whole numbers can be read."""
-
-    def readable(x: Tensor) -> bool:
-        odd = layout == "interleaved" and any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
-        return x.stride(-1) == 1 and not odd
-
-    q, k = (x if readable(x) else x.contiguous() for x in xs)
+    """xs, or copies of what the kernels cannot read."""
+    q, k = (x if _whole(x, layout) else x.contiguous() for x in xs)
     return q, k
+
+
+def _whole(x: Tensor, layout: str) -> bool:
+    """Whether the columns of x's heads lie side by side and, if interleaved, every pair where it is read as one number."""
+    odd = layout == "interleaved" and any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
+    return x.stride(-1) == 1 and not odd
 
 
 def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: str, layout: str, launch: Launch) -> Shape:
