@@ -18,18 +18,38 @@ from andromeda.infer.fused import Fused, JoinedAttention
 from andromeda.kernels import gemv, qk
 from andromeda.model.context import Context
 from andromeda.model.fixed import FixedState
+from andromeda.model.head import Head
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.position.alibi import FoldedBias, NoBias
 from andromeda.model.prepare import known
 from andromeda.model.token_shift import ChunkShift
+from andromeda.model.transformer import Transformer
 from andromeda.model.value_embedding import NoValueMix
 
 
-def step_by_kernels(blocks: nn.ModuleList) -> None:
-    """Exchange those layers that are on a GPU and in 16 or 32 bits for ones that take steps this way."""
+def step_by_kernels(model: Transformer) -> None:
+    """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
+    blocks = model.trunk.blocks
     for index, block in enumerate(blocks):
         if isinstance(block, Fused) and not block.eight_bits and gemv.refuse(_probe(block), *_weights(block)) is None:
             blocks[index] = Stepped(block)
+    if type(model.head) is Head:
+        model.head = SteppedHead(model.head)
+
+
+class SteppedHead(Head):
+    """A head that reads its weight as the layers do where it is asked for few rows."""
+
+    def __init__(self, head: Head) -> None:
+        nn.Module.__init__(self)
+        self.softcap, self.weight, self.bias = head.softcap, head.weight, head.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., V)."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if torch.is_autocast_enabled(x.device.type) or gemv.refuse(rows, self.weight):
+            return super().product(x)
+        return gemv.product(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
 
 
 class Stepped(nn.Module):

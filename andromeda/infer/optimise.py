@@ -47,7 +47,7 @@ def optimise(
         for part in (*blocks, model.rotary, model.alibi):
             part.compile(options={**UNPADDED, "coordinate_descent_tuning": tuned})
     if kernels:
-        step_by_kernels(blocks)
+        step_by_kernels(model)
     return model
 
 

@@ -21,8 +21,12 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V)."""
-        logits = F.linear(x, self.weight, self.bias)
+        logits = self.product(x)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
+
+    def product(self, x: Tensor) -> Tensor:
+        """x W^T + b."""
+        return F.linear(x, self.weight, self.bias)
 
 
 def _tied(embedding: nn.Module, config: ModelConfig) -> nn.Parameter:

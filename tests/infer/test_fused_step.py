@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from andromeda.infer import fused_step
 from andromeda.infer.fused import Fused
-from andromeda.infer.fused_step import Stepped
+from andromeda.infer.fused_step import Stepped, SteppedHead
 from andromeda.infer.optimise import optimise
 from andromeda.infer.step import FixedStep, GraphStep, PlainStep
 from andromeda.kernels import gemv, qk
@@ -69,7 +69,8 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
         monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
         monkeypatch.setattr(qk, "accepts", lambda q, k, form: True)
     made = optimise(made, compiled=False)
-    fused_step.step_by_kernels(made.trunk.blocks)
+    fused_step.step_by_kernels(made)
+    assert isinstance(made.head, SteppedHead)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
     return made
 
@@ -102,9 +103,9 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
 
 
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
-    blocks = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False).trunk.blocks
-    fused_step.step_by_kernels(blocks)
-    assert not any(isinstance(block, Stepped) for block in blocks)
+    made = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False)
+    fused_step.step_by_kernels(made)
+    assert not any(isinstance(block, Stepped) for block in made.trunk.blocks)
 
 
 @pytest.mark.gpu

@@ -32,14 +32,16 @@ class Launch(NamedTuple):
 
 LAUNCH = Launch(32, 264, 4)
 """Two programs for nearly each of a large GPU's 132 multiprocessors: while one computes, the other's keys and values come."""
+TAIL = 8
+"""Most columns of a head behind a power of two that are added one by one, such as those of a folded ALiBi."""
 COLUMNS = 16
 """Dimensions of a head that a program of the second kernel puts together."""
 
 
 @triton.jit
-def _logits(q, keys, position, first, last, heads, document, numbers, slopes, scale, softcap, end, pattern: tl.constexpr):
-    """Logits (r, n) of a block of keys, minus infinity where one is not seen; `keys` (d, n) are their vectors."""
-    logits = tl.dot(q, keys, input_precision="ieee") * scale
+def _logits(logits, position, first, last, heads, document, numbers, slopes, scale, softcap, end, pattern: tl.constexpr):
+    """Logits (r, n) of a block of keys from their products, minus infinity where one is not seen."""
+    logits *= scale
     if pattern.softcap:
         logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
     if pattern.slopes:
@@ -53,7 +55,7 @@ def _logits(q, keys, position, first, last, heads, document, numbers, slopes, sc
 @triton.jit
 def _parts(
     q, k, v, own, numbers, slopes, index, total, peak, out, S, length, scale, softcap, window,
-    q_b, q_h, k_b, k_s, k_g, v_b, v_s, v_g, own_b, numbers_b, pattern: tl.constexpr,
+    q_b, k_b, v_b, own_b, numbers_b, pattern: tl.constexpr,
 ):  # fmt: skip
     """One part: its weighted values (B, G, P, R, Dv) over its own largest logit, with that and the sum of exponentials (B, G, P, R)."""
     begin(pattern)
@@ -62,7 +64,8 @@ def _parts(
     b, g = (pair // pattern.G).to(tl.int64), pair % pattern.G
     row, d, dv = tl.arange(0, pattern.ROWS), tl.arange(0, pattern.WIDE), tl.arange(0, pattern.WIDE_V)
     heads = g * pattern.R + tl.minimum(row, pattern.R - 1)
-    queries = tl.load(q + b * q_b + heads[:, None] * q_h + d[None, :], mask=(d < pattern.D)[None, :], other=0.0)
+    q += b * q_b
+    queries = tl.load(q + heads[:, None] * pattern.q_h + d[None, :], mask=(d < pattern.D)[None, :], other=0.0)
     last = tl.load(index).to(tl.int32) if pattern.placed else S - 1
     first = tl.maximum(last + 1 - window, 0) if pattern.window else 0
     document = tl.load(own + b * own_b) if pattern.documents else 0
@@ -77,12 +80,19 @@ def _parts(
         position = at + tl.arange(0, pattern.KEYS)
         live = position < end
         where = position.to(tl.int64)
-        keys = tl.load(k + b * k_b + g * k_g + where[None, :] * k_s + d[:, None], mask=live[None, :] & (d < pattern.D)[:, None], other=0.0)
+        rows = k + b * k_b + g * pattern.k_g + where * pattern.k_s
+        keys = tl.load(rows[None, :] + d[:, None], mask=live[None, :] & (d < pattern.D)[:, None], other=0.0)
         values = tl.load(
-            v + b * v_b + g * v_g + where[:, None] * v_s + dv[None, :], mask=live[:, None] & (dv < pattern.DV)[None, :], other=0.0
+            v + b * v_b + g * pattern.v_g + where[:, None] * pattern.v_s + dv[None, :],
+            mask=live[:, None] & (dv < pattern.DV)[None, :],
+            other=0.0,
         )
+        products = tl.dot(queries, keys, input_precision="ieee")
+        for column in tl.static_range(tl.constexpr(pattern.WIDE), tl.constexpr(pattern.D)):
+            query = tl.load(q + heads * pattern.q_h + column).to(tl.float32)
+            products += query[:, None] * tl.load(rows + column, mask=live, other=0.0).to(tl.float32)[None, :]
         logits = _logits(
-            queries, keys, position, first, last, heads, document, numbers + b * numbers_b, slopes, scale, softcap, end, pattern
+            products, position, first, last, heads, document, numbers + b * numbers_b, slopes, scale, softcap, end, pattern
         )
         above = tl.maximum(m, tl.max(logits, 1))
         # Where nothing is seen yet, minus infinity stands on both sides.
@@ -125,11 +135,18 @@ class Kind(NamedTuple):
     ROWS: int
     """Query heads of a program, rounded up to what a product takes."""
     WIDE: int
+    """Columns of a head that are multiplied as matrices: few more than a power of two are added one by one."""
     WIDE_V: int
     KEYS: int
     COLUMNS: int
     PARTS: int
     """Parts, rounded up to a power of two."""
+    q_h: int
+    """Strides of heads and keys: known, they say how many columns can be read at once."""
+    k_s: int
+    k_g: int
+    v_s: int
+    v_g: int
     window: bool
     documents: bool
     slopes: bool
@@ -148,15 +165,16 @@ def attend(
     blocks = triton.cdiv(S, launch.keys)
     length = triton.cdiv(blocks, max(1, min(blocks, launch.programs // (B * G)))) * launch.keys
     P, R = triton.cdiv(S, length), H // G
-    width, width_v = (max(16, triton.next_power_of_2(x)) for x in (D, DV))
+    width_v = max(16, triton.next_power_of_2(DV))
     kind = Kind(
-        *(G, R, D, DV, max(16, triton.next_power_of_2(R)), width, width_v, launch.keys, min(COLUMNS, width_v), triton.next_power_of_2(P)),
+        *(G, R, D, DV, max(16, triton.next_power_of_2(R)), _width(D), width_v, launch.keys, min(COLUMNS, width_v), triton.next_power_of_2(P)),
+        *(q.stride(2), *k.stride()[1:3], *v.stride()[1:3]),
         *(bool(window), documents is not None, slopes is not None, bool(softcap), index is not None, early(q)),
     )
     total, peak = (q.new_empty(B * G, P, R, dtype=torch.float32) for _ in range(2))
     parts, out = q.new_empty(B * G, P, R, DV, dtype=torch.float32), q.new_empty(B, 1, H, DV)
     own, numbers = documents or (q, q)
-    strides = (q.stride(0), q.stride(2), *_strides(k), *_strides(v), own.stride(0), numbers.stride(0))
+    strides = (q.stride(0), k.stride(0), v.stride(0), own.stride(0), numbers.stride(0))
     with torch.cuda.device_of(q):
         given: tuple[Any, ...] = (own, numbers, q if slopes is None else slopes, q if index is None else index)
         _parts[(B * G, P)](
@@ -169,5 +187,6 @@ def attend(
     return out
 
 
-def _strides(x: Tensor) -> tuple[int, int, int]:
-    return x.stride(0), x.stride(1), x.stride(2)
+def _width(D: int) -> int:
+    below = 1 << (D.bit_length() - 1)
+    return below if below >= 16 and D - below <= TAIL else max(16, triton.next_power_of_2(D))

@@ -5,6 +5,13 @@ blocks, about 20 KiB, before anything else, so that a multiprocessor with its si
 on the way. What comes before a product (norm, token shift) every program computes for itself from a vector that lies in the
 cache; what comes after (bias, activation, residual sum) follows in registers. Sums are in float32.
 
+A norm costs no time of its own: its mean and deviation are summed up beside the products, and put in at the end,
+
+    sum_k w_k g_k (x_k - mean) / deviation = (sum_k w_k g_k (x_k - p) - (mean - p) sum_k w_k g_k) / deviation
+
+with the row's first number as p: it is within sqrt(K) deviations of the mean, as any number of the row is, so that no more is lost
+in the differences than a K-th part of what float32 holds.
+
 A kernel starts while the one before it still runs (`early`) and asks for its weights, which nobody writes; it waits for the end of
 that kernel before it touches anything else.
 
@@ -40,6 +47,8 @@ class Launch(NamedTuple):
     warps: int
     ahead: int
     """Blocks of each weight row that are asked for beforehand."""
+    registers: int = 0
+    """Of a thread, at most; 0 leaves them to the compiler."""
 
 
 class Form(NamedTuple):
@@ -239,12 +248,86 @@ def _store(y, place, total, m: tl.constexpr, n, N, at):
 
 
 @triton.jit
-def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.constexpr):
-    """Some outputs of all rows."""
+def _within(terms, form: tl.constexpr):
+    """Sums (threads,) of a block's terms (n,) that one thread holds: nothing is exchanged."""
     THREADS: tl.constexpr = form.block // form.vector
     VECTOR: tl.constexpr = form.vector
+    return tl.sum(tl.reshape(terms, (THREADS, VECTOR)), 1)
+
+
+@triton.jit
+def _none(count: tl.constexpr, form: tl.constexpr):
+    """So many sums (threads,) of nothing yet."""
+    THREADS: tl.constexpr = form.block // form.vector
+    sums = ()
+    for _ in tl.static_range(count):
+        sums = _and(sums, tl.zeros((THREADS,), tl.float32))
+    return sums
+
+
+@triton.constexpr_function
+def _has_own(start, end, K, tokens):
+    """Whether some of these channels are the token's own, with those that no whole chunk takes in."""
+    return start < K // (tokens + 1) or end > (tokens + 1) * (K // (tokens + 1))
+
+
+@triton.constexpr_function
+def _has_before(start, end, K, tokens):
+    """Whether some of these channels are of tokens before."""
+    return tokens > 0 and end > K // (tokens + 1) and start < (tokens + 1) * (K // (tokens + 1))
+
+
+@triton.jit
+def _centred(row, pivot, block: tl.constexpr, form: tl.constexpr):
+    """A block of a row less its pivot (n,), zero where nothing is."""
+    value = _read(row, block, form) - pivot
+    if (block + 1) * form.block > form.K:
+        _, exists = _columns(block, form)
+        value = tl.where(exists, value, 0.0)
+    return value
+
+
+@triton.jit
+def _gain(gain, block: tl.constexpr, form: tl.constexpr):
+    """Gains of those channels of a block that are the token's own (n,), zero for others."""
+    column, exists = _columns(block, form)
+    BLOCK: tl.constexpr = form.block
+    value = tl.full((BLOCK,), 1.0, tl.float32)
+    if gain is not None:
+        value = _read(gain, block, form)
+    size: tl.constexpr = form.K // (form.tokens + 1)
+    if (block + 1) * form.block > size:
+        # Channels that no whole chunk takes in are the token's own too.
+        value = tl.where(exists & ((column < size) | (column >= (form.tokens + 1) * size)), value, 0.0)
+    return value
+
+
+@triton.jit
+def _before(shift, same, m, first: tl.constexpr, block: tl.constexpr, form: tl.constexpr):
+    """A block's channels from tokens before (n,), which are normalised already, and zero for its own."""
+    BLOCK: tl.constexpr = form.block
+    return _shifted(tl.zeros((BLOCK,), tl.float32), shift, same, m, first, block, form)
+
+
+@triton.jit
+def _write_fresh(fresh, row, gain, pivot, mean, factor, form: tl.constexpr):
+    """A row as the norm leaves it."""
+    for block in tl.static_range(tl.constexpr(form.blocks)):
+        column, exists = _columns(block, form)
+        value = (_read(row, block, form) - pivot - mean) * factor
+        if gain is not None:
+            value *= _read(gain, block, form)
+        tl.store(fresh + column, value.to(fresh.dtype.element_ty), mask=exists)
+
+
+@triton.jit
+def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.constexpr):
+    """Some outputs of all rows."""
     ACTIVATION: tl.constexpr = form.activation
     EXACT: tl.constexpr = y.dtype.element_ty == tl.float32
+    NORMED: tl.constexpr = form.norm != "none"
+    ROWS: tl.constexpr = form.rows
+    SUMS: tl.constexpr = form.M * form.rows
     first = tl.program_id(0) * form.rows
     held = ()
     for block in tl.static_range(tl.constexpr(form.ahead)):
@@ -253,43 +336,66 @@ def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.c
     bias = 0.0 if after.bias is None else tl.load(after.bias + n, mask=n < N, other=0.0).to(tl.float32)
     begin(form)
     wait(form)
-    residuals = ()
+    residuals, pivots, same = (), (), ()
     for m in tl.static_range(tl.constexpr(form.M)):
         if after.residual is not None:
             residuals = _and(residuals, tl.load(after.residual + m * N + n, mask=n < N, other=0.0).to(tl.float32))
         else:
             residuals = _and(residuals, 0.0)
+        if form.norm == "layer":
+            pivots = _and(pivots, tl.load(x + m * form.K).to(tl.float32))
+        else:
+            pivots = _and(pivots, 0.0)
+        same = _factors(same, shift, m, form)
     at = 0 if place.cache is None else tl.load(place.index).to(tl.int64)
-    means, factors, same = (), (), ()
-    for m in tl.static_range(tl.constexpr(form.M)):
-        if form.norm != "none":
-            mean, factor = _moments(x + m * form.K, eps, form)
-            means, factors, same = _and(means, mean), _and(factors, factor), _factors(same, shift, m, form)
-    sums = ()
-    for _ in tl.static_range(tl.constexpr(form.M * form.rows)):
-        sums = _and(sums, tl.zeros((THREADS,), tl.float32))
+    sums, others, gains = _none(SUMS, form), _none(SUMS, form), _none(ROWS, form)
+    totals, squares = _none(tl.constexpr(form.M), form), _none(tl.constexpr(form.M), form)
     for block in tl.static_range(tl.constexpr(form.blocks)):
         if block + form.ahead < form.blocks:
             held = held + _weights(weight, first, N, block + form.ahead, form)
-        grown = ()
+        if NORMED and _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+            gain = _gain(before.gain, block, form)
+        grown, grown_others, grown_totals, grown_squares = (), (), (), ()
         for m in tl.static_range(tl.constexpr(form.M)):
-            if form.norm == "none":
-                value = _normalised(x + m * form.K, None, block, 0.0, 1.0, form)
-            else:
-                value = _normalised(x + m * form.K, before.gain, block, means[m], factors[m], form)
-                if before.fresh is not None:
-                    column, exists = _columns(block, form)
-                    tl.store(before.fresh + m * form.K + column, value.to(y.dtype.element_ty), mask=exists & (first == 0))
-                value = _shifted(value, shift, same, m, m * form.tokens, block, form)
-            for r in tl.static_range(tl.constexpr(form.rows)):
-                terms = value * held[block * form.rows + r].to(tl.float32)
-                # Those of one thread: nothing is exchanged.
-                terms = tl.sum(tl.reshape(terms, (THREADS, VECTOR)), 1)
-                grown = _and(grown, sums[m * form.rows + r] + terms)
-        sums = grown
+            value = _centred(x + m * form.K, pivots[m], block, form)
+            if NORMED:
+                grown_totals = _and(grown_totals, totals[m] + _within(value, form))
+                grown_squares = _and(grown_squares, squares[m] + _within(value * value, form))
+                if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+                    value *= gain
+                if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+                    past = _before(shift, same, m, m * form.tokens, block, form)
+            for r in tl.static_range(ROWS):
+                w = held[block * form.rows + r].to(tl.float32)
+                if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+                    grown = _and(grown, sums[m * form.rows + r] + _within(value * w, form))
+                else:
+                    grown = _and(grown, sums[m * form.rows + r])
+                if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+                    grown_others = _and(grown_others, others[m * form.rows + r] + _within(past * w, form))
+                else:
+                    grown_others = _and(grown_others, others[m * form.rows + r])
+        sums, others = grown, grown_others
+        if NORMED:
+            totals, squares = grown_totals, grown_squares
+        if form.norm == "layer" and _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
+            grown_gains = ()
+            for r in tl.static_range(ROWS):
+                grown_gains = _and(grown_gains, gains[r] + _within(gain * held[block * form.rows + r].to(tl.float32), form))
+            gains = grown_gains
     for m in tl.static_range(tl.constexpr(form.M)):
-        total = tl.sum(_stacked(sums, m * form.rows, form), 0) + bias
-        _store(y, place, activated(total, ACTIVATION, EXACT) + residuals[m], m, n, N, at)
+        total = tl.sum(_stacked(sums, m * form.rows, form), 0)
+        if NORMED:
+            mean = tl.sum(totals[m], 0) / form.K if form.norm == "layer" else 0.0
+            factor = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares[m], 0) / form.K - mean * mean, 0.0) + eps)
+            if form.norm == "layer":
+                total -= mean * tl.sum(_stacked(gains, 0, form), 0)
+            total *= factor
+            if form.tokens > 0:
+                total += tl.sum(_stacked(others, m * form.rows, form), 0)
+            if before.fresh is not None and first == 0:
+                _write_fresh(before.fresh + m * form.K, x + m * form.K, before.gain, pivots[m], mean, factor, form)
+        _store(y, place, activated(total + bias, ACTIVATION, EXACT) + residuals[m], m, n, N, at)
     if form.kept > 0 and tl.program_id(0) == tl.num_programs(0) - 1:
         _keep_all(keep, form)
 
@@ -407,6 +513,7 @@ def product(
             *(x, weight, after, Before(given.gain, fresh), given.shift(), keep, place, y, N, given.eps),
             form=form,
             num_warps=cut.warps,
+            **({"maxnreg": cut.registers} if cut.registers else {}),
             **options(form.early),
         )
 
