@@ -12,10 +12,12 @@ Shapes: N tokens, K width of a factor, O outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.util import find_spec
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.fp8 import FORMAT, SIDES
@@ -54,7 +56,7 @@ def accepts(x: Tensor) -> bool:
 
 
 def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least power of two () by which numbers of up to `bound` () can be divided to fit into `dtype`; one where all are zero."""
+    """The least powers of two by which numbers of up to `bound` (...) can be divided to fit into `dtype`; one where all are zero."""
     bits = (bound.float().clamp(min=SMALLEST) / torch.finfo(dtype).max).view(torch.int32)
     # A float's bits with any of its fraction carry into its exponent.
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
@@ -63,12 +65,40 @@ def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
 
 def cast_weight(weight: Tensor) -> Weight8:
     """weight (O, K) in both orders."""
-    largest, row = limits(weight)
-    scale = scale_for(largest, VALUES)
-    rows, columns, _ = cast(weight, scale, VALUES, True, False)
+    return cast_weights([weight])[0]
+
+
+def cast_weights(weights: Sequence[Tensor]) -> list[Weight8]:
+    """Each of the weights (O, K) in both orders."""
+    *held, scales, norms = _cast_weights(list(weights))
+    return [Weight8(*parts) for parts in zip(held[::2], held[1::2], scales[:, 0].unbind(), norms.unbind(), strict=True)]
+
+
+@torch.library.custom_op("andromeda::cast_weights8", mutates_args=(), device_types="cuda")
+def _cast_weights(weights: list[Tensor]) -> list[Tensor]:
+    """Rows and columns of each in turn, then scales in the first column of (L, 4), where each begins at 16 bytes, and norms (L, 2).
+
+    All in one, as a model has a hundred weights, and the host, which asks for so little of each, is what a step waits for here.
+    """
+    from andromeda.kernels.device import cast8 as device
+
+    largest, rows = torch.stack([device.measure(weight, PIECE).amax(1) for weight in weights]).unbind(1)
+    scales = scale_for(largest, VALUES)
+    spread = F.pad(scales[:, None], (0, 3))
+    held: list[Tensor] = []
+    for weight, row in zip(weights, spread.unbind(), strict=True):
+        by_row, by_column, _ = device.cast(weight, row[0], VALUES)
+        assert by_column is not None
+        held += [by_row, by_column]
     # A quarter of the bytes that the weight has.
-    column = limits(columns)[1] * scale
-    return Weight8(rows, columns, scale, torch.stack([row, column]))
+    columns = torch.stack([device.measure(part, PIECE)[1].amax() for part in held[1::2]])
+    return [*held, spread, torch.stack([rows, columns * scales], 1)]
+
+
+@_cast_weights.register_fake
+def _(weights: list[Tensor]) -> list[Tensor]:
+    held = [weight.new_empty(shape, dtype=VALUES) for weight in weights for shape in (weight.shape, weight.shape[::-1])]
+    return [*held, *(weights[0].new_empty(len(weights), width, dtype=torch.float32) for width in (4, 2))]
 
 
 def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool) -> Tensor:

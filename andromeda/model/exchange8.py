@@ -11,7 +11,7 @@ from torch import nn
 from andromeda.kernels import fp8
 from andromeda.model.block import Parallel, Serial
 from andromeda.model.layers import Linear
-from andromeda.model.linear8 import Linear8
+from andromeda.model.linear8 import Linear8, refresh
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
 
@@ -20,16 +20,19 @@ TOGETHER = (("query", "value", "key"), ("gate", "inner"))
 
 
 def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
-    """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit.
+    """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others.
 
     The weights are cast before each forward pass of `root` that finds them changed.
     """
     for path, module in list(root.named_modules()):
-        for name, child in list(module.named_children()):
-            if type(child) is Linear and fp8.fits(child) and chosen(f"{path}.{name}" if path else name):
-                setattr(module, name, Linear8(child))
-        for group in TOGETHER:
-            _join([getattr(module, name, None) for name in group])
+        linears = {name: child for name, child in module.named_children() if type(child) is Linear and chosen(_below(path, name))}
+        groups = [group for group in TOGETHER if linears.keys() >= set(group) and linears[group[0]].in_features % fp8.SIDES == 0]
+        together = {name for group in groups for name in group}
+        for name, linear in linears.items():
+            if name in together or fp8.fits(linear):
+                setattr(module, name, Linear8(linear))
+        for first, *others in groups:
+            getattr(module, first).beside = tuple(getattr(module, name) for name in others)
     layers = [module for module in root.modules() if isinstance(module, Linear8)]
     led = {id(other) for layer in layers for other in layer.beside}
     for module in root.modules():
@@ -38,10 +41,8 @@ def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     root.register_forward_pre_hook(partial(_refresh, [layer for layer in layers if id(layer) not in led]))
 
 
-def _join(linears: Sequence[nn.Module | None]) -> None:
-    exchanged = [linear for linear in linears if isinstance(linear, Linear8)]
-    if len(exchanged) == len(linears):
-        exchanged[0].beside = tuple(exchanged[1:])
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
 
 
 def _read(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
@@ -67,5 +68,4 @@ def _bound(reader: nn.Module, norm: nn.Module, shift: nn.Module) -> None:
 
 
 def _refresh(layers: Sequence[Linear8], root: nn.Module, args: Any) -> None:
-    for layer in layers:
-        layer.refresh()
+    refresh(layers)

@@ -6,12 +6,13 @@ when a parameter has changed, which its version counter tells: whatever writes i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from andromeda.kernels import cast8
+from andromeda.kernels import cast8, fp8
 from andromeda.kernels.cast8 import Weight8
 from andromeda.kernels.linear8 import linear8
 from andromeda.model.layers import Linear, side_by_side
@@ -43,7 +44,7 @@ class Linear8(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., O)."""
-        if not cast8.accepts(x):
+        if not (cast8.accepts(x) and fp8.fits(self)):
             return super().forward(x)
         return linear8(x, cast8.cast_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound)
 
@@ -58,22 +59,38 @@ class Linear8(Linear):
             return cast8.cast_weight(self._joined())
         return Weight8(self.rows, self.columns, self.scale, self.norms)
 
-    @torch.inference_mode(False)
-    @torch.no_grad()
-    def refresh(self) -> None:
-        """Cast again what has changed."""
-        weights = [linear.weight for linear in (self, *self.beside)]
-        gain = getattr(self.source[0], "weight", None) if self.source else None
-        if gain is not None:
-            weights.append(gain)
-        key = [(weight._version, weight.data_ptr()) for weight in weights]
-        if key != self.key and cast8.on_device(self.weight):
-            for name, tensor in zip(self.FIELDS, cast8.cast_weight(self._joined()), strict=True):
-                setattr(self, name, tensor)
-            if self.source is not None:
-                largest = torch.ones((), device=self.weight.device) if gain is None else gain.float().abs().amax()
-                self.bound = largest * (self.source[1] * ROUNDING)
-            self.key = key
-
     def _joined(self) -> Tensor:
         return (side_by_side((self, *self.beside))[0] if self.beside else self.weight).detach()
+
+    def _now(self) -> list[tuple[int, int]]:
+        """Which weights these are, and how often each was written."""
+        held = [linear.weight for linear in (self, *self.beside)]
+        gain = self._gain()
+        return [(x._version, x.data_ptr()) for x in (held if gain is None else [*held, gain])]
+
+    def _gain(self) -> Tensor | None:
+        return getattr(self.source[0], "weight", None) if self.source else None
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def refresh(layers: Sequence[Linear8]) -> None:
+    """Cast again what has changed, and take new bounds of inputs."""
+    changed = [layer for layer in layers if layer.key != layer._now() and cast8.on_device(layer.weight)]
+    if not changed:
+        return
+    for layer in changed:
+        # Their memory is taken again.
+        for name in Linear8.FIELDS:
+            setattr(layer, name, None)
+    for layer, held in zip(changed, cast8.cast_weights([layer._joined() for layer in changed]), strict=True):
+        for name, tensor in zip(Linear8.FIELDS, held, strict=True):
+            setattr(layer, name, tensor)
+        layer.key = layer._now()
+    read = [(layer, *layer.source) for layer in changed if layer.source is not None]
+    if read:
+        one = changed[0].weight.new_ones(1)
+        gains = [getattr(norm, "weight", None) for _, norm, _ in read]
+        largest = torch._foreach_norm([one if gain is None else gain.detach().float() for gain in gains], float("inf"))
+        for (layer, _, norm_of_ones), gain in zip(read, largest, strict=True):
+            layer.bound = gain * (norm_of_ones * ROUNDING)

@@ -19,10 +19,6 @@ from andromeda.kernels import cast8, fp8
 from andromeda.model.exchange8 import exchange
 from andromeda.model.transformer import Transformer
 
-OWN = False
-"""Whether fp8 uses our own layers on a GPU, otherwise torchao's. Ours are 1.3 times as fast for preset andromeda, and on a GPU the
-first step of models whose output projections begin at zero was not finite; until a GPU has shown that mended, they are not used."""
-
 
 class Precision:
     """fp32, and what all others share: how a forward pass, a backward pass and an update are wrapped."""
@@ -132,15 +128,15 @@ class Float8(BFloat16):
     """Products of the blocks in 8 bits, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
     2209.05433), one scale a tensor, from its largest value or a bound of it at every step. The weights that are trained stay float32.
 
-    The linear layers are torchao's, or our own (model/linear8.py) with `OWN`. Sizes that are no multiple of 16 cannot be
-    products of 8 bits and keep bfloat16.
+    The linear layers are our own (model/linear8.py), or torchao's where there is no Triton. Sizes that are no multiple of 16 cannot be
+    products of 8 bits: such layers keep bfloat16 unless they are filled up beside others.
     """
 
     name = "fp8"
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
-        if OWN and self.device.type == "cuda" and cast8.TRITON:
+        if self.device.type == "cuda" and cast8.TRITON:
             exchange(model.trunk, _chosen)
             return model
         try:

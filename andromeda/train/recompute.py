@@ -5,7 +5,7 @@ A block's forward pass is replaced on the instance, so that names in the model s
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
 
 DEAR = (
@@ -32,6 +33,9 @@ DEAR = (
 )
 """Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
+DEAR8 = (*DEAR, "andromeda::norm_shift")
+"""Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
+is read again."""
 
 
 def checkpoint_blocks(model: Transformer, kind: str) -> None:
@@ -49,7 +53,8 @@ def _full(block: nn.Module) -> Callable[..., Any]:
 
 
 def _selective(block: nn.Module) -> Callable[..., Any]:
-    return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, _policy))
+    dear = DEAR8 if any(isinstance(module, Linear8) for module in block.modules()) else DEAR
+    return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, dear)))
 
 
 def _wrapped(forward: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
@@ -61,6 +66,6 @@ def _wrapped(forward: Callable[..., Any], **settings: Any) -> Callable[..., Any]
     return recomputed
 
 
-def _policy(ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+def _policy(dear: Sequence[str], ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
     name = operation.name() if isinstance(operation, torch._ops.OpOverload) else str(operation)
-    return CheckpointPolicy.MUST_SAVE if name.partition(".")[0] in DEAR else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if name.partition(".")[0] in dear else CheckpointPolicy.PREFER_RECOMPUTE

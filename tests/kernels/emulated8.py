@@ -30,6 +30,17 @@ def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: boo
     return rows, transposed, x.float().sum(0) if total else scale.new_empty(0)
 
 
+@cast8._cast_weights.register_kernel("cpu")
+def cast_weights(weights: list[Tensor]) -> list[Tensor]:
+    """Rows and columns of each, scales, norms of rows and of rounded columns."""
+    scales = torch.stack([cast8.scale_for(weight.float().abs().amax(), cast8.VALUES) for weight in weights])
+    rows = [rounded(weight, scale, cast8.VALUES) for weight, scale in zip(weights, scales, strict=True)]
+    largest = [torch.linalg.vector_norm(weight.float(), dim=1).amax() for weight in weights]
+    columns = [torch.linalg.vector_norm(row.float(), dim=0).amax() * scale for row, scale in zip(rows, scales, strict=True)]
+    norms = torch.stack([torch.stack(largest), torch.stack(columns)], 1)
+    return [*(part for row in rows for part in (row, row.T.contiguous())), F.pad(scales[:, None], (0, 3)), norms]
+
+
 @mlp8.gelu8.register_kernel("cpu")
 def gelu8(u: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     """GELU(u + bias)."""

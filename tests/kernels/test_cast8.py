@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.kernels.cast8 import GRADIENTS, VALUES, scale_for
+from andromeda.kernels.cast8 import GRADIENTS, VALUES, cast_weights, scale_for
 from tests.kernels import emulated8, interpreted
 
 SHAPES = [(16, 16), (48, 272), (144, 80), (272, 144)]
@@ -80,6 +80,21 @@ def test_measure(N: int, K: int, dtype: torch.dtype) -> None:
     largest, norm = device.measure(x.to(interpreted.device()), 16).amax(1).tolist()
     assert largest == x.double().abs().max()
     assert norm == pytest.approx(float(x.double().norm(dim=1).max()), rel=1e-6)
+
+
+@pytest.mark.gpu
+def test_weights_are_cast_together_as_each_is_alone() -> None:
+    if interpreted.INTERPRETED or not torch.cuda.is_available():
+        pytest.skip("one operator of a GPU")
+    weights = [drawn(*shape, seed=seed).float() for seed, shape in enumerate(SHAPES)]
+    weights[1].zero_()
+    found, wanted = cast_weights([weight.cuda() for weight in weights]), cast_weights(weights)
+    for ours, exact in zip(found, wanted, strict=True):
+        assert ours.scale.cpu() == exact.scale
+        same(ours.rows, exact.rows.float() * exact.scale, exact.scale)
+        assert torch.equal(ours.columns.view(torch.uint8), ours.rows.view(torch.uint8).T)
+        torch.testing.assert_close(ours.norms.cpu(), exact.norms, rtol=1e-5, atol=0)
+        assert ours.scale.data_ptr() % 16 == 0
 
 
 @pytest.mark.gpu

@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.tuples import appended
+
 
 class Tile(NamedTuple):
     """What a program takes."""
@@ -123,7 +125,7 @@ def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.c
             total += value
         y = eight_bits(value * inverse, kind, LARGEST)
         tl.store(rows + at, y, mask=mask)
-        turned = turned + (bits(y),)  # noqa: RUF005 (Triton has no other way)
+        turned = appended(turned, bits(y))
     if columns is not None:
         store_words(columns, turned, N, K, down, across, ROWS, COLUMNS)
     if sums is not None:

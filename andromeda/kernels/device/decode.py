@@ -91,9 +91,7 @@ def _parts(
         for column in tl.static_range(tl.constexpr(pattern.WIDE), tl.constexpr(pattern.D)):
             query = tl.load(q + heads * pattern.q_h + column).to(tl.float32)
             products += query[:, None] * tl.load(rows + column, mask=live, other=0.0).to(tl.float32)[None, :]
-        logits = _logits(
-            products, position, first, last, heads, document, numbers + b * numbers_b, slopes, scale, softcap, end, pattern
-        )
+        logits = _logits(products, position, first, last, heads, document, numbers + b * numbers_b, slopes, scale, softcap, end, pattern)
         above = tl.maximum(m, tl.max(logits, 1))
         # Where nothing is seen yet, minus infinity stands on both sides.
         safe = tl.where(above == float("-inf"), 0.0, above)
@@ -167,9 +165,29 @@ def attend(
     P, R = triton.cdiv(S, length), H // G
     width_v = max(16, triton.next_power_of_2(DV))
     kind = Kind(
-        *(G, R, D, DV, max(16, triton.next_power_of_2(R)), _width(D), width_v, launch.keys, min(COLUMNS, width_v), triton.next_power_of_2(P)),
-        *(q.stride(2), *k.stride()[1:3], *v.stride()[1:3]),
-        *(bool(window), documents is not None, slopes is not None, bool(softcap), index is not None, early(q)),
+        *(
+            G,
+            R,
+            D,
+            DV,
+            max(16, triton.next_power_of_2(R)),
+            _width(D),
+            width_v,
+            launch.keys,
+            min(COLUMNS, width_v),
+            triton.next_power_of_2(P),
+        ),
+        q_h=q.stride(2),
+        k_s=k.stride(1),
+        k_g=k.stride(2),
+        v_s=v.stride(1),
+        v_g=v.stride(2),
+        window=bool(window),
+        documents=documents is not None,
+        slopes=slopes is not None,
+        softcap=bool(softcap),
+        placed=index is not None,
+        early=early(q),
     )
     total, peak = (q.new_empty(B * G, P, R, dtype=torch.float32) for _ in range(2))
     parts, out = q.new_empty(B * G, P, R, DV, dtype=torch.float32), q.new_empty(B, 1, H, DV)

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from andromeda.kernels.device.activation import gelu_and_slope, gelu_tail
 from andromeda.kernels.device.cast8 import KINDS, Tile, bits, eight_bits, place, programs, store_words
+from andromeda.kernels.device.tuples import appended
 
 FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
 REGISTERS = 80
@@ -50,8 +51,8 @@ def _backward(
         total += d
         rounded = eight_bits(d * dz_inverse, dz.dtype.element_ty, DZ_LARGEST)
         tl.store(dz + at, rounded, mask=mask)
-        dz_rows = dz_rows + (bits(rounded),)  # noqa: RUF005
-        a_rows = a_rows + (bits(eight_bits(value * a_inverse, A, A_LARGEST)),)  # noqa: RUF005
+        dz_rows = appended(dz_rows, bits(rounded))
+        a_rows = appended(a_rows, bits(eight_bits(value * a_inverse, A, A_LARGEST)))
     store_words(dz_columns, dz_rows, N, H, down, across, ROWS, COLUMNS)
     store_words(a_columns, a_rows, N, H, down, across, ROWS, COLUMNS)
     one = across * COLUMNS + tl.arange(0, COLUMNS)

@@ -1,7 +1,7 @@
 """Triton kernels for products of a matrix with the vectors of a few rows, as decoding asks: all time goes into reading the matrix.
 
 A program takes a few outputs, which are rows of the weight, and reads them in blocks of 16 bytes a thread. It asks for its first
-blocks, about 20 KiB, before anything else, so that a multiprocessor with its six to twelve programs always has 100 KiB and more
+blocks, about 16 KiB, before anything else, so that a multiprocessor with its six to twelve programs always has 100 KiB and more
 on the way. What comes before a product (norm, token shift) every program computes for itself from a vector that lies in the
 cache; what comes after (bias, activation, residual sum) follows in registers. Sums are in float32.
 
@@ -29,14 +29,14 @@ from torch import Tensor
 
 from andromeda.kernels.device.activation import activated
 from andromeda.kernels.device.early import begin, early, options, wait
+from andromeda.kernels.device.tuples import appended
 
 BYTES = 16
 """That a thread reads at once."""
-AHEAD = 12
-"""Reads of a thread that are on the way at once, at most: four registers each."""
-
+LONG = 8192
+"""Bytes of a weight row from which on a program takes two outputs at most, and as many threads as it can."""
 MANY = 8192
-"""Outputs of which four a program still make enough programs."""
+"""Outputs from which on not all programs run at once."""
 
 
 class Launch(NamedTuple):
@@ -111,12 +111,6 @@ def _read(row, block: tl.constexpr, form: tl.constexpr):
 
 
 @triton.jit
-def _and(items, item):
-    """A tuple with one item more."""
-    return items + (item,)  # noqa: RUF005 (Triton has no other way)
-
-
-@triton.jit
 def _moments(x, eps, form: tl.constexpr):
     """Mean, zero for RMS norm, and inverse deviation of a row."""
     BLOCK: tl.constexpr = form.block
@@ -187,7 +181,7 @@ def _keep(past, column, exists, value, WIDTH: tl.constexpr, TOKENS: tl.constexpr
 def _factors(same, shift, m, form: tl.constexpr):
     """`same` with what row m's vectors of 1, 2, ... J tokens before are multiplied with."""
     for distance in tl.static_range(1, tl.constexpr(form.tokens + 1)):
-        same = _and(same, _same(shift, m, distance, form))
+        same = appended(same, _same(shift, m, distance, form))
     return same
 
 
@@ -220,7 +214,7 @@ def _weights(weight, n, N, block: tl.constexpr, form: tl.constexpr):
             read = tl.load(at, eviction_policy="evict_first")
         else:
             read = tl.load(at, mask=exists, other=0.0, eviction_policy="evict_first")
-        held = _and(held, read)
+        held = appended(held, read)
     return held
 
 
@@ -261,7 +255,7 @@ def _none(count: tl.constexpr, form: tl.constexpr):
     THREADS: tl.constexpr = form.block // form.vector
     sums = ()
     for _ in tl.static_range(count):
-        sums = _and(sums, tl.zeros((THREADS,), tl.float32))
+        sums = appended(sums, tl.zeros((THREADS,), tl.float32))
     return sums
 
 
@@ -339,13 +333,10 @@ def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.c
     residuals, pivots, same = (), (), ()
     for m in tl.static_range(tl.constexpr(form.M)):
         if after.residual is not None:
-            residuals = _and(residuals, tl.load(after.residual + m * N + n, mask=n < N, other=0.0).to(tl.float32))
+            residuals = appended(residuals, tl.load(after.residual + m * N + n, mask=n < N, other=0.0).to(tl.float32))
         else:
-            residuals = _and(residuals, 0.0)
-        if form.norm == "layer":
-            pivots = _and(pivots, tl.load(x + m * form.K).to(tl.float32))
-        else:
-            pivots = _and(pivots, 0.0)
+            residuals = appended(residuals, 0.0)
+        pivots = appended(pivots, tl.load(x + m * form.K).to(tl.float32) if form.norm == "layer" else 0.0)
         same = _factors(same, shift, m, form)
     at = 0 if place.cache is None else tl.load(place.index).to(tl.int64)
     sums, others, gains = _none(SUMS, form), _none(SUMS, form), _none(ROWS, form)
@@ -359,29 +350,30 @@ def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.c
         for m in tl.static_range(tl.constexpr(form.M)):
             value = _centred(x + m * form.K, pivots[m], block, form)
             if NORMED:
-                grown_totals = _and(grown_totals, totals[m] + _within(value, form))
-                grown_squares = _and(grown_squares, squares[m] + _within(value * value, form))
+                grown_totals = appended(grown_totals, totals[m] + _within(value, form))
+                grown_squares = appended(grown_squares, squares[m] + _within(value * value, form))
                 if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
                     value *= gain
                 if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
                     past = _before(shift, same, m, m * form.tokens, block, form)
             for r in tl.static_range(ROWS):
-                w = held[block * form.rows + r].to(tl.float32)
                 if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    grown = _and(grown, sums[m * form.rows + r] + _within(value * w, form))
+                    grown = appended(grown, sums[m * form.rows + r] + _within(value * held[block * form.rows + r].to(tl.float32), form))
                 else:
-                    grown = _and(grown, sums[m * form.rows + r])
+                    grown = appended(grown, sums[m * form.rows + r])
                 if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    grown_others = _and(grown_others, others[m * form.rows + r] + _within(past * w, form))
+                    grown_others = appended(
+                        grown_others, others[m * form.rows + r] + _within(past * held[block * form.rows + r].to(tl.float32), form)
+                    )
                 else:
-                    grown_others = _and(grown_others, others[m * form.rows + r])
+                    grown_others = appended(grown_others, others[m * form.rows + r])
         sums, others = grown, grown_others
         if NORMED:
             totals, squares = grown_totals, grown_squares
         if form.norm == "layer" and _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
             grown_gains = ()
             for r in tl.static_range(ROWS):
-                grown_gains = _and(grown_gains, gains[r] + _within(gain * held[block * form.rows + r].to(tl.float32), form))
+                grown_gains = appended(grown_gains, gains[r] + _within(gain * held[block * form.rows + r].to(tl.float32), form))
             gains = grown_gains
     for m in tl.static_range(tl.constexpr(form.M)):
         total = tl.sum(_stacked(sums, m * form.rows, form), 0)
@@ -445,13 +437,20 @@ class Place(NamedTuple):
 
 
 def launch(N: int, K: int, M: int, size: int) -> Launch:
-    """How to cut a product of weights (N, K) of `size` bytes a number with M rows."""
+    """How to cut a product of weights (N, K) of `size` bytes a number with M rows.
+
+    Measured on an H100 in the whole step of preset andromeda (2.10 ms a token became 2.01 after 2,048 tokens). More reads at once
+    are no gain: their registers are taken from the programs of the next kernel, which could have asked for its weights meanwhile.
+    """
+    long = K * size > LONG
     # Blocks that divide the inputs waste nothing.
-    warps = next((w for w in (4, 2, 1) if K % (w * 32 * BYTES // size) == 0), 4 if K > 1024 else 1)
+    warps = next((w for w in ((4, 2, 1) if long else (2, 1)) if K % (w * 32 * BYTES // size) == 0), 4 if K > 1024 else 1)
     blocks = triton.cdiv(K, warps * 32 * BYTES // size)
-    # What is computed of x is computed once for all outputs of a program: more of them where there are many, or many rows.
-    rows = 4 if M > 2 or blocks <= 3 or (blocks <= 6 and N >= MANY) else 2 if blocks <= 6 else 1
-    return Launch(rows, warps, max(1, min(blocks, AHEAD // rows)))
+    # What is computed of x is computed once for all outputs of a program: more of them where there are many rows.
+    rows = 2 if long and M <= 2 else 4
+    # Of a thread: four registers each.
+    reads = 8 if long else 12 if N >= MANY else 16
+    return Launch(rows, warps, min(blocks, reads // rows))
 
 
 class Input(NamedTuple):
