@@ -70,7 +70,13 @@ class Linear8(nn.Module):
             # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.
             x, weight = rows.float() * scale, self.weight.float() * self.scale.T
             return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
-        return torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        count = rows.shape[0]
+        if count < SIDES:
+            # cuBLAS has no product with a scale a row for one row.
+            rows = F.pad(rows.view(torch.uint8), (0, 0, 0, SIDES - count)).view(FORMAT)
+            scale = F.pad(scale, (0, 0, 0, SIDES - count), value=1.0)
+        out = torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return out[:count]
 
 
 def fits(linear: nn.Linear) -> bool:

@@ -33,9 +33,9 @@ DEAR = (
 )
 """Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
-DEAR8 = (*DEAR, "andromeda::norm_shift")
+DEAR8 = (*DEAR, "andromeda::norm_shift", "andromeda::prepare_joined_qkv")
 """Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
-is read again."""
+is read again; and there is room for queries, keys and values as attention takes them."""
 
 
 def checkpoint_blocks(model: Transformer, kind: str) -> None:

@@ -40,6 +40,18 @@ def test_linear_layer_is_the_product_of_the_quantised_factors() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with products in 8 bits")
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 40])
+@pytest.mark.parametrize("bias", [True, False])
+def test_any_number_of_rows_on_a_gpu(rows: int, bias: bool) -> None:
+    torch.manual_seed(0)
+    linear, x = nn.Linear(320, 96, bias=bias).bfloat16(), torch.randn(rows, 320).bfloat16()
+    wanted = fp8.Linear8(linear)(x).double()
+    found = fp8.Linear8(linear.cuda())(x.cuda()).double().cpu()
+    assert (found - wanted).norm() / wanted.norm() < 0.01
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("name", fp8.ACTIVATIONS)
 @pytest.mark.parametrize("K", [16, 100])
 def test_activation_and_quantisation_at_once(name: str, K: int) -> None:

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.ptx import exp2, reciprocal
+
 BLOCK, WARPS = 4096, 8
 
 
@@ -23,13 +25,13 @@ def _tanh(x):
 @triton.jit
 def _tail(z):
     """P(Z > z) of a standard normal Z for z >= 0, within a share of 4e-6 of itself."""
-    t = 1.0 / (1.0 + 0.307134860145706 * z)
+    t = reciprocal(1.0 + 0.307134860145706 * z)
     p = 0.19416815390876732 - 0.07625058741335031 * t
     p = 0.0028918696777637184 + p * t
     p = 0.13827156724870207 + p * t
     p = 0.1181038681131909 + p * t
     p = 0.1228133815178368 + p * t
-    return tl.exp2(z * z * -0.7213475204444817) * t * p
+    return exp2(z * z * -0.7213475204444817) * t * p
 
 
 @triton.jit
@@ -49,7 +51,7 @@ def gelu_tail(x):
 def gelu_and_slope(x):
     """The same, and its derivative P(Z < x) + x phi(x); phi's exponential is the one in the tail, which is raised once."""
     size, below = tl.abs(x), _below(x)
-    return x * below, below + x * (0.3989422804014327 * tl.exp2(size * size * -0.7213475204444817))
+    return x * below, below + x * (0.3989422804014327 * exp2(size * size * -0.7213475204444817))
 
 
 @triton.jit

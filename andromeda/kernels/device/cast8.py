@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.kernels.device.ptx import PTX
 from andromeda.kernels.device.tuples import appended
 
 
@@ -43,8 +44,6 @@ TURN = tl.constexpr("""
 }
 """)
 """Four words of four columns each, one from each row -> four words of four rows each, one from each column; first bytes are lowest."""
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-"""By Triton's interpreter, which knows no machine instructions."""
 
 
 @triton.jit
@@ -62,7 +61,8 @@ def programs(N: int, K: int, tile: Tile) -> int:
 @triton.jit
 def eight_bits(value, kind: tl.constexpr, LARGEST: tl.constexpr):
     """The nearest number of the format; what is too large becomes the largest one, and NaN stays NaN."""
-    return tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL).to(kind)
+    # The instruction that rounds does so too.
+    return (value if PTX else tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)).to(kind)
 
 
 @triton.jit
@@ -78,10 +78,10 @@ def words(a, b, c, d):
     Not by shifts: ptxas (CUDA 12.8) lets a byte that it has converted and packed be read as a byte of its own from a register
     that was never written.
     """
-    if INTERPRETED:
-        word = a.to(tl.int32) | (b.to(tl.int32) << 8) | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24)
-    else:
+    if PTX:
         word = tl.inline_asm_elementwise(TURN, "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=4)
+    else:
+        word = a.to(tl.int32) | (b.to(tl.int32) << 8) | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24)
     return word
 
 
