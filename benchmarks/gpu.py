@@ -51,13 +51,12 @@ class Job(NamedTuple):
 JOBS = {
     "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
     "train-bf16": Job(
-        f"train andromeda {FOLD} train.micro_batch=2 --rows 16 --steps 3", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 4 --steps 1"
+        f"train andromeda {FOLD} train.checkpointing=none train.micro_batch=2 --rows 64 --steps 2",
+        170,
+        f"train {SMALL_ALIBI} {ON_CPU} train.checkpointing=none --rows 4 --steps 1",
     ),
     "train-bf16-batch-1": Job(
         f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
-    ),
-    "train-bf16-rows-3": Job(
-        f"train andromeda {FOLD} train.micro_batch=3 --rows 15 --steps 3", 110, f"train {SMALL_ALIBI} {ON_CPU} --rows 3 --steps 1"
     ),
     "prefill-bf16": Job(f"prefill {LONG} --lengths 32768", 80, f"prefill {SMALL_ALIBI} --lengths 64"),
     "prefill-fp8-windows": Job(
@@ -68,8 +67,8 @@ JOBS = {
     "loss": Job("loss", 60, "loss --tokens 64"),
     "embedding": Job("embedding", 60, "embedding --tokens 16 --vocabulary 64 --rep 1"),
     "train-fp8": Job(
-        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch=2 --rows 16 --steps 4",
-        150,
+        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch=2 --rows 64 --steps 2",
+        160,
         f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1",
     ),
     "train-360m-8k": Job(
@@ -86,7 +85,7 @@ JOBS = {
     "decode-tuned": Job(f"decode andromeda {FOLD} model.context=33280 --tuned", 240, f"decode {SMALL_ALIBI} --contexts 32 --tuned"),
     "precision": Job(
         f"{CURVE.format(100)} model.context=2048 --steps 500 --rows 16",
-        150,
+        200,
         f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --rows 2",
     ),
     "train-flash": Job(
