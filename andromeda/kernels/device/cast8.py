@@ -27,7 +27,7 @@ class Tile(NamedTuple):
 
 MEASURED, WARPS = 256, 4
 """Columns that a program reads at once when it measures, and its warps."""
-CAST = Tile(128, 128, 8)
+CAST = Tile(128, 64, 4)
 GROUP = tl.constexpr(8)
 """Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
 TURN = tl.constexpr("""

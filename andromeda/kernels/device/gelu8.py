@@ -15,9 +15,9 @@ from andromeda.kernels.device.activation import gelu_and_slope, gelu_tail
 from andromeda.kernels.device.cast8 import KINDS, Tile, bits, eight_bits, place, programs, store_words
 from andromeda.kernels.device.tuples import appended
 
-FORWARD, BACKWARD = Tile(8, 256, 4), Tile(128, 64, 8)
-REGISTERS = 80
-"""Of a thread in the backward pass: three programs at once on a multiprocessor, where the compiler would leave two."""
+FORWARD, BACKWARD = Tile(8, 256, 4), Tile(64, 64, 4)
+REGISTERS = 96
+"""Of a thread in the backward pass: five programs at once on a multiprocessor, where the compiler would leave fewer."""
 
 
 @triton.jit
