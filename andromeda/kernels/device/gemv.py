@@ -47,8 +47,6 @@ class Launch(NamedTuple):
     warps: int
     ahead: int
     """Blocks of each weight row that are asked for beforehand."""
-    registers: int = 0
-    """Of a thread, at most; 0 leaves them to the compiler."""
 
 
 class Form(NamedTuple):
@@ -315,11 +313,44 @@ def _write_fresh(fresh, row, gain, pivot, mean, factor, form: tl.constexpr):
 
 
 @triton.jit
+def _grown(sums, terms, held, first: tl.constexpr, block: tl.constexpr, there: tl.constexpr, form: tl.constexpr):
+    """Sums of the program's outputs, those of a row from `first` on, with a block's terms (n,) times the weights, if `there` are any."""
+    grown = ()
+    for r in tl.static_range(tl.constexpr(form.rows)):
+        if there:
+            grown = appended(grown, sums[first + r] + _within(terms * held[block * form.rows + r].to(tl.float32), form))
+        else:
+            grown = appended(grown, sums[first + r])
+    return grown
+
+
+@triton.jit
+def _add(x, held, gain, shift, pivots, same, sums, block: tl.constexpr, own: tl.constexpr, before: tl.constexpr, form: tl.constexpr):
+    """`sums` with a block, of which some channels are the token's `own`, and some of tokens `before`."""
+    products, others, gains, totals, squares = sums
+    # What is not there is not used.
+    gains_here = _gain(gain, block, form) if form.norm != "none" and own else 0.0
+    grown, grown_others, grown_totals, grown_squares = (), (), (), ()
+    for m in tl.static_range(tl.constexpr(form.M)):
+        value = _centred(x + m * form.K, pivots[m], block, form)
+        if form.norm != "none":
+            grown_totals = appended(grown_totals, totals[m] + _within(value, form))
+            grown_squares = appended(grown_squares, squares[m] + _within(value * value, form))
+            value *= gains_here
+        past = _before(shift, same, m, m * form.tokens, block, form) if before else 0.0
+        grown = grown + _grown(products, value, held, m * form.rows, block, own, form)
+        grown_others = grown_others + _grown(others, past, held, m * form.rows, block, before, form)
+    if form.norm != "none":
+        totals, squares = grown_totals, grown_squares
+    gains = _grown(gains, gains_here, held, 0, block, form.norm == "layer" and own, form)
+    return grown, grown_others, gains, totals, squares
+
+
+@triton.jit
 def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.constexpr):
     """Some outputs of all rows."""
     ACTIVATION: tl.constexpr = form.activation
     EXACT: tl.constexpr = y.dtype.element_ty == tl.float32
-    NORMED: tl.constexpr = form.norm != "none"
     ROWS: tl.constexpr = form.rows
     SUMS: tl.constexpr = form.M * form.rows
     first = tl.program_id(0) * form.rows
@@ -339,52 +370,27 @@ def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.c
         pivots = appended(pivots, tl.load(x + m * form.K).to(tl.float32) if form.norm == "layer" else 0.0)
         same = _factors(same, shift, m, form)
     at = 0 if place.cache is None else tl.load(place.index).to(tl.int64)
-    sums, others, gains = _none(SUMS, form), _none(SUMS, form), _none(ROWS, form)
-    totals, squares = _none(tl.constexpr(form.M), form), _none(tl.constexpr(form.M), form)
+    # Of each row and output: own channels, those of tokens before. Of each output: gains. Of each row: what the norm is made of.
+    sums = (_none(SUMS, form), _none(SUMS, form), _none(ROWS, form), _none(tl.constexpr(form.M), form), _none(tl.constexpr(form.M), form))
     for block in tl.static_range(tl.constexpr(form.blocks)):
         if block + form.ahead < form.blocks:
             held = held + _weights(weight, first, N, block + form.ahead, form)
-        if NORMED and _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-            gain = _gain(before.gain, block, form)
-        grown, grown_others, grown_totals, grown_squares = (), (), (), ()
-        for m in tl.static_range(tl.constexpr(form.M)):
-            value = _centred(x + m * form.K, pivots[m], block, form)
-            if NORMED:
-                grown_totals = appended(grown_totals, totals[m] + _within(value, form))
-                grown_squares = appended(grown_squares, squares[m] + _within(value * value, form))
-                if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    value *= gain
-                if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    past = _before(shift, same, m, m * form.tokens, block, form)
-            for r in tl.static_range(ROWS):
-                if _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    grown = appended(grown, sums[m * form.rows + r] + _within(value * held[block * form.rows + r].to(tl.float32), form))
-                else:
-                    grown = appended(grown, sums[m * form.rows + r])
-                if _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-                    grown_others = appended(
-                        grown_others, others[m * form.rows + r] + _within(past * held[block * form.rows + r].to(tl.float32), form)
-                    )
-                else:
-                    grown_others = appended(grown_others, others[m * form.rows + r])
-        sums, others = grown, grown_others
-        if NORMED:
-            totals, squares = grown_totals, grown_squares
-        if form.norm == "layer" and _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens):
-            grown_gains = ()
-            for r in tl.static_range(ROWS):
-                grown_gains = appended(grown_gains, gains[r] + _within(gain * held[block * form.rows + r].to(tl.float32), form))
-            gains = grown_gains
+        sums = _add(
+            *(x, held, before.gain, shift, pivots, same, sums, block),
+            _has_own(block * form.block, (block + 1) * form.block, form.K, form.tokens),
+            _has_before(block * form.block, (block + 1) * form.block, form.K, form.tokens),
+            form,
+        )
     for m in tl.static_range(tl.constexpr(form.M)):
-        total = tl.sum(_stacked(sums, m * form.rows, form), 0)
-        if NORMED:
-            mean = tl.sum(totals[m], 0) / form.K if form.norm == "layer" else 0.0
-            factor = 1.0 / tl.sqrt(tl.maximum(tl.sum(squares[m], 0) / form.K - mean * mean, 0.0) + eps)
+        total = tl.sum(_stacked(sums[0], m * form.rows, form), 0)
+        if form.norm != "none":
+            mean = tl.sum(sums[3][m], 0) / form.K if form.norm == "layer" else 0.0
+            factor = 1.0 / tl.sqrt(tl.maximum(tl.sum(sums[4][m], 0) / form.K - mean * mean, 0.0) + eps)
             if form.norm == "layer":
-                total -= mean * tl.sum(_stacked(gains, 0, form), 0)
+                total -= mean * tl.sum(_stacked(sums[2], 0, form), 0)
             total *= factor
             if form.tokens > 0:
-                total += tl.sum(_stacked(others, m * form.rows, form), 0)
+                total += tl.sum(_stacked(sums[1], m * form.rows, form), 0)
             if before.fresh is not None and first == 0:
                 _write_fresh(before.fresh + m * form.K, x + m * form.K, before.gain, pivots[m], mean, factor, form)
         _store(y, place, activated(total + bias, ACTIVATION, EXACT) + residuals[m], m, n, N, at)
@@ -512,7 +518,6 @@ def product(
             *(x, weight, after, Before(given.gain, fresh), given.shift(), keep, place, y, N, given.eps),
             form=form,
             num_warps=cut.warps,
-            **({"maxnreg": cut.registers} if cut.registers else {}),
             **options(form.early),
         )
 
