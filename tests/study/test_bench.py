@@ -6,6 +6,7 @@ import json
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -13,7 +14,7 @@ from typer.testing import CliRunner
 from andromeda.cli.main import app
 from andromeda.config.data import BuildConfig
 from andromeda.data.corpus import build
-from andromeda.study.bench import cpu, learn, sides
+from andromeda.study.bench import cpu, curves, learn, sides
 from andromeda.study.bench.record import record, save
 from andromeda.study.bench.sides import CONTEXT, PEER, ROWS, SIDES, VOCABULARY, Side, Way, build_side
 from andromeda.study.bench.timing import alternate
@@ -79,6 +80,14 @@ def test_running_mean_and_rate() -> None:
     assert learn.running_mean([1.0, 3.0, 5.0], 2) == [math.inf, 2.0, 4.0]
     assert [learn.factor(step, 100) for step in (0, 19, 20)] == [1 / 20, 1.0, 1.0]
     assert learn.factor(100, 100) == pytest.approx(0.1)
+
+
+def test_the_picture_of_two_precisions() -> None:
+    """Means over steps that follow each other are those of a convolution."""
+    losses = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
+    assert curves.smoothed(losses, 4) == pytest.approx(np.convolve(losses, np.full(4, 0.25), "valid").tolist())
+    sides = {"bf16": {"losses": losses * 6}, "fp8": {"losses": [1.01 * loss for loss in losses * 6]}}
+    assert curves.picture({"sides": sides}).startswith(b"\x89PNG")
 
 
 def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
