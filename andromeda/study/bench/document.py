@@ -169,6 +169,8 @@ SECTIONS: dict[str, tuple[str, Callable[[dict[str, Any]], Rows]]] = {
     "decode": ("Decoding", decode_rows),
 }
 """Results by the beginning of their files' names: gpu-train-360m.json is of `train`."""
+PICTURES = {"precision": "![Loss in 8 bits and in bfloat16, and the difference](images/precision.png)"}
+"""What follows a section's tables."""
 
 
 def document(folder: Path = RESULTS) -> str:
@@ -179,6 +181,7 @@ def document(folder: Path = RESULTS) -> str:
         if files:
             parts.append(f"## {title}")
         parts += [section(json.loads(file.read_text()), rows) for file in files]
+        parts += [PICTURES[kind]] if files and kind in PICTURES else []
     return "\n\n".join(parts) + "\n"
 
 
