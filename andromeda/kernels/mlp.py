@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from andromeda.kernels.linear16 import Weight16, weight_gradient
 from andromeda.kernels.precision import product_dtype
 
 TRITON = find_spec("triton") is not None
@@ -32,9 +33,12 @@ def accepts(x: Tensor, *parameters: Tensor) -> bool:
     )
 
 
-def gelu_mlp(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
-    """x (..., C), w1 (H, C), b1 (H,), w2 (C', H), b2 (C',) -> (..., C'), with the exact GELU; gradients are of first order."""
-    out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), w1, b1, w2, b2, product_dtype(x))
+def gelu_mlp(x: Tensor, first: Weight16, w1: Tensor, b1: Tensor, second: Weight16, w2: Tensor, b2: Tensor) -> Tensor:
+    """x (..., C), w1 (H, C), b1 (H,), w2 (C', H), b2 (C',) -> (..., C'), with the exact GELU; gradients are of first order.
+
+    first, second: what was cast of w1 and w2, and where their gradients go.
+    """
+    out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), *first, w1, b1, *second, w2, b2)
     return out.view(*x.shape[:-1], -1)
 
 
@@ -42,26 +46,35 @@ class _Mlp(torch.autograd.Function):
     """Products are PyTorch's, so that checkpointing and a compiler see them."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor, dtype: torch.dtype) -> Tensor:
-        u = x.to(dtype) @ w1.to(dtype).T
-        ctx.save_for_backward(x, u, w1, b1, w2)
-        ctx.b2_dtype = b2.dtype
-        return torch.addmm(b2.to(dtype), gelu(u, b1), w2.to(dtype).T)
+    def forward(
+        ctx: Any, x: Tensor, rows1: Tensor, total1: Tensor | None, w1: Tensor, b1: Tensor,
+        rows2: Tensor, total2: Tensor | None, w2: Tensor, b2: Tensor,
+    ) -> Tensor:  # fmt: skip
+        ctx.dtypes = x.dtype, w1.dtype, b1.dtype, w2.dtype, b2.dtype
+        x = x.to(rows1.dtype)
+        u = x @ rows1.T
+        ctx.save_for_backward(x, u, rows1, b1, rows2)
+        ctx.totals = total1, total2
+        return torch.addmm(b2.to(u.dtype), gelu(u, b1), rows2.T)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, u, w1, b1, w2 = ctx.saved_tensors
+        x, u, rows1, b1, rows2 = ctx.saved_tensors
+        dtype, w1_dtype, b1_dtype, w2_dtype, b2_dtype = ctx.dtypes
         dy = dy.to(u.dtype)
-        du, a, d_b1 = gelu_gradients(dy @ w2.to(u.dtype), u, b1)
+        du, a, d_b1 = gelu_gradients(dy @ rows2, u, b1)
         need = ctx.needs_input_grad
         return (
-            (du @ w1.to(u.dtype)).to(x.dtype) if need[0] else None,
-            weight_gradient(du, x.to(u.dtype), w1.dtype) if need[1] else None,
-            d_b1.to(b1.dtype) if need[2] else None,
-            weight_gradient(dy, a, w2.dtype) if need[3] else None,
-            dy.sum(0, dtype=d_b1.dtype).to(ctx.b2_dtype) if need[4] else None,
+            (du @ rows1).to(dtype) if need[0] else None,
             None,
+            None,
+            weight_gradient(du, x, w1_dtype, ctx.totals[0]) if need[3] else None,
+            d_b1.to(b1_dtype) if need[4] else None,
+            None,
+            None,
+            weight_gradient(dy, a, w2_dtype, ctx.totals[1]) if need[7] else None,
+            dy.sum(0, dtype=d_b1.dtype).to(b2_dtype) if need[8] else None,
         )
 
 
@@ -89,16 +102,3 @@ def gelu_gradients(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
 @gelu_gradients.register_fake
 def _(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return u.new_empty(u.shape), u.new_empty(u.shape), u.new_empty(u.shape[1:], dtype=torch.promote_types(u.dtype, torch.float32))
-
-
-@torch.library.custom_op("andromeda::weight_gradient", mutates_args=(), device_types="cuda")
-def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dY^T x (C', C) in `dtype` of dY (N, C') and x (N, C) in 16 bits: into float32 without a rounding in between."""
-    if dtype == torch.float32:
-        return torch.mm(dy.T, x, out_dtype=dtype)
-    return (dy.T @ x).to(dtype)
-
-
-@weight_gradient.register_fake
-def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)

@@ -2,47 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Callable, Iterator
 
 from torch import nn
 
 from andromeda.kernels import fp8
 from andromeda.model.block import Parallel, Serial
-from andromeda.model.layers import Linear
-from andromeda.model.linear8 import Linear8, refresh
+from andromeda.model.cast_linear import exchange as exchange_any
+from andromeda.model.linear8 import Linear8
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
 
-TOGETHER = (("query", "value", "key"), ("gate", "inner"))
-"""Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
-
 
 def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
-    """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others.
-
-    The weights are cast before each forward pass of `root` that finds them changed.
-    """
-    for path, module in list(root.named_modules()):
-        linears = {name: child for name, child in module.named_children() if type(child) is Linear and chosen(_below(path, name))}
-        groups = [group for group in TOGETHER if linears.keys() >= set(group) and linears[group[0]].in_features % fp8.SIDES == 0]
-        together = {name for group in groups for name in group}
-        for name, linear in linears.items():
-            if name in together or fp8.fits(linear):
-                setattr(module, name, Linear8(linear))
-        for first, *others in groups:
-            getattr(module, first).beside = tuple(getattr(module, name) for name in others)
-    layers = [module for module in root.modules() if isinstance(module, Linear8)]
-    led = {id(other) for layer in layers for other in layer.beside}
+    """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others."""
+    exchange_any(root, Linear8, chosen, fp8.fits, fp8.SIDES)
     for module in root.modules():
         for reader, norm, shift in _read(module):
             _bound(reader, norm, shift)
-    root.register_forward_pre_hook(partial(_refresh, [layer for layer in layers if id(layer) not in led]))
-
-
-def _below(path: str, name: str) -> str:
-    return f"{path}.{name}" if path else name
 
 
 def _read(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
@@ -65,7 +42,3 @@ def _bound(reader: nn.Module, norm: nn.Module, shift: nn.Module) -> None:
         linear = getattr(reader, name, None)
         if isinstance(linear, Linear8):
             linear.source = norm, (tokens * linear.in_features) ** 0.5
-
-
-def _refresh(layers: Sequence[Linear8], root: nn.Module, args: Any) -> None:
-    refresh(layers)

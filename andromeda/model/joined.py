@@ -11,24 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.kernels import cast8
+from andromeda.model.cast_linear import CastLinear
 from andromeda.model.layers import Linear, side_by_side
-from andromeda.model.linear8 import Linear8
 
 
 def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
-    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product. Plain ones, or
-    8-bit ones, which were cast as one."""
-    if isinstance(linears[0], Linear8):
-        beside = linears[0].beside
-        return len(beside) > 0 and all(a is b for a, b in zip(beside, linears[1:], strict=True)) and cast8.accepts(x)
+    """Whether to join them for x: in training on a GPU, where copying the matrices is little beside the product; or those that were
+    cast as one."""
+    first = linears[0]
+    if isinstance(first, CastLinear):
+        return len(first.beside) > 0 and all(a is b for a, b in zip(first.beside, linears[1:], strict=True)) and first.accepts(x)
     plain = all(type(linear) is Linear and type(linear.weight) is nn.Parameter for linear in linears)
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 
 
 def project(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
     """What all linear layers give for x (..., K), side by side, and zeros at the end: (..., N)."""
-    return linears[0].project(x) if isinstance(linears[0], Linear8) else F.linear(x, *side_by_side(linears))
+    return linears[0].project(x) if isinstance(linears[0], CastLinear) else F.linear(x, *side_by_side(linears))
 
 
 def parts(whole: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

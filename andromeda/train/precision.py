@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -16,7 +16,9 @@ from torch import Tensor, nn
 
 from andromeda.errors import ConfigError, MissingExtra
 from andromeda.kernels import cast8, fp8
-from andromeda.model.exchange8 import exchange
+from andromeda.model.exchange8 import exchange as exchange8
+from andromeda.model.linear16 import Linear16, summed
+from andromeda.model.linear16 import exchange as exchange16
 from andromeda.model.transformer import Transformer
 
 
@@ -35,6 +37,10 @@ class Precision:
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Wraps the forward pass and the loss."""
+        return contextlib.nullcontext()
+
+    def summing(self) -> contextlib.AbstractContextManager[Any]:
+        """Wraps the micro-batches of a step, whose gradients are added up."""
         return contextlib.nullcontext()
 
     @property
@@ -63,17 +69,38 @@ class Precision:
         """Take back what `values` gave."""
 
 
-class BFloat16(Precision):
+class Half(Precision):
+    """Products in 16 bits. On a GPU the blocks' weights are cast once a step, and their products add up the gradients."""
+
+    dtype: ClassVar[torch.dtype]
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self._layers: Sequence[Linear16] = ()
+
+    def prepare(self, model: Transformer) -> Transformer:
+        """Exchange the linear layers of the blocks; parameters and their names stay."""
+        if self.device.type == "cuda":
+            self._layers = exchange16(model.trunk, _chosen, self.dtype)
+        return model
+
+    def autocast(self) -> contextlib.AbstractContextManager[Any]:
+        """Products in 16 bits."""
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    def summing(self) -> contextlib.AbstractContextManager[Any]:
+        """Gradients of the layers are added up by their products."""
+        return summed(self._layers)
+
+
+class BFloat16(Half):
     """Products in bfloat16, which has float32's range: no scaling."""
 
     name = "bf16"
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in bfloat16."""
-        return torch.autocast(self.device.type, dtype=torch.bfloat16)
+    dtype = torch.bfloat16
 
 
-class Float16(Precision):
+class Float16(Half):
     """Products in float16 with a scaled loss (arXiv 1710.03740).
 
     The scale starts at 2^16, halves whenever a gradient is not finite (that step is not taken) and doubles after 2,000 good
@@ -82,16 +109,13 @@ class Float16(Precision):
     """
 
     name = "fp16"
+    dtype = torch.float16
     watches = True
     START, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
         self._scale, self._good = self.START, 0
-
-    def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in float16."""
-        return torch.autocast(self.device.type, dtype=torch.float16)
 
     @property
     def scale(self) -> Tensor:
@@ -137,7 +161,7 @@ class Float8(BFloat16):
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and cast8.TRITON:
-            exchange(model.trunk, _chosen)
+            exchange8(model.trunk, _chosen)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training

@@ -6,6 +6,7 @@ gradient is that of the whole batch whatever the split. Nothing waits for the de
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -73,17 +74,25 @@ class Stepper:
         """Leaves the scaled gradient in the weights; returns the mean of what is minimised, and of the cross entropy."""
         precision, targets = self._session.precision, max(1, work.targets)
         loss, nll = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
-        for micro in work.rows.split(self._micro_batch):
-            for router in self._routers:
-                # The balance loss is a mean over a micro-batch, which has this share in the step.
-                router.loss_scale.copy_(precision.scale * (len(micro.ids) / len(work.rows.ids)))
-            with precision.autocast():
-                sums = self._objective(micro.to(precision.device), work.window)
-            part = sums.total / targets
-            (part * precision.scale).backward()
-            loss += part.detach()
-            nll += sums.nll / targets
+        several = len(work.rows.ids) > self._micro_batch
+        # Of one micro-batch each gradient is made when its layer's turn comes, as activations go: less memory.
+        with precision.summing() if several else contextlib.nullcontext():
+            for micro in work.rows.split(self._micro_batch):
+                sums = self._add_gradients(micro, work)
+                loss += sums.total / targets
+                nll += sums.nll / targets
         return loss, nll
+
+    def _add_gradients(self, micro: Rows, work: Work) -> Sums:
+        """Of one micro-batch of `work`; returns its sums."""
+        precision = self._session.precision
+        for router in self._routers:
+            # The balance loss is a mean over a micro-batch, which has this share in the step.
+            router.loss_scale.copy_(precision.scale * (len(micro.ids) / len(work.rows.ids)))
+        with precision.autocast():
+            sums = self._objective(micro.to(precision.device), work.window)
+        (sums.total / max(1, work.targets) * precision.scale).backward()
+        return Sums(sums.total.detach(), sums.nll)
 
     def _verdict(self, loss: Tensor, norm: Tensor, span: Span) -> str | None:
         precision, guard = self._session.precision, self._session.guard

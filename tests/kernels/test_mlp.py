@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.kernels import mlp
+from andromeda.kernels.linear16 import Weight16
+from andromeda.kernels.precision import product_dtype
 from andromeda.model.feedforward import dense
 from andromeda.train.recompute import checkpoint_blocks
 from tests.kernels import interpreted
@@ -39,9 +41,10 @@ def _gelu_gradients(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor
     return dz.to(u.dtype), F.gelu(z).to(u.dtype), dz.sum(0)
 
 
-@mlp.weight_gradient.register_kernel("cpu")
-def _weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.T.to(dtype) @ x.to(dtype)
+def network(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
+    """By weights that are cast now."""
+    first, second = (Weight16(w.detach().to(product_dtype(x)), None) for w in (w1, w2))
+    return mlp.gelu_mlp(x, first, w1, b1, second, w2, b2)
 
 
 def parameters(dtype: torch.dtype = torch.float64, device: str = "cpu") -> list[Tensor]:
@@ -78,14 +81,14 @@ def test_kernels(N: int, columns: int, dtype: torch.dtype) -> None:
 
 def test_gradients_by_finite_differences() -> None:
     given = parameters()
-    assert torch.autograd.gradcheck(mlp.gelu_mlp, given)
-    torch.testing.assert_close(mlp.gelu_mlp(*given), exact(*given))
+    assert torch.autograd.gradcheck(network, given)
+    torch.testing.assert_close(network(*given), exact(*given))
 
 
 @pytest.mark.parametrize("frozen", range(5))
 def test_only_wanted_gradients_are_taken(frozen: int) -> None:
     given, plain = parameters(), parameters()
-    for leaves, function in ((given, mlp.gelu_mlp), (plain, exact)):
+    for leaves, function in ((given, network), (plain, exact)):
         leaves[frozen].requires_grad_(False)
         function(*leaves).square().sum().backward()
     for number, (a, b) in enumerate(zip(given, plain, strict=True)):
@@ -182,7 +185,7 @@ def test_on_a_gpu(compiled: bool) -> None:
     assert not mlp.accepts(*given)
     with torch.autocast("cuda", torch.bfloat16):
         assert mlp.accepts(*given)
-        found = (torch.compile(mlp.gelu_mlp, fullgraph=True) if compiled else mlp.gelu_mlp)(*given)
+        found = (torch.compile(network, fullgraph=True) if compiled else network)(*given)
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()
     exact(*wanted).square().sum().backward()

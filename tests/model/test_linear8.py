@@ -17,8 +17,9 @@ from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig, R
 from andromeda.config.train import Optim
 from andromeda.kernels import cast8
 from andromeda.model import joined
+from andromeda.model.cast_linear import refresh
 from andromeda.model.exchange8 import exchange
-from andromeda.model.linear8 import Linear8, refresh
+from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
 from andromeda.train.precision import Float8

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
+from andromeda.config.model import Attention, FeedForward, ModelConfig
 from andromeda.errors import ConfigError
+from andromeda.model.linear16 import Linear16
+from andromeda.model.transformer import Transformer
 from andromeda.train.precision import Float16, build_precision
 
 CPU = torch.device("cpu")
@@ -87,3 +90,22 @@ def test_state_round_trip() -> None:
         precision.update(norm)
     again.load(precision.values())
     assert again.values() == precision.values() == {"scale": 2.0**15, "good": 2}
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_layers_of_the_blocks_are_exchanged_on_a_gpu(name: str, dtype: torch.dtype) -> None:
+    """All but the router, whose scores decide by small differences; nowhere else."""
+    config = ModelConfig(
+        vocab_size=64, context=16, width=32, depth=1, attention=Attention(heads=2, head_dim=16), feedforward=FeedForward(kind="moe")
+    )
+    made = build_precision(name, CPU)
+    plain = made.prepare(Transformer(config))
+    assert not any(isinstance(module, Linear16) for module in plain.modules())
+    made.device = torch.device("cuda")
+    on_gpu = made.prepare(Transformer(config))
+    exchanged = {path: module.dtype for path, module in on_gpu.named_modules() if isinstance(module, Linear16)}
+    assert exchanged == {f"trunk.blocks.0.attention.{part}": dtype for part in ("query", "key", "value", "out")}
+    with made.summing():
+        query = on_gpu.trunk.blocks[0].attention.query
+        assert query.weight.grad is not None
+    assert query.total is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable
 from itertools import pairwise
 
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from andromeda.config.run import RunConfig
 from andromeda.model.feedforward.moe import Router
+from andromeda.model.linear16 import exchange, summed
 from andromeda.train.objective import NextToken, Sums
 from andromeda.train.precision import Precision
 from andromeda.train.rows import Rows
@@ -77,6 +79,27 @@ def test_gradient_is_that_of_the_whole_batch(tiny: Callable[..., RunConfig], mic
     assert float(outcome.norm) == pytest.approx(float(norm), rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("micro_batch", [0, 2, 3])
+def test_gradient_that_products_add_up(tiny: Callable[..., RunConfig], micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As layers in 16 bits do it, and only where there is something to add: one micro-batch takes no memory for it beforehand."""
+    step, used = Kept(tiny(train__batch=6, train__micro_batch=micro_batch, train__clip={"kind": "none"})), []
+    layers = exchange(step.session.model.trunk, lambda path: True, torch.float64)
+
+    def summing() -> contextlib.AbstractContextManager[None]:
+        used.append(True)
+        return summed(layers)
+
+    monkeypatch.setattr(step.session.precision, "summing", summing)
+    for _ in range(2):
+        step(batch())
+    assert len(used) == (0 if micro_batch == 0 else 2)
+    step.session.model.zero_grad()
+    _, gradients = reference(step.session, batch(), 0.0)
+    step(batch())
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-9, atol=1e-12)
 
 
 class Scaled(Precision):

@@ -10,16 +10,20 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.kernels import cast8, mlp
+from andromeda.kernels import mlp
 from andromeda.kernels.mlp8 import gelu_mlp8
 from andromeda.model import joined
+from andromeda.model.cast_linear import CastLinear
 from andromeda.model.layers import Linear
 from andromeda.model.linear8 import Linear8
+from andromeda.model.linear16 import Linear16, weight16
 
 
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2 (arXiv 2109.08668)."""
-    return F.relu(x).square()
+    x = F.relu(x)
+    # Not x.square(), which autocast would take in float32.
+    return x * x
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -45,14 +49,12 @@ class Dense(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C)."""
         # As one step where it may be: layers that were exchanged for others keep their own products.
-        if self._whole and type(self.inner) is type(self.out) is Linear:
-            parameters = (self.inner.weight, self.inner.bias, self.out.weight, self.out.bias)
-            if mlp.accepts(x, *parameters):
-                return mlp.gelu_mlp(x, *parameters)
-        if self._whole and isinstance(self.inner, Linear8) and isinstance(self.out, Linear8) and cast8.accepts(x):
-            inner, out = self.inner, self.out
+        inner, out = self.inner, self.out
+        if self._whole and type(inner) is type(out) in (Linear, Linear16) and mlp.accepts(x, *self.parameters()):
+            return mlp.gelu_mlp(x, weight16(inner, x), inner.weight, inner.bias, weight16(out, x), out.weight, out.bias)
+        if self._whole and isinstance(inner, Linear8) and isinstance(out, Linear8) and inner.accepts(x):
             return gelu_mlp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
-        return self.out(self.activation(self.inner(x)))
+        return out(self.activation(inner(x)))
 
 
 class Gated(nn.Module):
@@ -69,7 +71,7 @@ class Gated(nn.Module):
         """x (..., C)."""
         pair = (self.gate, self.inner)
         # Weights that are cast side by side anyway; others would have to be copied.
-        together = isinstance(self.gate, Linear8) and joined.worth(x, pair)
+        together = isinstance(self.gate, CastLinear) and joined.worth(x, pair)
         gate, inner = joined.parts(joined.project(x, pair), pair) if together else (part(x) for part in pair)
         return self.out(self.activation(gate) * inner)
 

@@ -1,0 +1,123 @@
+"""Linear layers with the same parameters whose weights are cast once for a step, not once for a product.
+
+What was cast lies in buffers beside the parameters, which are filled outside of what is compiled and are not saved. It is made anew
+when a parameter has changed, which its version counter tells: whatever writes into a parameter in place must count there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, ClassVar, Self, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.model.layers import Linear, side_by_side
+
+TOGETHER = (("query", "value", "key"), ("gate", "inner"))
+"""Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
+
+
+L = TypeVar("L", bound="CastLinear")
+
+
+class CastLinear(Linear):
+    """x W^T + b by a weight that was cast; what it is cast into, and when that serves, is a subclass's."""
+
+    FIELDS: ClassVar[tuple[str, ...]] = ()
+    """Buffers, None until they are filled."""
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        self.weight, self.bias = linear.weight, linear.bias
+        self.beside: tuple[Self, ...] = ()
+        """Layers whose weights are cast below this one's, into one product."""
+        self.key: Any = None
+        for name in self.FIELDS:
+            self.register_buffer(name, None, persistent=False)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
+        # Moved or made another type: what was cast is not to follow.
+        self.key = None
+        for name in self.FIELDS:
+            setattr(self, name, None)
+        return super()._apply(fn, recurse)
+
+    def accepts(self, x: Tensor) -> bool:
+        """Whether x (..., K) is multiplied by what was cast."""
+        raise NotImplementedError
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
+        raise NotImplementedError
+
+    @classmethod
+    def fill(cls, layers: Sequence[Self]) -> None:
+        """Cast the weights of all."""
+        raise NotImplementedError
+
+    def can_cast(self) -> bool:
+        """Whether the weight is where it can be cast."""
+        return True
+
+    @property
+    def together(self) -> tuple[Self, ...]:
+        """This layer and those beside it."""
+        return (self, *self.beside)
+
+    def joined(self) -> Tensor:
+        """The weights of all together."""
+        return (side_by_side(self.together)[0] if self.beside else self.weight).detach()
+
+    def reads(self) -> Sequence[Tensor]:
+        """What the cast was made of."""
+        return [linear.weight for linear in self.together]
+
+    def now(self) -> list[tuple[int, int]]:
+        """Which tensors these are, and how often each was written."""
+        return [(x._version, x.data_ptr()) for x in self.reads()]
+
+
+@torch.inference_mode(False)
+@torch.no_grad()
+def refresh(layers: Sequence[CastLinear]) -> None:
+    """Cast again what has changed."""
+    changed = [layer for layer in layers if layer.key != layer.now() and layer.can_cast()]
+    if not changed:
+        return
+    type(changed[0]).fill(changed)
+    for layer in changed:
+        layer.key = layer.now()
+
+
+def exchange(
+    root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
+) -> list[L]:
+    """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up beside others that read a
+    multiple of `side`; returns those that lead a product.
+
+    The weights are cast before each forward pass of `root` that finds them changed.
+    """
+    for path, module in list(root.named_modules()):
+        linears = {name: child for name, child in module.named_children() if type(child) is Linear and chosen(_below(path, name))}
+        groups = [group for group in TOGETHER if linears.keys() >= set(group) and linears[group[0]].in_features % side == 0]
+        together = {name for group in groups for name in group}
+        for name, linear in linears.items():
+            if name in together or fits(linear):
+                setattr(module, name, make(linear))
+        for first, *others in groups:
+            getattr(module, first).beside = tuple(getattr(module, name) for name in others)
+    layers: list[Any] = [module for module in root.modules() if isinstance(module, CastLinear)]
+    led = {id(other) for layer in layers for other in layer.beside}
+    leading = [layer for layer in layers if id(layer) not in led]
+    root.register_forward_pre_hook(partial(_refresh, leading))
+    return leading
+
+
+def _below(path: str, name: str) -> str:
+    return f"{path}.{name}" if path else name
+
+
+def _refresh(layers: Sequence[CastLinear], root: nn.Module, args: Any) -> None:
+    refresh(layers)
