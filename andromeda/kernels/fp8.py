@@ -17,6 +17,8 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 SIDES = 16
 """Both sizes of a matrix must be multiples of this."""
+FEW = 128
+"""With fewer rows than this cuBLAS has no product of long ones (10,240 at 32 rows) that also adds a bias."""
 ACTIVATIONS, WIDEST = ("none", "gelu", "gelu_tanh", "relu", "relu2", "silu"), 32768
 """What the fused kernel knows, and the longest row that it holds."""
 TRITON = find_spec("triton") is not None
@@ -70,13 +72,10 @@ class Linear8(nn.Module):
             # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.
             x, weight = rows.float() * scale, self.weight.float() * self.scale.T
             return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
-        count = rows.shape[0]
-        if count < SIDES:
-            # cuBLAS has no product with a scale a row for one row.
-            rows = F.pad(rows.view(torch.uint8), (0, 0, 0, SIDES - count)).view(FORMAT)
-            scale = F.pad(scale, (0, 0, 0, SIDES - count), value=1.0)
-        out = torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=bias, out_dtype=torch.bfloat16, use_fast_accum=True)
-        return out[:count]
+        few = rows.shape[0] < FEW
+        within = None if few else bias
+        out = torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=within, out_dtype=torch.bfloat16, use_fast_accum=True)
+        return out + bias if few and bias is not None else out
 
 
 def fits(linear: nn.Linear) -> bool:
