@@ -17,8 +17,9 @@ FORMAT = torch.float8_e4m3fn
 LARGEST = torch.finfo(FORMAT).max
 SIDES = 16
 """Both sizes of a matrix must be multiples of this."""
-FEW = 128
-"""With fewer rows than this cuBLAS has no product of long ones (10,240 at 32 rows) that also adds a bias."""
+FEW = 2**22
+"""Numbers of a product that do not keep a GPU busy: cuBLAS cuts the sums of such into parts (seen up to 48 x 2,560 of 10,240 terms),
+and has none then that also adds a bias."""
 ACTIVATIONS, WIDEST = ("none", "gelu", "gelu_tanh", "relu", "relu2", "silu"), 32768
 """What the fused kernel knows, and the longest row that it holds."""
 TRITON = find_spec("triton") is not None
@@ -72,7 +73,7 @@ class Linear8(nn.Module):
             # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.
             x, weight = rows.float() * scale, self.weight.float() * self.scale.T
             return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)
-        few = rows.shape[0] < FEW
+        few = rows.shape[0] * self.weight.shape[0] < FEW
         within = None if few else bias
         out = torch._scaled_mm(rows, self.weight.T, scale, self.scale, bias=within, out_dtype=torch.bfloat16, use_fast_accum=True)
         return out + bias if few and bias is not None else out
