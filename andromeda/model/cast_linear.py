@@ -76,7 +76,7 @@ class CastLinear(Linear):
 
     def now(self) -> list[tuple[int, int]]:
         """Which tensors these are, and how often each was written."""
-        return [(x._version, x.data_ptr()) for x in self.reads()]
+        return [(x._version, x.untyped_storage()._cdata) for x in self.reads()]
 
 
 @torch.inference_mode(False)

@@ -79,10 +79,15 @@ class Half(Precision):
         self._layers: Sequence[Linear16] = ()
 
     def prepare(self, model: Transformer) -> Transformer:
-        """Exchange the linear layers of the blocks; parameters and their names stay."""
+        """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
         if self.device.type == "cuda":
-            self._layers = exchange16(model.trunk, _chosen, self.dtype)
+            self.exchange(model)
         return model
+
+    def exchange(self, model: Transformer) -> Sequence[Linear16]:
+        """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
+        self._layers = exchange16(model.trunk, _chosen, self.dtype)
+        return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in 16 bits."""

@@ -7,6 +7,7 @@ that autograd saves, seen by its hooks, and every allocation and release that th
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -20,7 +21,9 @@ from andromeda.kernels.attention.memo import Memo
 from andromeda.model.transformer import Transformer
 from andromeda.optim import Muon
 from andromeda.study.plan.dryrun import passing
-from andromeda.study.plan.memory import update_bytes
+from andromeda.study.plan.memory import training, update_bytes
+from andromeda.study.plan.mesh import Mesh
+from andromeda.study.plan.state import State
 from andromeda.train.objective import NextToken
 from andromeda.train.precision import PRECISIONS
 from andromeda.train.recompute import checkpoint_blocks
@@ -168,6 +171,23 @@ def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
     assert planned.saved_copies == 2 * sum(p.numel() for p in copied)
     assert planned.forward_copies >= planned.saved_copies
     assert passing(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: bool) -> None:
+    """Two bytes a number, all the time, and not among what is saved; with fsdp, which gathers them, there are none."""
+    run = config("none", depth=5)
+    planned = passing(run, ROWS, T, precision, gpu=True, compiled=compiled)
+    matrices = [p for name, p in Transformer(run.model).named_parameters() if "trunk" in name and p.ndim == 2]
+    assert planned.casts == 2 * sum(p.numel() for p in matrices)
+    assert planned.saved_copies < planned.casts / 100
+    assert passing(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
+    state, model = State(1000, 1000, 2000, 0), Transformer(run.model)
+    alone, sharded = (training(run, Mesh(fsdp=fsdp), model, planned, state, gpu=True) for fsdp in (1, 2))
+    without = training(run, Mesh(), model, replace(planned, casts=0), state, gpu=True)
+    assert alone.peak - without.peak == planned.casts
+    assert sharded.passing.casts == 0
 
 
 def test_what_muons_update_takes() -> None:

@@ -11,8 +11,7 @@ import contextlib
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import torch
@@ -21,17 +20,20 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.kernels import cross_entropy
+from andromeda.kernels import cross_entropy, mlp
 from andromeda.kernels.attention import sdpa
 from andromeda.kernels.attention.memo import Memo
+from andromeda.kernels.precision import product_dtype
+from andromeda.model.cast_linear import refresh
 from andromeda.model.transformer import Transformer
 from andromeda.study.plan.ledger import Ledger
 from andromeda.train.objective import NextToken
-from andromeda.train.precision import PRECISIONS
+from andromeda.train.precision import PRECISIONS, Half, Precision
 from andromeda.train.recompute import checkpoint_blocks
 from andromeda.train.rows import Rows
 
 CPU = torch.device("cpu")
+HALVES = (torch.bfloat16, torch.float16)
 EAGER, COMPILED = "eager", "aot_eager_decomp_partition"
 """torch.compile backends: the second saves between forward and backward pass what inductor would, and generates no code."""
 
@@ -52,6 +54,8 @@ class Passing:
     """The part of `forward` that is copies of weights in the type of products."""
     saved_copies: int
     """The part of `saved` that is such copies."""
+    casts: int
+    """The blocks' weights as products read them on a GPU, cast once a step: there all the time."""
 
     def peak(self, gradients: int, accumulated: bool) -> int:
         """The worst moment. gradients: bytes when all are there; accumulated: whether they are from the start."""
@@ -92,6 +96,7 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
         loss=b.loss,
         forward_copies=grown(a.forward_copies, b.forward_copies),
         saved_copies=grown(a.saved_copies, b.saved_copies),
+        casts=grown(a.casts, b.casts),
     )
 
 
@@ -113,6 +118,9 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
     """One forward and backward pass on fake tensors."""
     with _pretence(rows * sequence * config.model.experts.active, gpu):
         model = Transformer(config.model)
+        products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
+        # Layers in 8 bits hold their weights in two orders, which are as many bytes.
+        layers = products.exchange(model) if gpu and isinstance(products, Half) else ()
         checkpoint_blocks(model, config.train.checkpointing)
         if backend != EAGER:
             for block in model.trunk.blocks:
@@ -122,7 +130,11 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         with ledger:
             ledger.watch(model.parameters())
             ledger.enter([*model.buffers(), ids])
-            return _step(model, Rows(ids, ids.clone().fill_(cross_entropy.IGNORED), None), precision, config.train.z_loss, ledger)
+            before = ledger.held
+            refresh(layers)
+            casts = ledger.held - before
+            unlearned = Rows(ids, ids.clone().fill_(cross_entropy.IGNORED), None)
+            return replace(_step(model, unlearned, products, config.train.z_loss, ledger), casts=casts)
 
 
 @contextlib.contextmanager
@@ -145,6 +157,7 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
         if gpu:
             # A CPU attends in float32 even where products are in 16 bits.
             stack.enter_context(mock.patch.object(sdpa, "HALF", ()))
+            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: product_dtype(x) in HALVES))
             stack.enter_context(mock.patch.dict(cross_entropy._CHUNK_LOGITS, cpu=cross_entropy._CHUNK_LOGITS["cuda"]))
         torch._dynamo.reset()
         logging.disable(logging.WARNING)
@@ -155,22 +168,20 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
             torch._dynamo.reset()
 
 
-def _step(model: Transformer, rows: Rows, precision: str, z_loss: float, ledger: Ledger) -> Passing:
-    def autocast() -> contextlib.AbstractContextManager[Any]:
-        return PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU).autocast()
-
-    before = ledger.held
-    with autocast():
+def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, ledger: Ledger) -> Passing:
+    """What a step takes beside what is there."""
+    before, casts = ledger.held, ledger.copied
+    with products.autocast():
         hidden = model.hidden(rows.ids)
     blocks = ledger.held - before
     del hidden
-    with autocast():
+    with products.autocast():
         total: Tensor = NextToken(model, z_loss)(rows).total
-        forward_copies = ledger.copied
+        forward_copies = ledger.copied - casts
     forward = ledger.peak - before
-    saved, saved_copies = ledger.held - before, ledger.copied
+    saved, saved_copies = ledger.held - before, ledger.copied - casts
     ledger.restart()
     total.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     working = max(0, ledger.peak - before - max(saved, gradients))
-    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies)
+    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies, casts=0)

@@ -59,7 +59,7 @@ def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing
     gathered = 2 * block * PRODUCTS // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
     accumulated = (config.train.micro_batch or config.train.batch) < config.train.batch // mesh.readers
-    kept = own.weights + own.optimizer + own.average
+    kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return Training(own, moving, gathered, updating, peak)
 
@@ -69,7 +69,7 @@ def _divided(passing: Passing, mesh: Mesh) -> Passing:
     lean = passing
     if mesh.fsdp > 1:
         forward, saved = passing.forward - passing.forward_copies, passing.saved - passing.saved_copies
-        lean = replace(passing, forward=forward, saved=saved, forward_copies=0, saved_copies=0)
+        lean = replace(passing, forward=forward, saved=saved, forward_copies=0, saved_copies=0, casts=0)
     return Passing(**{name: value // mesh.tp for name, value in asdict(lean).items()})
 
 

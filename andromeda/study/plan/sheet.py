@@ -116,6 +116,7 @@ MEMORY: dict[str, Reader] = {
     "rows of a micro-batch": lambda p: f"{p.micro_rows} of {p.sequence:,}",
     "precision of products": lambda p: p.precision + (", compiled" if p.compiled else ""),
     "weights": lambda p: size(p.memory.state.weights),
+    "weights as products read them": lambda p: size(p.memory.passing.casts),
     "gradients": lambda p: size(p.memory.state.gradients),
     "optimizer": lambda p: f"{size(p.memory.state.optimizer)} ({p.optimizer})",
     "moving average": lambda p: size(p.memory.state.average),
