@@ -74,7 +74,10 @@ class Linear16(CastLinear):
 
 @contextlib.contextmanager
 def summed(layers: Sequence[Linear16]) -> Iterator[None]:
-    """Within, backward passes add up the gradients of the layers' weights by the products that make them, in `.grad`."""
+    """Within, backward passes add up the gradients of the layers' weights by the products that make them, in `.grad`.
+
+    autograd does not see them: no hook of these parameters is called.
+    """
     for layer in layers:
         layer.begin()
     try:
