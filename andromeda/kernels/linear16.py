@@ -57,9 +57,14 @@ class _Linear(torch.autograd.Function):
         dw: tuple[Tensor | None, ...] = (None,) * len(sizes)
         whole = weight_gradient(dy, x, ctx.weight_dtype, ctx.total) if any(need[4:]) else None
         if whole is not None:
-            dw = whole.split([*sizes, len(whole) - sum(sizes)])[: len(sizes)]
+            dw = apart(whole, sizes)
         db = dy.sum(0, dtype=ctx.bias_dtype) if need[3] else None
         return ((dy @ rows).to(ctx.dtype) if need[0] else None, None, None, db, *dw)
+
+
+def apart(whole: Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
+    """Views of so many rows each, or columns; what is left at the end belongs to nobody."""
+    return whole.split([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor | None:
@@ -84,11 +89,6 @@ def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
 
 
-@product.register_kernel("cpu")
-def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    return dy.T.to(dtype) @ x.to(dtype)
-
-
 @torch.library.custom_op("andromeda::add_weight_gradient", mutates_args=("total",), device_types="cuda")
 def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add dY^T x to total (O, K), float32 or of the same type."""
@@ -101,8 +101,3 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
 @add_product.register_fake
 def _(total: Tensor, dy: Tensor, x: Tensor) -> None:
     return None
-
-
-@add_product.register_kernel("cpu")
-def _(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    total.addmm_(dy.T.to(total.dtype), x.to(total.dtype))

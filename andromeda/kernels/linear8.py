@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from andromeda.kernels.cast8 import GRADIENTS, VALUES, Weight8, cast, limits, product, scale_for, weight_gradient
+from andromeda.kernels.linear16 import apart
 
 
 def linear8(x: Tensor, weight: Weight8, parameters: Sequence[Tensor], bias: Tensor | None = None, bound: Tensor | None = None) -> Tensor:
@@ -55,5 +56,5 @@ class _Linear(torch.autograd.Function):
         dw: tuple[Tensor | None, ...] = (None,) * len(ctx.sizes)
         if any(need[6:]):
             whole = weight_gradient(dy_columns, x_columns, (dy_scale, x_scale), ctx.dtype)
-            dw = whole.split([*ctx.sizes, len(whole) - sum(ctx.sizes)])[: len(ctx.sizes)]
+            dw = apart(whole, ctx.sizes)
         return (dx, None, None, None, None, total.to(ctx.bias_dtype) if need[5] else None, *dw)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from andromeda.kernels.linear16 import Weight16, weight_gradient
-from andromeda.kernels.precision import product_dtype
+from andromeda.kernels.precision import HALF, product_dtype
 
 TRITON = find_spec("triton") is not None
 
@@ -28,7 +28,7 @@ def accepts(x: Tensor, *parameters: Tensor) -> bool:
         TRITON
         and x.is_cuda
         and torch.is_grad_enabled()
-        and product_dtype(x) in (torch.bfloat16, torch.float16)
+        and product_dtype(x) in HALF
         and all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
     )
 

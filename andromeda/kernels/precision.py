@@ -5,6 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALF = (torch.bfloat16, torch.float16)
+"""Of 16 bits."""
+
 
 def product_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would compute in with x: autocast's dtype where that is on (it leaves float64 alone), else that of x."""

@@ -18,7 +18,6 @@ from andromeda.model.layers import Linear, side_by_side
 TOGETHER = (("query", "value", "key"), ("gate", "inner"))
 """Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
 
-
 L = TypeVar("L", bound="CastLinear")
 
 
@@ -70,9 +69,14 @@ class CastLinear(Linear):
         """The weights of all together."""
         return (side_by_side(self.together)[0] if self.beside else self.weight).detach()
 
+    @property
+    def weights(self) -> list[Tensor]:
+        """Those of all together, one by one."""
+        return [linear.weight for linear in self.together]
+
     def reads(self) -> Sequence[Tensor]:
         """What the cast was made of."""
-        return [linear.weight for linear in self.together]
+        return self.weights
 
     def now(self) -> list[tuple[int, int]]:
         """Which tensors these are, and how often each was written."""
@@ -91,7 +95,7 @@ def refresh(layers: Sequence[CastLinear]) -> None:
         layer.key = layer.now()
 
 
-def exchange(
+def exchange_linears(
     root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
 ) -> list[L]:
     """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up beside others that read a

@@ -8,7 +8,7 @@ from torch import nn
 
 from andromeda.kernels import fp8
 from andromeda.model.block import Parallel, Serial
-from andromeda.model.cast_linear import exchange as exchange_any
+from andromeda.model.cast_linear import exchange_linears
 from andromeda.model.linear8 import Linear8
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
@@ -16,7 +16,7 @@ from andromeda.model.token_shift import ChunkShift, NoShift
 
 def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others."""
-    exchange_any(root, Linear8, chosen, fp8.fits, fp8.SIDES)
+    exchange_linears(root, Linear8, chosen, fp8.fits, fp8.SIDES)
     for module in root.modules():
         for reader, norm, shift in _read(module):
             _bound(reader, norm, shift)

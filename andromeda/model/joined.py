@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from andromeda.kernels.linear16 import apart
 from andromeda.model.cast_linear import CastLinear
 from andromeda.model.layers import Linear, side_by_side
 
@@ -32,5 +33,4 @@ def project(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
 
 def parts(whole: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each linear layer gives: views (..., N_i) of what `project` does."""
-    sizes = [linear.out_features for linear in linears]
-    return whole.split([*sizes, whole.shape[-1] - sum(sizes)], -1)[:-1]
+    return apart(whole, [linear.out_features for linear in linears], -1)

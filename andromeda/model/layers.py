@@ -36,8 +36,21 @@ class Embedding(nn.Embedding):
 
 def side_by_side(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Their weights as one (N, K) and their biases as one (N,), zeros at the end."""
-    padding = -sum(linear.out_features for linear in linears) % ALIGNED
     weights: list[Tensor] = [linear.weight for linear in linears]
-    weight = F.pad(torch.cat(weights), (0, 0, 0, padding))
+    return F.pad(torch.cat(weights), (0, 0, 0, _padding(linears))), biases_side_by_side(linears)
+
+
+def biases_side_by_side(linears: Sequence[nn.Linear]) -> Tensor | None:
+    """Their biases as one (N,), zeros at the end."""
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
-    return weight, F.pad(torch.cat(biases), (0, padding)) if biases else None
+    return F.pad(torch.cat(biases), (0, _padding(linears))) if biases else None
+
+
+def aligned(rows: int) -> int:
+    """So many rows of joined matrices, filled up."""
+    return rows + -rows % ALIGNED
+
+
+def _padding(linears: Sequence[nn.Linear]) -> int:
+    rows = sum(linear.out_features for linear in linears)
+    return aligned(rows) - rows

@@ -10,11 +10,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from andromeda.kernels.linear16 import Weight16, linear16
+from andromeda.kernels.linear16 import Weight16, apart, linear16
 from andromeda.kernels.precision import product_dtype
-from andromeda.model.cast_linear import CastLinear
-from andromeda.model.cast_linear import exchange as exchange_any
-from andromeda.model.layers import Linear, side_by_side
+from andromeda.model.cast_linear import CastLinear, exchange_linears
+from andromeda.model.layers import Linear, aligned, biases_side_by_side
 
 
 class Linear16(CastLinear):
@@ -40,7 +39,7 @@ class Linear16(CastLinear):
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        return linear16(x, self.cast(), [linear.weight for linear in self.together], side_by_side(self.together)[1])
+        return linear16(x, self.cast(), self.weights, biases_side_by_side(self.together))
 
     def cast(self) -> Weight16:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
@@ -49,26 +48,28 @@ class Linear16(CastLinear):
     @classmethod
     def fill(cls, layers: Sequence[Self]) -> None:
         """Into the memory that was taken first, in one operation for all."""
+        parts: list[Tensor] = []
         for layer in layers:
             if layer.rows is None:
-                layer.rows = layer.joined().to(layer.dtype)
-        parts = [part for layer in layers for part in layer.parts(layer.rows)]
-        torch._foreach_copy_(parts, [linear.weight for layer in layers for linear in layer.together])
+                layer.rows = layer.zeros(layer.dtype)
+            parts += layer.apart(layer.rows)
+        torch._foreach_copy_(parts, [weight for layer in layers for weight in layer.weights])
 
-    def parts(self, whole: Tensor | None) -> list[Tensor]:
-        """Of the whole, the rows that belong to each layer's weight."""
-        assert whole is not None
-        sizes = [linear.out_features for linear in self.together]
-        return list(whole.split([*sizes, len(whole) - sum(sizes)]))[: len(sizes)]
+    def zeros(self, dtype: torch.dtype) -> Tensor:
+        """As large as the weights of all together."""
+        height = aligned(sum(linear.out_features for linear in self.together)) if self.beside else self.out_features
+        return self.weight.new_zeros(height, self.in_features, dtype=dtype)
+
+    def apart(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The rows that belong to each layer's weight."""
+        return apart(whole, [linear.out_features for linear in self.together])
 
     def begin(self) -> None:
         """Gradients of zeros, to which products add."""
-        weights = [linear.weight for linear in self.together]
-        if not all(weight.requires_grad and weight.grad is None for weight in weights):
+        if not all(weight.requires_grad and weight.grad is None for weight in self.weights):
             return
-        height = len(self.joined() if self.rows is None else self.rows)
-        self.total = self.weight.new_zeros(height, self.in_features)
-        for weight, part in zip(weights, self.parts(self.total), strict=True):
+        self.total = self.zeros(self.weight.dtype)
+        for weight, part in zip(self.weights, self.apart(self.total), strict=True):
             weight.grad = part
 
 
@@ -89,7 +90,7 @@ def summed(layers: Sequence[Linear16]) -> Iterator[None]:
 
 def exchange(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype) -> list[Linear16]:
     """Exchange the linear layers below `root` whose paths are chosen; returns those that lead a product."""
-    return exchange_any(root, partial(Linear16, dtype=dtype), chosen, lambda linear: True)
+    return exchange_linears(root, partial(Linear16, dtype=dtype), chosen, lambda linear: True)
 
 
 def weight16(linear: nn.Linear, x: Tensor) -> Weight16:

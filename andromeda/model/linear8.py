@@ -12,7 +12,7 @@ from andromeda.kernels import cast8, fp8
 from andromeda.kernels.cast8 import Weight8
 from andromeda.kernels.linear8 import linear8
 from andromeda.model.cast_linear import CastLinear
-from andromeda.model.layers import Linear, side_by_side
+from andromeda.model.layers import Linear, biases_side_by_side
 
 ROUNDING = 1.02
 """What roundings to bfloat16 add to a vector's norm at most, and more."""
@@ -49,8 +49,7 @@ class Linear8(CastLinear):
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        weights = [linear.weight for linear in self.together]
-        return linear8(x, self.cast(), weights, side_by_side(self.together)[1], self.bound)
+        return linear8(x, self.cast(), self.weights, biases_side_by_side(self.together), self.bound)
 
     def cast(self) -> Weight8:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
@@ -61,7 +60,7 @@ class Linear8(CastLinear):
     def reads(self) -> Sequence[Tensor]:
         """Weights, and the gain that bounds their input."""
         gain = self._gain()
-        return [*super().reads(), *([] if gain is None else [gain])]
+        return [*self.weights, *([] if gain is None else [gain])]
 
     @classmethod
     def fill(cls, layers: Sequence[Self]) -> None:

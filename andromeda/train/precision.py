@@ -16,9 +16,7 @@ from torch import Tensor, nn
 
 from andromeda.errors import ConfigError, MissingExtra
 from andromeda.kernels import cast8, fp8
-from andromeda.model.exchange8 import exchange as exchange8
-from andromeda.model.linear16 import Linear16, summed
-from andromeda.model.linear16 import exchange as exchange16
+from andromeda.model import exchange8, linear16
 from andromeda.model.transformer import Transformer
 
 
@@ -76,7 +74,7 @@ class Half(Precision):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._layers: Sequence[Linear16] = ()
+        self._layers: Sequence[linear16.Linear16] = ()
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
@@ -84,9 +82,9 @@ class Half(Precision):
             self.exchange(model)
         return model
 
-    def exchange(self, model: Transformer) -> Sequence[Linear16]:
+    def exchange(self, model: Transformer) -> Sequence[linear16.Linear16]:
         """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
-        self._layers = exchange16(model.trunk, _chosen, self.dtype)
+        self._layers = linear16.exchange(model.trunk, _chosen, self.dtype)
         return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -95,7 +93,7 @@ class Half(Precision):
 
     def summing(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients of the layers are added up by their products."""
-        return summed(self._layers)
+        return linear16.summed(self._layers)
 
 
 class BFloat16(Half):
@@ -166,7 +164,7 @@ class Float8(BFloat16):
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and cast8.TRITON:
-            exchange8(model.trunk, _chosen)
+            exchange8.exchange(model.trunk, _chosen)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training

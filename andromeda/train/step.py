@@ -78,21 +78,22 @@ class Stepper:
         # Of one micro-batch each gradient is made when its layer's turn comes, as activations go: less memory.
         with precision.summing() if several else contextlib.nullcontext():
             for micro in work.rows.split(self._micro_batch):
-                sums = self._add_gradients(micro, work)
-                loss += sums.total / targets
-                nll += sums.nll / targets
+                part = self._add_gradients(micro, work, targets)
+                loss += part.total
+                nll += part.nll
         return loss, nll
 
-    def _add_gradients(self, micro: Rows, work: Work) -> Sums:
-        """Of one micro-batch of `work`; returns its sums."""
+    def _add_gradients(self, micro: Rows, work: Work, targets: int) -> Sums:
+        """Of one micro-batch of `work`; returns its part in the means over all targets."""
         precision = self._session.precision
         for router in self._routers:
             # The balance loss is a mean over a micro-batch, which has this share in the step.
             router.loss_scale.copy_(precision.scale * (len(micro.ids) / len(work.rows.ids)))
         with precision.autocast():
             sums = self._objective(micro.to(precision.device), work.window)
-        (sums.total / max(1, work.targets) * precision.scale).backward()
-        return Sums(sums.total.detach(), sums.nll)
+        part = sums.total / targets
+        (part * precision.scale).backward()
+        return Sums(part.detach(), sums.nll / targets)
 
     def _verdict(self, loss: Tensor, norm: Tensor, span: Span) -> str | None:
         precision, guard = self._session.precision, self._session.guard

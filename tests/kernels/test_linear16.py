@@ -1,4 +1,4 @@
-"""A linear layer by a weight that was cast before: gradients by finite differences, returned or added up where they are kept."""
+"""A linear layer by a weight that was cast before: gradients in float64, returned or added up where they are kept."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.linear16 import Weight16, add_product, linear16, weight_gradient
-from tests.kernels import interpreted
+from tests.kernels import emulated16, interpreted
 
+assert emulated16
 K, SIZES = 24, (40, 12, 9)
 
 

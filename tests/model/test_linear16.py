@@ -9,26 +9,18 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
+from andromeda.config.model import FeedForward
 from andromeda.config.train import Optim
 from andromeda.kernels import mlp
 from andromeda.model.linear16 import Linear16, exchange, summed
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
 from andromeda.train.recompute import checkpoint_blocks
-from tests.kernels import interpreted, test_mlp
+from tests.kernels import emulated16, interpreted
+from tests.model.exchanged import CONFIG, parameters_stay
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    context=32,
-    width=32,
-    depth=2,
-    rotary=Rotary(kind="rope"),
-    attention=Attention(heads=4, kv_heads=1, head_dim=16),
-    feedforward=FeedForward(kind="gelu", hidden=64, bias=True),
-)
 KINDS = pytest.mark.parametrize("kind", ["gelu", "swiglu", "relu2"])
-assert test_mlp, "its kernels of GELU on a CPU"
+assert emulated16
 
 
 @pytest.fixture(autouse=True)
@@ -68,15 +60,7 @@ def taken(made: Transformer) -> dict[str, Tensor]:
 
 
 def test_parameters_and_what_is_saved_stay_the_same() -> None:
-    plain = Transformer(CONFIG, seed=1)
-    before, saved = dict(plain.named_parameters()), plain.state_dict().keys()
-    leading = exchange(plain.trunk, lambda path: True, torch.bfloat16)
-    backward(plain)
-    after = dict(plain.named_parameters())
-    assert after.keys() == before.keys()
-    assert all(after[name] is parameter for name, parameter in before.items())
-    assert plain.state_dict().keys() == saved
-    assert sum(isinstance(m, Linear16) for m in plain.modules()) == 2 * 6
+    leading = parameters_stay(lambda root: exchange(root, lambda path: True, torch.bfloat16), Linear16, backward)
     assert len(leading) == 2 * 4, "queries, values and keys are one"
 
 

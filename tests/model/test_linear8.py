@@ -13,7 +13,7 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig, Rotary
+from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig
 from andromeda.config.train import Optim
 from andromeda.kernels import cast8
 from andromeda.model import joined
@@ -25,16 +25,8 @@ from andromeda.optim import build_optimizer
 from andromeda.train.precision import Float8
 from andromeda.train.recompute import checkpoint_blocks
 from tests.kernels import emulated8, interpreted
+from tests.model.exchanged import CONFIG, parameters_stay
 
-CONFIG = ModelConfig(
-    vocab_size=64,
-    context=32,
-    width=32,
-    depth=2,
-    rotary=Rotary(kind="rope"),
-    attention=Attention(heads=4, kv_heads=1, head_dim=16),
-    feedforward=FeedForward(kind="gelu", hidden=64, bias=True),
-)
 assert emulated8
 
 
@@ -68,15 +60,7 @@ def gradients(made: Transformer) -> dict[str, Tensor]:
 
 
 def test_parameters_and_what_is_saved_stay_the_same() -> None:
-    plain = Transformer(CONFIG, seed=1)
-    before, saved = dict(plain.named_parameters()), plain.state_dict().keys()
-    exchange(plain.trunk, lambda path: True)
-    gradients(plain)
-    after = dict(plain.named_parameters())
-    assert after.keys() == before.keys()
-    assert all(after[name] is parameter for name, parameter in before.items())
-    assert plain.state_dict().keys() == saved
-    assert sum(isinstance(m, Linear8) for m in plain.modules()) == 2 * 6
+    parameters_stay(lambda root: exchange(root, lambda path: True), Linear8, gradients)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])

@@ -19,7 +19,9 @@ from andromeda.train.precision import Precision
 from andromeda.train.rows import Rows
 from andromeda.train.session import Session, build_session
 from andromeda.train.step import Outcome, Stepper, Work
+from tests.kernels import emulated16
 
+assert emulated16
 CPU = torch.device("cpu")
 
 

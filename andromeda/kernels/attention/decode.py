@@ -14,8 +14,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from andromeda.kernels.attention.needs import HALF
 from andromeda.kernels.attention.pattern import Pattern
+from andromeda.kernels.precision import HALF
 
 name = "decode"
 

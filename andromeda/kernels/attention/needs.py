@@ -6,8 +6,7 @@ import torch
 from torch import Tensor
 
 from andromeda.kernels.attention.pattern import Pattern
-
-HALF = (torch.bfloat16, torch.float16)
+from andromeda.kernels.precision import HALF
 
 FOLD = "it has no ALiBi slopes (alibi.fold = true needs none)"
 

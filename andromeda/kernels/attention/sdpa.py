@@ -16,8 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.attention.memo import Memo
-from andromeda.kernels.attention.needs import HALF, trained
+from andromeda.kernels.attention.needs import trained
 from andromeda.kernels.attention.pattern import Pattern
+from andromeda.kernels.precision import HALF
 
 name = "sdpa"
 

@@ -23,7 +23,7 @@ from andromeda.config.run import RunConfig
 from andromeda.kernels import cross_entropy, mlp
 from andromeda.kernels.attention import sdpa
 from andromeda.kernels.attention.memo import Memo
-from andromeda.kernels.precision import product_dtype
+from andromeda.kernels.precision import HALF, product_dtype
 from andromeda.model.cast_linear import refresh
 from andromeda.model.transformer import Transformer
 from andromeda.study.plan.ledger import Ledger
@@ -33,7 +33,6 @@ from andromeda.train.recompute import checkpoint_blocks
 from andromeda.train.rows import Rows
 
 CPU = torch.device("cpu")
-HALVES = (torch.bfloat16, torch.float16)
 EAGER, COMPILED = "eager", "aot_eager_decomp_partition"
 """torch.compile backends: the second saves between forward and backward pass what inductor would, and generates no code."""
 
@@ -54,7 +53,7 @@ class Passing:
     """The part of `forward` that is copies of weights in the type of products."""
     saved_copies: int
     """The part of `saved` that is such copies."""
-    casts: int
+    casts: int = 0
     """The blocks' weights as products read them on a GPU, cast once a step: there all the time."""
 
     def peak(self, gradients: int, accumulated: bool) -> int:
@@ -121,6 +120,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
         # Layers in 8 bits hold their weights in two orders, which are as many bytes.
         layers = products.exchange(model) if gpu and isinstance(products, Half) else ()
+        refresh(layers)
         checkpoint_blocks(model, config.train.checkpointing)
         if backend != EAGER:
             for block in model.trunk.blocks:
@@ -130,11 +130,9 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         with ledger:
             ledger.watch(model.parameters())
             ledger.enter([*model.buffers(), ids])
-            before = ledger.held
-            refresh(layers)
-            casts = ledger.held - before
             unlearned = Rows(ids, ids.clone().fill_(cross_entropy.IGNORED), None)
-            return replace(_step(model, unlearned, products, config.train.z_loss, ledger), casts=casts)
+            held = _step(model, unlearned, products, config.train.z_loss, ledger)
+        return replace(held, casts=sum(layer.rows.nbytes for layer in layers if layer.rows is not None))
 
 
 @contextlib.contextmanager
@@ -157,7 +155,7 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
         if gpu:
             # A CPU attends in float32 even where products are in 16 bits.
             stack.enter_context(mock.patch.object(sdpa, "HALF", ()))
-            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: product_dtype(x) in HALVES))
+            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: product_dtype(x) in HALF))
             stack.enter_context(mock.patch.dict(cross_entropy._CHUNK_LOGITS, cpu=cross_entropy._CHUNK_LOGITS["cuda"]))
         torch._dynamo.reset()
         logging.disable(logging.WARNING)
@@ -170,18 +168,18 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
 
 def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, ledger: Ledger) -> Passing:
     """What a step takes beside what is there."""
-    before, casts = ledger.held, ledger.copied
+    before = ledger.held
     with products.autocast():
         hidden = model.hidden(rows.ids)
     blocks = ledger.held - before
     del hidden
     with products.autocast():
         total: Tensor = NextToken(model, z_loss)(rows).total
-        forward_copies = ledger.copied - casts
+        forward_copies = ledger.copied
     forward = ledger.peak - before
-    saved, saved_copies = ledger.held - before, ledger.copied - casts
+    saved, saved_copies = ledger.held - before, ledger.copied
     ledger.restart()
     total.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     working = max(0, ledger.peak - before - max(saved, gradients))
-    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies, casts=0)
+    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies)
