@@ -6,7 +6,8 @@ One run of minutes on an H100: a corpus of this machine's own Python sources, in
 are one long document; notes hidden in them, to be found again; a training at 2,048 tokens; then `andromeda extend` by every
 method to 16,384 tokens, by YaRN and NTK to 32,768, and what is left at 65,536 to 200,000. Extensions are independent of each
 other: each visible GPU takes one at a time. `--to` and `--methods` ask for other lengths and for a part of them. `--size tiny` runs the
-same way on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole.
+same way on a CPU in minutes. What is done is written after every stage, and `--seconds` bounds the whole. The corpus and the
+trained model stay in `--work`, for a call with other lengths or methods.
 """
 
 from __future__ import annotations
@@ -24,7 +25,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from andromeda.config.data import BuildConfig, DataConfig
@@ -39,6 +39,7 @@ from andromeda.study.extend import needles
 from andromeda.study.extend.plan import Wishes
 from andromeda.study.extend.plot import draw
 from andromeda.study.extend.run import extend
+from andromeda.train.folder import RunFolder
 from andromeda.train.run import train
 from andromeda.train.screen import Lines
 
@@ -196,6 +197,7 @@ class Experiment:
         if not kept.exists():
             kept.write_text(json.dumps(self._corpus()))
         self.figures["corpus"] = json.loads(kept.read_text())
+        self._notes_in_code()
 
     def _corpus(self) -> dict[str, Any]:
         texts = self.work / "texts"
@@ -207,17 +209,6 @@ class Experiment:
             workers=len(os.sched_getaffinity(0)),
         )
         shutil.rmtree(texts)
-        self.tokenizer = Tokenizer.load(self.work / "code")
-        stream = open_stream(DataConfig(corpus=str(self.work / "code"), shuffle=False), 1 << 16, 0)
-        some = [stream.rows(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
-        text = torch.cat(some).numpy()
-        for length in (self.size.trained, *self.size.to):
-            steps = 1300 if length == self.size.trained else self.size.steps
-            share = NEEDLE_SHARE["train" if length == self.size.trained else "extend"]
-            # Of a step, which has as many tokens as the training's, or a whole number of rows near that.
-            each = max(1, round(self.size.rows * self.size.trained / length))
-            rows = max(8, int(steps * each * share))
-            self._needles(text, length, min(rows, 4000))
         splits = made.splits
         return {
             "documents": count,
@@ -228,13 +219,28 @@ class Experiment:
             "seconds": round(self.clock.now, 1),
         }
 
-    def _needles(self, text: np.ndarray, length: int, rows: int) -> None:
-        """A folder of rows with notes, of which each is one document of exactly `length` tokens."""
-        folder = self.work / f"notes-{length}"
-        folder.mkdir(parents=True, exist_ok=True)
-        made = needles.training_rows(self.tokenizer, text, length, self._notes(length), rows, seed=1)
-        write_shard(folder / "train-00000.bin", made.astype(token_dtype(self.tokenizer.vocab_size)).ravel())
-        self.tokenizer.save(folder / "tokenizer")
+    def _notes_in_code(self) -> None:
+        """For each length that has none yet a folder of rows with notes, each one document of exactly that length."""
+        # The tokenizer is saved last: a folder without it was left by a call that was stopped.
+        folders = {length: self.work / f"notes-{length}" for length in (self.size.trained, *self.size.to)}
+        missing = {length: folder for length, folder in folders.items() if not (folder / "tokenizer").exists()}
+        if not missing:
+            return
+        tokenizer = Tokenizer.load(self.work / "code")
+        stream = open_stream(DataConfig(corpus=str(self.work / "code"), shuffle=False), 1 << 16, 0)
+        some = [stream.rows(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
+        text = torch.cat(some).numpy()
+        for length, folder in missing.items():
+            folder.mkdir(parents=True, exist_ok=True)
+            made = needles.training_rows(tokenizer, text, length, self._notes(length), self._noted_rows(length), seed=1)
+            write_shard(folder / "train-00000.bin", made.astype(token_dtype(tokenizer.vocab_size)).ravel())
+            tokenizer.save(folder / "tokenizer")
+
+    def _noted_rows(self, length: int) -> int:
+        """Rows with notes that a training reads, at most 4,000: of a step, which has as many tokens at every length, or one row."""
+        steps, share = (1300, NEEDLE_SHARE["train"]) if length == self.size.trained else (self.size.steps, NEEDLE_SHARE["extend"])
+        each = max(1, round(self.size.rows * self.size.trained / length))
+        return min(max(8, int(steps * each * share)), 4000)
 
     def _notes(self, length: int) -> int:
         if self.size.vocab < 8192:
@@ -244,9 +250,9 @@ class Experiment:
     # Training at the short context
 
     def training(self) -> None:
-        """As many steps as fit into the time, by the speed of a few, unless their number is given."""
-        tokens = self.size.rows * self.size.trained
-        steps = self.steps
+        """As many steps as fit into the time, by the speed of a few, unless their number is given; a run that is there is taken."""
+        tokens, base = self.size.rows * self.size.trained, RunFolder(self.work / "base")
+        steps = self.steps or (base.config().train.steps if base.exists else 0)
         if not steps:
             speed = self._train("calibration", 16)
             steps = int(min(1800, max(24, self.size.seconds * speed / tokens)))
@@ -264,7 +270,7 @@ class Experiment:
     def _train(self, name: str, steps: int) -> float:
         """Train for `steps` in the folder `name`; returns tokens a second at the end."""
         config = load("andromeda-125m", [*self._settings(steps), *self.size.model, *self.size.train])
-        train(config, self.work / name, screen=Lines(steps))
+        train(config, self.work / name, resume=RunFolder(self.work / name).exists, screen=Lines(steps))
         lines = [json.loads(line) for line in (self.work / name / "metrics.jsonl").read_text().splitlines()]
         torch._dynamo.reset()
         return [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")][-1]
@@ -447,12 +453,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=0, help="of the training; as many as fit into its time by default")
     parser.add_argument("--to", type=_lengths, default=(), help="contexts to extend to instead of the size's, such as 20480,40960")
     parser.add_argument("--methods", type=_methods, default=METHODS, help=f"to be compared, of {','.join(METHODS)}; all by default")
+    parser.add_argument("--samples", type=int, default=0, help="windows, and rows of notes, of each length instead of the size's")
     given = parser.parse_args()
     command = f"python benchmarks/extension.py --size {given.size}" + (f" --steps {given.steps}" if given.steps else "")
     command += f" --to {','.join(map(str, given.to))}" if given.to else ""
     command += f" --methods {','.join(given.methods)}" if given.methods != METHODS else ""
+    command += f" --samples {given.samples}" if given.samples else ""
     size = SIZES[given.size]
-    size = replace(size, to=given.to or size.to)
+    size = replace(size, to=given.to or size.to, samples=given.samples or size.samples)
     Experiment(size, given.work, given.out, given.plots, given.seconds, given.steps, command, given.methods).run()
 
 
