@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, ClassVar, Self, TypeVar
+from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -99,13 +99,13 @@ def exchange_linears(
     root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
 ) -> list[L]:
     """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up beside others that read a
-    multiple of `side`; returns those that lead a product.
+    multiple of `side`; returns those that lead a product. Layers with hooks or attributes of their own stay.
 
     The weights are cast before each forward pass of `root` that finds them changed.
     """
     for path, module in list(root.named_modules()):
-        linears = {name: child for name, child in module.named_children() if type(child) is Linear and chosen(_below(path, name))}
-        groups = [group for group in TOGETHER if linears.keys() >= set(group) and linears[group[0]].in_features % side == 0]
+        linears = {name: child for name, child in module.named_children() if chosen(_below(path, name)) and _bare(child)}
+        groups = [group for group in TOGETHER if linears.keys() >= set(group) and _can_join([linears[name] for name in group], side)]
         together = {name for group in groups for name in group}
         for name, linear in linears.items():
             if name in together or fits(linear):
@@ -117,6 +117,21 @@ def exchange_linears(
     leading = [layer for layer in layers if id(layer) not in led]
     root.register_forward_pre_hook(partial(_refresh, leading))
     return leading
+
+
+def _bare(module: nn.Module) -> TypeGuard[Linear]:
+    """Whether it is a linear layer that has nothing which one in its place would lack: no hooks, no `role`."""
+    return type(module) is Linear and _beside_sizes(module) == _beside_sizes(Linear(1, 1, device="meta"))
+
+
+def _beside_sizes(linear: Linear) -> dict[str, Any]:
+    return {name: value for name, value in vars(linear).items() if name not in ("_parameters", "training", "in_features", "out_features")}
+
+
+def _can_join(linears: Sequence[Linear], side: int) -> bool:
+    """Whether all read vectors of one length, a multiple of `side`, and each by a weight of its own."""
+    lengths, weights = {linear.in_features for linear in linears}, {id(linear.weight) for linear in linears}
+    return len(lengths) == 1 and len(weights) == len(linears) and lengths.pop() % side == 0
 
 
 def _below(path: str, name: str) -> str:

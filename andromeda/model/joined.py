@@ -21,7 +21,7 @@ def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
     cast as one."""
     first = linears[0]
     if isinstance(first, CastLinear):
-        return len(first.beside) > 0 and all(a is b for a, b in zip(first.beside, linears[1:], strict=True)) and first.accepts(x)
+        return first.beside == tuple(linears[1:]) and first.accepts(x)
     plain = all(type(linear) is Linear and type(linear.weight) is nn.Parameter for linear in linears)
     return plain and x.is_cuda and torch.is_grad_enabled() and all(p.requires_grad for linear in linears for p in linear.parameters())
 

@@ -17,7 +17,7 @@ from andromeda.model.layers import Linear, aligned, biases_side_by_side
 
 
 class Linear16(CastLinear):
-    """x W^T + b where gradients are wanted and products are of this type; elsewhere as it was."""
+    """x W^T + b where products are of this type; elsewhere as it was."""
 
     FIELDS = Weight16._fields
     rows: Tensor | None
@@ -28,8 +28,8 @@ class Linear16(CastLinear):
         self.dtype = dtype
 
     def accepts(self, x: Tensor) -> bool:
-        """Without gradients there is one product, and nothing that is gained."""
-        return torch.is_grad_enabled() and product_dtype(x) == self.dtype
+        """Where products are of the type that was cast into."""
+        return product_dtype(x) == self.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., O)."""
@@ -77,7 +77,7 @@ class Linear16(CastLinear):
 def summed(layers: Sequence[Linear16]) -> Iterator[None]:
     """Within, backward passes add up the gradients of the layers' weights by the products that make them, in `.grad`.
 
-    autograd does not see them: no hook of these parameters is called.
+    autograd does not see them: hooks of these parameters are given None. Of a layer that no pass uses the gradient is zero, not None.
     """
     for layer in layers:
         layer.begin()

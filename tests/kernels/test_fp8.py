@@ -41,12 +41,16 @@ def test_linear_layer_is_the_product_of_the_quantised_factors() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with products in 8 bits")
-@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 40, 130])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("width", [320, 10240])
-def test_any_number_of_rows_on_a_gpu(rows: int, bias: bool, width: int) -> None:
+@pytest.mark.parametrize(
+    ("rows", "outputs", "width"),
+    [*((rows, 96, width) for rows in (1, 2, 15, 16, 17, 40, 130) for width in (320, 10240)), (2048, 2304, 320)],
+)
+def test_any_number_of_rows_on_a_gpu(rows: int, outputs: int, width: int, bias: bool) -> None:
+    """Also of as many as have their bias added within the product."""
+    assert (rows * outputs >= fp8.FEW) == (outputs > 96)
     torch.manual_seed(0)
-    linear, x = nn.Linear(width, 96, bias=bias).bfloat16(), torch.randn(rows, width).bfloat16()
+    linear, x = nn.Linear(width, outputs, bias=bias).bfloat16(), torch.randn(rows, width).bfloat16()
     wanted = fp8.Linear8(linear)(x).double()
     found = fp8.Linear8(linear.cuda())(x.cuda()).double().cpu()
     assert (found - wanted).norm() / wanted.norm() < 0.01

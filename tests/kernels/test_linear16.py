@@ -58,14 +58,15 @@ def test_only_wanted_gradients_are_taken() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_float32_weights_are_not_rounded(dtype: torch.dtype) -> None:
     """As near the product of what was cast as float32 is, where a product in 16 bits would be rounded."""
-    x, weights, _ = drawn(torch.float32, False)
+    x, weights, bias = drawn(torch.float32, True)
     kept = x.detach().to(dtype)
-    out = linear16(x, Weight16(filled(weights).to(dtype), None), weights)
+    out = linear16(x, Weight16(filled(weights).to(dtype), None), weights, bias)
     assert out.dtype == dtype
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(dy)
     wanted = (dy.double().flatten(0, 1).T @ kept.double().flatten(0, 1)).split([*SIZES, 64 - sum(SIZES)])
-    for weight, gradient in zip(weights, wanted, strict=False):
+    assert bias is not None
+    for weight, gradient in zip((*weights, bias), (*wanted[:-1], dy.double().sum((0, 1))), strict=True):
         assert weight.grad is not None
         assert weight.grad.dtype == torch.float32
         assert (weight.grad.double() - gradient).abs().max() < 1e-6 * gradient.abs().max()

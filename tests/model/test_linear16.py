@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.config.model import FeedForward
 from andromeda.config.train import Optim
-from andromeda.kernels import mlp
+from andromeda.kernels import linear16, mlp
 from andromeda.model.linear16 import Linear16, exchange, summed
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
@@ -84,6 +84,66 @@ def test_gradients_in_float64(kind: str, several: bool) -> None:
 
 
 @KINDS
+def test_all_gradients_are_added_by_their_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None is returned and added by autograd, which would give the same sums."""
+    made, layers = model(kind, torch.float64)
+    add, added = linear16.add_product, []
+    monkeypatch.setattr(linear16, "add_product", lambda total, *factors: (added.append(total.data_ptr()), add(total, *factors)))
+    with summed(layers):
+        totals = [layer.total for layer in layers]
+        backward(made)
+    assert sorted(added) == sorted(total.data_ptr() for total in totals if total is not None)
+
+
+def test_gradients_that_are_there_are_kept() -> None:
+    """Those of a pass before are added to."""
+    (plain, _), (made, layers) = model(dtype=None), model(dtype=torch.float64)
+    plain.double()
+    for seed in (0, 1):
+        backward(plain, seed)
+    backward(made, 0)
+    with summed(layers):
+        backward(made, 1)
+    found = taken(made)
+    for name, gradient in taken(plain).items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
+
+
+def test_weights_are_cast_once() -> None:
+    """Products read what was cast and cast nothing again: with zeros in its place a model has no blocks."""
+    (plain, _), (made, layers) = model(dtype=None), model()
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(ids()), plain(ids()))
+    backward(made)  # what was cast without gradients serves with them
+    for layer in layers:
+        assert layer.rows is not None
+        layer.rows.zero_()
+    with torch.no_grad():
+        for name, p in plain.trunk.named_parameters():
+            if "attention" in name or "feedforward" in name:
+                p.mul_(name.endswith("bias"))
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(made(ids()), plain(ids()))
+
+
+def test_weights_that_were_replaced_are_cast_again() -> None:
+    """By others that were written as often."""
+    (plain, _), (made, _) = model(dtype=None), model()
+    backward(made)
+    for p in (*plain.parameters(), *made.parameters()):
+        p.data = 1.5 * p.data
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(made(ids()), plain(ids()))
+
+
+def test_products_of_another_type_are_as_they_were() -> None:
+    (plain, _), (made, layers) = model(dtype=None), model()
+    backward(made)
+    with summed(layers):
+        assert torch.equal(made(ids()), plain(ids()))
+
+
+@KINDS
 def test_gradients_in_bfloat16_are_no_farther_than_autocasts(kind: str) -> None:
     wide, _ = model(kind, torch.float64)
     backward(wide)
@@ -103,9 +163,6 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
     """One graph for all layers without a break, also after the weights have changed; added up where they are kept."""
     near = 0.02 if backend == "inductor" else 1e-5
     plain, made = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16)
-    for seed in (0, 1):
-        backward(plain[0], seed)
-    wanted = taken(plain[0])
     checkpoint_blocks(made[0], kind)
     counter = CompileCounterWithBackend(backend) if backend else None
     for block in made[0].trunk.blocks:
@@ -116,6 +173,9 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
             kept = [layer.total for layer in made[1]]
             for seed in (0, 1):
                 backward(made[0], seed)
+        for seed in (0, 1):
+            backward(plain[0], seed)
+        wanted = taken(plain[0])
         for layer, total in zip(made[1], kept, strict=True):
             assert total is not None
             assert layer.weight.grad is not None
@@ -124,8 +184,8 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
         for name, gradient in taken(made[0]).items():
             assert (gradient - wanted[name]).norm() <= near * wanted[name].norm(), name
         with torch.no_grad():
-            for p in made[0].parameters():
-                p.mul_(1.0)
+            for p in (*made[0].parameters(), *plain[0].parameters()):
+                p.mul_(1.5)
     assert counter is None or counter.frame_count == 1
 
 
