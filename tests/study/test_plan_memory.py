@@ -221,6 +221,18 @@ def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: boo
     assert sharded.passing.casts == 0
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_gpu_saves_one_wide_vector_of_a_gelu_network(compiled: bool) -> None:
+    """Two bytes for each inner feature of a token and layer: what GELU is taken of, not GELU."""
+    saved = [
+        passing(
+            config("none", feedforward={"kind": "gelu", "bias": True, "hidden": hidden}), ROWS, T, "bf16", gpu=True, compiled=compiled
+        ).saved
+        for hidden in (256, 320)
+    ]
+    assert saved[1] - saved[0] == 4 * ROWS * T * 64 * 2
+
+
 def test_what_muons_update_takes() -> None:
     run = from_values({"model": {"width": 64, "depth": 3, "vocab_size": 64, "attention": {"heads": 4, "head_dim": 16}}})
     optim = run.train.optim.model_copy(update={"kind": "muon"})

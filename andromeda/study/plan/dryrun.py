@@ -8,6 +8,7 @@ models give those of a deep one.
 from __future__ import annotations
 
 import contextlib
+import gc
 import logging
 import math
 from collections.abc import Iterator
@@ -171,12 +172,16 @@ def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, le
     before = ledger.held
     with products.autocast():
         hidden = model.hidden(rows.ids)
+    # A compiler leaves what it traced with in cycles of references, which may be collected at any time.
+    gc.collect()
     blocks = ledger.held - before
     del hidden
+    ledger.restart()
     with products.autocast():
         total: Tensor = NextToken(model, z_loss)(rows).total
         forward_copies = ledger.copied
     forward = ledger.peak - before
+    gc.collect()
     saved, saved_copies = ledger.held - before, ledger.copied
     ledger.restart()
     total.backward()
