@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,18 @@ import typer
 
 app = typer.Typer(help="Measure beside other implementations, all sides in one run.", no_args_is_help=True)
 
-Out = Annotated[Path | None, typer.Option(help="Keep the result as JSON in this file.")]
+
+def _writable(path: Path | None) -> Path | None:
+    """Before minutes of measuring."""
+    if path is None:
+        return None
+    folder = next(parent for parent in path.absolute().parents if parent.exists())
+    if path.is_dir() or not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise typer.BadParameter(f"{path} cannot be written: give another file.")
+    return path
+
+
+Out = Annotated[Path | None, typer.Option(callback=_writable, help="Keep the result as JSON in this file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Rows = Sequence[Sequence[str]]
 

@@ -21,13 +21,18 @@ def verify(
     """Compute everything again that a run folder says of itself, and compare. Exit code 1 where something does not agree."""
     from andromeda.cli.data import progress
     from andromeda.cli.tables import show
-    from andromeda.errors import CheckpointError
+    from andromeda.errors import CheckpointError, DataError
     from andromeda.evaluate import verify as checking
     from andromeda.evaluate.repeat import repeat as repeating
+    from andromeda.train.device import find_device
     from andromeda.train.folder import RunFolder
 
     if not RunFolder(run).exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+    find_device(device, "--device")
+    for option, place in (("--corpus", corpus), ("--files", files)):
+        if place and not Path(place).is_dir():
+            raise DataError(f"{option} {place} is no folder: give the one that holds them now.")
     places = checking.Places(corpus, files)
     checks = []
     with progress() as report, tempfile.TemporaryDirectory() as place:

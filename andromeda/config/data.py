@@ -49,7 +49,7 @@ class DataConfig(Part):
     by_size: bool = False
     """Multiply the sources' weights by their sizes."""
     augment: Augment = Augment()
-    workers: int = Field(0, ge=0)
+    workers: int = Field(0, ge=0, le=1024)
     """Loader threads; the order does not depend on it."""
 
 
@@ -58,7 +58,7 @@ class BuildConfig(Part):
 
     tokenizer: Literal["bpe", "unigram", "bytes"] = "bpe"
     """Byte-level BPE, SentencePiece Unigram, or the 256 bytes."""
-    vocab_size: PositiveInt = 4096
+    vocab_size: int = Field(4096, gt=0, le=1 << 24)
     """Entries of a trained tokenizer, special tokens included."""
     digits: PositiveInt = 2
     """Longest run of digits that can be one token (bpe)."""

@@ -55,7 +55,7 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
 
 
 def find_class(path: str, key: str) -> Any:
-    """The object that `package.module:Class` names; modules in the current folder are found too.
+    """The kind of module that `package.module:Class` names; Python modules in the current folder are found too.
 
     Raises ConfigError naming the key.
     """
@@ -65,9 +65,12 @@ def find_class(path: str, key: str) -> Any:
         # An installed command does not search the folder it is run in, where a user's own module lies.
         sys.path.append(here)
     try:
-        return getattr(importlib.import_module(module), name)
+        found = getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises while it is imported
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{key} = {path!r} cannot be imported ({reason}): give package.module:Class, defined at the top of its module."
         ) from None
+    if not (isinstance(found, type) and hasattr(found, "forward")):
+        raise ConfigError(f"{key} = {path!r} is no class of modules with a `forward`: give package.module:Class of one.")
+    return found

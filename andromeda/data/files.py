@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
 
     The name beside it is unique, so that a worker that outlived a killed run cannot write into the file of the next one.
     """
+    if not path.name:  # "" or ".", of which pathlib makes an error that is no OSError
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     beside = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
     try:
         with beside.open("wb") as file:

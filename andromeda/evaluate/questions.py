@@ -38,7 +38,7 @@ def rows(path: Path) -> list[dict[str, Any]]:
         if line.strip():
             try:
                 value = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 raise DataError(f"Line {number} of {path} is not JSON: each line must be one JSON object.") from None
             if not isinstance(value, dict):
                 raise DataError(f"Line {number} of {path} is not a JSON object: give a question with its answer.")

@@ -46,7 +46,7 @@ def _line(line: str, place: str) -> str:
 def _json_prompt(line: str, place: str) -> str | list[int]:
     try:
         value = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{place[0].upper()}{place[1:]} is not JSON ({error}): correct or remove it.") from None
     prompt = value.get("prompt") if isinstance(value, dict) else value
     if not isinstance(prompt, str | list):

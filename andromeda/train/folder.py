@@ -30,6 +30,7 @@ class RunFolder:
         self.config_file = self.path / "config.toml"
         self.manifest_file = self.path / "manifest.json"
         self.metrics_file = self.path / "metrics.jsonl"
+        self.lock_file = self.path / ".lock"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
         self._lock: IO[str] | None = None
@@ -38,6 +39,14 @@ class RunFolder:
     def exists(self) -> bool:
         """Whether a run has begun here."""
         return self.config_file.exists()
+
+    def refuse_others(self) -> None:
+        """Raises ConfigError where a run would write over what no run has written, such as a corpus's manifest and tokenizer."""
+        if self.exists or self.lock_file.exists():
+            return
+        for path in (self.manifest_file, self.metrics_file, self.path / "tokenizer"):
+            if path.exists():
+                raise ConfigError(f"{self.path} holds no run, but a {path.name}, which one would write over: give another --out.")
 
     def create(self) -> None:
         """Make the folders. Raises ConfigError when that is impossible."""
@@ -53,7 +62,7 @@ class RunFolder:
         Raises CheckpointError when another process holds it.
         """
         # flock belongs to the open file, not to its name: the system drops it with the process, so that no kill leaves it behind.
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 - stays open for the life of the run
+        self._lock = open(self.lock_file, "a+")  # noqa: SIM115 - stays open for the life of the run
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:

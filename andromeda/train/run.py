@@ -115,6 +115,7 @@ def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
             raise ConfigError(f"There is no run in {folder.path} to resume: leave out --resume to begin one.")
         if resume:
             raise ConfigError(f"There is no run folder {folder.path}: give the right one with --out, or leave out --resume to begin one.")
+        folder.refuse_others()
         return []
     if not resume:
         raise ConfigError(f"{folder.path} already holds a run: add --resume to go on with it, or give another folder with --out.")

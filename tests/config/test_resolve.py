@@ -142,11 +142,14 @@ def test_a_folded_bias_leaves_the_rest_to_the_content() -> None:
 
 
 def test_a_class_of_ones_own_is_found_in_the_folder_of_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_parts_for_a_test.py").write_text("class Mine: pass\nraise_when_called = 1\n")
+    (tmp_path / "my_parts_for_a_test.py").write_text("class Mine:\n    def forward(self): ...\nclass Other: ...\ndef forward(): ...\n")
     (tmp_path / "my_broken_parts_for_a_test.py").write_text("raise RuntimeError('two\\nlines')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     check_model(ModelConfig(embedding=Embedding(kind="custom", provider="my_parts_for_a_test:Mine")))
     assert find_class("my_parts_for_a_test:Mine", "model.embedding.provider").__name__ == "Mine"
+    for name in ("Other", "forward"):
+        with pytest.raises(ConfigError, match="is no class of modules"):
+            check_model(ModelConfig(attention=Attention(mechanism=f"my_parts_for_a_test:{name}")))
     with pytest.raises(ConfigError, match=r"model\.embedding\.provider = .* cannot be imported \(two lines\)"):
         check_model(ModelConfig(embedding=Embedding(kind="custom", provider="my_broken_parts_for_a_test:Mine")))

@@ -7,7 +7,7 @@ as from any other checkpoint. The old run is only ever read.
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,7 +63,8 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
     configs = {name: configure(old, wishes, name) for name in methods}
     if out.resolve() == Path(wishes.run).resolve():
         raise ConfigError(f"--out {out} is the run itself, which is never changed: give another folder.")
-    _refuse_other_run(out)
+    folders = {name: RunFolder(out / name if len(methods) > 1 else out) for name in methods}
+    _refuse_others(out, folders.values())
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
     for config in configs.values():
         load_model(skeleton(config.model), weights)  # copies nothing, and raises where the shapes differ
@@ -74,8 +75,7 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
         note("measuring the model as it is")
         book.keep(sample.measure(*_unstretched(old, wishes), weights), UNSTRETCHED)
     for name, config in configs.items():
-        folder = RunFolder(out / name if len(methods) > 1 else out)
-        signal = _one(name, config, folder, weights, sample, book, screens, note, wishes.steps)
+        signal = _one(name, config, folders[name], weights, sample, book, screens, note, wishes.steps)
         if signal:
             return Ended(book.values, signal)
     return Ended(book.values)
@@ -196,7 +196,9 @@ def _old(wishes: Wishes) -> RunConfig:
     return load(str(folder.path))
 
 
-def _refuse_other_run(out: Path) -> None:
+def _refuse_others(out: Path, folders: Iterable[RunFolder]) -> None:
+    for folder in folders:
+        folder.refuse_others()
     if RunFolder(out).exists and not (out / NAME).exists():
         raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
 

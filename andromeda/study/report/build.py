@@ -45,7 +45,7 @@ def build_report(run: str | Path) -> str:
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     """Write the page (by default report.html in the run folder) and return where it is. Raises an AndromedaError, one sentence."""
-    path = Path(out) if out else Path(run) / NAME
+    path = Path(run) / NAME if out is None else Path(out)
     text = build_report(run)
     try:
         write_whole(path, text.encode("utf-8"))
