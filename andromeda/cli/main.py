@@ -83,6 +83,11 @@ def main() -> None:
         # The reader of our output went away (`| head`): point stdout elsewhere so that the interpreter's flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        # A disk that is full, a folder that is read-only: what was written before is whole, for it was renamed into its place.
+        place = f"{error.filename}: " if error.filename else ""
+        print(f"andromeda: {place}{error.strerror or error}: make room or give another place, and call again.", file=sys.stderr)
+        sys.exit(2)
 
 
 def _out_of_memory(error: Exception) -> bool:

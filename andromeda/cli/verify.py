@@ -30,9 +30,8 @@ def verify(
     if not RunFolder(run).exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     find_device(device, "--device")
-    for option, place in (("--corpus", corpus), ("--files", files)):
-        if place and not Path(place).is_dir():
-            raise DataError(f"{option} {place} is no folder: give the one that holds them now.")
+    if files and not Path(files).is_dir():
+        raise DataError(f"--files {files} is no folder: give the one that holds the texts and questions now.")
     places = checking.Places(corpus, files)
     checks = []
     with progress() as report, tempfile.TemporaryDirectory() as place:

@@ -96,11 +96,14 @@ class RunFolder:
     def manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one."""
         try:
-            return json.loads(self.manifest_file.read_text("utf-8"))
+            found = json.loads(self.manifest_file.read_text("utf-8"))
         except FileNotFoundError:
             return {}
-        except ValueError:
-            raise CheckpointError(f"{self.manifest_file} is not valid JSON: restore it, or remove it to have it written anew.") from None
+        except (ValueError, RecursionError, OSError):
+            found = None
+        if not (isinstance(found, dict) and isinstance(found.get("starts"), list)):
+            raise CheckpointError(f"{self.manifest_file} is no manifest of a run: restore it, or remove it to have it written anew.")
+        return found
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write manifest.json."""

@@ -152,8 +152,8 @@ def _restore(session: Session, folder: RunFolder, screen: Screen) -> int:
 
 def _record(config: RunConfig, folder: RunFolder, session: Session, changes: list[str]) -> str:
     """Write the configuration and this start into the folder; returns the run's identity."""
-    folder.write_config(config)
     manifest = folder.manifest() or {"identity": uuid.uuid4().hex[:12], "seed": config.seed, "data": session.fingerprint, "starts": []}
+    folder.write_config(config)
     manifest["starts"].append(start_entry(session.cursor.step, session.precision.device, changes))
     folder.write_manifest(manifest)
     return manifest["identity"]

@@ -197,7 +197,7 @@ def _old(wishes: Wishes) -> RunConfig:
 
 
 def _refuse_others(out: Path, folders: Iterable[RunFolder]) -> None:
-    for folder in folders:
+    for folder in (RunFolder(out), *folders):
         folder.refuse_others()
     if RunFolder(out).exists and not (out / NAME).exists():
         raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
