@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from andromeda.config.model import Attention, Experts, FeedForward, ModelConfig, Rotary
+from andromeda.config.model import Experts, FeedForward
 from andromeda.errors import ConfigError
 from andromeda.kernels import cast8
 from andromeda.model import exchange8
@@ -14,19 +14,11 @@ from andromeda.model.linear8 import Linear8
 from andromeda.model.transformer import Transformer
 from andromeda.train import precision
 from andromeda.train.precision import Float8, build_precision
+from tests.model.exchanged import CONFIG
 
 pytest.importorskip("torchao")
 
 CPU = torch.device("cpu")
-CONFIG = ModelConfig(
-    vocab_size=64,
-    context=16,
-    width=32,
-    depth=2,
-    rotary=Rotary(kind="rope"),
-    attention=Attention(heads=2, kv_heads=1, head_dim=16),
-    feedforward=FeedForward(kind="relu2", hidden=64),
-)
 
 
 def test_parameters_and_names_stay_the_same_tensors() -> None:
