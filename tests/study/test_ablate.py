@@ -310,7 +310,9 @@ def test_clipping_is_judged_at_each_sides_own_best_rate() -> None:
     assert "clipped, the best rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1 (the highest tried)" in said
     assert said.endswith("met by the best clipped runs after 6 of 10 steps.")
     base = row("baseline", [3.0, 3.0], label="", **NO_EFFECT)
-    body = [line for line in clipping.section({"arms": [base, *(one for pair in pairs for one in pair)]}) if line.startswith("| 1e")]
+    scrambled = [base, *(one for pair in (*pairs[1:], pairs[0]) for one in pair)]
+    body = [line for line in clipping.section({"arms": scrambled}) if line.startswith("| 1e")]
+    assert said in clipping.section({"arms": scrambled})
     assert [line.split(" | ")[-1] for line in body] == ["10 of 10 |", "6 of 10 |", "not reached |"]
     assert "1 diverged" in body[2]
     assert list(clipping.section({"arms": [base]})) == []

@@ -38,10 +38,10 @@ def section(results: dict[str, Any]) -> Iterator[str]:
 
 
 def pairs(results: dict[str, Any]) -> list[tuple[Row, Row]]:
-    """(unclipped, clipped) of each rate that was run both ways."""
+    """(unclipped, clipped) of each rate that was run both ways, the lowest rate first."""
     rows = {row["name"]: row for row in results["arms"]}
     both = [(rows[name.removesuffix(MARK)], row) for name, row in rows.items() if name.endswith(MARK) and name.removesuffix(MARK) in rows]
-    return [(plain, clipped) for plain, clipped in both if plain["runs"] and clipped["runs"]]
+    return sorted(((plain, clipped) for plain, clipped in both if plain["runs"] and clipped["runs"]), key=lambda pair: float(rate(pair[0])))
 
 
 def best(found: Sequence[tuple[Row, Row]]) -> str:

@@ -18,6 +18,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from andromeda.config.load import from_values
 from andromeda.errors import AndromedaError
 from andromeda.study.ablate import cost, outcome
@@ -56,6 +58,8 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a defect, or a device out of memory: this run is lost, the others are not
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
+        # All runs of a process share the compiler's limit of variants, behind which it goes on uncompiled without a word.
+        torch._dynamo.reset()
         gc.collect()
 
 
