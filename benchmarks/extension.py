@@ -366,7 +366,7 @@ def read_far(work: Path, size: Size) -> dict[str, Any]:
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
     overrides = ("train.micro_batch=1", "train.batch=1")
     wishes = Wishes(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
-    return extend(wishes, "yarn", work / "far", Lines, print).values
+    return extend(wishes, "yarn", work / f"far-{folders[-1].name}", Lines, print).values
 
 
 def mixture(work: Path, length: int, share: float) -> str:

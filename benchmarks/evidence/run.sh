@@ -44,7 +44,7 @@ while [ $# -gt 0 ]; do
   limit=$(((seconds - SECONDS - 20) / $#))
   amount=TOKENS_$size
   andromeda ablate "$here/$size.toml" data.corpus="$corpus" --grid "$here/$size-grid.toml" --amount "${!amount:-${tokens[$size]}}" \
-    --jobs "${JOBS:-${jobs[$size]}}" --cost-steps "${COST_STEPS:-4}" --limit "$((limit > 1 ? limit : 1))" --lean --out "$work/$size" || code=$?
+    --jobs "${JOBS:-${jobs[$size]}}" --cost-steps "${COST_STEPS:-20}" --limit "$((limit > 1 ? limit : 1))" --lean --out "$work/$size" || code=$?
   keep
   shift
 done

@@ -1,6 +1,5 @@
-"""docs/evidence.md, from the results of the evidence's grids:
-`python -m andromeda.study.ablate.evidence benchmarks/results/evidence-*.json > docs/evidence.md`,
-with benchmarks/results/extension-gpu.json behind them where there is one.
+"""docs/evidence.md, from the results of the evidence's grids and of the extensions:
+`python -m andromeda.study.ablate.evidence benchmarks/results/{evidence,extension}-*.json > docs/evidence.md`.
 
 Every figure and every verdict in the page comes from those files; `benchmarks/evidence/reading.md` is its only prose.
 """
@@ -184,8 +183,9 @@ def main() -> None:
         print(error, file=sys.stderr)
         sys.exit(error.exit_code)
     grids = sorted((one for one in every if "arms" in one), key=lambda results: results["arms"][0]["parameters"])
-    extended = [line for one in every if "training" in one for line in extensions(one)]
-    print(page(grids, READING.read_text("utf-8") if READING.exists() else "", extended), end="")
+    extended = sorted((one for one in every if "training" in one), key=lambda results: max(map(int, results["extension"]), default=0))
+    sections = [line for one in extended for line in extensions(one)]
+    print(page(grids, READING.read_text("utf-8") if READING.exists() else "", sections), end="")
 
 
 if __name__ == "__main__":
