@@ -55,11 +55,15 @@ def _open_built(folder: Path, split: str) -> Corpus:
     tokens = TokenArray(shards)
     try:
         offsets = np.load(folder / f"{split}-documents.npy", mmap_mode="r")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError) as error:
         raise DataError(f"The document offsets of {folder} cannot be read ({error}): build the corpus again.") from error
     if len(offsets) != report.documents + 1 or offsets[-1] != tokens.size:
         raise DataError(f"The document offsets of {folder} do not match its shards: build the corpus again.")
     tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
+        raise DataError(
+            f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
+        )
     return Corpus(Texts(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
 
 

@@ -24,7 +24,7 @@ def verify(folder: Path) -> Manifest:
         _refuse_other_bytes(folder, split, corpus, report.bytes)
     tokenizer = corpus.tokenizer.fingerprint if corpus.tokenizer else ""
     if fingerprint(tokenizer, content) != manifest.fingerprint:
-        raise DataError(f"The tokenizer of {folder} is not the one its tokens were made with: build the corpus again.")
+        raise DataError(f"The fingerprint in the manifest of {folder} is not that of what the folder holds: build the corpus again.")
     return manifest
 
 
@@ -53,5 +53,5 @@ def _refuse_other_bytes(folder: Path, split: str, corpus: Corpus, expected: int)
         raise DataError(f"The {split} tokens of {folder} do not stand for the {expected} bytes reported: build the corpus again.")
     if split == "val":
         content = b"".join(tokenizer.decode_bytes(tokens.read(a, b).tolist()) for a, b in _blocks(corpus))
-        if (folder / HELD_OUT_TEXT).read_bytes() != content:
+        if not (folder / HELD_OUT_TEXT).is_file() or (folder / HELD_OUT_TEXT).read_bytes() != content:
             raise DataError(f"{folder / HELD_OUT_TEXT} is not the text of the held-out tokens: build the corpus again.")

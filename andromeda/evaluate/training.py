@@ -1,4 +1,4 @@
-"""What a run wrote down while it trained, beside what its checkpoints and its configuration give now."""
+"""The held-out figures that a run wrote down while it trained, beside what its checkpoints give now."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from andromeda.evaluate.check import TOLERANCE, Check, Places, difference, same_
 from andromeda.train import checkpoint
 from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
-from andromeda.train.history import Metrics, is_number, read_metrics
+from andromeda.train.history import is_number, read_metrics
 from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.objective import NextToken
 from andromeda.train.precision import build_precision
@@ -20,60 +20,35 @@ from andromeda.train.run import stream_length
 from andromeda.train.validation import Validation
 from andromeda.train.weights import load_weights
 
-NAME = "validation/loss"
-
-
-def training_data(run: Path, places: Places) -> Check:
-    """The fingerprint of the training stream that the manifest names."""
-    folder = RunFolder(run)
-    stored, config = str(folder.manifest().get("data", "")), folder.config()
-    if not stored:
-        return Check("training data", "none named", "", None, 0.0, True, "the run has no manifest of its training")
-    try:
-        found = open_stream(places.data(config.data), stream_length(config), config.seed).fingerprint
-    except AndromedaError as error:
-        return Check("training data", stored[:12], "missing", None, 0.0, False, f"{error}")
-    return Check("training data", stored[:12], found[:12], None, 0.0, found == stored)
-
-
-def checkpoints(run: Path) -> Check:
-    """Whether each file of each checkpoint still has the hash that it was written with."""
-    kept = checkpoint.listed(RunFolder(run).checkpoints)
-    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path))]
-    note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
-    return Check("checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note)
+HELD_OUT, AVERAGE = "validation/", "_average"
+NAME = HELD_OUT + "loss"
 
 
 def training_loss(run: Path, places: Places, device: str) -> Iterator[Check]:
-    """The newest held-out loss in metrics.jsonl whose checkpoint is kept, and lines that no one can read; nothing where neither is."""
+    """The newest held-out figures in metrics.jsonl whose checkpoint is kept; nothing where there are none."""
     folder = RunFolder(run)
-    metrics = read_metrics(folder.metrics_file)
-    if metrics.broken and not _unfinished(folder.metrics_file, metrics):
-        told = "1 line cannot be read" if metrics.broken == 1 else f"{metrics.broken} lines cannot be read"
-        yield Check("metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told)
     kept = {int(path.name.removeprefix("step-")) for path in checkpoint.listed(folder.checkpoints)}
-    lines = [line for line in metrics.lines if is_number(line.get(NAME)) and line["step"] in kept]
+    lines = [line for line in read_metrics(folder.metrics_file).lines if is_number(line.get(NAME)) and line["step"] in kept]
     if lines:
         yield _held_out(folder, lines[-1], places, device)
 
 
-def _unfinished(path: Path, metrics: Metrics) -> bool:
-    """Whether the one line that cannot be read is the last one, cut off by a kill."""
-    return metrics.broken == 1 and not path.read_bytes().endswith(b"\n")
-
-
 def _held_out(folder: RunFolder, line: dict[str, Any], places: Places, device: str) -> Check:
-    what, stored, start = f"held-out loss of step {line['step']}", float(line[NAME]), last_start(folder)
+    what, start = f"held-out loss of step {line['step']}", last_start(folder)
+    stored = {name: figure for name, figure in line.items() if name.startswith(HELD_OUT)}
+    shown = f"{stored[NAME]:.6g}"
     try:
         with threads(start.get("machine")):
             # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
             exact = repeats_exactly(start, device)
-            found, precision = _measure(folder, line["step"], places, device)
+            found, precision = _measure(folder, line["step"], places, device, any(name.endswith(AVERAGE) for name in stored))
     except AndromedaError as error:
-        return Check(what, f"{stored:.6g}", "missing", None, 0.0, False, f"{error}")
+        return Check(what, shown, "missing", None, 0.0, False, f"{error}")
     loose = 0.0 if exact else TOLERANCE.get(precision, 5e-2)
-    gap = difference(stored, found)
-    return Check(what, f"{stored:.6g}", f"{found:.6g}", gap, loose, gap <= loose, "equal to the last bit" if gap == 0 else "")
+    apart = {name: difference(stored.get(name), found.get(name)) for name in stored.keys() | found.keys()}
+    worst = max(sorted(apart), key=apart.__getitem__)
+    note = "equal to the last bit" if apart[worst] == 0 else "" if worst == NAME else f"largest difference at {worst}"
+    return Check(what, shown, f"{found[NAME]:.6g}" if found else "nothing held out", apart[worst], loose, apart[worst] <= loose, note)
 
 
 def last_start(folder: RunFolder) -> dict[str, Any]:
@@ -94,13 +69,18 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _measure(folder: RunFolder, step: int, places: Places, device: str) -> tuple[float, str]:
-    """The loss as training measures it, and the precision that it was computed in."""
+def _measure(folder: RunFolder, step: int, places: Places, device: str, average: bool) -> tuple[dict[str, float], str]:
+    """The held-out figures as training measures them, of the averaged weights too if asked for, and the precision."""
     config = folder.config()
     place, length = find_device(device, "device"), stream_length(config)
     stream = open_stream(places.data(config.data), length, config.seed, "val")
     precision = build_precision(config.train.precision, place)
-    model = precision.prepare(load_weights(folder.path, step=step, device=place))
     rows = config.train.micro_batch or config.train.batch
     validation = Validation(stream, config.train.eval_tokens, length, rows, config.data.document_mask)
-    return validation(model, NextToken(model), precision)[NAME], precision.name
+
+    def figures(average: bool) -> dict[str, float]:
+        model = precision.prepare(load_weights(folder.path, step=step, average=average, device=place))
+        return validation(model, NextToken(model), precision)
+
+    averaged = {f"{name}{AVERAGE}": figure for name, figure in figures(True).items()} if average else {}
+    return figures(False) | averaged, precision.name

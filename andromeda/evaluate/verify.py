@@ -15,16 +15,16 @@ from typing import Any
 from andromeda.data.read import Report
 from andromeda.errors import AndromedaError
 from andromeda.evaluate.check import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic, threads
+from andromeda.evaluate.records import records
 from andromeda.evaluate.result import Result, plain, results
 from andromeda.evaluate.run import EVALUATIONS, Request, evaluate
 from andromeda.evaluate.subject import Subject, open_subject
-from andromeda.evaluate.training import checkpoints, training_data, training_loss
+from andromeda.evaluate.training import training_loss
 
 
 def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
-    yield training_data(run, places)
-    yield checkpoints(run)
+    yield from records(run, places)
     yield from training_loss(run, places, device)
     for stored in results(run).values():
         yield from _result(run, stored, places, device, report)

@@ -130,7 +130,7 @@ class Loop:
 
     def _save(self) -> None:
         folder = self._around.folder.checkpoints
-        checkpoint.save(folder, self._session.snapshot(self._around.metrics.sync()))
+        checkpoint.save(folder, self._session.snapshot(self._around.metrics.kept()))
         checkpoint.prune(folder, self._train.checkpoints.keep)
         self._saved = self._session.cursor.step
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -45,6 +46,11 @@ class MetricsFile:
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
+    def kept(self) -> dict[str, Any]:
+        """Make everything durable; returns the size of what is written and its hash, as a checkpoint keeps them."""
+        size = self.sync()
+        return {"metrics_bytes": size, "metrics_sha256": begins_with(self._path, size)}
+
     def cut(self, size: int) -> None:
         """Drop what was written after the file had `size` bytes, so that it reads as if never interrupted."""
         self._file.truncate(min(size, self.sync()))
@@ -53,6 +59,12 @@ class MetricsFile:
         """Finish."""
         self.sync()
         self._file.close()
+
+
+def begins_with(path: Path, size: int) -> str:
+    """sha256 of a file's first `size` bytes, or of all where it has fewer."""
+    with open(path, "rb") as file:
+        return hashlib.sha256(file.read(size)).hexdigest()
 
 
 class TensorBoard:

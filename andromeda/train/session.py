@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -55,8 +57,8 @@ class Session:
     """Of the data."""
     cursor: Cursor = field(default_factory=Cursor)
 
-    def snapshot(self, metrics_bytes: int) -> Snapshot:
-        """The whole state. metrics_bytes: how much of metrics.jsonl belongs to it."""
+    def snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
+        """The whole state. metrics: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.kept)."""
         tensors = {
             "model": model_tensors(self.model),
             "optimizer": self.optimizer.tensors(),
@@ -74,7 +76,7 @@ class Session:
             "guard": self.guard.values(),
             "meter": self.meter.values(),
             "random": randomness.values(),
-            "metrics_bytes": metrics_bytes,
+            **metrics,
         }
         return Snapshot(self.cursor.step, {part: held for part, held in tensors.items() if held}, values)
 

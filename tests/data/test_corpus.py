@@ -28,6 +28,7 @@ from andromeda.data.corpus import build
 from andromeda.data.encode import chunked
 from andromeda.data.loader import open_stream
 from andromeda.data.manifest import Manifest
+from andromeda.data.opened import open_corpus
 from andromeda.data.readers import read_unit
 from andromeda.data.shards import write_shard
 from andromeda.data.sources import RANGE_BYTES, Unit, list_source
@@ -448,6 +449,29 @@ def test_verification_finds_one_flipped_bit(corpus: Path, tmp_path: Path, name: 
     verify(folder)
     flip(folder / name, (folder / name).stat().st_size - 5)
     with pytest.raises(DataError):
+        verify(folder)
+
+
+def test_a_corpus_with_another_tokenizer_of_its_size_is_not_opened(corpus: Path, tmp_path: Path) -> None:
+    """Its tokens would be other text, or none."""
+    build([str(write_files(tmp_path / "raw", texts(50, seed=9)))], tmp_path / "other", BuildConfig(vocab_size=300, validation=0.1))
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    shutil.rmtree(folder / "tokenizer")
+    shutil.copytree(tmp_path / "other" / "tokenizer", folder / "tokenizer")
+    assert Tokenizer.load(folder).vocab_size == Tokenizer.load(corpus).vocab_size
+    for split in ("train", "val"):
+        with pytest.raises(DataError, match="is not the one its tokens were made with"):
+            open_corpus(folder, split)
+
+
+@pytest.mark.parametrize(("name", "sentence"), [("val.txt", "is not the text of"), ("train-documents.npy", "offsets .* cannot be read")])
+@pytest.mark.parametrize("empty", [True, False])
+def test_a_missing_or_empty_file_is_one_sentence(corpus: Path, tmp_path: Path, name: str, sentence: str, empty: bool) -> None:
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    (folder / name).unlink()
+    if empty:
+        (folder / name).touch()
+    with pytest.raises(DataError, match=sentence):
         verify(folder)
 
 

@@ -14,7 +14,15 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from andromeda.config.data import BuildConfig
+from andromeda.data.encoders import raw
+from andromeda.data.loader import open_stream
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.train.folder import RunFolder
+from andromeda.train.run import stream_length
 from tests.command import call
+
+HELD_OUT = "held-out loss of step 2"
 
 
 def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -23,8 +31,9 @@ def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pyte
     capsys.readouterr()
     assert call("verify", "run", "--device", "cpu", "--json") == 0
     checks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    assert [check["what"] for check in checks[:3]] == ["training data", "checkpoints", "held-out loss of step 2"]
-    assert checks[2]["difference"] == 0.0
+    told = ["training data", "tokenizer", "checkpoints", "config.toml", "metrics.jsonl", "held-out loss of step 2"]
+    assert [check["what"] for check in checks[: len(told)]] == told
+    assert checks[5]["difference"] == 0.0
     assert all(check["agrees"] and check["difference"] in (None, 0.0) for check in checks)
     path = place / "run/evaluations/bits.json"
     stored = json.loads(path.read_text())
@@ -74,7 +83,7 @@ def test_a_repeated_training_finds_a_changed_loss(place: Path, capsys: pytest.Ca
     row = next(line for line in lines if "loss" in line)
     row["tokens_per_second"] *= 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert said(capsys, "--repeat")[0] == 0
+    assert said(capsys, "--repeat")[1]["metrics of a repeated training"]["agrees"]
     row["loss"] = math.nextafter(row["loss"], 0)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     code, checks = said(capsys, "--repeat")
@@ -149,21 +158,66 @@ def test_changed_weights_are_found_by_their_hash_and_by_what_they_compute(place:
 @pytest.mark.parametrize(
     ("break_it", "wrong"),
     [
-        (lambda p: change(p / "run/manifest.json", lambda told: told.update(data="0" * 64)), "training data"),
-        (lambda p: shutil.rmtree(p / "run/checkpoints"), "checkpoints"),
-        (lambda p: _append(p / "run/metrics.jsonl", b"junk\n"), "metrics.jsonl"),
-        (lambda p: _replace(p / "run/metrics.jsonl", b'"validation/loss": ', b'"validation/loss": 1'), "held-out loss of step 2"),
-        (lambda p: _replace(p / "run/config.toml", b"seed = 0", b"seed = 7"), "training data"),
+        (lambda p: change(p / "run/manifest.json", lambda told: told.update(data="0" * 64)), ["training data"]),
+        (lambda p: (p / "run/manifest.json").unlink(), ["manifest.json"]),
+        (lambda p: shutil.rmtree(p / "run/checkpoints"), ["checkpoints"]),
+        (lambda p: _append(p / "run/metrics.jsonl", b"junk\n"), ["metrics.jsonl"]),
+        (lambda p: (p / "run/metrics.jsonl").unlink(), ["metrics.jsonl"]),
+        (lambda p: _replace(p / "run/metrics.jsonl", b'"gradient_norm": ', b'"gradient_norm": 1'), ["metrics.jsonl"]),
+        (lambda p: _replace(p / "run/metrics.jsonl", b'"validation/loss": ', b'"validation/loss": 1'), ["metrics.jsonl", HELD_OUT]),
+        (
+            lambda p: _replace(p / "run/metrics.jsonl", b'"validation/bits_per_byte": ', b'"validation/better": '),
+            ["metrics.jsonl", HELD_OUT],
+        ),
+        (lambda p: _replace(p / "run/config.toml", b"seed = 0", b"seed = 7"), ["training data", "config.toml"]),
+        (lambda p: _replace(p / "run/config.toml", b"weight_decay = 0.0", b"weight_decay = 0.5"), ["config.toml"]),
+        (lambda p: _other_tokenizer(p / "run/tokenizer"), ["tokenizer"]),
+        (lambda p: shutil.rmtree(p / "run/tokenizer"), ["tokenizer"]),
     ],
 )
 def test_whatever_is_changed_is_found(
-    place: Path, capsys: pytest.CaptureFixture[str], break_it: Callable[[Path], object], wrong: str
+    place: Path, capsys: pytest.CaptureFixture[str], break_it: Callable[[Path], object], wrong: list[str]
 ) -> None:
     assert said(capsys)[0] == 0
     break_it(place)
     code, checks = said(capsys)
     assert code == 1
-    assert [what for what, check in checks.items() if not check["agrees"]] == [wrong]
+    assert [what for what, check in checks.items() if not check["agrees"]] == wrong
+
+
+def test_a_manifest_of_other_data_is_found_by_what_the_checkpoint_remembers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = RunFolder(place / "run").config()
+    other = open_stream(config.data, stream_length(config), 7).fingerprint
+    _replace(place / "run/config.toml", b"seed = 0", b"seed = 7")
+    change(place / "run/manifest.json", lambda told: told.update(data=other))
+    found = said(capsys)[1]["training data"]
+    assert (found["stored"], found["new"], found["agrees"]) == (other[:12], other[:12], False)
+    assert "the newest checkpoint was trained on" in found["note"]
+
+
+def test_a_figure_changed_with_its_hash_is_found_by_what_the_weights_compute(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever writes the checkpoint's memory anew as well is found for what the weights give: each held-out figure by itself."""
+    path, folder = place / "run/metrics.jsonl", place / "run/checkpoints/step-00000002"
+    _replace(path, b'"validation/bits_per_byte": ', b'"validation/bits_per_byte": 1')
+    written = path.read_bytes()
+    told = {"metrics_bytes": len(written), "metrics_sha256": hashlib.sha256(written).hexdigest()}
+    change(folder / "state.json", lambda state: state.update(told))
+    state = (folder / "state.json").read_bytes()
+    change(folder / "index.json", lambda index: index.update({"state.json": _fingerprint(state)}))
+    code, checks = said(capsys)
+    assert code == 1
+    assert [what for what, check in checks.items() if not check["agrees"]] == [HELD_OUT]
+    assert checks[HELD_OUT]["note"] == "largest difference at validation/bits_per_byte"
+
+
+def _fingerprint(content: bytes) -> dict[str, Any]:
+    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+
+
+def _other_tokenizer(folder: Path) -> None:
+    """Another one of as many entries."""
+    shutil.rmtree(folder)
+    Tokenizer(raw.create(BuildConfig()), eos=255).save(folder)
 
 
 def _append(path: Path, more: bytes) -> None:
@@ -180,7 +234,7 @@ def test_a_line_that_a_kill_cut_off_is_no_lie(place: Path, capsys: pytest.Captur
     _append(place / "run/metrics.jsonl", b'{"step": 3, "lo')
     code, checks = said(capsys)
     assert code == 0
-    assert "metrics.jsonl" not in checks
+    assert checks["metrics.jsonl"]["agrees"]
 
 
 def test_another_corpus_is_found_and_a_moved_one_is_taken(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

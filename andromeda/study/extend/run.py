@@ -123,7 +123,7 @@ def begin(config: RunConfig, folder: RunFolder, weights: dict[str, Tensor]) -> N
     folder.create()
     folder.lock()
     try:
-        checkpoint.save(folder.checkpoints, session.snapshot(0))
+        checkpoint.save(folder.checkpoints, session.snapshot({"metrics_bytes": 0}))
         if stream.tokenizer:
             stream.tokenizer.save(folder.path / "tokenizer")
         folder.write_config(config)

@@ -1,0 +1,120 @@
+"""The small files of a run folder, beside what its newest checkpoint remembers of them and the corpus says."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.keys import flatten
+from andromeda.data.loader import open_stream
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.errors import AndromedaError
+from andromeda.evaluate.check import Check, Places
+from andromeda.train import checkpoint
+from andromeda.train.folder import RunFolder
+from andromeda.train.history import Metrics, read_metrics
+from andromeda.train.metrics import begins_with
+from andromeda.train.run import FREE, stream_length
+
+
+def records(run: Path, places: Places) -> Iterator[Check]:
+    """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
+    folder = RunFolder(run)
+    state = remembered(folder)
+    yield from _data(folder, state, places)
+    yield _checkpoints(folder)
+    if "config" in state:
+        yield _config(folder, state)
+    yield from _metrics(folder, state)
+
+
+def remembered(folder: RunFolder) -> dict[str, Any]:
+    """What the newest checkpoint that can be read keeps beside tensors; nothing where there is none."""
+    for path in checkpoint.listed(folder.checkpoints):
+        try:
+            values = checkpoint.read_values(path)
+        except AndromedaError:
+            continue
+        if all(isinstance(values.get(name, {}), dict) for name in ("config", "cursor")):
+            return values
+    return {}
+
+
+def _data(folder: RunFolder, state: dict[str, Any], places: Places) -> Iterator[Check]:
+    """The fingerprint of the training stream that manifest and checkpoint name, and the tokenizer that it was made with."""
+    manifest, config = folder.manifest(), folder.config()
+    if not manifest and trained(state):
+        yield Check("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
+    stored = str(manifest.get("data") or state.get("data") or "")
+    if not stored:
+        yield Check("training data", "none named", "", None, 0.0, True, "the run tells of no training")
+        return
+    try:
+        stream = open_stream(places.data(config.data), stream_length(config), config.seed)
+    except AndromedaError as error:
+        yield Check("training data", stored[:12], "missing", None, 0.0, False, f"{error}")
+        return
+    same = stream.fingerprint == stored == state.get("data", stored)
+    note = "" if state.get("data", stored) == stored else f"the newest checkpoint was trained on {str(state['data'])[:12]}"
+    yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, same, note)
+    if stream.tokenizer:
+        yield _tokenizer(folder, stream.tokenizer)
+
+
+def _tokenizer(folder: RunFolder, of_data: Tokenizer) -> Check:
+    try:
+        stored = Tokenizer.load(folder.path / "tokenizer").fingerprint
+    except AndromedaError as error:
+        return Check("tokenizer", "missing", of_data.fingerprint[:12], None, 0.0, False, f"{error}")
+    same = stored == of_data.fingerprint
+    return Check("tokenizer", stored[:12], of_data.fingerprint[:12], None, 0.0, same, "" if same else "not the one of the training data")
+
+
+def _checkpoints(folder: RunFolder) -> Check:
+    """Whether each file of each checkpoint still has the hash that it was written with."""
+    kept = checkpoint.listed(folder.checkpoints)
+    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path))]
+    note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
+    return Check("checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note)
+
+
+def _config(folder: RunFolder, state: dict[str, Any]) -> Check:
+    """Whatever decides what is learned is as it was at the newest checkpoint."""
+    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(folder.config().model_dump())))
+    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not _is_free(key)]
+    note = f"{apart[0]} is {new[apart[0]]!r} and was {old[apart[0]]!r} in the newest checkpoint" if apart else ""
+    return Check("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
+
+
+def _is_free(key: str) -> bool:
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def _metrics(folder: RunFolder, state: dict[str, Any]) -> Iterator[Check]:
+    """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
+    metrics, size = read_metrics(folder.metrics_file), state.get("metrics_bytes", 0)
+    if metrics.broken and not _unfinished(folder.metrics_file, metrics):
+        told = "1 line cannot be read" if metrics.broken == 1 else f"{metrics.broken} lines cannot be read"
+        yield Check("metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told)
+    elif size:
+        yield _written(folder.metrics_file, size, state.get("metrics_sha256"))
+
+
+def _written(path: Path, size: int, sha256: str | None) -> Check:
+    """That so many bytes are as they were; older checkpoints keep their number alone."""
+    there = path.stat().st_size if path.is_file() else 0
+    changed = there >= size and sha256 is not None and begins_with(path, size) != sha256
+    note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
+    return Check("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
+
+
+def _unfinished(path: Path, metrics: Metrics) -> bool:
+    """Whether the one line that cannot be read is the last one, cut off by a kill."""
+    return metrics.broken == 1 and not path.read_bytes().endswith(b"\n")
+
+
+def trained(state: dict[str, Any]) -> bool:
+    """Whether a checkpoint is of a run that took a step."""
+    return bool(state.get("cursor", {}).get("step"))
