@@ -58,6 +58,7 @@ HARDWARE: dict[str, Hardware] = {
 }
 """Keys are what a user types and what a device's own name contains."""
 
+CPU_PRECISIONS = ("fp32", "bf16")
 _DTYPES = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
 
 
@@ -83,7 +84,7 @@ def peak_flops(device: str, precision: str) -> float | None:
     vendor's figure: there it is what a matrix product is measured to reach, so that its MFU is against this machine.
     """
     if str(device).startswith("cpu"):
-        return this_cpu().peak.get(precision)
+        return cpu_rate(precision) if precision in CPU_PRECISIONS else None
     name = str(device)
     if name.startswith("cuda"):
         import torch
@@ -95,19 +96,28 @@ def peak_flops(device: str, precision: str) -> float | None:
 
 @cache
 def this_cpu() -> Hardware:
-    """This machine's processor and memory, measured once a process (well under a second)."""
+    """This machine's processor and memory, measured once a process."""
     import psutil
 
-    peak = {precision: product_rate(precision) for precision in ("fp32", "bf16")}
+    peak = {precision: cpu_rate(precision) for precision in CPU_PRECISIONS}
     return Hardware("this CPU", float(psutil.virtual_memory().total), _copy_rate(), peak, "measured now", peak)
 
 
-def product_rate(precision: str, size: int = 1024, rounds: int = 5) -> float:
-    """FLOP/s of the fastest of a few size-cubed matrix products on this CPU."""
+@cache
+def cpu_rate(precision: str) -> float:
+    """FLOP/s of matrix products on this CPU, measured once a process: a fraction of a second, some where it has no such units."""
+    return product_rate(precision)
+
+
+def product_rate(precision: str, size: int = 1024, rounds: int = 5, enough: float = 1.0) -> float:
+    """FLOP/s of the fastest of a few size-cubed matrix products on this CPU; no further one after `enough` seconds."""
     import torch
 
     a = torch.ones(size, size, dtype=getattr(torch, _DTYPES[precision]))
-    return max(2 * size**3 / _seconds(lambda: a @ a) for _ in range(rounds))
+    taken: list[float] = []
+    while len(taken) < rounds and sum(taken) < enough:
+        taken.append(_seconds(lambda: a @ a))
+    return 2 * size**3 / min(taken)
 
 
 def _copy_rate(megabytes: int = 128, rounds: int = 3) -> float:

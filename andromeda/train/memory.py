@@ -5,9 +5,14 @@ from __future__ import annotations
 import psutil
 import torch
 
+from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
+from andromeda.config.run import RunConfig
 from andromeda.errors import ConfigError
 from andromeda.model.skeleton import skeleton
+
+BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+"""Of a number that a product reads, by the precision of a training."""
 
 
 def parameters(config: ModelConfig) -> int:
@@ -25,6 +30,29 @@ def check_fits(config: ModelConfig, device: torch.device, copies: int, itemsize:
             f"The model's {count:,} parameters need {needed / 2**30:,.1f} GiB for {what}, and {device} has {held / 2**30:,.1f} GiB: "
             "take a smaller model or another device (`andromeda plan` says what a run needs)."
         )
+
+
+def check_rows_fit(config: RunConfig, device: torch.device, precision: str) -> None:
+    """Raise ConfigError when the blocks alone keep more of one micro-batch for the backward pass than the device's whole memory."""
+    rows, length = config.train.micro_batch or config.train.batch, config.train.sequence or config.model.context
+    needed, held = rows * length * least_kept(config, precision), memory_of(device)
+    if needed > held:
+        raise ConfigError(
+            f"{rows:,} rows of {length:,} tokens at once need at least {needed / 2**30:,.1f} GiB for the backward pass, and {device} has "
+            f"{held / 2**30:,.1f} GiB: give a smaller train.micro_batch, or shorter rows (`andromeda plan` says what a run needs)."
+        )
+
+
+def least_kept(config: RunConfig, precision: str) -> int:
+    """A lower bound of the bytes a token that a backward pass finds kept in all blocks: what their products and attention read.
+
+    Queries, keys, values, attention's output and the feed-forward's inner activations; recomputing blocks keep their input alone.
+    """
+    model, attention = config.model, config.model.attention
+    numbers = model.width
+    if config.train.checkpointing == "none":
+        numbers += 2 * (attention.heads + attention.kv_heads) * attention.head_dim + hidden_width(model)
+    return model.depth * numbers * BYTES[precision]
 
 
 def memory_of(device: torch.device) -> int:

@@ -19,7 +19,7 @@ from andromeda.train.checkpoint import Snapshot
 from andromeda.train.compiling import compile_blocks
 from andromeda.train.ema import NoAverage, build_average
 from andromeda.train.guard import BadSteps
-from andromeda.train.memory import check_fits
+from andromeda.train.memory import check_fits, check_rows_fit
 from andromeda.train.meter import Meter
 from andromeda.train.precision import Precision, build_precision
 from andromeda.train.recompute import checkpoint_blocks
@@ -111,6 +111,7 @@ def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> 
         keep_freed_memory()
     randomness.seed_all(config.seed)
     precision = build_precision(train.precision, device)
+    check_rows_fit(config, device, precision.name)
     model = precision.prepare(Transformer(config.model, seed=config.seed).to(device))
     checkpoint_blocks(model, train.checkpointing)
     compile_blocks(model, config, device)
