@@ -32,6 +32,12 @@ class RequestError(AndromedaError):
     """A prompt or a generation setting that cannot be served."""
 
 
+class Interrupted(AndromedaError):
+    """Ctrl-C, where nothing was left to save."""
+
+    exit_code = 130
+
+
 class MissingExtra(AndromedaError):
     """An optional library that is not installed; the sentence names the command that installs it."""
 

@@ -23,13 +23,13 @@ def demo(
     from andromeda.study.report import write_report
     from andromeda.train.screen import build_screen
 
+    config = steps.configuration(corpus, list(overrides or []))
     print(f"Corpus: the Python sources of {sys.executable}, in {corpus}", flush=True)
     with progress() as report:
         manifest = steps.build_corpus(corpus, os.cpu_count() or 1, report)
     train, held_out = (manifest.splits[name] for name in ("train", "val"))
     print(f"  {train.documents:,} documents, {train.tokens:,} tokens to learn from; {held_out.bytes:,} bytes held out")
 
-    config = steps.configuration(corpus, list(overrides or []))
     print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
     result = steps.train_or_go_on(config, out, build_screen(config.train.steps, False))
     if result.signal:

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from typing import Any, cast
 
 import typer
+from typer.core import TyperGroup
 
 from andromeda.cli.ablate import ablate
 from andromeda.cli.bench import app as bench_app
@@ -25,13 +27,28 @@ from andromeda.cli.report import report
 from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
 from andromeda.cli.verify import verify
-from andromeda.errors import AndromedaError
+from andromeda.errors import AndromedaError, DataError, Interrupted
 
 WRONG_CALL = cast(type[Exception], typer.BadParameter.__mro__[1])
 """UsageError, which typer raises for every call that it cannot read, and does not export."""
 
+
+class Verbs(TyperGroup):
+    """All verbs. Typer ends an interruption without a word, and takes a file that ends too early for one."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb of the call."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("interrupted.") from None
+        except EOFError as error:
+            raise DataError(f"A file ends too early ({error}): restore it.") from None
+
+
 app = typer.Typer(
     name="andromeda",
+    cls=Verbs,
     help="A long-context language model that you train, stretch, measure and serve yourself.",
     no_args_is_help=True,
     add_completion=False,
@@ -62,6 +79,7 @@ def main() -> None:
     try:
         # Not standalone: typer would print a wrong call as a box of several lines instead of one sentence.
         code = app(standalone_mode=False)
+        sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except WRONG_CALL as error:
         _refuse_call(error)
@@ -70,9 +88,6 @@ def main() -> None:
     except AndromedaError as error:
         print(f"andromeda: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("andromeda: interrupted.", file=sys.stderr)
-        sys.exit(130)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
@@ -80,14 +95,21 @@ def main() -> None:
         print(f"andromeda: Memory ran out ({asked[:200]}): take a smaller model, batch or context (`andromeda plan`).", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
-        # The reader of our output went away (`| head`): point stdout elsewhere so that the interpreter's flush is quiet.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # The reader of our output went away (`| head`).
+        _drop_output()
         sys.exit(141)
     except OSError as error:
         # A disk that is full, a folder that is read-only: what was written before is whole, for it was renamed into its place.
         place = f"{error.filename}: " if error.filename else ""
         print(f"andromeda: {place}{error.strerror or error}: make room or give another place, and call again.", file=sys.stderr)
+        _drop_output()
         sys.exit(2)
+
+
+def _drop_output() -> None:
+    """Point stdout elsewhere, so that the interpreter's last flush is quiet where nothing can be written."""
+    with suppress(OSError):  # no file at all, where another program took stdout's place
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _out_of_memory(error: Exception) -> bool:

@@ -34,10 +34,17 @@ def train(
 
     settings = load(config or str(out), changes)
     with closing(build_screen(settings.train.steps, as_json)) as screen:
-        result = run(settings, out or Path("runs") / settings.name, resume=resume, screen=screen)
+        result = run(settings, out or _named(settings.name), resume=resume, screen=screen)
         if result.signal:
             raise typer.Exit(128 + result.signal)
         screen.note(_report(result.folder))
+
+
+def _named(name: str) -> Path:
+    """The folder of a run that none was given for. Raises ConfigError for a name that would lie elsewhere."""
+    if name in ("", ".", "..") or "/" in name or "\0" in name:
+        raise ConfigError(f"A run named {name!r} cannot have a folder of that name: give one with --out, or another name=.")
+    return Path("runs") / name
 
 
 def _report(run: Path) -> str:

@@ -55,7 +55,7 @@ def _figures(stored: Result, found: Result, subject: Subject) -> Check:
     if old.keys() != new.keys():
         return Check(f"{stored.name}: figures", f"{len(old)} figures", f"{len(new)} figures", None, loose, False, "not the same figures")
     apart = {key: difference(old[key], new[key]) for key in old}
-    agrees = all(gap <= loose or (_is_share(old[key]) and abs(old[key] - new[key]) <= share) for key, gap in apart.items())
+    agrees = all(gap <= loose or _near(old[key], new[key], share) for key, gap in apart.items())
     worst = max(apart, key=apart.__getitem__, default="")
     gap = apart[worst] if worst else 0.0
     shown = worst if worst and gap else next((key for key, value in old.items() if isinstance(value, float) and not _is_axis(key)), "")
@@ -82,8 +82,9 @@ def leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
         yield path, value
 
 
-def _is_share(value: Any) -> bool:
-    return isinstance(value, float) and 0.0 <= value <= 1.0
+def _near(old: Any, new: Any, share: float) -> bool:
+    """Whether two figures are shares that lie so close together."""
+    return all(isinstance(one, float) and 0.0 <= one <= 1.0 for one in (old, new)) and bool(abs(old - new) <= share)
 
 
 def _is_axis(path: str) -> bool:

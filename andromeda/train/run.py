@@ -68,12 +68,12 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
         with signals.caught():
             _changes(folder, config, resume)  # again, now that no other process can begin a run here
             kept = _restore(session, folder, screen)
+            metrics = MetricsFile(folder.metrics_file)  # before the start is recorded, which it may prevent
             identity = _record(config, folder, session, changes)
             if stream.tokenizer:
                 # A run writes text without its corpus.
                 stream.tokenizer.save(folder.path / "tokenizer")
             sinks = build_sinks(config, folder, session.cursor.step, identity)
-            metrics = MetricsFile(folder.metrics_file)
             metrics.cut(kept)
             speed = Speed(config.model, stream_length(config), session.precision)
             try:

@@ -79,12 +79,19 @@ def remove(name: str) -> Callable[[Path], None]:
     return act
 
 
+def log_is_a_folder(place: Path) -> None:
+    """As a careless copy leaves it."""
+    (place / "run/metrics.jsonl").unlink()
+    (place / "run/metrics.jsonl").mkdir()
+
+
 def nothing(place: Path) -> None:
     """The place as it is."""
 
 
 TRAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "new"]
 AGAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "run"]
+GO_ON = [*AGAIN, "--resume", "train.log.every=1"]
 BUILD = ["data", "build", "texts", "--out", "built", "--workers", "1"]
 WRITE = ["generate", "run", "the", "--device", "cpu"]
 
@@ -142,6 +149,10 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("batch that does not divide", nothing, [*TRAIN, "train.batch=3", "train.micro_batch=2"], "micro_batch"),
     ("cooldown longer than the run", nothing, [*TRAIN, "train.schedule.cooldown=50"], "cooldown"),
     ("fp8 on a CPU", nothing, [*TRAIN, "train.precision=fp8"], "fp8"),
+    ("rows beyond any memory", nothing, [*TRAIN, "train.batch=1000000000"], "1,000,000,000 rows"),
+    ("name that leads elsewhere", nothing, ["train", "nano", *RUN, "data.corpus=corpus", "name=../../x"], "name="),
+    ("no name", nothing, ["train", "nano", *RUN, "data.corpus=corpus", "name="], "name="),
+    ("demo of nothing", nothing, ["demo", "foo", "--corpus", "corpus", "--out", "new"], "'foo'"),
     ("no such device", nothing, [*TRAIN, "train.device=tpu"], "tpu"),
     ("a GPU that is not there", nothing, [*TRAIN, "train.device=cuda:99"], "cuda"),
     ("vocabulary smaller than the corpus's", nothing, [*TRAIN, "model.vocab_size=100"], "vocab_size"),
@@ -163,6 +174,7 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("shard of another kind", write("corpus/train-00000.bin", b"PK\x03\x04" * 600), TRAIN, "train-00000.bin"),
     ("manifest that is no JSON", write("corpus/manifest.json", b"{"), TRAIN, "manifest"),
     ("missing shard", remove("corpus/train-*.bin"), TRAIN, "train"),
+    ("document offsets that are empty", truncate("corpus/train-documents.npy", 0), TRAIN, "offsets"),
     ("missing source", nothing, ["data", "build", "nowhere", "--out", "built"], "nowhere"),
     ("empty folder", lambda place: (place / "void").mkdir(), ["data", "build", "void", "--out", "built"], "void"),
     ("only binary junk", write("junk/a.txt", b"\x00\xff" * 900), ["data", "build", "junk", "--out", "built", "--workers", "1"], "junk"),
@@ -214,6 +226,9 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
         "corpus",
     ),
     ("check on no such device", nothing, ["verify", "run", "--device", "tpu"], "tpu"),
+    ("log that is a folder", log_is_a_folder, GO_ON, "metrics.jsonl"),
+    ("benchmark without its file", nothing, ["bench", "qk"], "--out"),
+    ("benchmark of half a token", nothing, ["bench", "embedding", "--out", "x.json", "--tokens", "0.5"], "--tokens"),
     ("result that is a folder", nothing, ["bench", "cpu", "--out", "corpus"], "corpus"),
     ("result below a file", nothing, ["bench", "cpu", "--out", "run/config.toml/x.json"], "x.json"),
     ("questions in lists without end", write("q.jsonl", b"[" * 100000), ["eval", "run", "fewshot", "--file", "q.jsonl"], "q.jsonl"),

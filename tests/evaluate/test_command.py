@@ -172,7 +172,9 @@ def test_what_is_asked_for_twice_is_done_once_and_what_does_not_fit_is_told(
     assert "single" not in told
 
 
-def test_what_was_measured_before_an_interruption_stays(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_was_measured_before_an_interruption_stays(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Each result is a whole file as soon as it is known."""
 
     def interrupted(*_: object) -> None:
@@ -180,6 +182,7 @@ def test_what_was_measured_before_an_interruption_stays(place: Path, monkeypatch
 
     monkeypatch.setattr(EVALUATIONS["position"], "measure", interrupted)
     assert call("eval", "run", "bits", "position", "reasoning", "--samples", "1", "--device", "cpu") == 130
+    assert capsys.readouterr().err.endswith("andromeda: interrupted.\n")
     assert list(results("run")) == ["bits"]
     assert [path.name for path in (place / "run/evaluations").iterdir()] == ["bits.json"]
 

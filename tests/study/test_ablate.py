@@ -18,13 +18,14 @@ import pytest
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
 from andromeda.data.corpus import build
-from andromeda.errors import ConfigError
+from andromeda.errors import CheckpointError, ConfigError
 from andromeda.study.ablate import clipping
 from andromeda.study.ablate.budget import amount_of, flops_per_token, steps_for, tokens_per_step, with_steps
 from andromeda.study.ablate.evidence import met_at, page
 from andromeda.study.ablate.grid import Arm, Grid, grid_from_values, split, varied
 from andromeda.study.ablate.jobs import jobs_of, plan_arms, with_budget
-from andromeda.study.ablate.outcome import Outcome
+from andromeda.study.ablate.outcome import Outcome, kept
+from andromeda.study.ablate.run import _kept_costs
 from andromeda.study.ablate.slots import environments
 from andromeda.study.ablate.table import evenness
 from tests.command import call
@@ -352,3 +353,18 @@ def test_steps_to_equal_loss_lie_on_the_line_between_two_shares() -> None:
 def test_an_outcome_without_a_figure_has_diverged() -> None:
     assert Outcome(None, None, 1, 1, 1.0, []).diverged
     assert not Outcome(2.0, None, 1, 1, 1.0, []).diverged
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"baseline": {}}', '{"baseline": {"of": "x", "step_seconds": 1}}', '{"baseline": 3}'])
+def test_damaged_costs_are_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "costs.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"costs\.json is damaged: remove it"):
+        _kept_costs(tmp_path / "costs.json")
+    assert _kept_costs(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"curve": [1]}', '{"curve": []}'])
+def test_a_damaged_outcome_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "outcome.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"outcome\.json is damaged: remove it"):
+        kept(tmp_path)

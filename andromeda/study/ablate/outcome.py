@@ -70,5 +70,5 @@ def kept(folder: Path) -> Outcome | None:
     try:
         values = json.loads(path.read_text("utf-8"))
         return Outcome(**{**values, "curve": [(step, loss) for step, loss in values["curve"]]})
-    except (ValueError, TypeError):
+    except (ValueError, TypeError, LookupError):
         raise CheckpointError(f"{path} is damaged: remove it, and the run is counted again from its metrics.") from None

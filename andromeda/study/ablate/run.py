@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -142,12 +142,23 @@ def _train(jobs: Sequence[Job], planned: Sequence[Planned], settings: Settings, 
 def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> dict[str, Cost]:
     """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
     path = settings.out / "costs.json"
-    known: dict[str, dict[str, Any]] = json.loads(path.read_text()) if path.exists() else {}
     marks = {plan.arm.name: _mark(plan) for plan in planned}
-    known = {name: of for name, of in known.items() if of["of"] == marks.get(name)}
+    known = {name: of for name, of in _kept_costs(path).items() if of["of"] == marks.get(name)}
     if settings.cost_steps:
         _measure_costs(planned, marks, known, settings, began, say)
     return {name: Cost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
+
+
+def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
+    """The costs that were measured before. Raises ConfigError where they cannot be read."""
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        for of in kept.values():
+            if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(Cost)):
+                raise ValueError(of)
+        return kept
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        raise ConfigError(f"{path} is damaged: remove it, and the costs are measured again.") from None
 
 
 def _measure_costs(

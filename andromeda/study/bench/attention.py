@@ -10,7 +10,6 @@ reference in the same type. Times are medians with a cold L2 cache. `first` is t
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from andromeda.model.flops import attention_pairs
 from andromeda.model.position.alibi import FoldedBias, slopes
 from andromeda.model.prepare import prepare
 from andromeda.study.bench import qk
+from andromeda.study.bench.arguments import Parser
 from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import command_line, record, save
 
@@ -242,9 +242,7 @@ def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the result after every row, so that none is lost."""
-    parser = argparse.ArgumentParser(
-        prog="python -m andromeda.study.bench.attention", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = Parser(prog="andromeda bench attention", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 8192], help="tokens of a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -12,7 +12,6 @@ The same for reading: rows gathered and RMS-normalised, by PyTorch and as torch.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -25,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.kernels.embedding import accepts, table_gradient
+from andromeda.study.bench.arguments import Parser
 from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import command_line, record, save
 from andromeda.study.bench.timing import device_ms
@@ -130,9 +130,7 @@ def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(
-        prog="python -m andromeda.study.bench.embedding", description=__doc__.splitlines()[0] if __doc__ else None
-    )
+    parser = Parser(prog="andromeda bench embedding", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)

@@ -10,7 +10,6 @@ in float64 on the same numbers in bfloat16.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from andromeda.config.model import Alibi, Attention, ModelConfig, Rotary
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.prepare import plain, prepare
 from andromeda.model.qk_norm import build_qk_norm
+from andromeda.study.bench.arguments import Parser
 from andromeda.study.bench.ceilings import ceilings
 from andromeda.study.bench.record import command_line, record, save
 from andromeda.study.bench.timing import device_ms
@@ -130,7 +130,7 @@ def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = argparse.ArgumentParser(prog="python -m andromeda.study.bench.qk", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(prog="andromeda bench qk", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -96,7 +96,7 @@ def _lines_of(file: str, text: str) -> list[Sample]:
         try:
             values = json.loads(line)
             prompt, answer = values["prompt"], str(values["text"])
-        except (ValueError, TypeError, KeyError):
+        except (ValueError, TypeError, KeyError, RecursionError):
             continue
         about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SETTINGS if values.get(name) is not None)
         samples.append(Sample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
