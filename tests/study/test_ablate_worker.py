@@ -23,8 +23,8 @@ def test_an_arm_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyP
         return cost.Cost(0.0, 0, 1)
 
     monkeypatch.setattr(cost, "measure", measure)
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 2)
     config = load("nano").model_dump(mode="json")
-    for arm in range(1, 6):
-        assert _answer({"do": "cost", "config": config, "steps": arm})["done"]
-        assert counter.frame_count == arm
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for arm in range(1, 6):
+            assert _answer({"do": "cost", "config": config, "steps": arm})["done"]
+            assert counter.frame_count == arm
