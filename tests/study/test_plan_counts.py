@@ -19,6 +19,8 @@ from andromeda.study.plan.parameters import count
 from andromeda.study.plan.state import state_bytes
 from andromeda.train.ema import build_average
 
+pytestmark = pytest.mark.usefixtures("still_heap")
+
 TINY: dict[str, Any] = {
     "vocab_size": 256,
     "context": 32,

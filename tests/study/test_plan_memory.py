@@ -31,6 +31,7 @@ from andromeda.train.precision import PRECISIONS
 from andromeda.train.recompute import checkpoint_blocks
 from andromeda.train.rows import Rows
 
+pytestmark = pytest.mark.usefixtures("still_heap")
 ROWS, T = 2, 64
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -19,6 +19,8 @@ from andromeda.study.plan.clock import seconds_per_step, serving
 from andromeda.study.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
 from andromeda.study.plan.parameters import count
 
+pytestmark = pytest.mark.usefixtures("still_heap")
+
 SMALL = """
 [model]
 vocab_size = 256
