@@ -147,7 +147,7 @@ class TrainConfig(Part):
     eval_every: NonNegativeInt = 250
     """Steps between validations; 0 validates only at the end."""
     eval_tokens: PositiveInt = 65536
-    """Tokens of a validation."""
+    """Tokens of a validation, in rows that lie evenly over the held-out text."""
     window: Window = Window()
     schedule: Schedule = Schedule()
     optim: Optim = Optim()

@@ -82,8 +82,12 @@ class Stream:
         if start < 0 or count < 1:
             end = f"has rows 0 to {self.rows_available - 1}" if self.rows_available else "begins at row 0"
             raise DataError(f"There are no {count} rows at row {start}: the stream {end}.")
+        return self.at(range(start, start + count))
+
+    def at(self, numbers: Sequence[int]) -> Batch:
+        """The rows with these numbers, in this order."""
         rows = []
-        for number in range(start, start + count):
+        for number in numbers:
             source, inside = self._schedule.locate(number)
             row = self._packings[source].row(inside)
             for stage in self._stages:
