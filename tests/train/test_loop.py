@@ -208,6 +208,35 @@ def test_rollback_after_an_interruption(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
+def test_what_a_rollback_left_behind_is_not_gone_on_with(
+    tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_run: Same, poison: Callable[[int, int], None]
+) -> None:
+    """Stopped among bad steps, which saves step 7, and again at step 5 after going back: the newer checkpoint is of no use any more."""
+    config = tiny(train__steps=14, train__guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 2})
+    poison(20, 32)
+    train(config, tmp_path / "whole")
+    real = loop.Loop._observe
+
+    def stop_after(count: int) -> None:
+        left = iter(range(count - 1, -1, -1))
+
+        def observe(self: loop.Loop) -> None:
+            real(self)
+            if next(left) == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(loop.Loop, "_observe", observe)
+            train(config, tmp_path / "stopped", resume=(tmp_path / "stopped").exists())
+
+    stop_after(7)
+    assert checkpoint.listed(tmp_path / "stopped/checkpoints")[0].name == "step-00000007"
+    stop_after(2)
+    assert checkpoint.listed(tmp_path / "stopped/checkpoints")[0].name == "step-00000005"
+    train(config, tmp_path / "stopped", resume=True)
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
 def test_gives_up_with_a_sentence(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int, int], None]) -> None:
     """Everything from row 20 on is bad: two rollbacks, then an error; the healthy checkpoint is still there and whole."""
     poison(20, 200)
