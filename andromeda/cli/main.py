@@ -102,7 +102,10 @@ def main() -> None:
         # A disk that is full, a folder that is read-only: what was written before is whole, for it was renamed into its place.
         place = f"{error.filename}: " if error.filename else ""
         print(f"andromeda: {place}{error.strerror or error}: make room or give another place, and call again.", file=sys.stderr)
-        _drop_output()
+        try:
+            sys.stdout.flush()
+        except OSError:
+            _drop_output()
         sys.exit(2)
 
 
