@@ -145,7 +145,7 @@ class TrainConfig(Part):
     z_loss: NonNegativeFloat = 0.0
     """Weight of the squared log-partition term."""
     eval_every: NonNegativeInt = 250
-    """Steps between validations; 0 validates only at the end."""
+    """Steps between validations, and one at the end; 0 is off."""
     eval_tokens: PositiveInt = 65536
     """Tokens of a validation, in rows that lie evenly over the held-out text."""
     window: Window = Window()

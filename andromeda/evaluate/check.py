@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,8 +42,13 @@ class Places:
     files: str = ""
 
     def data(self, config: DataConfig) -> DataConfig:
-        """Where a run's data lie now."""
-        return config.model_copy(update={"corpus": self.corpus, "sources": ()}) if self.corpus else config
+        """Where a run's data lie now: of several sources each by its own name in the folder that is given."""
+        if not self.corpus:
+            return config
+        if not config.sources:
+            return config.model_copy(update={"corpus": self.corpus})
+        moved = [source.model_copy(update={"path": str(Path(self.corpus) / Path(source.path).name)}) for source in config.sources]
+        return config.model_copy(update={"sources": tuple(moved)})
 
 
 @contextmanager

@@ -22,12 +22,13 @@ from andromeda.train.run import FREE, stream_length
 def records(run: Path, places: Places) -> Iterator[Check]:
     """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
     folder = RunFolder(run)
-    state = remembered(folder)
+    state, metrics = remembered(folder), read_metrics(folder.metrics_file)
     yield from _data(folder, state, places)
+    yield from _tokenizer(folder, metrics, places)
     yield _checkpoints(folder)
     if "config" in state:
         yield _config(folder, state)
-    yield from _metrics(folder, state)
+    yield from _metrics(folder, metrics, state)
 
 
 def remembered(folder: RunFolder) -> dict[str, Any]:
@@ -37,13 +38,14 @@ def remembered(folder: RunFolder) -> dict[str, Any]:
             values = checkpoint.read_values(path)
         except AndromedaError:
             continue
-        if all(isinstance(values.get(name, {}), dict) for name in ("config", "cursor")):
+        kinds = {"config": dict, "cursor": dict, "metrics_bytes": int, "metrics_sha256": str}
+        if all(isinstance(values.get(name, kind()), kind) for name, kind in kinds.items()):
             return values
     return {}
 
 
 def _data(folder: RunFolder, state: dict[str, Any], places: Places) -> Iterator[Check]:
-    """The fingerprint of the training stream that manifest and checkpoint name, and the tokenizer that it was made with."""
+    """The fingerprint of the training stream that manifest and checkpoint name."""
     manifest, config = folder.manifest(), folder.config()
     if not manifest and trained(state):
         yield Check("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
@@ -56,26 +58,33 @@ def _data(folder: RunFolder, state: dict[str, Any], places: Places) -> Iterator[
     except AndromedaError as error:
         yield Check("training data", stored[:12], "missing", None, 0.0, False, f"{error}")
         return
-    same = stream.fingerprint == stored == state.get("data", stored)
-    note = "" if state.get("data", stored) == stored else f"the newest checkpoint was trained on {str(state['data'])[:12]}"
-    yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, same, note)
-    if stream.tokenizer:
-        yield _tokenizer(folder, stream.tokenizer)
+    trained_on = str(state.get("data", stored))
+    note = "" if trained_on == stored else f"the newest checkpoint was trained on {trained_on[:12]}"
+    yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note)
 
 
-def _tokenizer(folder: RunFolder, of_data: Tokenizer) -> Check:
+def _tokenizer(folder: RunFolder, metrics: Metrics, places: Places) -> Iterator[Check]:
+    """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
+    config, kept = folder.config(), folder.path / "tokenizer"
+    if not (kept.exists() or metrics.last("bits_per_byte")):
+        return
     try:
-        stored = Tokenizer.load(folder.path / "tokenizer").fingerprint
+        of_data = open_stream(places.data(config.data), stream_length(config), config.seed).tokenizer
+    except AndromedaError:
+        return  # which the check of the data says
+    found = of_data.fingerprint if of_data else "none"
+    try:
+        stored = Tokenizer.load(kept).fingerprint
     except AndromedaError as error:
-        return Check("tokenizer", "missing", of_data.fingerprint[:12], None, 0.0, False, f"{error}")
-    same = stored == of_data.fingerprint
-    return Check("tokenizer", stored[:12], of_data.fingerprint[:12], None, 0.0, same, "" if same else "not the one of the training data")
+        yield Check("tokenizer", "missing", found[:12], None, 0.0, False, f"{error}")
+    else:
+        yield Check("tokenizer", stored[:12], found[:12], None, 0.0, stored == found, "" if stored == found else "another than the data's")
 
 
 def _checkpoints(folder: RunFolder) -> Check:
     """Whether each file of each checkpoint still has the hash that it was written with."""
     kept = checkpoint.listed(folder.checkpoints)
-    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path))]
+    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path)) and path.exists()]
     note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
     return Check("checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note)
 
@@ -92,9 +101,9 @@ def _is_free(key: str) -> bool:
     return any(key == free or key.startswith(free + ".") for free in FREE)
 
 
-def _metrics(folder: RunFolder, state: dict[str, Any]) -> Iterator[Check]:
+def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iterator[Check]:
     """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
-    metrics, size = read_metrics(folder.metrics_file), state.get("metrics_bytes", 0)
+    size = state.get("metrics_bytes", 0)
     if metrics.broken and not _unfinished(folder.metrics_file, metrics):
         told = "1 line cannot be read" if metrics.broken == 1 else f"{metrics.broken} lines cannot be read"
         yield Check("metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told)

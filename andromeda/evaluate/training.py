@@ -17,7 +17,7 @@ from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.objective import NextToken
 from andromeda.train.precision import build_precision
 from andromeda.train.run import stream_length
-from andromeda.train.validation import Validation
+from andromeda.train.validation import ROWS, Validation
 from andromeda.train.weights import load_weights
 
 HELD_OUT, AVERAGE = "validation/", "_average"
@@ -27,35 +27,42 @@ NAME = HELD_OUT + "loss"
 def training_loss(run: Path, places: Places, device: str) -> Iterator[Check]:
     """The newest held-out figures in metrics.jsonl whose checkpoint is kept; nothing where there are none."""
     folder = RunFolder(run)
-    kept = {int(path.name.removeprefix("step-")) for path in checkpoint.listed(folder.checkpoints)}
+    kept = {int(path.name.removeprefix("step-")): path for path in checkpoint.listed(folder.checkpoints)}
     lines = [line for line in read_metrics(folder.metrics_file).lines if is_number(line.get(NAME)) and line["step"] in kept]
     if lines:
-        yield _held_out(folder, lines[-1], places, device)
+        yield _held_out(folder, lines[-1], kept[lines[-1]["step"]], places, device)
 
 
-def _held_out(folder: RunFolder, line: dict[str, Any], places: Places, device: str) -> Check:
-    what, start = f"held-out loss of step {line['step']}", last_start(folder)
+def _held_out(folder: RunFolder, line: dict[str, Any], kept: Path, places: Places, device: str) -> Check:
+    what, start = f"held-out loss of step {line['step']}", last_start(folder, line["step"])
     stored = {name: figure for name, figure in line.items() if name.startswith(HELD_OUT)}
     shown = f"{stored[NAME]:.6g}"
     try:
+        state = checkpoint.read_values(kept)
+        if state.get("validation") != ROWS:
+            return Check(what, shown, "not compared", None, 0.0, True, "an older version measured it on other rows")
         with threads(start.get("machine")):
             # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
             exact = repeats_exactly(start, device)
-            found, precision = _measure(folder, line["step"], places, device, any(name.endswith(AVERAGE) for name in stored))
+            then = _table(_table(state.get("config")).get("train"))
+            average = any(name.endswith(AVERAGE) for name in stored)
+            found, precision = _measure(folder, line["step"], then, places, device, average)
     except AndromedaError as error:
         return Check(what, shown, "missing", None, 0.0, False, f"{error}")
     loose = 0.0 if exact else TOLERANCE.get(precision, 5e-2)
-    apart = {name: difference(stored.get(name), found.get(name)) for name in stored.keys() | found.keys()}
+    # More may be found than was stored: bytes are counted where a tokenizer came later.
+    apart = {name: difference(figure, found.get(name)) for name, figure in stored.items()}
     worst = max(sorted(apart), key=apart.__getitem__)
     note = "equal to the last bit" if apart[worst] == 0 else "" if worst == NAME else f"largest difference at {worst}"
     return Check(what, shown, f"{found[NAME]:.6g}" if found else "nothing held out", apart[worst], loose, apart[worst] <= loose, note)
 
 
-def last_start(folder: RunFolder) -> dict[str, Any]:
-    """The newest start of the run that its manifest tells of; an empty one where it tells of none."""
+def last_start(folder: RunFolder, step: int | None = None) -> dict[str, Any]:
+    """The newest start of the run that its manifest tells of, or the one that took a step; an empty one where it tells of none."""
     starts = folder.manifest().get("starts")
-    last = starts[-1] if isinstance(starts, list) and starts else {}
-    return last if isinstance(last, dict) else {}
+    known = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    before = [start for start in known if step is None or (is_number(start.get("step")) and start["step"] < step)]
+    return (before or known or [{}])[-1]
 
 
 def repeats_exactly(start: dict[str, Any], device: str) -> bool:
@@ -69,14 +76,19 @@ def _table(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _measure(folder: RunFolder, step: int, places: Places, device: str, average: bool) -> tuple[dict[str, float], str]:
-    """The held-out figures as training measures them, of the averaged weights too if asked for, and the precision."""
+def _measure(
+    folder: RunFolder, step: int, then: dict[str, Any], places: Places, device: str, average: bool
+) -> tuple[dict[str, float], str]:
+    """The held-out figures as training measures them, of the averaged weights too if asked for, and the precision.
+
+    then: the settings of training at that step; a later start may have been given others.
+    """
     config = folder.config()
+    train = config.train.model_copy(update={key: then[key] for key in ("eval_tokens", "micro_batch") if isinstance(then.get(key), int)})
     place, length = find_device(device, "device"), stream_length(config)
     stream = open_stream(places.data(config.data), length, config.seed, "val")
-    precision = build_precision(config.train.precision, place)
-    rows = config.train.micro_batch or config.train.batch
-    validation = Validation(stream, config.train.eval_tokens, length, rows, config.data.document_mask)
+    precision = build_precision(train.precision, place)
+    validation = Validation(stream, train.eval_tokens, length, train.micro_batch or train.batch, config.data.document_mask)
 
     def figures(average: bool) -> dict[str, float]:
         model = precision.prepare(load_weights(folder.path, step=step, average=average, device=place))

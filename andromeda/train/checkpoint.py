@@ -162,10 +162,9 @@ def read_values(path: Path) -> dict[str, Any]:
         values = json.loads((path / "state.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(f"{path / 'state.json'} cannot be read: use an older checkpoint.") from None
-    if values.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path} has checkpoint format {values.get('format')} and this version reads {FORMAT}: use the version that wrote it."
-        )
+    found = values.get("format") if isinstance(values, dict) else None
+    if found != FORMAT:
+        raise CheckpointError(f"{path} has checkpoint format {found} and this version reads {FORMAT}: use the version that wrote it.")
     return values
 
 

@@ -132,7 +132,8 @@ def _validation(config: RunConfig) -> NoValidation:
     train, sequence = config.train, stream_length(config)
     if not train.eval_every:
         return NoValidation()
-    held_out = open_stream(config.data, sequence, config.seed, "val")
+    # Its rows lie apart, which reading ahead does not expect.
+    held_out = open_stream(config.data.model_copy(update={"workers": 0}), sequence, config.seed, "val")
     return Validation(held_out, train.eval_tokens, sequence, train.micro_batch or train.batch, config.data.document_mask)
 
 

@@ -23,6 +23,7 @@ from andromeda.train.memory import check_fits, check_rows_fit
 from andromeda.train.meter import Meter
 from andromeda.train.precision import Precision, build_precision
 from andromeda.train.recompute import checkpoint_blocks
+from andromeda.train.validation import ROWS
 
 COPIES = {"adamw": 4, "muon": 3, "adamw8bit": 2}
 """How often each optimizer's training holds the parameters in 32 bits, at least: weights, gradients, moments."""
@@ -76,6 +77,7 @@ class Session:
             "guard": self.guard.values(),
             "meter": self.meter.values(),
             "random": randomness.values(),
+            "validation": ROWS,
             **metrics,
         }
         return Snapshot(self.cursor.step, {part: held for part, held in tensors.items() if held}, values)

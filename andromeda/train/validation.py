@@ -13,6 +13,9 @@ from andromeda.train.objective import Sums
 from andromeda.train.precision import Precision
 from andromeda.train.rows import Rows
 
+ROWS = "spread"
+"""Which held-out rows are measured, as checkpoints keep it: those of older versions were the first ones, and keep nothing."""
+
 
 class NoValidation:
     """Off: nothing needs to be held out."""

@@ -201,13 +201,53 @@ def test_a_figure_changed_with_its_hash_is_found_by_what_the_weights_compute(pla
     _replace(path, b'"validation/bits_per_byte": ', b'"validation/bits_per_byte": 1')
     written = path.read_bytes()
     told = {"metrics_bytes": len(written), "metrics_sha256": hashlib.sha256(written).hexdigest()}
-    change(folder / "state.json", lambda state: state.update(told))
-    state = (folder / "state.json").read_bytes()
-    change(folder / "index.json", lambda index: index.update({"state.json": _fingerprint(state)}))
+    _remember(folder, lambda state: state.update(told))
     code, checks = said(capsys)
     assert code == 1
     assert [what for what, check in checks.items() if not check["agrees"]] == [HELD_OUT]
     assert checks[HELD_OUT]["note"] == "largest difference at validation/bits_per_byte"
+
+
+def _remember(folder: Path, how: Callable[[Any], object]) -> None:
+    """Change what a checkpoint keeps beside tensors, and its hash."""
+    change(folder / "state.json", how)
+    state = (folder / "state.json").read_bytes()
+    change(folder / "index.json", lambda index: index.update({"state.json": _fingerprint(state)}))
+
+
+def test_a_later_start_may_measure_otherwise(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured before is compared as it was measured."""
+    assert call("train", "run", "--out", "run", "--resume", "train.eval_tokens=300", "train.micro_batch=1") == 0
+    code, checks = said(capsys)
+    assert code == 0
+    assert checks[HELD_OUT]["difference"] == 0.0
+
+
+def test_rows_of_an_older_version_are_not_compared(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _remember(place / "run/checkpoints/step-00000002", lambda state: state.pop("validation"))
+    code, checks = said(capsys)
+    assert code == 0
+    assert "older version" in checks[HELD_OUT]["note"]
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1, "step": 2, "config": 3, "metrics_bytes": "x"}'])
+def test_a_state_of_another_kind_is_a_damaged_checkpoint(place: Path, capsys: pytest.CaptureFixture[str], content: str) -> None:
+    (place / "run/checkpoints/step-00000002/state.json").write_text(content)
+    code, checks = said(capsys)
+    assert code == 1
+    assert "step 2: state.json has" in checks["checkpoints"]["note"]
+
+
+def test_several_sources_are_found_where_they_lie_now(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(place / "corpus", place / "here/one")
+    shutil.copytree(place / "corpus", place / "there/two")
+    sources = 'data.sources=[{path="here/one"}, {path="there/two", weight=2}]'
+    assert call("train", "run", "data.corpus=", sources, "--out", "mixed") == 0
+    assert said(capsys, run="mixed")[0] == 0
+    shutil.move(place / "here", place / "now")
+    shutil.move(place / "there/two", place / "now/two")
+    assert said(capsys, run="mixed")[0] == 1
+    assert said(capsys, "--corpus", "now", run="mixed")[0] == 0
 
 
 def _fingerprint(content: bytes) -> dict[str, Any]:
