@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,8 +16,9 @@ def _writable(path: Path | None) -> Path | None:
     """Before minutes of measuring."""
     if path is None:
         return None
-    folder = next(parent for parent in path.absolute().parents if parent.exists())
-    if path.is_dir() or not path.name or not folder.is_dir() or not os.access(folder, os.W_OK):
+    from andromeda.data.files import takes_files
+
+    if path.is_dir() or not path.name or not takes_files(path.absolute().parent):
         raise typer.BadParameter(f"{path} cannot be written: give another file.")
     return path
 

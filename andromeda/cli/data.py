@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from andromeda.errors import Interrupted
+
 if TYPE_CHECKING:
     from andromeda.data.manifest import Manifest
     from andromeda.data.read import Report
@@ -61,9 +63,8 @@ def build(
     try:
         with progress() as report:
             manifest = run(sources, out, config, workers=workers or _cores(), report=report)
-    except KeyboardInterrupt:  # typer would end without a word
-        print("andromeda: interrupted; the same command goes on from here.", file=sys.stderr)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt:
+        raise Interrupted("interrupted; the same command goes on from here.") from None
     _print(manifest, out, as_json)
 
 

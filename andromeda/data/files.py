@@ -13,6 +13,12 @@ from uuid import uuid4
 PART = ".part"
 
 
+def takes_files(folder: Path) -> bool:
+    """Whether files can be written into a folder that is there, or could be made."""
+    there = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    return there.is_dir() and os.access(there, os.W_OK)
+
+
 @contextmanager
 def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """A binary file that appears under `path` only when the block ends without an error.

@@ -8,30 +8,35 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.keys import flatten
-from andromeda.data.loader import open_stream
+from andromeda.config.run import RunConfig
+from andromeda.data.loader import Stream, open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.errors import AndromedaError
 from andromeda.evaluate.check import Check, Places
 from andromeda.train import checkpoint
 from andromeda.train.folder import RunFolder
-from andromeda.train.history import Metrics, read_metrics
-from andromeda.train.metrics import begins_with
-from andromeda.train.run import FREE, stream_length
+from andromeda.train.history import Metrics
+from andromeda.train.metrics import sha256_of_first
+from andromeda.train.run import is_free, stream_length
 
 
-def records(run: Path, places: Places) -> Iterator[Check]:
+def records(folder: RunFolder, metrics: Metrics, places: Places) -> Iterator[Check]:
     """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
-    folder = RunFolder(run)
-    state, metrics = remembered(folder), read_metrics(folder.metrics_file)
-    yield from _data(folder, state, places)
-    yield from _tokenizer(folder, metrics, places)
+    state, config = _remembered(folder), folder.config()
+    try:
+        stream: Stream | AndromedaError = open_stream(places.data(config.data), stream_length(config), config.seed)
+    except AndromedaError as error:
+        stream = error
+    yield from _data(folder, state, stream)
+    if not isinstance(stream, AndromedaError):
+        yield from _tokenizer(folder, metrics, stream)
     yield _checkpoints(folder)
     if "config" in state:
-        yield _config(folder, state)
+        yield _config(config, state)
     yield from _metrics(folder, metrics, state)
 
 
-def remembered(folder: RunFolder) -> dict[str, Any]:
+def _remembered(folder: RunFolder) -> dict[str, Any]:
     """What the newest checkpoint that can be read keeps beside tensors; nothing where there is none."""
     for path in checkpoint.listed(folder.checkpoints):
         try:
@@ -44,35 +49,28 @@ def remembered(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _data(folder: RunFolder, state: dict[str, Any], places: Places) -> Iterator[Check]:
+def _data(folder: RunFolder, state: dict[str, Any], stream: Stream | AndromedaError) -> Iterator[Check]:
     """The fingerprint of the training stream that manifest and checkpoint name."""
-    manifest, config = folder.manifest(), folder.config()
-    if not manifest and trained(state):
+    manifest = folder.manifest()
+    if not manifest and state.get("cursor", {}).get("step"):
         yield Check("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
     stored = str(manifest.get("data") or state.get("data") or "")
     if not stored:
         yield Check("training data", "none named", "", None, 0.0, True, "the run tells of no training")
-        return
-    try:
-        stream = open_stream(places.data(config.data), stream_length(config), config.seed)
-    except AndromedaError as error:
-        yield Check("training data", stored[:12], "missing", None, 0.0, False, f"{error}")
-        return
-    trained_on = str(state.get("data", stored))
-    note = "" if trained_on == stored else f"the newest checkpoint was trained on {trained_on[:12]}"
-    yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note)
+    elif isinstance(stream, AndromedaError):
+        yield Check("training data", stored[:12], "missing", None, 0.0, False, f"{stream}")
+    else:
+        trained_on = str(state.get("data", stored))
+        note = "" if trained_on == stored else f"the newest checkpoint was trained on {trained_on[:12]}"
+        yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note)
 
 
-def _tokenizer(folder: RunFolder, metrics: Metrics, places: Places) -> Iterator[Check]:
+def _tokenizer(folder: RunFolder, metrics: Metrics, stream: Stream) -> Iterator[Check]:
     """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
-    config, kept = folder.config(), folder.path / "tokenizer"
+    kept = folder.path / "tokenizer"
     if not (kept.exists() or metrics.last("bits_per_byte")):
         return
-    try:
-        of_data = open_stream(places.data(config.data), stream_length(config), config.seed).tokenizer
-    except AndromedaError:
-        return  # which the check of the data says
-    found = of_data.fingerprint if of_data else "none"
+    found = stream.tokenizer.fingerprint if stream.tokenizer else "none"
     try:
         stored = Tokenizer.load(kept).fingerprint
     except AndromedaError as error:
@@ -89,16 +87,12 @@ def _checkpoints(folder: RunFolder) -> Check:
     return Check("checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note)
 
 
-def _config(folder: RunFolder, state: dict[str, Any]) -> Check:
+def _config(config: RunConfig, state: dict[str, Any]) -> Check:
     """Whatever decides what is learned is as it was at the newest checkpoint."""
-    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(folder.config().model_dump())))
-    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not _is_free(key)]
+    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(config.model_dump())))
+    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not is_free(key)]
     note = f"{apart[0]} is {new[apart[0]]!r} and was {old[apart[0]]!r} in the newest checkpoint" if apart else ""
     return Check("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
-
-
-def _is_free(key: str) -> bool:
-    return any(key == free or key.startswith(free + ".") for free in FREE)
 
 
 def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iterator[Check]:
@@ -114,7 +108,7 @@ def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iter
 def _written(path: Path, size: int, sha256: str | None) -> Check:
     """That so many bytes are as they were; older checkpoints keep their number alone."""
     there = path.stat().st_size if path.is_file() else 0
-    changed = there >= size and sha256 is not None and begins_with(path, size) != sha256
+    changed = there >= size and sha256 is not None and sha256_of_first(path, size) != sha256
     note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
     return Check("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
 
@@ -122,8 +116,3 @@ def _written(path: Path, size: int, sha256: str | None) -> Check:
 def _unfinished(path: Path, metrics: Metrics) -> bool:
     """Whether the one line that cannot be read is the last one, cut off by a kill."""
     return metrics.broken == 1 and not path.read_bytes().endswith(b"\n")
-
-
-def trained(state: dict[str, Any]) -> bool:
-    """Whether a checkpoint is of a run that took a step."""
-    return bool(state.get("cursor", {}).get("step"))

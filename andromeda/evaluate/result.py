@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import re
 import shlex
 import sys
@@ -18,7 +17,7 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from andromeda.data.files import write_whole
+from andromeda.data.files import takes_files, write_whole
 from andromeda.errors import CheckpointError, ConfigError
 
 FOLDER = "evaluations"
@@ -84,8 +83,7 @@ _SHAPE = TypeAdapter(Result)
 def check_place(run: Path) -> None:
     """Raises ConfigError for a folder that no result can be written into, before any is computed."""
     place = run / FOLDER
-    there = next(one for one in (place, *place.absolute().parents) if one.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK):
+    if not takes_files(place):
         raise ConfigError(f"{place} cannot be written: give another place with --out.")
 
 

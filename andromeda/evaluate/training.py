@@ -6,29 +6,27 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from andromeda.data.loader import open_stream
 from andromeda.errors import AndromedaError
 from andromeda.evaluate.check import TOLERANCE, Check, Places, difference, same_arithmetic, threads
 from andromeda.train import checkpoint
 from andromeda.train.device import find_device
 from andromeda.train.folder import RunFolder
-from andromeda.train.history import is_number, read_metrics
+from andromeda.train.history import Metrics, is_number
 from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.objective import NextToken
 from andromeda.train.precision import build_precision
-from andromeda.train.run import stream_length
-from andromeda.train.validation import ROWS, Validation
+from andromeda.train.run import build_validation
+from andromeda.train.validation import ROWS
 from andromeda.train.weights import load_weights
 
 HELD_OUT, AVERAGE = "validation/", "_average"
 NAME = HELD_OUT + "loss"
 
 
-def training_loss(run: Path, places: Places, device: str) -> Iterator[Check]:
+def training_loss(folder: RunFolder, metrics: Metrics, places: Places, device: str) -> Iterator[Check]:
     """The newest held-out figures in metrics.jsonl whose checkpoint is kept; nothing where there are none."""
-    folder = RunFolder(run)
     kept = {int(path.name.removeprefix("step-")): path for path in checkpoint.listed(folder.checkpoints)}
-    lines = [line for line in read_metrics(folder.metrics_file).lines if is_number(line.get(NAME)) and line["step"] in kept]
+    lines = [line for line in metrics.lines if is_number(line.get(NAME)) and line["step"] in kept]
     if lines:
         yield _held_out(folder, lines[-1], kept[lines[-1]["step"]], places, device)
 
@@ -59,8 +57,7 @@ def _held_out(folder: RunFolder, line: dict[str, Any], kept: Path, places: Place
 
 def last_start(folder: RunFolder, step: int | None = None) -> dict[str, Any]:
     """The newest start of the run that its manifest tells of, or the one that took a step; an empty one where it tells of none."""
-    starts = folder.manifest().get("starts")
-    known = [start for start in starts if isinstance(start, dict)] if isinstance(starts, list) else []
+    known = [start for start in folder.manifest().get("starts", []) if isinstance(start, dict)]
     before = [start for start in known if step is None or (is_number(start.get("step")) and start["step"] < step)]
     return (before or known or [{}])[-1]
 
@@ -83,12 +80,10 @@ def _measure(
 
     then: the settings of training at that step; a later start may have been given others.
     """
-    config = folder.config()
+    config, place = folder.config(), find_device(device, "device")
     train = config.train.model_copy(update={key: then[key] for key in ("eval_tokens", "micro_batch") if isinstance(then.get(key), int)})
-    place, length = find_device(device, "device"), stream_length(config)
-    stream = open_stream(places.data(config.data), length, config.seed, "val")
+    validation = build_validation(config.model_copy(update={"train": train, "data": places.data(config.data)}))
     precision = build_precision(train.precision, place)
-    validation = Validation(stream, train.eval_tokens, length, train.micro_batch or train.batch, config.data.document_mask)
 
     def figures(average: bool) -> dict[str, float]:
         model = precision.prepare(load_weights(folder.path, step=step, average=average, device=place))

@@ -20,12 +20,16 @@ from andromeda.evaluate.result import Result, plain, results
 from andromeda.evaluate.run import EVALUATIONS, Request, evaluate
 from andromeda.evaluate.subject import Subject, open_subject
 from andromeda.evaluate.training import training_loss
+from andromeda.train.folder import RunFolder
+from andromeda.train.history import read_metrics
 
 
 def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
-    yield from records(run, places)
-    yield from training_loss(run, places, device)
+    folder = RunFolder(run)
+    metrics = read_metrics(folder.metrics_file)
+    yield from records(folder, metrics, places)
+    yield from training_loss(folder, metrics, places, device)
     for stored in results(run).values():
         yield from _result(run, stored, places, device, report)
 

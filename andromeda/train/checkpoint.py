@@ -177,10 +177,17 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def set_aside(path: Path) -> None:
-    """Take a damaged checkpoint out of the list without deleting it."""
+    """Take a checkpoint that is damaged or abandoned out of the list without deleting it."""
     aside = path.with_name(f"damaged-{path.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(path, aside)
+
+
+def set_aside_newer(than: Path) -> None:
+    """Take all that is newer than a checkpoint out of the list."""
+    there = listed(than.parent)
+    for path in there[: there.index(than)]:
+        set_aside(path)
 
 
 def prune(folder: Path, keep: int) -> None:

@@ -152,11 +152,7 @@ class Loop:
             raise TrainingFailed(
                 f"The run must go back from step {step}, and no healthy checkpoint is left in {self._around.folder.checkpoints}."
             )
-        folder = self._around.folder.checkpoints
-        for abandoned in checkpoint.listed(folder):
-            if abandoned == path:
-                break
-            checkpoint.set_aside(abandoned)  # or a later start would go on from it
+        checkpoint.set_aside_newer(path)  # or a later start would go on from them
         snapshot = checkpoint.read(path)
         session.restore(snapshot)
         self._saved = snapshot.step

@@ -49,7 +49,7 @@ class MetricsFile:
     def kept(self) -> dict[str, Any]:
         """Make everything durable; returns the size of what is written and its hash, as a checkpoint keeps them."""
         size = self.sync()
-        return {"metrics_bytes": size, "metrics_sha256": begins_with(self._path, size)}
+        return {"metrics_bytes": size, "metrics_sha256": sha256_of_first(self._path, size)}
 
     def cut(self, size: int) -> None:
         """Drop what was written after the file had `size` bytes, so that it reads as if never interrupted."""
@@ -61,7 +61,7 @@ class MetricsFile:
         self._file.close()
 
 
-def begins_with(path: Path, size: int) -> str:
+def sha256_of_first(path: Path, size: int) -> str:
     """sha256 of a file's first `size` bytes, or of all where it has fewer."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(size)).hexdigest()

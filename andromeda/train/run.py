@@ -105,7 +105,7 @@ def open_data(config: RunConfig) -> tuple[Stream, NoValidation]:
             f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
             f"set model.vocab_size={stream.vocab_size} or more."
         )
-    return stream, _validation(config)
+    return stream, build_validation(config) if config.train.eval_every else NoValidation()
 
 
 def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
@@ -121,17 +121,21 @@ def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
         raise ConfigError(f"{folder.path} already holds a run: add --resume to go on with it, or give another folder with --out.")
     old, new = flatten(folder.config().model_dump()), flatten(config.model_dump())
     changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    refused = sorted(key for key in changed if not any(key == free or key.startswith(free + ".") for free in FREE))
+    refused = sorted(key for key in changed if not is_free(key))
     if refused:
         told = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
         raise ConfigError(f"The run in {folder.path} was begun with another configuration ({told}): give the old values, or another --out.")
     return sorted(changed)
 
 
-def _validation(config: RunConfig) -> NoValidation:
+def is_free(key: str) -> bool:
+    """Whether a resumed run may change a key."""
+    return any(key == free or key.startswith(free + ".") for free in FREE)
+
+
+def build_validation(config: RunConfig) -> Validation:
+    """What a run of this configuration is validated on."""
     train, sequence = config.train, stream_length(config)
-    if not train.eval_every:
-        return NoValidation()
     # Its rows lie apart, which reading ahead does not expect.
     held_out = open_stream(config.data.model_copy(update={"workers": 0}), sequence, config.seed, "val")
     return Validation(held_out, train.eval_tokens, sequence, train.micro_batch or train.batch, config.data.document_mask)
@@ -144,9 +148,7 @@ def _restore(session: Session, folder: RunFolder, screen: Screen) -> int:
         return 0
     snapshot = checkpoint.read(newest)
     session.restore(snapshot)
-    listed = checkpoint.listed(folder.checkpoints)
-    for path in listed[: listed.index(newest)]:
-        checkpoint.set_aside(path)
+    checkpoint.set_aside_newer(newest)
     screen.note(f"going on from step {snapshot.step}")
     return snapshot.values["metrics_bytes"]
 
