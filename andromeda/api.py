@@ -19,19 +19,18 @@ from andromeda.config.load import from_values, model_from_names
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import CheckpointError, ConfigError, RequestError, nearest
-from andromeda.infer.engine import Engine
-from andromeda.infer.optimise import optimise
-from andromeda.infer.prompt import Prompt
-from andromeda.infer.row import Completion, Piece
+from andromeda.generate.engine import Engine
+from andromeda.generate.optimize import optimise
+from andromeda.generate.prompts import Prompt
+from andromeda.generate.sequence import Completion, Piece
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
-from andromeda.train.device import find_device
-from andromeda.train.folder import RunFolder
-from andromeda.train.memory import check_fits
+from andromeda.train.memory_check import check_fits
 from andromeda.train.precision import fast_bfloat16
-from andromeda.train.session import load_model, model_tensors
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.state import find_device, load_model, model_tensors
 from andromeda.train.weights import read_weights
+from andromeda.utils.errors import CheckpointError, ConfigError, RequestError, nearest
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONSTRUCTION = ("tokenizer", "device", "dtype", "seed")
@@ -127,7 +126,7 @@ class Andromeda(Transformer):
 
         stream: an iterator over the pieces of one answer instead. batch: prompts that are written at once.
         settings: max_new_tokens, stop, temperature, top_k, top_p, min_p, repetition_penalty, seed (docs/generation.md).
-        For counts, speed and the reason of the end use `andromeda.infer.engine.Engine`. Raises RequestError.
+        For counts, speed and the reason of the end use `andromeda.generate.engine.Engine`. Raises RequestError.
         """
         engine = Engine(self, self.tokenizer, batch=batch)
         several = is_batch(prompt)
@@ -143,7 +142,7 @@ class Andromeda(Transformer):
         """Make this model faster for inference, in place; it can be trained no more.
 
         eight_bits: linear layers of the blocks in 8 bits. compiled: torch.compile. kernels: steps of one token by
-        kernels of their own. Details in `andromeda.infer.optimise`.
+        kernels of their own. Details in `andromeda.generate.optimize`.
         """
         optimise(self, eight_bits=eight_bits, compiled=compiled, kernels=kernels)
         return self

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.kernels.attention import Pattern, eager, sdpa
-from andromeda.study.bench.record import record
+from andromeda.bench.record import record
+from andromeda.ops.attention import Pattern, eager, sdpa
 
 SHAPES = ((32, 256), (16, 512), (4, 2048))
 """Rows and tokens of each."""

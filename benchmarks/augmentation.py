@@ -16,18 +16,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from andromeda.bench.record import record, save
 from andromeda.config.data import Augment, BuildConfig, DataConfig
 from andromeda.config.load import load
-from andromeda.data.augment import FIM, MASK, FillInTheMiddle
-from andromeda.data.corpus import build
+from andromeda.data.augmentation import FIM, MASK, FillInTheMiddle
+from andromeda.data.build import build
 from andromeda.data.loader import open_stream
 from andromeda.data.packing import IGNORE, Row
 from andromeda.evaluate.bits import held_out_bits
-from andromeda.kernels.cross_entropy import linear_cross_entropy
 from andromeda.model.transformer import Transformer
-from andromeda.study.bench.record import record, save
-from andromeda.train.run import train
-from andromeda.train.screen import Silent
+from andromeda.ops.cross_entropy import linear_cross_entropy
+from andromeda.train.progress import Silent
+from andromeda.train.trainer import train
 from andromeda.train.weights import load_weights
 
 RESULT = Path(__file__).parent / "results" / "augmentation.json"

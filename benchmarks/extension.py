@@ -27,21 +27,21 @@ from typing import Any
 
 import torch
 
+from andromeda.bench.record import record, save
 from andromeda.config.data import BuildConfig, DataConfig
 from andromeda.config.load import load
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 from andromeda.data.loader import open_stream
 from andromeda.data.shards import token_dtype, write_shard
 from andromeda.data.sources import _python_files
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.study.bench.record import record, save
-from andromeda.study.extend import needles
-from andromeda.study.extend.plan import Wishes
-from andromeda.study.extend.plot import draw
-from andromeda.study.extend.run import extend
-from andromeda.train.folder import RunFolder
-from andromeda.train.run import train
-from andromeda.train.screen import Lines
+from andromeda.extend import needles
+from andromeda.extend.plot import draw
+from andromeda.extend.run import extend
+from andromeda.extend.training_config import Wishes
+from andromeda.train.progress import Lines
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.trainer import train
 
 
 @dataclass(frozen=True)

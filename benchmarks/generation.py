@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from andromeda import Andromeda
-from andromeda.infer import batch
-from andromeda.infer.engine import Engine
-from andromeda.infer.step import recordable
+from andromeda.generate import batch
+from andromeda.generate.decode_step import recordable
+from andromeda.generate.engine import Engine
 
 NEW, ROUNDS = 128, 2
 

@@ -8,7 +8,7 @@
 A job is one `andromeda bench` command, which writes gpu-JOB.json into the folder, and its output gpu-JOB.log; a job that fails or
 takes too long costs the others nothing. What Inductor and Triton compile is kept in the folder's `cache` for a job's second try.
 `benchmarks/gpu.py --table RESULTS` prints the table again. To make the page: copy the files into benchmarks/results, then
-`python -m andromeda.study.bench.document > docs/performance.md`.
+`python -m tools.performance_page > docs/performance.md`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from andromeda.study.bench.goals import table
+from tools.gpu_goals import table
 
 FOLD = "model.alibi.fold=true"
 WINDOWS = "model.attention.window=1024 model.attention.global_every=8"

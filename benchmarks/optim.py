@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from andromeda.config.model import Attention, ModelConfig
 from andromeda.config.train import Clip, Optim
-from andromeda.kernels.cross_entropy import linear_cross_entropy
 from andromeda.model.transformer import Transformer
+from andromeda.ops.cross_entropy import linear_cross_entropy
 from andromeda.optim import Optimizer, build_optimizer, clip
 
 MODEL = ModelConfig(vocab_size=4096, context=256, width=256, depth=6, attention=Attention(heads=4, kv_heads=4, head_dim=64))

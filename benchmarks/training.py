@@ -20,13 +20,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from andromeda.bench.record import record, save
 from andromeda.config.load import from_values
-from andromeda.study.bench.record import record, save
-from andromeda.train import checkpoint, session
-from andromeda.train.objective import NextToken
-from andromeda.train.rows import Rows
-from andromeda.train.session import Session, build_session
-from andromeda.train.step import Stepper, Work
+from andromeda.train import checkpoint, state
+from andromeda.train.state import Session, build_session
+from andromeda.train.step import NextToken, Rows, Stepper, Work
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 MODEL: dict[str, Any] = {
@@ -132,7 +130,7 @@ def count_faults(name: str) -> None:
     """What such a process does."""
     torch.set_num_threads(1)
     if name == "memory given back":
-        session.keep_freed_memory = lambda: None
+        state.keep_freed_memory = lambda: None
     assert name in ("memory given back", "memory kept")
     step = stepper(*build({}))
     for _ in range(3):

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 
 WORDS = ("the", "cat", "sat", "on", "a", "mat", "and", "then", "one", "red", "bird", "came", "to", "see", "it")
 

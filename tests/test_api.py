@@ -16,8 +16,8 @@ from andromeda.api import place
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import ModelConfig
 from andromeda.data.tokenizer import train_tokenizer
-from andromeda.errors import AndromedaError, CheckpointError, ConfigError, RequestError
 from andromeda.train import checkpoint
+from andromeda.utils.errors import AndromedaError, CheckpointError, ConfigError, RequestError
 
 BYTES = train_tokenizer([], BuildConfig(tokenizer="bytes"))
 SMALL: dict[str, Any] = {"num_tokens": 300, "max_seq_len": 64, "dim": 32, "depth": 2, "heads": 4, "dim_head": 16}

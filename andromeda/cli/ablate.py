@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from andromeda.study.ablate.grid import Grid
-    from andromeda.study.ablate.run import Say, Study
+    from andromeda.ablate.grid import Grid
+    from andromeda.ablate.run import Say, Study
 
 
 def ablate(
@@ -37,8 +37,8 @@ def ablate(
     """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. Run it again to go on."""
     compared = _grid(grid, vary or [], budget, amount, seeds)
 
+    from andromeda.ablate.run import Settings, ablate
     from andromeda.config.load import load
-    from andromeda.study.ablate.run import Settings, ablate
 
     place = out or Path("runs") / f"ablation-{load(config, [*compared.base, *(changes or [])]).name}"
     settings = Settings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, limit, cost_steps, lean)
@@ -53,7 +53,7 @@ def ablate(
 
 def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int | None) -> Grid:
     """What the options and the file ask for together; options win."""
-    from andromeda.study.ablate.grid import Grid, grid_from_values, read_grid, varied
+    from andromeda.ablate.grid import Grid, grid_from_values, read_grid, varied
 
     given = read_grid(path) if path else Grid()
     values: dict[str, Any] = given.model_dump(mode="json")
@@ -86,9 +86,9 @@ def _progress(as_json: bool) -> Iterator[Say]:
 
 
 def _show(study: Study, out: Path, as_json: bool) -> None:
+    from andromeda.ablate.run import OUTPUTS
+    from andromeda.ablate.table import cells, head, verdicts
     from andromeda.cli.tables import show
-    from andromeda.study.ablate.run import OUTPUTS
-    from andromeda.study.ablate.table import cells, head, verdicts
 
     if as_json:
         print(json.dumps(study.results, indent=2))

@@ -16,7 +16,7 @@ def _writable(path: Path | None) -> Path | None:
     """Before minutes of measuring."""
     if path is None:
         return None
-    from andromeda.data.files import takes_files
+    from andromeda.utils.files import takes_files
 
     if path.is_dir() or not path.name or not takes_files(path.absolute().parent):
         raise typer.BadParameter(f"{path} cannot be written: give another file.")
@@ -36,7 +36,7 @@ def bench() -> None:
 @app.command()
 def cpu(rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15, out: Out = None, as_json: Json = False) -> None:
     """Speed of a training step of a small model on the CPU, beside transformers' Llama."""
-    from andromeda.study.bench.cpu import measure
+    from andromeda.bench.cpu import measure
 
     def rows(result: dict[str, Any]) -> Rows:
         ways = next(iter(result["sides"].values()))["tokens_per_second"]
@@ -65,8 +65,8 @@ def learn(
     as_json: Json = False,
 ) -> None:
     """What the same small models learn on the CPU: loss after equal tokens, and time to the peer's loss."""
-    from andromeda.study.bench.learn import measure
-    from andromeda.study.bench.sides import PEER, Way
+    from andromeda.bench.competitors import PEER, Way
+    from andromeda.bench.convergence import measure
 
     def rows(result: dict[str, Any]) -> Rows:
         peer = result["sides"][PEER]["seconds"]
@@ -89,8 +89,8 @@ def memory(
     as_json: Json = False,
 ) -> None:
     """Memory and speed of a training step on this device, beside what `andromeda plan` says."""
-    from andromeda.study.bench.memory import measure
-    from andromeda.study.plan.sheet import size
+    from andromeda.bench.memory import measure
+    from andromeda.plan.tables import size
 
     def rows(result: dict[str, Any]) -> Rows:
         planned, real = result["planned"], result["measured"]
@@ -125,11 +125,11 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Training steps at full size on this device, beside the peers."""
-    from andromeda.study.bench import subjects
-    from andromeda.study.bench.document import training_rows
-    from andromeda.study.bench.training import measure
+    from andromeda.bench import models
+    from andromeda.bench.training import measure
+    from tools.performance_page import training_rows
 
-    changed, beside = changes or [], subjects.peers(peers)
+    changed, beside = changes or [], models.peers(peers)
     command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused)
     _finish(command, measure(source, changed, rows, steps, beside, unfused), training_rows, out, as_json)
 
@@ -147,11 +147,11 @@ def prefill(
     as_json: Json = False,
 ) -> None:
     """Time to read a prompt and give the last position's logits, beside the floor and the peers."""
-    from andromeda.study.bench import subjects
-    from andromeda.study.bench.document import prefill_rows
-    from andromeda.study.bench.prefill import measure
+    from andromeda.bench import models
+    from andromeda.bench.prefill import measure
+    from tools.performance_page import prefill_rows
 
-    changed, beside, read = changes or [], subjects.peers(peers), _numbers(chunks, least=0)
+    changed, beside, read = changes or [], models.peers(peers), _numbers(chunks, least=0)
     options = ["--eight-bits" * eight_bits, f"--chunks {chunks}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
     command = _command("prefill", source, *changed, f"--lengths {lengths}", *options)
     result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, chunks=read, unfused=unfused, peers=beside)
@@ -172,8 +172,8 @@ def decode(
     as_json: Json = False,
 ) -> None:
     """Time of one token more after a context, beside the bandwidth floor."""
-    from andromeda.study.bench.decode import measure
-    from andromeda.study.bench.document import decode_rows
+    from andromeda.bench.decode import measure
+    from tools.performance_page import decode_rows
 
     changed = changes or []
     options = ["--no-compiled" * (not compiled), "--tuned" * tuned, "--eight-bits" * eight_bits, "--no-kernels" * (not kernels)]
@@ -192,8 +192,8 @@ def precision(
     as_json: Json = False,
 ) -> None:
     """What products in 8 bits cost in loss: the same training twice, in bfloat16 and in 8 bits."""
-    from andromeda.study.bench.document import precision_rows
-    from andromeda.study.bench.precision import measure
+    from andromeda.bench.precision import measure
+    from tools.performance_page import precision_rows
 
     changed = changes or []
     command = _command("precision", source, *changed, f"--steps {steps} --rows {rows}")
@@ -209,8 +209,8 @@ def loss(
     """Linear head and cross entropy, beside compiled PyTorch and the libraries that fuse them."""
     import torch
 
-    from andromeda.study.bench import loss as bench
-    from andromeda.study.bench.document import loss_rows
+    from andromeda.bench import loss as bench
+    from tools.performance_page import loss_rows
 
     gpu = torch.cuda.is_available()
     shape = (tokens or bench.TOKENS,) if gpu else (tokens or 2048, 4096, 256)
@@ -220,7 +220,7 @@ def loss(
 
 def _numbers(text: str, least: int = 1) -> list[int]:
     """Numbers of at least `least` with commas between. Raises RequestError."""
-    from andromeda.errors import RequestError
+    from andromeda.utils.errors import RequestError
 
     try:
         numbers = [int(part) for part in text.split(",")]
@@ -242,7 +242,7 @@ def _forward(name: str, text: str) -> None:
     def run(context: typer.Context) -> None:
         from importlib import import_module
 
-        import_module(f"andromeda.study.bench.{name}").main(context.args)
+        import_module(f"andromeda.bench.{name}").main(context.args)
 
 
 _forward("attention", "Every attention backend on every pattern: speed and error, beside the floor.")
@@ -252,8 +252,8 @@ _forward("qk", "Norm, rotation and folded ALiBi in one kernel, beside the compil
 
 def _finish(command: str, figures: dict[str, Any], rows: Callable[[dict[str, Any]], Rows], out: Path | None, as_json: bool) -> None:
     """Print a result and keep it, with the machine, the versions and the command that made it."""
+    from andromeda.bench.record import record, save
     from andromeda.cli.tables import show
-    from andromeda.study.bench.record import record, save
 
     result = record(command, figures)
     if out:

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.errors import Interrupted
+from andromeda.utils.errors import Interrupted
 
 if TYPE_CHECKING:
+    from andromeda.data.ingest import Report
     from andromeda.data.manifest import Manifest
-    from andromeda.data.read import Report
 
 app = typer.Typer(help="Build a corpus from raw text, and look at one.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
@@ -42,7 +42,7 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Read, check, deduplicate, split and tokenize text into a corpus folder. Run it again after an interruption to go on."""
-    from andromeda.data.corpus import build as run
+    from andromeda.data.build import build as run
 
     given: dict[str, Any] = {
         "tokenizer": tokenizer,
@@ -96,7 +96,7 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from andromeda.data.compare import compare as measure
+    from andromeda.data.compare_tokenizers import compare as measure
 
     figures = measure(folders)
     if as_json:
@@ -113,7 +113,7 @@ def _config(values: dict[str, Any]) -> Any:
     from pydantic import ValidationError
 
     from andromeda.config.data import BuildConfig
-    from andromeda.errors import ConfigError
+    from andromeda.utils.errors import ConfigError
 
     try:
         return BuildConfig(**values)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.errors import RequestError
+from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from andromeda.evaluate.result import Result
@@ -40,16 +40,16 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print each result as one JSON object a line.")] = False,
 ) -> None:
     """Measure a trained model: loss, use of context, retrieval, reasoning. Each result is kept with the hashes of weights and data."""
-    from andromeda.evaluate.options import options
+    from andromeda.evaluate.request import options
 
     wishes: dict[str, Any] = {"text": text, "corpus": corpus, "file": file, "samples": samples, "shots": shots}
     wishes |= {"seed": seed, "style": style, "stride": stride, "beyond": beyond, "include": include}
     chosen = options(**wishes, lengths=_lengths(lengths), depths=_depths(depths), tasks=tuple(task or ()))
 
     from andromeda.cli.data import progress
+    from andromeda.evaluate.loaded_model import open_subject
     from andromeda.evaluate.result import check_place
     from andromeda.evaluate.run import check_names, each
-    from andromeda.evaluate.subject import open_subject
 
     check_names(tasks or [])
     check_place(out or run)
@@ -68,7 +68,7 @@ def _lengths(given: str) -> tuple[int, ...]:
 
 
 def _depths(given: str) -> tuple[float, ...]:
-    from andromeda.evaluate.on_retrieval import evenly
+    from andromeda.evaluate.tasks.retrieval import evenly
 
     if given.isdigit():
         if not 0 < int(given) <= MOST_DEPTHS:
@@ -94,6 +94,6 @@ def _show(result: Result, as_json: bool) -> None:
         print(json.dumps(plain(asdict(result))), flush=True)
         return
     from andromeda.cli.tables import show
-    from andromeda.evaluate.sheet import table
+    from andromeda.evaluate.tables import table
 
     show(*table(result))

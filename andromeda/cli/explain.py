@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.errors import RequestError
+from andromeda.utils.errors import RequestError
 
 
 def explain(
@@ -28,9 +28,9 @@ def explain(
     numbers = _numbers(layers)
 
     from andromeda.api import Andromeda
-    from andromeda.study.explain import Wish, write_explanation
-    from andromeda.study.explain import explain as look
-    from andromeda.study.explain.figures import figures
+    from andromeda.explain import Wish, write_explanation
+    from andromeda.explain import explain as look
+    from andromeda.explain.figures import figures
 
     model = Andromeda.from_run(run, device=device, dtype="fp64", ema=ema, step=step)
     found = look(run, model, Wish(text, target, against, position, numbers), step)

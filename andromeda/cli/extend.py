@@ -31,16 +31,16 @@ def extend(
     import json
     import sys
 
-    from andromeda.errors import ConfigError
+    from andromeda.utils.errors import ConfigError
 
     if not to:
         raise ConfigError("Say how far to extend, such as --to 65536.")
     from andromeda.cli.tables import show
-    from andromeda.study.extend.book import table, verdicts
-    from andromeda.study.extend.plan import Wishes
-    from andromeda.study.extend.plot import draw
-    from andromeda.study.extend.run import extend as work
-    from andromeda.train.screen import Silent, build_screen
+    from andromeda.extend.plot import draw
+    from andromeda.extend.results import table, verdicts
+    from andromeda.extend.run import extend as work
+    from andromeda.extend.training_config import Wishes
+    from andromeda.train.progress import Silent, build_screen
 
     changes = [*(overrides or []), *([f"train.device={device}"] if device else [])]
     wishes = Wishes(str(run), to, steps, rate, tuple(changes), samples, tail or 0, held_out)

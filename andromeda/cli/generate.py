@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.errors import RequestError
+from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
-    from andromeda.infer.row import Completion, Piece
+    from andromeda.generate.sequence import Completion, Piece
 
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("stop", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")}
 FLAGS["max_new_tokens"] = "--max-tokens"
@@ -63,7 +63,7 @@ def generate(
     prompts = _prompts(prompt, file, wishes)
 
     from andromeda.api import Andromeda
-    from andromeda.infer.engine import Engine
+    from andromeda.generate.engine import Engine
 
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
     model.optimise(eight_bits=eight_bits, compiled=compiled)
@@ -78,8 +78,8 @@ def generate(
 
 def _prompts(prompt: str, file: Path | None, wishes: dict[str, Any]) -> Sequence[str | list[int]]:
     """The prompts; they and the wishes are checked before anything slow is imported."""
-    from andromeda.infer.prompt_file import read_prompts, read_stdin
-    from andromeda.infer.settings import settings
+    from andromeda.generate.prompts import read_prompts, read_stdin
+    from andromeda.generate.settings import settings
 
     settings(FLAGS, **wishes)
     if file and prompt:

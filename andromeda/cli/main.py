@@ -27,7 +27,7 @@ from andromeda.cli.report import report
 from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
 from andromeda.cli.verify import verify
-from andromeda.errors import AndromedaError, DataError, Interrupted
+from andromeda.utils.errors import AndromedaError, DataError, Interrupted
 
 WRONG_CALL = cast(type[Exception], typer.BadParameter.__mro__[1])
 """UsageError, which typer raises for every call that it cannot read, and does not export."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from andromeda.config.run import RunConfig
-    from andromeda.study.plan import Place, Plan
+    from andromeda.plan import Place, Plan
 
 
 def plan(
@@ -35,9 +35,9 @@ def plan(
 
     Beside presets and files, gpt3-175b, llama-7b and llama-65b can be named.
     """
-    from andromeda.model.hardware import find_hardware
-    from andromeda.study.plan import Place
-    from andromeda.study.plan.mesh import read_mesh
+    from andromeda.plan import Place
+    from andromeda.plan.mesh import read_mesh
+    from andromeda.utils.hardware import find_hardware
 
     _check(seq, batch, tokens, price)
     changes = [word for word in sources if "=" in word]
@@ -68,7 +68,7 @@ def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -
 
     from andromeda.config.load import load
 
-    peer = files("andromeda.study.plan") / "peers" / f"{source}.toml"
+    peer = files("andromeda.plan") / "peers" / f"{source}.toml"
     path = str(peer) if peer.is_file() else source
     plain = load(path)
     wished: dict[str, int] = {}
@@ -80,7 +80,7 @@ def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -
 
 
 def _plan(name: str, config: RunConfig, place: Place, tokens: int) -> Plan:
-    from andromeda.study.plan import plan
+    from andromeda.plan import plan
 
     if sys.stderr.isatty():
         print(f"planning {name} ...", end="\r", file=sys.stderr)
@@ -89,7 +89,7 @@ def _plan(name: str, config: RunConfig, place: Place, tokens: int) -> Plan:
 
 def _print(plans: list[Plan], place: Place) -> None:
     from andromeda.cli.tables import show
-    from andromeda.study.plan.sheet import sections
+    from andromeda.plan.tables import sections
 
     names = [plan.name for plan in plans]
     for title, lines in sections(plans, place.mesh.gpus, place.mfu):

@@ -13,6 +13,6 @@ def report(
     out: Annotated[Path | None, typer.Option(help="Where the page is written; RUN/report.html by default.")] = None,
 ) -> None:
     """Write a run as one HTML page: curves, probes, evaluations, samples, sizes, manifest, model card."""
-    from andromeda.study.report import write_report
+    from andromeda.report import write_report
 
     print(write_report(run, out))

@@ -37,9 +37,9 @@ def compare(
     """Bytes a token, fertility, speed, lossless round trip, and bits per byte of equal-compute models. A repeated call goes on."""
     import json
 
+    from andromeda.bench.tokenizers import Interrupted, Plan, Surroundings, numbers, run, table, words
     from andromeda.cli.tables import show
-    from andromeda.study.tokenizers import Interrupted, Plan, Surroundings, numbers, run, table, words
-    from andromeda.train.screen import Silent, build_screen
+    from andromeda.train.progress import Silent, build_screen
 
     plan = Plan(tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation)
 

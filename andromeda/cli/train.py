@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.errors import AndromedaError, ConfigError
+from andromeda.utils.errors import AndromedaError, ConfigError
 
 
 def train(
@@ -29,8 +29,8 @@ def train(
         raise ConfigError("Name a preset or a TOML file to train, or give --out RUN --resume to go on with a run.")
 
     from andromeda.config.load import load
-    from andromeda.train.run import train as run
-    from andromeda.train.screen import build_screen
+    from andromeda.train.progress import build_screen
+    from andromeda.train.trainer import train as run
 
     settings = load(config or str(out), changes)
     with closing(build_screen(settings.train.steps, as_json)) as screen:
@@ -49,7 +49,7 @@ def _named(name: str) -> Path:
 
 def _report(run: Path) -> str:
     """Write report.html; that the run is finished stands, whatever becomes of its page."""
-    from andromeda.study.report import write_report
+    from andromeda.report import write_report
 
     try:
         return f"report: {write_report(run)}"

@@ -21,11 +21,11 @@ def verify(
     """Compute everything again that a run folder says of itself, and compare. Exit code 1 where something does not agree."""
     from andromeda.cli.data import progress
     from andromeda.cli.tables import show
-    from andromeda.errors import CheckpointError, DataError
     from andromeda.evaluate import verify as checking
-    from andromeda.evaluate.repeat import repeat as repeating
-    from andromeda.train.device import find_device
-    from andromeda.train.folder import RunFolder
+    from andromeda.evaluate.reproduce import repeat as repeating
+    from andromeda.train.run_dir import RunFolder
+    from andromeda.train.state import find_device
+    from andromeda.utils.errors import CheckpointError, DataError
 
     if not RunFolder(run).exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")

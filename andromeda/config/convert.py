@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from andromeda.config.aliases import HUGGING_FACE_NAMES
 from andromeda.config.derived import hidden_width
 from andromeda.config.keys import flatten, show
 from andromeda.config.load import model_from_names
 from andromeda.config.mistakes import read
 from andromeda.config.model import ModelConfig
-from andromeda.config.names import HUGGING_FACE_NAMES
-from andromeda.config.resolve import check_model
-from andromeda.errors import ConfigError
+from andromeda.config.rules import check_model
+from andromeda.utils.errors import ConfigError
 
 
 def to_names(model: ModelConfig) -> dict[str, Any]:

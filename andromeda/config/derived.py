@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.model import ModelConfig
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 FOLDED_DIMS = 4
 """Head dimensions that a folded ALiBi takes from the content."""

@@ -10,7 +10,7 @@ from pydantic.fields import FieldInfo
 
 from andromeda.config.base import Part
 from andromeda.config.run import RunConfig
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 
 def walk(part: type[Part], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

@@ -16,13 +16,13 @@ from typing import Any
 
 import tomli_w
 
+from andromeda.config.aliases import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
 from andromeda.config.keys import is_text, merge, place, show
 from andromeda.config.mistakes import read, refuse_huge
 from andromeda.config.model import ModelConfig
-from andromeda.config.names import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
-from andromeda.config.resolve import check, check_model
+from andromeda.config.rules import check, check_model
 from andromeda.config.run import RunConfig
-from andromeda.errors import ConfigError, nearest
+from andromeda.utils.errors import ConfigError, nearest
 
 Values = Mapping[str, Any]
 

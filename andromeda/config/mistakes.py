@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
+from andromeda.config.aliases import NAMES
 from andromeda.config.base import Part
 from andromeda.config.keys import flatten, show, walk
-from andromeda.config.names import NAMES
-from andromeda.errors import ConfigError, nearest
+from andromeda.utils.errors import ConfigError, nearest
 
 P = TypeVar("P", bound=Part)
 

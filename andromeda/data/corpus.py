@@ -1,211 +1,93 @@
-"""`andromeda data build`: raw text to a corpus folder, in stages that each keep what they finished.
-
-The stages are list, read, tokenizer, encode, write. Each piece of work is one file in `.work/` that appears whole or not at
-all, so a build that was killed at any moment goes on from there. Documents are ordered by the sha256 of their text: the
-result does not depend on the order or names of files, on the number of workers, or on interruptions.
-"""
+"""A corpus opened for reading: one split of a corpus folder, or llm.c shards made elsewhere."""
 
 from __future__ import annotations
 
-import fcntl
-import json
-import os
-import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib.metadata import version
+import hashlib
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-import andromeda
-from andromeda.config.data import BuildConfig
-from andromeda.data.encode import Written, encode_blocks, write_split, write_text
-from andromeda.data.files import PART, write_whole
-from andromeda.data.manifest import FORMAT, HELD_OUT_TEXT, NAME, Manifest, SourceReport, TokenizerReport, fingerprint
-from andromeda.data.read import Documents, Report, Selection, read_units, select
-from andromeda.data.sources import Listing, list_source
-from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
-from andromeda.errors import AndromedaError, ConfigError, DataError
-
-WORK = ".work"
-PLAN = "plan.json"
-LAYOUT = 1
-"""Raised when work is cut into other pieces, so that another version's pieces are never mixed with these."""
-SKIPPED = "skipped.jsonl"
-SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
-"""Text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
+from andromeda.data.manifest import NAME, Manifest
+from andromeda.data.packing import Texts
+from andromeda.data.shards import TokenArray, open_shard
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.utils.errors import DataError
 
 
-def build(sources: list[str], out: Path, config: BuildConfig, *, workers: int = 1, report: Report = lambda *_: None) -> Manifest:
-    """Build a corpus folder, or go on with one that was interrupted; a finished one of the same settings is returned as it is.
+@dataclass(frozen=True)
+class Corpus:
+    """One split of one corpus. Shards made elsewhere may come without a tokenizer; then bytes cannot be counted."""
 
-    `report(stage, done, total)` is called as work proceeds. Raises DataError or ConfigError with the cause and the mend.
-    """
-    if not sources:
-        raise ConfigError("Nothing to build from: name files, folders, hf:NAME or `python`.")
-    trained = config.model_fields_set & {"tokenizer", "vocab_size", "digits", "specials"}
-    if config.tokenizer_path and trained:
-        raise ConfigError(f"A tokenizer that is given is not trained: leave out {', '.join(sorted(trained))} or tokenizer_path.")
-    out = Path(out)
+    texts: Texts
+    tokenizer: Tokenizer | None
+    vocab_size: int
+    fingerprint: str
+
+
+def open_corpus(path: Path | str, split: str) -> Corpus:
+    """Open one split. `path` is a corpus folder, a folder of *train*.bin and *val*.bin shards, or one .bin (training only)."""
+    path = Path(path).expanduser()
+    if (path / NAME).is_file():
+        return _open_built(path, split)
+    if path.is_dir():
+        shards = sorted(path.glob(f"*{split}*.bin"))
+        if not shards:
+            raise DataError(f"{path} is no corpus (no {NAME}, no *{split}*.bin): build one with `andromeda data build`.")
+        return _open_foreign(shards)
+    if not path.is_file():
+        raise DataError(f"There is no corpus at {path}: build one with `andromeda data build`.")
+    if split != "train":
+        raise DataError(f"{path} is a single shard without a {split} split: name a folder with *train*.bin and *val*.bin files.")
+    return _open_foreign([path])
+
+
+def _open_built(folder: Path, split: str) -> Corpus:
+    """A folder made by `andromeda data build`; sizes are checked here, hashes by `andromeda data show --verify`."""
+    manifest = Manifest.load(folder)
+    report = manifest.splits[split]
+    shards = [open_shard(folder / s.file) for s in report.shards]
+    for shard, expected in zip(shards, report.shards, strict=True):
+        if shard.tokens != expected.tokens:
+            raise DataError(
+                f"The shard {shard.path} has {shard.tokens} tokens, the manifest says {expected.tokens}: build the corpus again."
+            )
+    tokens = TokenArray(shards)
     try:
-        given = Tokenizer.load(config.tokenizer_path) if config.tokenizer_path else None
-        listings = [list_source(i, source, config) for i, source in enumerate(sources)]
-        plan = _plan(sources, config, listings, given)
-        with _locked(out):
-            if not _begin(out, plan):
-                return Manifest.load(out)
-            return _Build(sources, out, config, listings, workers, report).run(given, plan)
-    except OSError as error:
+        offsets = np.load(folder / f"{split}-documents.npy", mmap_mode="r")
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"The document offsets of {folder} cannot be read ({error}): build the corpus again.") from error
+    if len(offsets) != report.documents + 1 or offsets[-1] != tokens.size:
+        raise DataError(f"The document offsets of {folder} do not match its shards: build the corpus again.")
+    tokenizer = Tokenizer.load(folder)
+    if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
         raise DataError(
-            f"{error.filename or out}: {error.strerror or error}; mend that, then the same command goes on from here."
-        ) from error
-
-
-@contextmanager
-def _locked(out: Path) -> Iterator[None]:
-    """One build at a time in a folder; the lock goes with the process, however it ends."""
-    if out.exists() and not out.is_dir():
-        raise DataError(f"{out} is a file: name a folder for the corpus.")
-    out.mkdir(parents=True, exist_ok=True)
-    handle = os.open(out, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"Another build is writing to {out}: wait for it or name another folder.") from None
-    else:
-        yield
-    finally:
-        os.close(handle)
-
-
-def _plan(sources: list[str], config: BuildConfig, listings: list[Listing], given: Tokenizer | None) -> dict[str, Any]:
-    """What makes two builds the same: settings, tokenizer, and the files as they were when listed."""
-    return {
-        "layout": LAYOUT,
-        "config": config.model_dump(mode="json"),
-        "sources": sources,
-        "tokenizer": given.fingerprint if given else "",
-        "inputs": [listing.inputs for listing in listings],
-    }
-
-
-def _begin(out: Path, plan: dict[str, Any]) -> bool:
-    """True when there is work to do, False when this very build is finished. Refuses a folder that holds anything else."""
-    finished = (out / NAME).is_file()
-    path = (out if finished else out / WORK) / PLAN
-    if path.is_file():
-        _refuse_other(out, plan, path)
-        for leftover in out.rglob(f"*{PART}"):
-            leftover.unlink()
-        if finished:
-            shutil.rmtree(out / WORK, ignore_errors=True)
-        return not finished
-    if any(entry.name != WORK for entry in out.iterdir()):
-        raise DataError(f"{out} is not empty and holds no corpus of this command: name a new folder.")
-    (out / WORK).mkdir(exist_ok=True)
-    write_whole(path, json.dumps(plan).encode())
-    return True
-
-
-def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
-    """One sentence when the folder was begun with other settings, or its sources have changed since."""
-    mend = "name another folder with --out, or delete this one"
-    try:
-        old = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
-    if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
-        raise DataError(f"{out} holds a build of another version: {mend}.")
-    settings = [k for k, v in plan["config"].items() if old["config"].get(k) != v]
-    if plan["sources"] != old["sources"]:
-        settings.insert(0, "sources")
-    if settings:
-        raise DataError(f"{out} holds a build with other settings ({', '.join(settings)}): {mend}.")
-    if plan != old:
-        changed = [s for s, a, b in zip(plan["sources"], plan["inputs"], old["inputs"], strict=True) if a != b]
-        raise DataError(f"{out} was built from other content ({', '.join(changed) or 'the tokenizer'} changed since): {mend}.")
-
-
-class _Build:
-    """The stages of one build, in order."""
-
-    def __init__(self, sources: list[str], out: Path, config: BuildConfig, listings: list[Listing], workers: int, report: Report) -> None:
-        self.sources, self.out, self.config, self.listings = sources, out, config, listings
-        self.workers, self.report, self.work = workers, report, out / WORK
-
-    def run(self, given: Tokenizer | None, plan: dict[str, Any]) -> Manifest:
-        units = [unit for listing in self.listings for unit in listing.units]
-        read_units(units, self.work, self.config, self.workers, self.report)
-        try:
-            chosen = select(units, self.sources, self.work, self.config)
-            tokenizer = self._tokenizer(chosen.train, given)
-        except AndromedaError:  # the settings do not fit the text, so a changed command will follow: leave nothing in its way
-            self._discard()
-            raise
-        train, val = (self._encode(split, d, tokenizer) for split, d in (("train", chosen.train), ("val", chosen.val)))
-        write_text(chosen.val, self.work, self.out / HELD_OUT_TEXT)
-        write_whole(self.out / SKIPPED, b"".join(json.dumps(line).encode() + b"\n" for line in chosen.log))
-        write_whole(self.out / PLAN, json.dumps(plan).encode())
-        manifest = self._manifest(chosen, tokenizer, train, val)
-        manifest.save(self.out)
-        shutil.rmtree(self.work)
-        return manifest
-
-    def _discard(self) -> None:
-        shutil.rmtree(self.work)
-        if not any(self.out.iterdir()):
-            self.out.rmdir()
-
-    def _tokenizer(self, documents: Documents, given: Tokenizer | None) -> Tokenizer:
-        """The given tokenizer or one trained on the beginning of the training split; kept from an interrupted run."""
-        folder = self.out / "tokenizer"
-        if (folder / META).is_file():
-            return Tokenizer.load(folder)
-        self.report("tokenizer", 0, 1)
-        tokenizer = given or train_tokenizer(self._sample(documents), self.config)
-        tokenizer.save(folder)
-        self.report("tokenizer", 1, 1)
-        return tokenizer
-
-    def _sample(self, documents: Documents) -> Iterator[str]:
-        before = np.cumsum(documents.size) - documents.size
-        count = int(np.searchsorted(before, SAMPLE_BYTES[self.config.tokenizer]))
-        return (content.decode() for content in documents.part(0, count).contents(self.work))
-
-    def _encode(self, split: str, documents: Documents, tokenizer: Tokenizer) -> Written:
-        blocks = encode_blocks(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report)
-        return write_split(split, documents, blocks, self.out, self.config.shard_tokens)
-
-    def _manifest(self, chosen: Selection, tokenizer: Tokenizer, train: Written, val: Written) -> Manifest:
-        splits = {"train": train, "val": val}
-        return Manifest(
-            format=FORMAT,
-            fingerprint=fingerprint(tokenizer.fingerprint, {k: (w.sha256, w.report.offsets_sha256) for k, w in splits.items()}),
-            tokenizer=TokenizerReport(
-                kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eos=tokenizer.eos, fingerprint=tokenizer.fingerprint
-            ),
-            splits={k: w.report for k, w in splits.items()},
-            sources=tuple(self._source(i, chosen, train, val) for i in range(len(self.sources))),
-            config=self.config,
-            made_with={
-                "andromeda": andromeda.__version__,
-                "python": platform.python_version(),
-                **{name: version(name) for name in ("numpy", "tokenizers", "sentencepiece")},
-            },
+            f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
         )
+    return Corpus(Texts(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
 
-    def _source(self, i: int, chosen: Selection, train: Written, val: Written) -> SourceReport:
-        ours = [(d.source == i, d.size, w.counts) for d, w in ((chosen.train, train), (chosen.val, val))]
-        return SourceReport(
-            name=self.sources[i],
-            read=chosen.read[i],
-            kept=sum(int(mask.sum()) for mask, _, _ in ours),
-            skipped=dict(sorted(chosen.skipped[i].items())),
-            ignored_files=self.listings[i].ignored,
-            bytes=sum(int(size[mask].sum()) for mask, size, _ in ours),
-            tokens=sum(int(counts[mask].sum()) for mask, _, counts in ours),
-            inputs=self.listings[i].inputs,
-        )
+
+def _open_foreign(paths: list[Path]) -> Corpus:
+    """Shards made elsewhere: documents begin at each token that equals the first one, as llm.c writes them.
+
+    Reads every shard once, for the document borders, the largest id and the fingerprint.
+    """
+    shards = [open_shard(path) for path in paths]
+    separator = int(shards[0].view()[0])
+    digest, starts, before, largest = hashlib.sha256(), [], 0, separator
+    for shard in shards:
+        view = shard.view()
+        starts.append(np.flatnonzero(view == separator) + before)
+        largest = max(largest, int(view.max()))
+        digest.update(view.tobytes())
+        before += shard.tokens
+    tokenizer = _tokenizer_beside(paths[0].parent, separator)
+    vocab_size = max(largest + 1, tokenizer.vocab_size if tokenizer else 0)
+    offsets = np.concatenate([*starts, [before]])
+    return Corpus(Texts(TokenArray(shards), offsets, separator), tokenizer, vocab_size, digest.hexdigest())
+
+
+def _tokenizer_beside(folder: Path, separator: int) -> Tokenizer | None:
+    if not any((folder / name).exists() for name in ("tokenizer", "tokenizer.json")):
+        return None
+    return Tokenizer.load(folder, eos=separator)

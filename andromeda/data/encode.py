@@ -13,13 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from andromeda.data.files import whole_file, write_whole
+from andromeda.data.ingest import Documents, Report
 from andromeda.data.manifest import ShardReport, SplitReport
-from andromeda.data.pool import ordered_map
-from andromeda.data.read import Documents, Report
 from andromeda.data.shards import token_dtype, write_shard
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import DataError
+from andromeda.data.workers import ordered_map
+from andromeda.utils.errors import DataError
+from andromeda.utils.files import whole_file, write_whole
 
 BLOCK_BYTES = 4 << 20
 CHUNK = 1 << 18

@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from andromeda.config.data import DataConfig, Source
-from andromeda.data.augment import Stage, build_stages
+from andromeda.data.augmentation import Stage, build_stages
+from andromeda.data.corpus import Corpus, open_corpus
 from andromeda.data.mixture import Interleaved, Mixture
-from andromeda.data.opened import Corpus, open_corpus
 from andromeda.data.packing import IGNORE, PACKINGS, Packing
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import ConfigError, DataError
+from andromeda.utils.errors import ConfigError, DataError
 
 Split = Literal["train", "val"]
 

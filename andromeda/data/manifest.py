@@ -12,8 +12,8 @@ from pydantic import BeforeValidator, ValidationError
 
 from andromeda.config.base import Part, as_tuple
 from andromeda.config.data import BuildConfig
-from andromeda.data.files import write_whole
-from andromeda.errors import DataError
+from andromeda.utils.errors import DataError
+from andromeda.utils.files import write_whole
 
 NAME = "manifest.json"
 HELD_OUT_TEXT = "val.txt"

@@ -11,7 +11,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from andromeda.data.order import shuffled
+from andromeda.data.permutation import shuffled
 from andromeda.data.shards import TokenArray
 
 IGNORE = -100

@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from andromeda.data.files import whole_file
-from andromeda.errors import DataError
+from andromeda.utils.errors import DataError
+from andromeda.utils.files import whole_file
 
 HEADER = 256
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}

@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.data import BuildConfig
+from andromeda.data.formats import KNOWN, TEXT, need_pyarrow, open_dataset, parquet_groups
 from andromeda.data.manifest import NAME as MANIFEST
 from andromeda.data.manifest import Manifest
-from andromeda.data.readers import KNOWN, TEXT, need_pyarrow, open_dataset, parquet_groups
-from andromeda.errors import ConfigError, DataError, nearest
+from andromeda.utils.errors import ConfigError, DataError, nearest
 
 UNIT_BYTES = 4 << 20
 PACKAGES = frozenset({"site-packages", "dist-packages"})

@@ -13,8 +13,8 @@ import numpy as np
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, unigram
-from andromeda.data.files import write_whole
-from andromeda.errors import ConfigError, DataError, nearest
+from andromeda.utils.errors import ConfigError, DataError, nearest
+from andromeda.utils.files import write_whole
 
 META = "andromeda.json"
 LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}

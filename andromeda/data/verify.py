@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 from pathlib import Path
 
+from andromeda.data.corpus import Corpus, open_corpus
 from andromeda.data.encode import sha256_of
 from andromeda.data.manifest import HELD_OUT_TEXT, Manifest, fingerprint
-from andromeda.data.opened import Corpus, open_corpus
-from andromeda.errors import DataError
+from andromeda.utils.errors import DataError
 
 
 def verify(folder: Path) -> Manifest:

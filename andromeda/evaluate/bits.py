@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from andromeda.data.ingest import Report
 from andromeda.data.loader import Stream
-from andromeda.data.read import Report
-from andromeda.errors import DataError
 from andromeda.evaluate.score import rows_at_once, token_nats
-from andromeda.infer.engine import evaluating
+from andromeda.generate.engine import evaluating
 from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import DataError
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,12 @@ from typing import NamedTuple
 
 import torch
 
-from andromeda.data.read import Report
+from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.score import padded, rows_at_once
-from andromeda.infer.engine import evaluating
-from andromeda.kernels.cross_entropy import IGNORED
+from andromeda.generate.engine import evaluating
 from andromeda.model.transformer import Transformer
+from andromeda.ops.cross_entropy import IGNORED
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Context, at least one token, and continuation."""

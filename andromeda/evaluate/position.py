@@ -14,13 +14,13 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from andromeda.data.read import Report
-from andromeda.errors import RequestError
+from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import quiet
+from andromeda.evaluate.held_out_text import Text
 from andromeda.evaluate.score import rows_at_once, token_nats
-from andromeda.evaluate.text import Text
-from andromeda.infer.engine import evaluating
+from andromeda.generate.engine import evaluating
 from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import RequestError
 
 
 @dataclass(frozen=True)

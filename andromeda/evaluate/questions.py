@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from andromeda.errors import DataError, RequestError
+from andromeda.utils.errors import DataError, RequestError
 
 PROMPTS = ("question", "prompt", "context", "query")
 ANSWERS = ("answer", "label", "gold")

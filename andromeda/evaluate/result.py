@@ -17,8 +17,8 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
-from andromeda.data.files import takes_files, write_whole
-from andromeda.errors import CheckpointError, ConfigError
+from andromeda.utils.errors import CheckpointError, ConfigError
+from andromeda.utils.files import takes_files, write_whole
 
 FOLDER = "evaluations"
 KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness")

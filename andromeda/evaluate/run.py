@@ -6,17 +6,17 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from andromeda.config.base import Part
-from andromeda.data.read import Report
-from andromeda.errors import AndromedaError, ConfigError, DataError, RequestError, nearest
-from andromeda.evaluate.on_harness import Harness
-from andromeda.evaluate.on_questions import FewShot, Gsm8k
-from andromeda.evaluate.on_reasoning import Reasoning
-from andromeda.evaluate.on_retrieval import Retrieval
-from andromeda.evaluate.on_text import BitsPerByte, Position, VariedContext
-from andromeda.evaluate.options import Evaluation, Options
+from andromeda.data.ingest import Report
+from andromeda.evaluate.loaded_model import Subject
+from andromeda.evaluate.request import Evaluation, Options
 from andromeda.evaluate.result import Result
 from andromeda.evaluate.retrieval import RETRIEVAL
-from andromeda.evaluate.subject import Subject
+from andromeda.evaluate.tasks.harness import Harness
+from andromeda.evaluate.tasks.multiple_choice import FewShot, Gsm8k
+from andromeda.evaluate.tasks.reasoning import Reasoning
+from andromeda.evaluate.tasks.retrieval import Retrieval
+from andromeda.evaluate.tasks.text import BitsPerByte, Position, VariedContext
+from andromeda.utils.errors import AndromedaError, ConfigError, DataError, RequestError, nearest
 
 _ALL: tuple[Evaluation, ...] = (
     BitsPerByte(),

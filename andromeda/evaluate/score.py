@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from andromeda.config.derived import original_context
-from andromeda.kernels.cross_entropy import IGNORED, linear_cross_entropy
-from andromeda.model.cache import Cache, Nothing
+from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
+from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy
 
 CHUNK = {"cpu": 1024, "cuda": 8192}
 """Tokens of a row that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""

@@ -6,18 +6,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from andromeda.errors import AndromedaError
-from andromeda.evaluate.check import TOLERANCE, Check, Places, difference, same_arithmetic, threads
+from andromeda.evaluate.comparison import TOLERANCE, Check, Places, difference, same_arithmetic, threads
 from andromeda.train import checkpoint
-from andromeda.train.device import find_device
-from andromeda.train.folder import RunFolder
-from andromeda.train.history import Metrics, is_number
+from andromeda.train.callbacks.validation import ROWS
 from andromeda.train.manifest import device_name, machine, versions
-from andromeda.train.objective import NextToken
+from andromeda.train.metrics import Metrics, is_number
 from andromeda.train.precision import build_precision
-from andromeda.train.run import build_validation
-from andromeda.train.validation import ROWS
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.state import find_device
+from andromeda.train.step import NextToken
+from andromeda.train.trainer import build_validation
 from andromeda.train.weights import load_weights
+from andromeda.utils.errors import AndromedaError
 
 HELD_OUT, AVERAGE = "validation/", "_average"
 NAME = HELD_OUT + "loss"

@@ -12,16 +12,16 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from andromeda.data.read import Report
-from andromeda.errors import AndromedaError
-from andromeda.evaluate.check import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic, threads
-from andromeda.evaluate.records import records
+from andromeda.data.ingest import Report
+from andromeda.evaluate.comparison import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic, threads
+from andromeda.evaluate.loaded_model import Subject, open_subject
 from andromeda.evaluate.result import Result, plain, results
 from andromeda.evaluate.run import EVALUATIONS, Request, evaluate
-from andromeda.evaluate.subject import Subject, open_subject
+from andromeda.evaluate.run_files import records
 from andromeda.evaluate.training import training_loss
-from andromeda.train.folder import RunFolder
-from andromeda.train.history import read_metrics
+from andromeda.train.metrics import read_metrics
+from andromeda.train.run_dir import RunFolder
+from andromeda.utils.errors import AndromedaError
 
 
 def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:

@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from andromeda.errors import ConfigError, nearest
 from andromeda.loss.tasks import Head, Task
+from andromeda.utils.errors import ConfigError, nearest
 
 
 class LossResult(NamedTuple):

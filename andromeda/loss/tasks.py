@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from andromeda.errors import ConfigError, nearest
-from andromeda.kernels.cross_entropy import IGNORED, linear_cross_entropy
+from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy
+from andromeda.utils.errors import ConfigError, nearest
 
 
 class Head(Protocol):

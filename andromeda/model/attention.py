@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
-from andromeda.kernels.attention import Pattern, attend
-from andromeda.kernels.qk import Sizes
-from andromeda.model import joined
-from andromeda.model.context import Context
+from andromeda.model import fused_qkv
+from andromeda.model.forward_context import Context
 from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
-from andromeda.model.prepare import prepare, prepare_joined
 from andromeda.model.qk_norm import build_qk_norm
+from andromeda.model.qk_preprocess import prepare, prepare_joined
 from andromeda.model.value_embedding import build_value_mix
+from andromeda.ops.attention import Pattern, attend
+from andromeda.ops.qk_preprocess import Sizes
 
 
 def layer_window(config: ModelConfig, layer: int) -> int:
@@ -50,8 +50,8 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C)."""
         # Values first after the queries, where fast kernels may begin to read.
         linears = (self.query, self.value, self.key)
-        if joined.worth(x, linears):
-            whole = joined.project(x, linears)
+        if fused_qkv.worth(x, linears):
+            whole = fused_qkv.project(x, linears)
             return self.out(self.look(*prepare_joined(whole, self.sizes, self.qk_norm, ctx.rotation, ctx.bias, self.scale), ctx))
         q, v, k = (linear(x) for linear in linears)
         return self.out(self.read(q, k, v.contiguous(), ctx))

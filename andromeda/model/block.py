@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import MECHANISMS, ModelConfig
-from andromeda.model.between import between
-from andromeda.model.context import Context
+from andromeda.model.add_norm_shift import between
 from andromeda.model.feedforward import build_feedforward
+from andromeda.model.forward_context import Context
 from andromeda.model.norm import build_norm
 from andromeda.model.token_shift import build_shift
 

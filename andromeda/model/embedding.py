@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
-from andromeda.kernels.embedding import embed
-from andromeda.kernels.precision import stream_dtype
-from andromeda.model.context import Context
+from andromeda.model.forward_context import Context
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import PlainRMSNorm
 from andromeda.model.token_shift import build_smear
+from andromeda.ops.compute_dtype import stream_dtype
+from andromeda.ops.embedding import embed
 
 
 class PlainEmbedding(Embedding):

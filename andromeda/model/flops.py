@@ -19,10 +19,10 @@ from typing import Literal
 
 from andromeda.config.derived import GATED, content_dim, hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.errors import ConfigError
 from andromeda.model.attention import layer_window
-from andromeda.model.hardware import peak_flops
 from andromeda.model.token_shift import Smear
+from andromeda.utils.errors import ConfigError
+from andromeda.utils.hardware import peak_flops
 
 __all__ = [
     "attention_pairs",

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 
 class Head(nn.Module):

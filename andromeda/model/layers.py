@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.kernels.embedding import embed
+from andromeda.ops.embedding import embed
 
 ALIGNED = 64
 """The rows of joined matrices are filled up to a multiple of this: 128 bytes in 16 bits, as fast products write best."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.kernels.attention import Pattern
-from andromeda.kernels.attention.eager import average, logits
 from andromeda.model.attention import Attention
+from andromeda.ops.attention import Pattern
+from andromeda.ops.attention.eager import average, logits
 
 
 class SigmoidAttention(Attention):

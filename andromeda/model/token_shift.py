@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.context import Context
+from andromeda.model.forward_context import Context
 from andromeda.model.layers import Linear
 
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.cache import Nothing
-from andromeda.model.context import Context
+from andromeda.model.decoder_stack import build_trunk
 from andromeda.model.embedding import Embedder
+from andromeda.model.forward_context import Context
 from andromeda.model.head import Head
 from andromeda.model.init import initialise
+from andromeda.model.kv_cache.dynamic import Nothing
 from andromeda.model.norm import build_norm
 from andromeda.model.position import build_alibi, build_rotary
-from andromeda.model.trunk import build_trunk
 from andromeda.model.value_embedding import build_value_embedding
 
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.kernels.embedding import embed_parts
-from andromeda.kernels.precision import product_dtype
 from andromeda.model.layers import Embedding
+from andromeda.ops.compute_dtype import product_dtype
+from andromeda.ops.embedding import embed_parts
 
 
 class NoValueEmbedding(nn.Module):

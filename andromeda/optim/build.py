@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from andromeda.config.train import Optim
 from andromeda.optim import state
-from andromeda.optim.eightbit import Compile, adamw8bit, quantisable
-from andromeda.optim.groups import ROLES, Role, roles
+from andromeda.optim.adamw_8bit import Compile, adamw8bit, quantisable
 from andromeda.optim.muon import Muon
+from andromeda.optim.param_groups import ROLES, Role, roles
 
 Groups = list[dict[str, Any]]
 

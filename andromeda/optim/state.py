@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from andromeda.errors import CheckpointError
-from andromeda.optim import eightbit
+from andromeda.optim import adamw_8bit
+from andromeda.utils.errors import CheckpointError
 
 Names = dict[nn.Parameter, str]
 Parts = list[torch.optim.Optimizer]
@@ -65,7 +65,7 @@ def _pieces(value: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Plain tensors by the end of their key, and the description of the whole."""
     if not hasattr(value, "codes"):
         return {"": value.detach()}, {}
-    pieces, described = eightbit.pack(value)
+    pieces, described = adamw_8bit.pack(value)
     return {f"/{piece}": tensor for piece, tensor in pieces.items()}, described
 
 
@@ -77,7 +77,7 @@ def _restore(name: str, parameter: nn.Parameter, saved: dict[str, Tensor], entri
         if missing := [key for key in keys.values() if key not in saved]:
             raise CheckpointError(f"The checkpoint lacks the optimizer tensor {missing[0]}: it is damaged; use an older one.")
         pieces = {piece: saved[key].to(parameter.device, copy=True) for piece, key in keys.items()}
-        whole = eightbit.unpack(pieces, described["signed"], parameter.dtype) if described else pieces[""]
+        whole = adamw_8bit.unpack(pieces, described["signed"], parameter.dtype) if described else pieces[""]
         expected = torch.Size() if entry == "step" else parameter.shape
         if whole.shape != expected:
             raise CheckpointError(

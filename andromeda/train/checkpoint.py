@@ -22,8 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from andromeda.data.files import sync_folder, write_whole
-from andromeda.errors import CheckpointError
+from andromeda.utils.errors import CheckpointError
+from andromeda.utils.files import sync_folder, write_whole
 
 FORMAT = 1
 Warn = Callable[[str], None]

@@ -14,10 +14,11 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from andromeda.errors import ConfigError, MissingExtra
-from andromeda.kernels import cast8, fp8
-from andromeda.model import exchange8, linear16
+from andromeda.model import master_weight_linear
 from andromeda.model.transformer import Transformer
+from andromeda.ops import float8, float8_inference
+from andromeda.train import convert_float8
+from andromeda.utils.errors import ConfigError, MissingExtra
 
 
 class Precision:
@@ -74,7 +75,7 @@ class Half(Precision):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._layers: Sequence[linear16.Linear16] = ()
+        self._layers: Sequence[master_weight_linear.Linear16] = ()
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
@@ -82,9 +83,9 @@ class Half(Precision):
             self.exchange(model)
         return model
 
-    def exchange(self, model: Transformer) -> Sequence[linear16.Linear16]:
+    def exchange(self, model: Transformer) -> Sequence[master_weight_linear.Linear16]:
         """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
-        self._layers = linear16.exchange(model.trunk, _chosen, self.dtype)
+        self._layers = master_weight_linear.exchange(model.trunk, _chosen, self.dtype)
         return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -93,7 +94,7 @@ class Half(Precision):
 
     def summing(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients of the layers are added up by their products."""
-        return linear16.summed(self._layers)
+        return master_weight_linear.summed(self._layers)
 
 
 class BFloat16(Half):
@@ -155,7 +156,7 @@ class Float8(BFloat16):
     """Products of the blocks in 8 bits, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
     2209.05433), one scale a tensor, from its largest value or a bound of it at every step. The weights that are trained stay float32.
 
-    The linear layers are our own (model/linear8.py), or torchao's where there is no Triton. Sizes that are no multiple of 16 cannot be
+    The linear layers are our own (model/float8_linear.py) or torchao's where there is no Triton. Sizes that are no multiple of 16 cannot be
     products of 8 bits: such layers keep bfloat16 unless they are filled up beside others.
     """
 
@@ -163,8 +164,8 @@ class Float8(BFloat16):
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
-        if self.device.type == "cuda" and cast8.TRITON:
-            exchange8.exchange(model.trunk, _chosen)
+        if self.device.type == "cuda" and float8.TRITON:
+            convert_float8.exchange(model.trunk, _chosen)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -182,7 +183,12 @@ def _chosen(path: str) -> bool:
 
 def _fits_fp8(module: nn.Module, path: str) -> bool:
     """The blocks' own products."""
-    return isinstance(module, nn.Linear) and path.startswith("trunk.") and _chosen(path.removeprefix("trunk.")) and fp8.fits(module)
+    return (
+        isinstance(module, nn.Linear)
+        and path.startswith("trunk.")
+        and _chosen(path.removeprefix("trunk."))
+        and float8_inference.fits(module)
+    )
 
 
 PRECISIONS: dict[str, type[Precision]] = {kind.name: kind for kind in (Precision, BFloat16, Float16, Float8)}

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.errors import CheckpointError
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
-from andromeda.train.folder import RunFolder
-from andromeda.train.session import load_model
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.state import load_model
+from andromeda.utils.errors import CheckpointError
 
 
 def load_weights(

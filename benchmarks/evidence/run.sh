@@ -5,7 +5,7 @@
 # the picture of each size, the log, and state.tar.gz, from which another call goes on, on another machine too:
 #   benchmarks/evidence/run.sh first 540
 #   STATE=first/state.tar.gz benchmarks/evidence/run.sh second 540
-# Then: cp second/evidence-*.json benchmarks/results/ && python -m andromeda.study.ablate.evidence benchmarks/results/{evidence,extension}-*.json > docs/evidence.md
+# Then: cp second/evidence-*.json benchmarks/results/ && python -m tools.evidence_page benchmarks/results/{evidence,extension}-*.json > docs/evidence.md
 #
 # Of a call's time each size gets an equal part of what is left when its turn comes. TOKENS_small=3932160 gives a run of that size so many.
 set -u

@@ -17,9 +17,9 @@ from andromeda.config.base import Part
 from andromeda.config.keys import table
 from andromeda.config.load import dumps, from_values, load, presets
 from andromeda.config.mistakes import LARGEST_NUMBER, read
-from andromeda.config.resolve import check, resolve
+from andromeda.config.rules import check, resolve
 from andromeda.config.run import RunConfig
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 
 SMALL = Path(__file__).with_name("small.toml")
 NAMES = sorted(presets())

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 
 from andromeda.config.load import from_values, load, model_from_names
-from andromeda.config.resolve import check_training
-from andromeda.errors import ConfigError
+from andromeda.config.rules import check_training
+from andromeda.utils.errors import ConfigError
 
 SMALL = Path(__file__).with_name("small.toml")
 

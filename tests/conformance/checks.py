@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.model.cache import Cache
-from andromeda.model.fixed import FixedCache
+from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.static import FixedCache
 from andromeda.model.transformer import Transformer
 from tests.conformance.models import T, agree, ids
 

@@ -12,8 +12,8 @@ from itertools import combinations
 from typing import Any
 
 from andromeda.config.model import ModelConfig
-from andromeda.config.resolve import check_model
-from andromeda.errors import ConfigError
+from andromeda.config.rules import check_model
+from andromeda.utils.errors import ConfigError
 
 Choice = tuple[str, str]
 """A slot and the name of its value."""

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.kernels.attention import backends
 from andromeda.model.feedforward.moe import Router
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import backends
 from tests.conformance.covering import rows
 
 ROWS = tuple(rows())

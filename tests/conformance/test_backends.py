@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.errors import ConfigError
-from andromeda.kernels.attention import backends
-from andromeda.model.cache import Cache
+from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import backends
+from andromeda.utils.errors import ConfigError
 from tests.conformance.checks import DOCUMENTS
 from tests.conformance.covering import rows
 from tests.conformance.models import T, build, ids, use_backend

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from andromeda.config.derived import content_dim, rotated_dims
-from andromeda.errors import ConfigError
+from andromeda.utils.errors import ConfigError
 from tests.conformance.covering import CHOICES, SLOTS, legal_pairs, model_config, rows
 
 REFUSED = [

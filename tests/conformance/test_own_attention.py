@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.config.resolve import check_model
-from andromeda.errors import ConfigError
+from andromeda.config.rules import check_model
 from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import ConfigError
 from tests.conformance.checks import CHECKS
 from tests.conformance.covering import model_config
 from tests.conformance.models import T, ids, shaken

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 
 WORDS = ["def", "return", "self", "value", "naïve", "für", "日本", "😀", "x_1", "12345", "  ", "\n    ", "(a, b):\n", "\t", "# note\r\n"]
 

@@ -71,7 +71,7 @@ def test_an_interruption_says_that_work_is_kept(
 
     arguments = ["build", raw, "--out", out, "--tokenizer", "bytes", "--workers", "1"]
     with monkeypatch.context() as patch:
-        patch.setattr("andromeda.data.corpus.write_text", stop)
+        patch.setattr("andromeda.data.build.write_text", stop)
         code, _, err = run(monkeypatch, capsys, *arguments)
     assert (code, err) == (130, "andromeda: interrupted; the same command goes on from here.\n")
     assert run(monkeypatch, capsys, *arguments)[0] == 0

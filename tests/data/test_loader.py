@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig, DataConfig, Source
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 from andromeda.data.loader import Batch, Stream, open_stream
 from andromeda.data.manifest import Manifest
 from andromeda.data.shards import write_shard
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import AndromedaError, ConfigError, DataError
+from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts, write_files
 
 PACKINGS = ["stream", "documents"]

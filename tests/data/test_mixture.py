@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from andromeda.data.mixture import LONGEST_PERIOD, Interleaved, Mixture, whole_quotas
-from andromeda.data.order import GOLDEN, mix, shuffled
+from andromeda.data.permutation import GOLDEN, mix, shuffled
 
 weights = st.lists(st.integers(1, 40), min_size=2, max_size=9)
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 from andromeda.data.verify import verify
 from tests.data.conftest import texts, write_files
 
@@ -98,10 +98,10 @@ def test_finished_work_is_not_done_again(source: str, tmp_path: Path, monkeypatc
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("andromeda.data.corpus.write_text", stop)
+        patch.setattr("andromeda.data.build.write_text", stop)
         with pytest.raises(KeyboardInterrupt):
             build([source], tmp_path / "out", CONFIG)
-    monkeypatch.setattr("andromeda.data.read.read_unit", stop)
+    monkeypatch.setattr("andromeda.data.ingest.read_unit", stop)
     monkeypatch.setattr("andromeda.data.tokenizer.Tokenizer.encode_batch", stop)
     build([source], tmp_path / "out", CONFIG)
     verify(tmp_path / "out")

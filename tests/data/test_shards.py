@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from andromeda.data.files import PART, whole_file
 from andromeda.data.shards import TokenArray, open_shard, token_dtype, write_shard
-from andromeda.errors import DataError
+from andromeda.utils.errors import DataError
+from andromeda.utils.files import PART, whole_file
 
 
 @pytest.mark.parametrize(("dtype", "magic", "version", "letter"), [("<u2", 20240520, 1, "H"), ("<u4", 20240801, 7, "I")])

@@ -18,7 +18,7 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders.bpe import LONGEST_WORD
 from andromeda.data.encoders.unigram import SENTENCE, SPACE
 from andromeda.data.tokenizer import META, PROBE, Tokenizer, train_tokenizer
-from andromeda.errors import AndromedaError, ConfigError, DataError
+from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts
 
 KINDS = ["bpe", "unigram", "bytes"]

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig, DataConfig
 from andromeda.config.model import Attention, ModelConfig, Rotary
-from andromeda.data.corpus import build
+from andromeda.data.build import build
 from andromeda.data.loader import Stream, open_stream
 from andromeda.evaluate.bits import held_out_bits, windows
 from andromeda.model.transformer import Transformer

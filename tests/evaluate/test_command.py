@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from andromeda import Andromeda
+from andromeda.evaluate.held_out_text import open_text
 from andromeda.evaluate.likelihood import likelihoods
+from andromeda.evaluate.loaded_model import open_subject, sha256
 from andromeda.evaluate.position import binned, loss_by_context, loss_by_position, spread
 from andromeda.evaluate.result import KINDS, results
 from andromeda.evaluate.run import EVALUATIONS
-from andromeda.evaluate.subject import open_subject, sha256
-from andromeda.evaluate.text import open_text
 from tests.command import call
 
 
@@ -238,6 +238,6 @@ metric_list: [{{metric: acc}}]
 
 
 def test_every_kind_has_its_evaluation_and_its_table() -> None:
-    from andromeda.evaluate.sheet import LAYOUTS
+    from andromeda.evaluate.tables import LAYOUTS
 
     assert set(KINDS) == EVALUATIONS.keys() == LAYOUTS.keys()

@@ -140,7 +140,7 @@ def test_the_adapter_gives_the_log_likelihoods_of_the_harness_own_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    from andromeda.evaluate.harness import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import HarnessModel
 
     theirs, words, ours, tokenizer = pair
     theirs, ours = copy.deepcopy(theirs).to(dtype), copy.deepcopy(ours).to(dtype)
@@ -162,7 +162,7 @@ def test_the_adapter_gives_the_log_likelihoods_of_the_harness_own_model(
 def test_generation_is_that_of_the_harness_own_model(pair: Any) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from andromeda.evaluate.harness import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import HarnessModel
 
     theirs, words, ours, tokenizer = pair
     reference = HFLM(pretrained=theirs, tokenizer=words, batch_size=1, max_length=64, device="cpu")
@@ -176,7 +176,7 @@ def test_a_local_task_runs_offline_with_equal_scores(pair: Any, tmp_path: Path) 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from andromeda.evaluate.harness import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import HarnessModel
 
     theirs, words, ours, tokenizer = pair
     rows = [{"q": f"the cat {i}", "c": ["sat on", "came to", "and then"], "a": i % 3} for i in range(8)]

@@ -10,11 +10,11 @@ from random import Random
 
 import pytest
 
-from andromeda.errors import DataError, RequestError
-from andromeda.evaluate.on_questions import final, graded
 from andromeda.evaluate.questions import Solved, parted, read_choices, read_solved
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.reasoning.dyck import CLOSING, closers
+from andromeda.evaluate.tasks.multiple_choice import final, graded
+from andromeda.utils.errors import DataError, RequestError
 
 FORMS = [(name, form) for name in REASONING for form in (0, 1)]
 

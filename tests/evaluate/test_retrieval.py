@@ -13,13 +13,13 @@ from torch import Tensor
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import Attention, ModelConfig, Rotary
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
-from andromeda.errors import RequestError
 from andromeda.evaluate.retrieval import RETRIEVAL
 from andromeda.evaluate.retrieval.measure import Asked, build, grid, measure, ranked, room
 from andromeda.evaluate.retrieval.problem import chance
 from andromeda.evaluate.retrieval.style import STYLES
 from andromeda.evaluate.score import Prompts
 from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import RequestError
 
 TEXT = ["The secret number of the day is blue, and the sun is warm.", "def f(x):\n    return x + 1234\n"] * 40
 

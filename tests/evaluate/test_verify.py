@@ -18,8 +18,8 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import raw
 from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.train.folder import RunFolder
-from andromeda.train.run import stream_length
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.trainer import stream_length
 from tests.command import call
 
 HELD_OUT = "held-out loss of step 2"

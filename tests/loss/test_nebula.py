@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from andromeda.errors import ConfigError
-from andromeda.kernels.cross_entropy import reference
 from andromeda.loss import Categorical, Head, Nebula, Prediction, Sums, next_token
+from andromeda.ops.cross_entropy import reference
+from andromeda.utils.errors import ConfigError
 
 
 class TinyHead(nn.Module):

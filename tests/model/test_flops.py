@@ -12,8 +12,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from andromeda.config.model import ModelConfig
-from andromeda.errors import ConfigError
-from andromeda.kernels.attention import Pattern
 from andromeda.model.flops import (
     attention_pairs,
     forward_flops,
@@ -24,6 +22,8 @@ from andromeda.model.flops import (
     training_flops_per_token,
 )
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import Pattern
+from andromeda.utils.errors import ConfigError
 
 T = 32
 

@@ -6,11 +6,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.kernels.attention import Pattern
-from andromeda.kernels.attention.eager import attend
 from andromeda.model import attention, sigmoid_attention
-from andromeda.model.cache import Cache
+from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import Pattern
+from andromeda.ops.attention.eager import attend
 from tests.conformance.covering import CHOICES, DEFAULTS, model_config
 
 ALONE = [next(iter(DEFAULTS.items())), *(choice for choice in CHOICES if choice[1] != DEFAULTS[choice[0]])]

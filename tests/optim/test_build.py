@@ -16,8 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from andromeda.config.train import Optim
-from andromeda.errors import CheckpointError, MissingExtra
-from andromeda.optim import Optimizer, build_optimizer, eightbit
+from andromeda.optim import Optimizer, adamw_8bit, build_optimizer
+from andromeda.utils.errors import CheckpointError, MissingExtra
 
 KINDS = ["adamw", "adamw8bit", "muon"]
 
@@ -155,7 +155,7 @@ def test_eight_bit_compiles_where_it_pays(
         stances.append(stance)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(eightbit, "WORTH_IT", elements)
+    monkeypatch.setattr(adamw_8bit, "WORTH_IT", elements)
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     model = Tiny()
     optimizer = build_optimizer(model, Optim(kind="adamw8bit"), compile)

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_rope_utils
 from transformers.models.llama import modeling_llama
 
 from andromeda.config.model import Attention, Block, FeedForward, Head, ModelConfig, Rotary, Scaling
-from andromeda.model.cache import Cache
+from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
 
 VOCABULARY, WIDTH, DEPTH, HEADS, HEAD_DIM, HIDDEN, ORIGINAL, LENGTH = 53, 32, 3, 4, 8, 40, 24, 96

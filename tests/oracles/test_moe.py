@@ -12,8 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from andromeda.config.model import Experts, FeedForward, ModelConfig
 from andromeda.model.feedforward.dense import ACTIVATIONS, GATES
-from andromeda.model.feedforward.grouped import grouped_linear
-from andromeda.model.feedforward.moe import AddGradient, MoE, balance_loss
+from andromeda.model.feedforward.moe import AddGradient, MoE, balance_loss, grouped_linear
 from andromeda.model.init import initialise
 from andromeda.model.transformer import Transformer
 

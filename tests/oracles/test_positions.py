@@ -11,11 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.config.model import LONGEST, Alibi, Attention, ModelConfig, Rotary, Scaling
-from andromeda.kernels.attention import Pattern
-from andromeda.kernels.attention.eager import attend as eager
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import slopes
 from andromeda.model.position.rotary import Rotary as RotaryPart
+from andromeda.ops.attention import Pattern
+from andromeda.ops.attention.eager import attend as eager
 
 CPU = torch.device("cpu")
 

@@ -21,7 +21,7 @@ from x_transformers.attend import Attend
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.model.block import deepnorm_alpha
-from andromeda.model.cache import Cache
+from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
 
 VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS, HEAD_DIM = 61, 48, 36, 3, 6, 16

@@ -15,10 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from andromeda.errors import CheckpointError
 from andromeda.train import checkpoint
 from andromeda.train.checkpoint import Snapshot
-from andromeda.train.session import load_model
+from andromeda.train.state import load_model
+from andromeda.utils.errors import CheckpointError
 
 
 def snapshot(step: int, healthy: bool = True) -> Snapshot:

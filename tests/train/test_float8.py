@@ -7,13 +7,12 @@ import torch
 from torch import nn
 
 from andromeda.config.model import Experts, FeedForward
-from andromeda.errors import ConfigError
-from andromeda.kernels import cast8
-from andromeda.model import exchange8
-from andromeda.model.linear8 import Linear8
+from andromeda.model.float8_linear import Linear8
 from andromeda.model.transformer import Transformer
-from andromeda.train import precision
+from andromeda.ops import float8
+from andromeda.train import convert_float8, precision
 from andromeda.train.precision import Float8, build_precision
+from andromeda.utils.errors import ConfigError
 from tests.model.exchanged import CONFIG
 
 pytest.importorskip("torchao")
@@ -38,7 +37,7 @@ def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
 
 @pytest.mark.parametrize(("triton", "kind"), [(True, "Linear8"), (False, "Float8Linear")])
 def test_our_own_layers_where_they_can_run(triton: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cast8, "TRITON", triton)
+    monkeypatch.setattr(float8, "TRITON", triton)
     on_gpu = Float8(CPU)
     on_gpu.device = torch.device("cuda")
     kinds = {type(module).__name__ for module in on_gpu.prepare(Transformer(CONFIG)).trunk.modules() if isinstance(module, nn.Linear)}
@@ -49,7 +48,7 @@ def test_a_router_is_left_alone() -> None:
     """The shared expert's first two layers, 24 wide, are filled up together; its last one reads 24."""
     mixture = CONFIG.model_copy(update={"feedforward": FeedForward(kind="moe", hidden=24), "experts": Experts(shared=1, count=16)})
     model = Transformer(mixture)
-    exchange8.exchange(model.trunk, precision._chosen)
+    convert_float8.exchange(model.trunk, precision._chosen)
     exchanged = {name for name, module in model.trunk.named_modules() if isinstance(module, Linear8)}
     attention = {f"attention.{part}" for part in ("query", "key", "value", "out")}
     shared = {f"feedforward.shared.0.{part}" for part in ("gate", "inner")}

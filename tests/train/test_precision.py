@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from andromeda.config.model import Attention, FeedForward, ModelConfig
-from andromeda.errors import ConfigError
-from andromeda.model.linear16 import Linear16
+from andromeda.model.master_weight_linear import Linear16
 from andromeda.model.transformer import Transformer
 from andromeda.train.precision import Float16, build_precision
+from andromeda.utils.errors import ConfigError
 
 CPU = torch.device("cpu")
 

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from andromeda.config.run import RunConfig
-from andromeda.train.run import train
+from andromeda.train.trainer import train
 
 # Children are forked from a process that has the libraries loaded but has never computed: starting one takes milliseconds.
 FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["andromeda.train.run"])
+FORKS.set_forkserver_preload(["andromeda.train.trainer"])
 
 
 def child(config: RunConfig, out: Path) -> None:

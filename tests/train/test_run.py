@@ -15,7 +15,7 @@ import pytest
 from andromeda.cli.main import main
 from andromeda.config.load import dumps
 from andromeda.config.run import RunConfig
-from andromeda.train import loop
+from andromeda.train import trainer
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -83,13 +83,13 @@ def test_json_lines_are_the_metrics(command: Command, settings: Path, tmp_path: 
 def test_signals_end_with_their_number(
     command: Command, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    real = loop.Loop._advance
+    real = trainer.Loop._advance
 
-    def advance(self: loop.Loop) -> None:
+    def advance(self: trainer.Loop) -> None:
         os.kill(os.getpid(), number)
         real(self)
 
-    monkeypatch.setattr(loop.Loop, "_advance", advance)
+    monkeypatch.setattr(trainer.Loop, "_advance", advance)
     ended, out, _ = command("train", settings, "--out", tmp_path / "run")
     assert ended == code
     assert "step 1" in out.splitlines()[-1]
@@ -153,7 +153,7 @@ def sentence_after_notes(result: tuple[int, str, str]) -> str:
 
 def test_other_data(command: Command, settings: Path, tmp_path: Path, corpus: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from andromeda.config.data import BuildConfig
-    from andromeda.data.corpus import build
+    from andromeda.data.build import build
 
     command("train", settings, "--out", tmp_path / "run")
     moved = tmp_path / "moved"

@@ -13,13 +13,11 @@ from torch import Tensor
 
 from andromeda.config.run import RunConfig
 from andromeda.model.feedforward.moe import Router
-from andromeda.model.linear16 import exchange, summed
-from andromeda.train.objective import NextToken, Sums
+from andromeda.model.master_weight_linear import exchange, summed
 from andromeda.train.precision import Precision
-from andromeda.train.rows import Rows
-from andromeda.train.session import Session, build_session
-from andromeda.train.step import Outcome, Stepper, Work
-from tests.kernels import emulated16
+from andromeda.train.state import Session, build_session
+from andromeda.train.step import NextToken, Outcome, Rows, Stepper, Sums, Work
+from tests.ops import emulated16
 
 assert emulated16
 CPU = torch.device("cpu")

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
-from andromeda.errors import ConfigError, DataError
+from andromeda.utils.errors import ConfigError, DataError
 
 LONGEST_WORD = 256
 """Characters of a word that merges are learned from. The trainer's time grows with the square of a word's length, and an unbroken

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
-from andromeda.errors import ConfigError, DataError
+from andromeda.utils.errors import ConfigError, DataError
 
 SPACE = "\u2581"
 """The character that SentencePiece writes for a space; text that holds it itself is spelled in bytes."""

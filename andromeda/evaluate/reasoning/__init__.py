@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 from andromeda.evaluate.reasoning.dyck import Dyck
 from andromeda.evaluate.reasoning.harder import LongInduction, LongRecall, ThreeHops, TwoDigits
 from andromeda.evaluate.reasoning.parity import Parity
-from andromeda.train.probes import TASKS
-from andromeda.train.probes.task import Task
+from andromeda.train.callbacks.probes import TASKS
+from andromeda.train.callbacks.probes.task import Task
 
 
 class Pair(NamedTuple):

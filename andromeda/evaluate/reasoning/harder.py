@@ -6,9 +6,9 @@ import string
 from collections.abc import Sequence
 from random import Random
 
-from andromeda.train.probes.induction import Induction
-from andromeda.train.probes.recall import Recall
-from andromeda.train.probes.task import Problem
+from andromeda.train.callbacks.probes.induction import Induction
+from andromeda.train.callbacks.probes.recall import Recall
+from andromeda.train.callbacks.probes.task import Problem
 
 
 class TwoDigits:

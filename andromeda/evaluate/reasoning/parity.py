@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from andromeda.train.probes.task import Problem
+from andromeda.train.callbacks.probes.task import Problem
 
 EXAMPLES = 4
 

@@ -13,16 +13,16 @@ from random import Random
 
 import torch
 
-from andromeda.data.read import Report
+from andromeda.data.ingest import Report
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.errors import RequestError
 from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.retrieval.problem import Problem, Task
 from andromeda.evaluate.retrieval.prompt import TooShort, build_prompt, joined
 from andromeda.evaluate.retrieval.style import Style
 from andromeda.evaluate.score import Prompts, rows_at_once
-from andromeda.infer.engine import evaluating
+from andromeda.generate.engine import evaluating
 from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import RequestError
 
 SPARE = 4
 """Tokens that a greedy answer may be longer than the right one."""

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import hidden_width
 from andromeda.config.model import ModelConfig
-from andromeda.kernels import mlp
-from andromeda.kernels.mlp8 import gelu_mlp8
-from andromeda.model import joined
-from andromeda.model.cast_linear import CastLinear
+from andromeda.model import fused_qkv
+from andromeda.model.cached_cast_linear import CastLinear
+from andromeda.model.float8_linear import Linear8
 from andromeda.model.layers import Linear
-from andromeda.model.linear8 import Linear8
-from andromeda.model.linear16 import Linear16, weight16
+from andromeda.model.master_weight_linear import Linear16, weight16
+from andromeda.ops import mlp
+from andromeda.ops.mlp_float8 import gelu_mlp8
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -71,8 +71,8 @@ class Gated(nn.Module):
         """x (..., C)."""
         pair = (self.gate, self.inner)
         # Weights that are cast side by side anyway; others would have to be copied.
-        together = isinstance(self.gate, CastLinear) and joined.worth(x, pair)
-        gate, inner = joined.parts(joined.project(x, pair), pair) if together else (part(x) for part in pair)
+        together = isinstance(self.gate, CastLinear) and fused_qkv.worth(x, pair)
+        gate, inner = fused_qkv.parts(fused_qkv.project(x, pair), pair) if together else (part(x) for part in pair)
         return self.out(self.activation(gate) * inner)
 
 

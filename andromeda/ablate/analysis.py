@@ -1,0 +1,112 @@
+"""From the outcomes of all runs to what may be said of each arm."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from andromeda.ablate.budget import spent
+from andromeda.ablate.cost import Cost
+from andromeda.ablate.grid import BASELINE, Grid
+from andromeda.ablate.jobs import Planned
+from andromeda.ablate.outcome import Outcome
+from andromeda.ablate.statistics import Effect, Losses, Prior, effect, holm, shared_prior, verdict
+
+Runs = Mapping[str, Mapping[int, Outcome]]
+"""Finished runs by arm and seed."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One arm beside what it is compared with."""
+
+    effect: Effect | None
+    corrected: float | None
+    """p-value corrected for the number of arms."""
+    verdict: str
+
+
+def compare(planned: Sequence[Planned], runs: Runs, grid: Grid) -> dict[str, Compared]:
+    """Each arm but the baseline. Arms that were not trained have no effect."""
+    arms = [plan.arm for plan in planned if plan.arm.name != BASELINE and plan.arm.train]
+    finite = {name: figures(of, grid.metric) for name, of in runs.items()}
+    pairs = {arm.name: (finite.get(arm.name, {}), finite.get(arm.on, {})) for arm in arms}
+    plain = {name: effect(*pair) for name, pair in pairs.items() if all(pair)}
+    prior = _prior(plain, grid)
+    found = {name: effect(*pairs[name], prior) for name in plain}
+    lost = {arm.name: _divergence(runs, arm.name, arm.on) for arm in arms}
+    claims = [name for name in found if not lost[name]]
+    corrected = dict(zip(claims, holm([found[name].p for name in claims]), strict=True))
+    return {arm.name: _compared(found.get(arm.name), corrected.get(arm.name), lost[arm.name]) for arm in arms}
+
+
+def _compared(found: Effect | None, corrected: float | None, lost: str) -> Compared:
+    if lost:
+        return Compared(None, None, lost)
+    return Compared(found, corrected, verdict(found, corrected)) if found else Compared(None, None, "not run")
+
+
+def _divergence(runs: Runs, name: str, on: str) -> str:
+    """The verdict where runs did not end in a finite figure; empty where all did. It is not a matter of means."""
+    arm, base = runs.get(name, {}), runs.get(on, {})
+    if fallen := sum(run.diverged for run in base.values()):
+        return f"no verdict: {fallen} of {len(base)} runs of {on!r} diverged"
+    fallen = sum(run.diverged for run in arm.values())
+    return f"diverges: {fallen} of {len(arm)} runs" if fallen else ""
+
+
+def _prior(plain: Mapping[str, Effect], grid: Grid) -> Prior | None:
+    if grid.spread == "own":
+        return None
+    seeds = max((found.seeds for found in plain.values()), default=0)
+    spreads = [found.spread for found in plain.values() if found.paired and found.seeds == seeds and found.spread is not None]
+    return shared_prior([spread**2 for spread in spreads], seeds - 1) if seeds > 1 else None
+
+
+def figures(of: Mapping[int, Outcome], metric: str) -> Losses:
+    """The finite figures of an arm by seed."""
+    every = {seed: getattr(run, metric) for seed, run in of.items()}
+    return {seed: figure for seed, figure in every.items() if figure is not None}
+
+
+def results(planned: Sequence[Planned], runs: Runs, costs: Mapping[str, Cost], grid: Grid) -> dict[str, Any]:
+    """Everything about a comparison in plain values, for results.json."""
+    compared = compare(planned, runs, grid)
+    sizes = {plan.arm.name: plan.parameters for plan in planned}
+    return {
+        "budget": grid.budget,
+        "metric": grid.metric,
+        "spread": grid.spread,
+        "cost": list(grid.cost),
+        "seeds": list(grid.seeds),
+        "arms": [
+            {
+                **_row(plan, runs.get(plan.arm.name, {}), costs, compared.get(plan.arm.name), grid),
+                "size_ratio": plan.parameters / sizes[plan.arm.on] if plan.arm.on else None,
+            }
+            for plan in planned
+        ],
+    }
+
+
+def _row(plan: Planned, of: Mapping[int, Outcome], costs: Mapping[str, Cost], compared: Compared | None, grid: Grid) -> dict[str, Any]:
+    arm, own, base = plan.arm, costs.get(plan.arm.name), costs.get(plan.arm.on)
+    found = figures(of, grid.metric)
+    return {
+        **arm.model_dump(mode="json"),
+        "parameters": plan.parameters,
+        "flops_per_token": plan.flops,
+        "steps": plan.config.train.steps,
+        "spent": spent(grid.budget, plan.config, own.step_seconds if own else None),
+        "mean": statistics.fmean(found.values()) if found else None,
+        "deviation": statistics.stdev(found.values()) if len(found) > 1 else None,
+        "cost": asdict(own) if own else None,
+        "time_ratio": own.seconds_per_token / base.seconds_per_token if own and base else None,
+        "memory_ratio": own.peak_bytes / base.peak_bytes if own and base else None,
+        "effect": asdict(compared.effect) if compared and compared.effect else None,
+        "corrected_p": compared.corrected if compared else None,
+        "verdict": compared.verdict if compared else "",
+        "runs": {str(seed): asdict(run) for seed, run in sorted(of.items())},
+    }

@@ -1,0 +1,200 @@
+"""A whole ablation: planned and checked, costs measured, runs queued and resumed, results written.
+
+OUT/ARM-sSEED/       an ordinary run folder each, with outcome.json once it is finished
+OUT/costs.json       time and memory of a step of each arm
+OUT/results.json     everything, in plain values
+OUT/table.md, plot.png, plot.svg
+OUT/workers.log      what the processes had to say
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from hashlib import sha256
+from pathlib import Path
+from typing import Any
+
+from andromeda.ablate import outcome
+from andromeda.ablate.analysis import results
+from andromeda.ablate.cost import Cost
+from andromeda.ablate.grid import Grid, check_grid
+from andromeda.ablate.jobs import Job, Planned, jobs_of, plan_arms, refuse_other_runs, with_budget
+from andromeda.ablate.plot import draw
+from andromeda.ablate.table import markdown
+from andromeda.ablate.worker_pool import Slots, Worker, environments
+from andromeda.bench.record import record, save
+from andromeda.train.run_dir import RunFolder
+from andromeda.utils.errors import ConfigError
+from andromeda.utils.files import write_whole
+
+OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
+"""Files that a call leaves; no plot where no arm has an effect."""
+Say = Callable[[str, int, int], None]
+"""Told of every finished piece: a sentence, how many are done, how many there are."""
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How, not what."""
+
+    out: Path
+    command: str = ""
+    jobs: int = 1
+    """Processes that share a device."""
+    limit: float = 0.0
+    """Seconds after which runs are stopped, to be resumed another time; 0 is none."""
+    cost_steps: int = 8
+    """Measured steps of each arm; 0 leaves costs out."""
+    lean: bool = False
+    """Drop the checkpoints of finished runs."""
+
+
+@dataclass(frozen=True)
+class Study:
+    """What there is after a call."""
+
+    results: dict[str, Any]
+    finished: int
+    total: int
+    failures: list[str]
+    signal: int
+
+
+def ablate(source: str, changes: Sequence[str], grid: Grid, settings: Settings, say: Say) -> Study:
+    """Compare the arms of `grid` on the configuration `source`, going on with whatever is already in `settings.out`.
+
+    Raises ConfigError, one sentence, before anything runs, for arms that cannot be.
+    """
+    began, out = time.monotonic(), settings.out
+    check_grid(grid)
+    planned = plan_arms(source, changes, grid)
+    if grid.budget != "seconds":
+        planned = with_budget(planned, grid, {})
+        refuse_other_runs(jobs_of(planned, grid.seeds, out))
+    folder = _claim(out)
+    try:
+        costs = _costs(planned, settings, began, say)
+        if grid.budget == "seconds":
+            planned = with_budget(planned, grid, {name: cost.step_seconds for name, cost in costs.items()})
+        jobs = jobs_of(planned, grid.seeds, out)
+        refuse_other_runs(jobs)
+        slots = _train(jobs, planned, settings, began, say)
+        runs: dict[str, dict[int, outcome.Outcome]] = {}
+        for job in jobs:
+            if (found := outcome.kept(job.folder)) is not None:
+                runs.setdefault(job.arm, {})[job.seed] = found
+        figures = {"configuration": [source, *changes], **results(planned, runs, costs, grid)}
+        _write(out, record(settings.command, figures))
+    finally:
+        folder.unlock()
+    finished = sum(len(of) for of in runs.values())
+    return Study(json.loads((out / "results.json").read_text()), finished, len(jobs), slots.failures, slots.slots.stopped)
+
+
+def _claim(out: Path) -> RunFolder:
+    """Make the folder and keep other processes out of it."""
+    folder = RunFolder(out)
+    if folder.exists:
+        raise ConfigError(f"{out} is a run folder: give the ablation a folder of its own with --out.")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"The folder {out} cannot be made ({error.strerror}): give another one with --out.") from None
+    folder.lock()
+    return folder
+
+
+@dataclass
+class _Trained:
+    slots: Slots
+    failures: list[str]
+
+
+def _train(jobs: Sequence[Job], planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> _Trained:
+    """Work off every job that is not finished."""
+    pending = [job for job in jobs if outcome.kept(job.folder) is None]
+    done, failures = len(jobs) - len(pending), list[str]()
+
+    def told(job: Job, answer: dict[str, Any]) -> None:
+        nonlocal done
+        if "error" in answer:
+            failures.append(f"{job.arm}, seed {job.seed}: {answer['error']}")
+            say(f"{failures[-1]}", done, len(jobs))
+        elif "stopped" in answer:
+            say(f"{job.arm}, seed {job.seed}: stopped, to be gone on with", done, len(jobs))
+        else:
+            done += 1
+            shown = "diverged" if answer["loss"] is None else f"loss {answer['loss']:.4f}"
+            say(f"{job.arm}, seed {job.seed}: {shown} after {answer['seconds']:.1f} s of training", done, len(jobs))
+
+    deadline = began + settings.limit if settings.limit else None
+    places = environments(planned[0].config.train.device, settings.jobs)
+    slots = Slots(places, settings.out / "workers.log", deadline, settings.lean)
+    say(f"{len(jobs)} runs, {len(pending)} to do, {min(len(places), max(1, len(pending)))} at a time", done, len(jobs))
+    if pending:
+        slots.run(pending, told)
+    return _Trained(slots, failures)
+
+
+def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> dict[str, Cost]:
+    """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
+    path = settings.out / "costs.json"
+    marks = {plan.arm.name: _mark(plan) for plan in planned}
+    known = {name: of for name, of in _kept_costs(path).items() if of["of"] == marks.get(name)}
+    if settings.cost_steps:
+        _measure_costs(planned, marks, known, settings, began, say)
+    return {name: Cost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
+
+
+def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
+    """The costs that were measured before. Raises ConfigError where they cannot be read."""
+    try:
+        kept = json.loads(path.read_text()) if path.exists() else {}
+        for of in kept.values():
+            if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(Cost)):
+                raise ValueError(of)
+        return kept
+    except (OSError, ValueError, TypeError, AttributeError, LookupError):
+        raise ConfigError(f"{path} is damaged: remove it, and the costs are measured again.") from None
+
+
+def _measure_costs(
+    planned: Sequence[Planned], marks: dict[str, str], known: dict[str, dict[str, Any]], settings: Settings, began: float, say: Say
+) -> None:
+    """Add what is not known yet, each kept as soon as it is."""
+    place = environments(planned[0].config.train.device, 1)[0]
+    with open(settings.out / "workers.log", "ab") as log:
+        worker = Worker(place, log)
+        for number, plan in enumerate(planned):
+            name = plan.arm.name
+            if name in known:
+                continue
+            if settings.limit and time.monotonic() - began > settings.limit:
+                say("no time was left for the other costs", number, len(planned))
+                break
+            answer = worker.ask({"do": "cost", "config": plan.measured.model_dump(mode="json"), "steps": settings.cost_steps})
+            if "CUDA_VISIBLE_DEVICES" not in place:
+                worker.close()  # the most that a process ever held is known only of a process of its own
+            if "done" not in answer:
+                say(f"{name}: its cost was not measured ({answer.get('error', 'stopped')})", number, len(planned))
+                continue
+            answer.pop("done")
+            known[name] = {"of": marks[name], **answer}
+            write_whole(settings.out / "costs.json", (json.dumps(known, indent=1) + "\n").encode())
+            say(f"{name}: {answer['step_seconds'] * 1e3:.4g} ms a step", number + 1, len(planned))
+        worker.close()
+
+
+def _mark(plan: Planned) -> str:
+    """Tells whether a kept cost is of this configuration."""
+    values = plan.measured.model_dump(mode="json")
+    return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _write(out: Path, figures: dict[str, Any]) -> None:
+    save(out / "results.json", figures)
+    write_whole(out / "table.md", markdown(figures).encode())
+    draw(figures, out)

@@ -1,0 +1,262 @@
+"""How fast every attention backend is on the patterns that models ask for, and how exact, beside what the hardware allows.
+
+    python -m andromeda.bench.attention --out benchmarks/results/attention.json
+
+Causal pairs alone are counted: 4 D operations a pair forward, 3.5 times as many forward and backward (arXiv 2307.08691). A
+floor is the larger of these operations at the device's measured rate of matrix products and of all inputs and outputs at its
+measured bandwidth. Errors are those of the last 64 queries, in the Euclidean norm, against float64, beside the error of the
+reference in the same type. Times are medians with a cold L2 cache. `first` is the first call's, with all compilation.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from andromeda.bench import qk
+from andromeda.bench.arguments import Parser
+from andromeda.bench.ceilings import ceilings
+from andromeda.bench.record import command_line, record, save
+from andromeda.model.flops import attention_pairs
+from andromeda.model.position.alibi import FoldedBias, slopes
+from andromeda.model.qk_preprocess import prepare
+from andromeda.ops.attention import Pattern, backends, eager, flex
+
+HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
+WINDOW, DOCUMENT = 1024, 2000
+"""Tokens that a window spans, and tokens of a document on average."""
+CHECKED = 64
+"""Queries whose error is measured."""
+ROOM = 32768
+"""Tokens in all rows together."""
+PREPARED = "the same, ALiBi folded"
+"""Of `bench qk`'s works, the one whose parts are those of preset `andromeda`."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One kind of attention and the backends that are to compute it."""
+
+    name: str
+    backends: tuple[str, ...]
+    window: int = 0
+    documents: bool = False
+    alibi: str = ""
+    """`slopes` or `folded`."""
+    prepared: bool = False
+    """QK norm, xPos and the fold are within the time, as a layer of preset `andromeda` has them; else queries and keys come ready."""
+    queries: int = 0
+    """0 is all: training. Otherwise the last ones, forward only."""
+    rows: int = 0
+    """0 is as many as make 32,768 tokens."""
+
+
+WORKS = (
+    Work("causal", ("fa4", "cudnn", "flex", "flash")),
+    Work("causal, ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded"),
+    Work("causal, QK norm + xPos + ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded", prepared=True),
+    Work("causal, ALiBi slopes", ("flex",), alibi="slopes"),
+    Work("window", ("fa4", "flex"), WINDOW),
+    Work("window, documents, ALiBi folded", ("fa4", "flex"), WINDOW, documents=True, alibi="folded"),
+    Work("documents", ("fa4",), documents=True),
+    Work("one query", ("flash", "decode", "sdpa", "fa4"), queries=1, rows=1),
+    Work("one query, documents", ("decode", "sdpa"), queries=1, documents=True, rows=1),
+    Work("one query, ALiBi slopes", ("decode",), alibi="slopes", queries=1, rows=1),
+    Work("1024 queries", ("fa4", "flash"), queries=1024, rows=1),
+)
+
+
+@dataclass
+class Row:
+    """One measurement. Times in milliseconds, rates in TFLOP/s; None was not measured."""
+
+    work: str
+    backend: str
+    tokens: int
+    rows: int
+    refused: str | None = None
+    first_s: float | None = None
+    forward_ms: float | None = None
+    forward_floor_ms: float | None = None
+    forward_tflops: float | None = None
+    both_ms: float | None = None
+    both_floor_ms: float | None = None
+    both_tflops: float | None = None
+    error: float | None = None
+    reference_error: float | None = None
+
+    def __str__(self) -> str:
+        if self.refused:
+            return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} refuses: {self.refused}"
+        figures = (f"{name} {value:.3g}" for name, value in asdict(self).items() if isinstance(value, float))
+        return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} " + ", ".join(figures)
+
+
+Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
+"""Queries and keys as they are given -> as attention takes them."""
+
+
+def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Pattern]:
+    """q, k, v in bfloat16 and the pattern, normalised; as they were before, if the work prepares them."""
+    g = torch.Generator(device).manual_seed(0)
+    content = HEAD_DIM - 4 * (work.alibi == "folded")
+
+    def random(heads: int, width: int, normalised: bool) -> Tensor:
+        x = torch.randn(rows, tokens, heads, width, device=device, generator=g)
+        return (torch.nn.functional.rms_norm(x, (width,)) if normalised else x).bfloat16()
+
+    q, k, v = random(HEADS, content, True), random(KV_HEADS, content, True), random(KV_HEADS, HEAD_DIM, False)
+    scale = HEAD_DIM**-0.5
+    heads = torch.nn.functional.pad(slopes(ALIBI_HEADS, device), (0, HEADS - ALIBI_HEADS))
+    if work.alibi == "folded" and not work.prepared:
+        index = torch.arange(tokens, device=device)
+        digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)
+        q, k = FoldedBias(heads, digits).fold(q, k, scale)
+    numbers = None
+    if work.documents:
+        numbers = (torch.rand(rows, tokens, device=device, generator=g) < 1 / DOCUMENT).cumsum(1)
+    queries = work.queries or tokens
+    documents = None if numbers is None else (numbers if queries == tokens else numbers[:, -queries:].contiguous(), numbers)
+    pattern = Pattern(scale, work.window, documents, heads if work.alibi == "slopes" else None)
+    return q[:, -queries:].contiguous(), k, v, pattern
+
+
+def preparation(work: Work, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
+    """What is done to queries and keys within the time, the learned scales in it, and the softmax scale that belongs to it."""
+    if not work.prepared:
+        return (lambda q, k: (q, k)), [], None
+    arguments, leaves = qk.inputs(**qk.WORKS[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
+    return (lambda q, k: prepare(q, k, *arguments[2:])), leaves[2:], arguments[-1]
+
+
+def pairs(pattern: Pattern, queries: int, tokens: int, rows: int) -> int:
+    """Pairs of query and key that are let through, in all rows and one head."""
+    if queries < tokens:
+        return rows * (attention_pairs(tokens) - attention_pairs(tokens - queries))
+    if pattern.documents is None:
+        return rows * attention_pairs(tokens, pattern.window)
+    lengths = (row.unique_consecutive(return_counts=True)[1].tolist() for row in pattern.documents[0])
+    return sum(attention_pairs(length, pattern.window) for row in lengths for length in row)
+
+
+def floors(operations: float, moved: float, device: torch.device) -> float | None:
+    """Least milliseconds for operations and for bytes moved on this device, where its rates are known."""
+    known = ceilings(device)
+    rate = known and known.rate("bf16")
+    return 1e3 * max(operations / rate, moved / known.bandwidth) if known and rate else None
+
+
+def median_ms(function: Callable[[], Any], device: torch.device, rep: int) -> float:
+    """Median time of a call, over about `rep` milliseconds."""
+    if device.type == "cuda":
+        from triton.testing import do_bench
+
+        return float(do_bench(function, warmup=20, rep=rep, return_mode="median"))
+    from torch.utils.benchmark import Timer
+
+    return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=rep / 1e3).median * 1e3
+
+
+def measure(work: Work, backend: str, tokens: int, device: torch.device, rep: int) -> Row:
+    """One backend on one kind of attention."""
+    B = work.rows or max(1, ROOM // tokens)
+    row = Row(work.name, backend, tokens, B)
+    q, k, v, pattern = inputs(work, tokens, B, device)
+    ready, scales, scale = preparation(work, tokens, device)
+    pattern = replace(pattern, scale=scale or pattern.scale)
+    trains = not work.queries
+    leaves = [x.requires_grad_(trains) for x in (q, k, v, *scales)]
+    module = backends()[backend]
+    row.refused = module.refuse(pattern, *ready(q, k), v)
+    if row.refused:
+        return row
+    grad = torch.randn_like(v[:, : q.shape[1]].expand(-1, -1, HEADS, -1))
+
+    def forward() -> Tensor:
+        with torch.set_grad_enabled(trains):
+            return module.attend(*ready(q, k), v, pattern)
+
+    def both() -> None:
+        torch.autograd.grad(forward(), leaves, grad)
+
+    row.first_s = _seconds(both if trains else forward, device)
+    operations = 4 * HEADS * HEAD_DIM * pairs(pattern, q.shape[1], tokens, B)
+    moved = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
+    row.forward_ms = median_ms(forward, device, rep)
+    row.forward_tflops = operations / row.forward_ms / 1e9
+    row.forward_floor_ms = floors(operations, moved, device)
+    if trains:
+        row.both_ms = median_ms(both, device, rep)
+        row.both_tflops = 3.5 * operations / row.both_ms / 1e9
+        # Backward reads the inputs, the output and its gradient, and writes three gradients.
+        row.both_floor_ms = floors(3.5 * operations, 3 * moved, device)
+    with torch.no_grad():
+        row.error, row.reference_error = errors(forward(), *ready(q, k), v, pattern)
+    return row
+
+
+def _seconds(function: Callable[[], Any], device: torch.device) -> float:
+    start = time.perf_counter()
+    function()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+@torch.no_grad()
+def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[float, float]:
+    """Relative errors of the last queries of the first row, of a backend and of the reference in the same type."""
+    few = min(CHECKED, q.shape[1])
+    q, k, v = q[:1, -few:], k[:1], v[:1]
+    if pattern.documents is not None:
+        pattern = replace(pattern, documents=(pattern.documents[0][:1, -few:], pattern.documents[1][:1]))
+    exact = eager.attend(q.double(), k.double(), v.double(), pattern)
+    same_type = eager.attend(q, k, v, pattern)
+    found, own = (((x.double() - exact).norm() / exact.norm()).item() for x in (out[:1, -few:].detach(), same_type))
+    return found, own
+
+
+def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> Iterator[Row]:
+    """All rows, as long as the budget of seconds lasts; the rest says that it did not."""
+    start = time.perf_counter()
+    for tokens in lengths:
+        # What was compiled for one length must not be asked to serve another, as in training, where the length is fixed.
+        torch._dynamo.reset()
+        flex._compiled.cache_clear()
+        for work in WORKS:
+            for backend in work.backends:
+                if time.perf_counter() - start > budget:
+                    yield Row(work.name, backend, tokens, 0, refused="the time for measuring was over")
+                    continue
+                yield measure(work, backend, tokens, device, rep)
+                if device.type == "cuda":
+                    torch.cuda.empty_cache()
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and write the result after every row, so that none is lost."""
+    parser = Parser(prog="andromeda bench attention", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 8192], help="tokens of a row")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rep", type=int, default=100, help="milliseconds for which each function is timed")
+    parser.add_argument("--budget", type=float, default=160.0, help="seconds after which nothing new is measured")
+    options = parser.parse_args(arguments)
+    command = command_line("attention", sys.argv[1:] if arguments is None else arguments)
+    rows: list[dict[str, Any]] = []
+    for row in sweep(options.lengths, torch.device(options.device), options.rep, options.budget):
+        print(row, flush=True)
+        rows.append(asdict(row))
+        shape = {"heads": HEADS, "kv_heads": KV_HEADS, "head_dim": HEAD_DIM, "dtype": "bfloat16", "window": WINDOW, "document": DOCUMENT}
+        save(options.out, record(command, {"shape": shape, "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

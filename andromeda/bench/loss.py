@@ -1,0 +1,124 @@
+"""Linear head and cross entropy, forward and backward: ours, compiled PyTorch with whole logits, and the libraries that fuse them.
+
+The work is 32,768 tokens of width 2,560 over a vocabulary of 50,432 in bfloat16. The floor counts the three products that any of
+them needs (logits, gradient of the states, gradient of the weight) at the device's measured rate. Memory is the peak above the
+inputs; the gradients themselves, which every side must hold, are part of it and named. Errors are those of the gradient of the
+states against float64, on the last 256 tokens. Ours is measured with other chunks than its own too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from andromeda.bench.ceilings import ceilings
+from andromeda.bench.timing import device_ms
+from andromeda.ops.cross_entropy import linear_cross_entropy
+
+TOKENS, WIDTH, VOCABULARY = 32768, 2560, 50432
+CHECKED = 256
+CHUNKS = (2048, 3712, 4096)
+"""Tokens of a chunk beside the default, on a GPU: whole tiles whose products leave few of a GPU's 132 processors without work."""
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""Hidden states (N, C), weight (V, C), targets (N,) -> sum of the cross entropies."""
+
+
+def ours(x: Tensor, weight: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
+    """What `andromeda train` runs, which chooses the chunk (0)."""
+    return linear_cross_entropy(x, weight, targets, chunk=chunk).total
+
+
+def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """All logits at once."""
+    return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
+
+
+def sides(cuda: bool) -> dict[str, Loss]:
+    """Everyone who is installed."""
+    found: dict[str, Loss] = {"Andromeda": ours, "PyTorch, compiled": torch.compile(plain, dynamic=False)}
+    if cuda:
+        found |= {f"Andromeda, {chunk:,} tokens a chunk": partial(ours, chunk=chunk) for chunk in CHUNKS}
+        found |= _libraries()
+    return found
+
+
+def _libraries() -> dict[str, Loss]:
+    """Those that can be imported: one that cannot on this machine takes no part."""
+    found: dict[str, Loss] = {}
+    for name, make in (("Liger", _liger), ("cut-cross-entropy", _cut), ("quack", _quack)):
+        with suppress(Exception):
+            found[name] = make()
+    return found
+
+
+def _liger() -> Loss:
+    from liger_kernel.ops.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyFunction as Liger
+
+    return lambda x, weight, targets: Liger.apply(x, weight, targets, None, None, -100, 0.0, 0.0, "sum")[0]
+
+
+def _cut() -> Loss:
+    from cut_cross_entropy import linear_cross_entropy as cut
+
+    return lambda x, weight, targets: cut(x, weight, targets, reduction="sum")
+
+
+def _quack() -> Loss:
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy as quack
+
+    return lambda x, weight, targets: quack(x, weight, targets, reduction="sum")
+
+
+def measure(device: torch.device, tokens: int = TOKENS, vocabulary: int = VOCABULARY, width: int = WIDTH, rep: int = 300) -> dict[str, Any]:
+    """Milliseconds, memory and error of every side."""
+    g = torch.Generator(device).manual_seed(0)
+    x = torch.randn(tokens, width, device=device, generator=g).bfloat16().requires_grad_()
+    weight = (torch.randn(vocabulary, width, device=device, generator=g) * width**-0.5).bfloat16().requires_grad_()
+    targets = torch.randint(vocabulary, (tokens,), device=device, generator=g)
+    known = ceilings(device)
+    rate = known.rate("bf16") if known else None
+    return {
+        "shape": {"tokens": tokens, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},
+        "floor_ms": 6e3 * tokens * width * vocabulary / rate if rate else None,
+        "gradients": 2 * (x.numel() + weight.numel()),
+        "sides": {name: _side(loss, x, weight, targets, rep) for name, loss in sides(x.is_cuda).items()},
+    }
+
+
+def _side(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor, rep: int) -> dict[str, Any]:
+    def both() -> tuple[Tensor, ...]:
+        return torch.autograd.grad(loss(x, weight, targets), (x, weight))
+
+    try:
+        both()
+        peak, gradients = _peak(both) if x.is_cuda else (None, both())
+        return {"ms": device_ms(both, x.device.type, rep), "peak": peak, "error": _error(gradients[0], x, weight, targets)}
+    except Exception as error:
+        # A library that fails on this machine is a finding, not the end of the benchmark.
+        return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}
+
+
+def _peak(both: Callable[[], tuple[Tensor, ...]]) -> tuple[int, tuple[Tensor, ...]]:
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    gradients = both()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before, gradients
+
+
+@torch.no_grad()
+def _error(found: Tensor, x: Tensor, weight: Tensor, targets: Tensor) -> float:
+    few, exact = slice(-CHECKED, None), weight.double()
+    p = (x[few].double() @ exact.T).softmax(-1)
+    p[torch.arange(len(p)), targets[few]] -= 1
+    gradient = p @ exact
+    return float((found[few].double() - gradient).norm() / gradient.norm())

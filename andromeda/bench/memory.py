@@ -1,0 +1,106 @@
+"""What a training step holds and how fast it is on this device, beside what `andromeda plan` says of it.
+
+Two micro-batches of random tokens a step where the configuration accumulates, else one; a row is one document. On a GPU the
+peak is the allocator's own; on a CPU it is the profiler's record of every allocation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from andromeda.config.load import load
+from andromeda.config.run import RunConfig
+from andromeda.plan import Place, plan
+from andromeda.plan.mesh import Mesh
+from andromeda.train.state import build_session, find_device
+from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.utils.hardware import Hardware, peak_flops, recognise, this_cpu
+
+ROUNDS = 5
+
+
+def measure(source: str, changes: list[str]) -> dict[str, Any]:
+    """Plan and measure one configuration on the device that it names."""
+    config = load(source, changes)
+    micro = config.train.micro_batch or config.train.batch
+    config = load(source, [*changes, f"train.batch={min(config.train.batch, 2 * micro)}", f"train.micro_batch={micro}"])
+    device = find_device(config.train.device)
+    planned = plan(source, config, Place(_hardware(device), device.type == "cuda", Mesh()))
+    real = _run(config, device)
+    peak = peak_flops(str(device), planned.precision)
+    rate = real["tokens_per_second"]
+    return {
+        "configuration": [source, *changes],
+        "precision": planned.precision,
+        "compiled": planned.compiled,
+        "planned": {
+            "between_steps": planned.memory.state.total - planned.memory.state.gradients,
+            "saved": planned.memory.passing.saved,
+            "peak": planned.memory.peak,
+        },
+        "measured": real,
+        "ratio": planned.memory.peak / real["peak"],
+        "mfu": rate * planned.flops.training / peak if peak else None,
+        "hfu": rate * planned.flops.hardware / peak if peak else None,
+    }
+
+
+def _hardware(device: torch.device) -> Hardware:
+    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else this_cpu()
+    return known or Hardware(torch.cuda.get_device_name(device), 0.0, 1.0, {}, "unknown")
+
+
+def _run(config: RunConfig, device: torch.device) -> dict[str, float]:
+    """A few real steps: bytes before one and at its worst moment, tokens a second."""
+    session = build_session(config, device, "bench")
+    stepper = Stepper(session, NextToken(session.model), config.train)
+    shape = (config.train.batch, config.train.sequence or config.model.context)
+    ids = torch.randint(0, config.model.vocab_size, shape, device=device)
+    work = Work(Rows(ids, ids, None), ids.numel(), (0, len(ids)))
+
+    def step() -> None:
+        stepper(work)
+
+    step()
+    step()
+    if device.type == "cuda":
+        state, peak = _cuda_peak(step)
+    else:
+        held = [*session.optimizer.tensors().values(), *session.average.tensors().values(), *session.model.state_dict().values()]
+        state, peak = _cpu_peak(step, held)
+    start = time.perf_counter()
+    for _ in range(ROUNDS):
+        step()
+    _wait(device)
+    return {"between_steps": state, "peak": peak, "tokens_per_second": ROUNDS * ids.numel() / (time.perf_counter() - start)}
+
+
+def _cuda_peak(step: Callable[[], None]) -> tuple[int, int]:
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    state = torch.cuda.memory_allocated()
+    step()
+    torch.cuda.synchronize()
+    return state, torch.cuda.max_memory_allocated()
+
+
+def _cpu_peak(step: Callable[[], None], held: list[Tensor]) -> tuple[int, int]:
+    state = sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        step()
+    now = peak = 0
+    for event in sorted(profile.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return state, state + peak
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -1,0 +1,117 @@
+"""Models that the GPU benchmarks measure: a configuration's own, and peers of the same matrix products.
+
+Their weights are random, drawn on the device, which changes no time.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from andromeda.config.derived import hidden_width
+from andromeda.config.model import ModelConfig
+from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import MissingExtra, RequestError, nearest
+
+GATED = ("swiglu", "geglu", "reglu")
+UNFUSED = "Andromeda without flash attention"
+LLAMA, X_TRANSFORMERS, X_TRANSFORMERS_ALIBI = "transformers Llama", "x-transformers without ALiBi", "x-transformers"
+PEERS = {"llama": LLAMA, "x-transformers": X_TRANSFORMERS, "x-transformers-alibi": X_TRANSFORMERS_ALIBI}
+"""Peers by the words that ask for them; x-transformers' ALiBi fills the memory with T x T numbers a head."""
+
+
+def peers(text: str) -> list[str]:
+    """The peers that a user asks for, words with commas between, or all. Raises RequestError."""
+    words = list(PEERS) if text == "all" else [word for word in text.split(",") if word]
+    for word in words:
+        if word not in PEERS:
+            raise RequestError(f"There is no peer {word!r}{nearest(word, PEERS)}: give {', '.join(PEERS)} or all.")
+    return [PEERS[word] for word in words]
+
+
+@contextmanager
+def unfused_attention() -> Iterator[None]:
+    """Causal attention of backend `sdpa` as PyTorch computes it without a fused kernel: all T x T logits, in the type of the products."""
+    before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
+    # Otherwise it computes in float32, which nobody would choose who is after speed.
+    torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
+
+
+def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+    """A model of this shape with random weights, in evaluation mode."""
+    with torch.device(device):
+        model = Transformer(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(dtype)
+            if parameter.ndim > 1:
+                parameter.normal_(0, 0.02)
+    return model.eval()
+
+
+def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """transformers' Llama of the same width, depth, heads and vocabulary, its SwiGLU as many parameters as our feed-forward."""
+    logging.disable(logging.WARNING)
+    try:
+        from transformers import LlamaConfig, LlamaForCausalLM
+    except ImportError:
+        raise MissingExtra("transformers", "bench", "transformers' Llama") from None
+    finally:
+        logging.disable(logging.NOTSET)
+    a = config.attention
+    matrices = 3 if config.feedforward.kind in GATED else 2
+    shape: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "num_key_value_heads": a.kv_heads,
+        "head_dim": a.head_dim,
+        # A multiple of 128, as fast kernels like it.
+        "intermediate_size": round(matrices * hidden_width(config) / 3 / 128) * 128,
+        "max_position_embeddings": 1 << 18,
+        "attn_implementation": "sdpa",
+        "use_cache": False,
+    }
+    described = LlamaConfig(**shape, num_attention_heads=a.kv_heads)
+    # Its check wants heads that divide the width, though its layers do not need them to.
+    described.num_attention_heads = a.heads
+    with torch.device(device):
+        model: nn.Module = LlamaForCausalLM(described)
+    return model.to(dtype)
+
+
+def x_transformer(config: ModelConfig, device: torch.device, dtype: torch.dtype, alibi: bool = True) -> nn.Module:
+    """x-transformers with the settings that preset `andromeda` is named after, at this size."""
+    try:
+        from x_transformers import Decoder, TransformerWrapper
+    except ImportError:
+        raise MissingExtra("x-transformers", "bench", "x-transformers") from None
+    a = config.attention
+    layers = Decoder(
+        dim=config.width,
+        depth=config.depth,
+        heads=a.heads,
+        attn_dim_head=a.head_dim,
+        attn_one_kv_head=a.kv_heads == 1,
+        alibi_pos_bias=alibi,
+        alibi_num_heads=a.heads // 2,
+        rotary_xpos=True,
+        attn_flash=True,
+        shift_tokens=1,
+        attn_qk_norm=True,
+        attn_qk_norm_dim_scale=True,
+    )
+    with torch.device(device):
+        model = TransformerWrapper(num_tokens=config.vocab_size, max_seq_len=1 << 18, use_abs_pos_emb=False, attn_layers=layers)
+    return model.to(device, dtype)

@@ -1,0 +1,88 @@
+"""What products in 8 bits cost in loss: the same model on the same tokens in the same order, once in bfloat16 and once in 8 bits.
+
+Text is the interpreter's own Python sources, a token a byte, so that nothing but an interpreter is needed. A curve is the loss of
+every step, in nats a byte; times are medians of the last half of the steps, and the first step's, which holds all compilation.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sysconfig
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from andromeda.config.load import load
+from andromeda.config.run import RunConfig
+from andromeda.optim import build_schedule
+from andromeda.train.state import build_session, find_device
+from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.utils.errors import AndromedaError
+
+BYTES = 256
+TAIL = 50
+"""Steps at the end whose mean loss is compared."""
+
+
+def measure(source: str, changes: list[str], steps: int, rows: int, precisions: tuple[str, ...] = ("bf16", "fp8")) -> dict[str, Any]:
+    """Curves of one configuration, whose vocabulary becomes the bytes."""
+    sides = {}
+    for precision in precisions:
+        run = [f"train.precision={precision}", f"train.batch={rows}", f"train.micro_batch={rows}", f"train.steps={steps}"]
+        torch._dynamo.reset()
+        try:
+            config = load(source, [*changes, f"model.vocab_size={BYTES}", *run])
+            sides[precision] = _curve(config)
+        except AndromedaError as error:
+            sides[precision] = {"failed": str(error)}
+    return {"configuration": [source, *changes], "rows": rows, "sides": sides}
+
+
+def text(limit: int) -> Tensor:
+    """The first `limit` bytes of the interpreter's sources (N,), files in the order of their paths."""
+    files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
+    held = bytearray()
+    for file in files:
+        if len(held) >= limit:
+            break
+        held += file.read_bytes()
+    return torch.frombuffer(held, dtype=torch.uint8)[:limit].long()
+
+
+def batches(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
+    """Inputs and targets (rows, T), random places of the text, the same for every precision."""
+    T, rows = _length(config), config.train.batch
+    held, generator = text(32 << 20), torch.Generator().manual_seed(config.seed)
+    for _ in range(config.train.steps):
+        starts = torch.randint(len(held) - T - 1, (rows,), generator=generator)
+        picked = torch.stack([held[start : start + T + 1] for start in starts.tolist()])
+        yield picked[:, :-1].contiguous(), picked[:, 1:].contiguous()
+
+
+def _curve(config: RunConfig) -> dict[str, Any]:
+    device = find_device(config.train.device)
+    session = build_session(config, device, "bench")
+    stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
+    schedule = build_schedule(config.train.schedule, config.train.steps)
+    losses, seconds = [], []
+    for number, (ids, targets) in enumerate(batches(config)):
+        session.optimizer.set_factor(schedule(number), number)
+        rows = Rows(ids.to(device), targets.to(device), None)
+        start = time.perf_counter()
+        losses.append(stepper(Work(rows, targets.numel(), (0, len(ids)))).nll.item())
+        seconds.append(time.perf_counter() - start)
+    final = losses[-TAIL:]
+    return {
+        "final_loss": sum(final) / len(final),
+        "seconds": statistics.median(seconds[len(seconds) // 2 :]),
+        "first_step_seconds": seconds[0],
+        "losses": [round(loss, 5) for loss in losses],
+    }
+
+
+def _length(config: RunConfig) -> int:
+    return config.train.sequence or config.model.context

@@ -1,0 +1,294 @@
+"""The flat names that users know, translated to the keys of `ModelConfig`.
+
+Two families: the names of the spec (those of x-transformers: dim, dim_head, alibi_num_heads, ...) and those of Hugging
+Face's configurations (hidden_size, num_attention_heads, ...). Both may stand in a TOML file's [model] table and in
+`Andromeda(...)`, beside the structured keys; two that say different things about one key are an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from andromeda.config.base import Part
+from andromeda.config.keys import flatten, place, show
+from andromeda.config.model import ModelConfig
+from andromeda.utils.errors import ConfigError, nearest
+
+Claims = Iterator[tuple[str, Any]]
+"""Pairs of a dotted path below `model` and its value."""
+Names = Mapping[str, Any]
+"""Flat names as the user gave them."""
+
+SPEC_DIRECT = {
+    "num_tokens": "vocab_size",
+    "max_seq_len": "context",
+    "dim": "width",
+    "dim_head": "attention.head_dim",
+    "heads": "attention.heads",
+    "use_abs_pos_emb": "embedding.absolute",
+}
+HUGGING_FACE_DIRECT = {
+    "max_position_embeddings": "context",
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "attention.heads",
+    "num_key_value_heads": "attention.kv_heads",
+    "head_dim": "attention.head_dim",
+    "intermediate_size": "feedforward.hidden",
+    "mlp_bias": "feedforward.bias",
+    "attention_bias": "attention.bias",
+    "rotary_emb_fraction": "rotary.fraction",
+    "rope_theta": "rotary.theta",
+    "layer_norm_eps": "block.eps",
+    "rms_norm_eps": "block.eps",
+    "tie_word_embeddings": "head.tied",
+}
+DIRECT = SPEC_DIRECT | HUGGING_FACE_DIRECT
+
+ACTIVATIONS = {
+    **{kind: kind for kind in ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "reglu", "moe")},
+    # In the Hugging Face configurations that use these names, silu is the gate of a gated network.
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "silu_ungated": "silu",
+}
+PROVIDERS: dict[str, dict[str, Any]] = {
+    "plain": {"embedding.kind": "plain"},
+    "AndromedaEmbedding": {"embedding.kind": "plain"},
+    "tied": {"embedding.kind": "plain", "head.tied": True},
+    "factorised": {"embedding.kind": "factorised"},
+    "value": {"embedding.kind": "plain", "value_embedding.kind": "layered"},
+}
+"""Embeddings of Andromeda's own, by the name that `embedding_provider` takes."""
+
+
+class Translation:
+    """The keys that a [model] table says, gathered one claim at a time; a claim that contradicts another is refused."""
+
+    def __init__(self, base: ModelConfig, prefix: str) -> None:
+        self.base, self.prefix = flatten(base.model_dump()), prefix
+        self.values: dict[str, Any] = {}
+        self.spelled: dict[str, str] = {}
+
+    def at(self, path: str) -> Any:
+        """The value at a path as far as it has been said, else the base's."""
+        return self.values.get(path, self.base[path])
+
+    def claim(self, path: str, value: Any, name: str) -> None:
+        """Set a key under the name that the user gave it."""
+        name = self.prefix + name
+        if path in self.values and self.values[path] != value:
+            raise ConfigError(
+                f"{self.spelled[path]} and {name} say different things about model.{path} "
+                f"({show(self.values[path])} and {show(value)}): keep one of them."
+            )
+        self.values[path] = value
+        self.spelled[path] = name
+
+    def derive(self, path: str, value: Any) -> None:
+        """Set a key that follows from a name, unless it was said."""
+        self.values.setdefault(path, value)
+
+
+def _flag(given: Names, name: str, default: bool) -> bool:
+    value = given.get(name, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} must be true or false, not {show(value)}.")
+    return value
+
+
+def _count(given: Names, name: str) -> int:
+    value = given[name]
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} must be a whole number of at least 0, not {show(value)}.")
+    return value
+
+
+def _alibi(given: Names, model: Translation) -> Claims:
+    """alibi_num_heads is 12 unless given, and at most half of the heads, so that both kinds of head exist."""
+    if not _flag(given, "alibi_pos_bias", True):
+        yield "alibi.heads", 0
+    elif "alibi_num_heads" in given:
+        yield "alibi.heads", _count(given, "alibi_num_heads")
+    elif not model.values.get("alibi.heads"):
+        yield "alibi.heads", _half(model, 12)
+
+
+def _half(model: Translation, most: int) -> int:
+    heads = model.at("attention.heads")
+    return min(most, max(heads // 2, 1)) if isinstance(heads, int) else most
+
+
+def _rotary(given: Names, model: Translation) -> Claims:
+    """As in x-transformers, rotary_xpos switches the rotation on; without it only rotary_pos_emb does."""
+    alone = "rotary_xpos" not in given
+    on = _flag(given, "rotary_pos_emb", False)
+    xpos = on and model.at("rotary.kind") == "xpos" if alone else _flag(given, "rotary_xpos", True)
+    yield "rotary.kind", "xpos" if xpos else "rope" if on else "none"
+
+
+def _flash(given: Names, model: Translation) -> Claims:
+    for name in given:
+        yield "attention.backend", "auto" if _flag(given, name, True) else "eager"
+
+
+def _shift(given: Names, model: Translation) -> Claims:
+    tokens = _count(given, "shift_tokens")
+    yield "shift.kind", "chunks" if tokens else "none"
+    if tokens:
+        yield "shift.tokens", tokens
+
+
+def _one_kv_head(given: Names, model: Translation) -> Claims:
+    yield "attention.kv_heads", 1 if _flag(given, "attn_one_kv_head", True) else model.at("attention.heads")
+
+
+def _qk_norm(given: Names, model: Translation) -> Claims:
+    """qk_norm and attn_qk_norm are one switch, attn_qk_norm_dim_scale adds the learned scale; all are on unless given."""
+    switches = {name: _flag(given, name, True) for name in ("qk_norm", "attn_qk_norm") if name in given}
+    if len(set(switches.values())) > 1:
+        raise ConfigError("qk_norm and attn_qk_norm say different things: give one of them, or both the same value.")
+    on, scaled = all(switches.values()), _flag(given, "attn_qk_norm_dim_scale", True)
+    if not on and given.get("attn_qk_norm_dim_scale"):
+        raise ConfigError("attn_qk_norm_dim_scale = true has nothing to scale while the QK norm is off: set attn_qk_norm = true.")
+    yield "attention.qk_norm", ("l2_dim_scale" if scaled else "l2") if on else "none"
+
+
+def _provider(given: Names, model: Translation) -> Claims:
+    provider = given["embedding_provider"]
+    if isinstance(provider, str) and ":" not in provider:
+        if provider not in PROVIDERS:
+            known = ", ".join(PROVIDERS)
+            raise ConfigError(
+                f"embedding_provider = {provider!r} is not known{nearest(provider, PROVIDERS)}: "
+                f"give one of {known}, a class, or its path as package.module:Class."
+            )
+        yield from PROVIDERS[provider].items()
+        return
+    if not isinstance(provider, str):
+        if not callable(provider):
+            raise ConfigError(f"embedding_provider must be a name, a class or a module, not {show(provider)}.")
+        kind = provider if isinstance(provider, type) else type(provider)
+        provider = f"{kind.__module__}:{kind.__qualname__}"
+    yield "embedding.kind", "custom"
+    yield "embedding.provider", provider
+
+
+def _deepnorm(given: Names, model: Translation) -> Claims:
+    on = _flag(given, "deepnorm", False)
+    yield "block.residual", "deepnorm" if on else "pre"
+    if on or model.at("init.kind") == "deepnorm":
+        yield "init.kind", "deepnorm" if on else "normal"
+
+
+def _activation(given: Names, model: Translation) -> Claims:
+    name = str(given["hidden_act"])
+    if name.lower() not in ACTIVATIONS:
+        raise ConfigError(
+            f"hidden_act = {show(given['hidden_act'])} is not known{nearest(name.lower(), ACTIVATIONS)}: "
+            f"give one of {', '.join(ACTIVATIONS)}."
+        )
+    yield "feedforward.kind", ACTIVATIONS[name.lower()]
+
+
+def _heads(given: Names, model: Translation) -> Claims:
+    """What Hugging Face's configurations derive from num_attention_heads when it is not given."""
+    heads, width = given["num_attention_heads"], model.at("width")
+    if "num_key_value_heads" not in given:
+        yield "attention.kv_heads", heads
+    if "head_dim" not in given and isinstance(heads, int) and isinstance(width, int) and heads > 0:
+        if width % heads:
+            raise ConfigError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}: change one, or give head_dim.")
+        yield "attention.head_dim", width // heads
+
+
+ROPE_SCALING = {
+    "factor": "factor",
+    "original_max_position_embeddings": "original_context",
+    "beta_fast": "beta_fast",
+    "beta_slow": "beta_slow",
+}
+
+
+def _rope_scaling(given: Names, model: Translation) -> Claims:
+    """rope_scaling, and rope_parameters, which newer configurations write in its place."""
+    for name, values in given.items():
+        if not isinstance(values, Mapping):
+            raise ConfigError(f"{name} must be a table with rope_type and factor, not {show(values)}.")
+        kind = values.get("rope_type", values.get("type", "default"))
+        kinds = ("default", "linear", "dynamic", "ntk", "yarn")
+        if kind not in kinds:
+            raise ConfigError(f"{name}.rope_type must be one of {', '.join(kinds)}, not {show(kind)}{nearest(str(kind), kinds)}.")
+        yield "rotary.scaling.kind", "none" if kind == "default" else kind
+        for key, value in values.items():
+            if key == "rope_theta":
+                yield "rotary.theta", value
+            elif key == "partial_rotary_factor":
+                yield "rotary.fraction", value
+            elif key in ROPE_SCALING:
+                yield f"rotary.scaling.{ROPE_SCALING[key]}", float(value) if key == "factor" and isinstance(value, int) else value
+            elif key not in ("rope_type", "type"):
+                raise ConfigError(f"there is no key {name}.{key}{nearest(key, ROPE_SCALING)}.")
+
+
+Group = Callable[[Names, Translation], Claims]
+SPEC_GROUPS: dict[tuple[str, ...], Group] = {
+    ("alibi_pos_bias", "alibi_num_heads"): _alibi,
+    ("rotary_xpos", "rotary_pos_emb"): _rotary,
+    ("attn_flash",): _flash,
+    ("shift_tokens",): _shift,
+    ("attn_one_kv_head",): _one_kv_head,
+    ("qk_norm", "attn_qk_norm", "attn_qk_norm_dim_scale"): _qk_norm,
+    ("embedding_provider",): _provider,
+    ("deepnorm",): _deepnorm,
+}
+HUGGING_FACE_GROUPS: dict[tuple[str, ...], Group] = {
+    ("hidden_act",): _activation,
+    ("use_flash_attention",): _flash,
+    ("rope_scaling", "rope_parameters"): _rope_scaling,
+}
+SPEC_NAMES = frozenset(SPEC_DIRECT) | {name for group in SPEC_GROUPS for name in group}
+HUGGING_FACE_NAMES = frozenset(HUGGING_FACE_DIRECT) | {name for group in HUGGING_FACE_GROUPS for name in group}
+NAMES = SPEC_NAMES | HUGGING_FACE_NAMES
+
+
+def translate(table: Mapping[str, Any], base: ModelConfig, prefix: str = "model.") -> tuple[dict[str, Any], dict[str, str]]:
+    """A [model] table that may hold flat names, as structured keys.
+
+    table: as read; a name that is None counts as absent. base: the model that the table changes; names that depend on
+    others (attn_one_kv_head on heads) look there for what the table leaves out.
+    Returns the nested keys, and for each full dotted path the name that the user typed.
+    """
+    result = Translation(base, prefix)
+    structured = {name: value.model_dump() if isinstance(value, Part) else value for name, value in table.items() if name not in NAMES}
+    for path, value in flatten(structured).items():
+        result.claim(path, value, path)
+    given = {name: value for name, value in table.items() if name in NAMES and value is not None}
+    for name, value in given.items():
+        if name in DIRECT:
+            result.claim(DIRECT[name], value, name)
+    for names, group in (SPEC_GROUPS | HUGGING_FACE_GROUPS).items():
+        if used := {name: given[name] for name in names if name in given}:
+            for path, value in group(used, result):
+                result.claim(path, value, " with ".join(used))
+    for path, value in _consequences(given, result):
+        result.derive(path, value)
+    nested: dict[str, Any] = {}
+    for path, value in result.values.items():
+        place(nested, path, value)
+    return nested, {f"model.{path}": name for path, name in result.spelled.items()}
+
+
+def _consequences(given: Names, model: Translation) -> Claims:
+    """Keys that a name moves along with its own; none of those that were said."""
+    if "num_attention_heads" in given:
+        yield from _heads(given, model)
+    if "heads" in given and (most := model.base["alibi.heads"]):
+        yield "alibi.heads", _half(model, most)
+    hidden, width = model.base["feedforward.hidden"], model.at("width")
+    if given.keys() & {"dim", "hidden_size"} and hidden and isinstance(width, int):
+        # An inner width that the base spells out keeps its share of the width.
+        yield "feedforward.hidden", max(64, round(hidden * width / model.base["width"] / 64) * 64)

@@ -1,0 +1,441 @@
+"""Every rule between the parts of a configuration: what is refused, and what is legal but worth a word.
+
+A rule is a condition on the configuration and the clause that the user reads when it holds. Clauses name keys by their
+dotted path, say why, and how to mend it; `{...}` is filled from the configuration. Ranges and types of single keys are
+not here: the types in model.py, data.py and train.py have them.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable
+from types import SimpleNamespace
+from typing import Any
+
+from andromeda.config.derived import (
+    FOLDED_DIMS,
+    FOLDED_REACH,
+    GATED,
+    content_dim,
+    find_class,
+    hidden_width,
+    original_context,
+    rotated_dims,
+    smallest_scale_base,
+)
+from andromeda.config.mistakes import sentence
+from andromeda.config.model import BACKENDS, MECHANISMS, ModelConfig
+from andromeda.config.run import RunConfig
+from andromeda.utils.errors import ConfigError, nearest
+
+Rule = tuple[Callable[[Any], Any], str]
+
+MODEL: tuple[Rule, ...] = (
+    # Heads
+    (
+        lambda m: m.attention.heads % m.attention.kv_heads != 0,
+        "model.attention.heads = {m.attention.heads} is not a multiple of model.attention.kv_heads = {m.attention.kv_heads}: "
+        "every key/value head serves the same number of query heads",
+    ),
+    (
+        lambda m: m.attention.backend not in BACKENDS,
+        "model.attention.backend = {m.attention.backend!r} is not known{backend_hint}: give one of {backends}",
+    ),
+    (
+        lambda m: m.attention.mechanism not in MECHANISMS and not re.fullmatch(r"[\w.]+:[\w.]+", m.attention.mechanism),
+        "model.attention.mechanism = {m.attention.mechanism!r} is not registered{mechanism_hint}: "
+        "give {mechanisms} or package.module:Class",
+    ),
+    (
+        lambda m: m.attention.mechanism == "sigmoid" and m.attention.backend not in ("auto", "eager"),
+        "model.attention.backend = {m.attention.backend!r} computes softmax, not model.attention.mechanism = 'sigmoid': use auto",
+    ),
+    # ALiBi
+    (
+        lambda m: m.alibi.heads > m.attention.heads,
+        "model.alibi.heads = {m.alibi.heads} is more than model.attention.heads = {m.attention.heads}",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.attention.head_dim <= 2 * FOLDED_DIMS,
+        "model.alibi.fold takes {folded} dimensions of each head, too much of model.attention.head_dim = {m.attention.head_dim}: "
+        "use heads of more than {twice_folded} dimensions, or model.alibi.fold = false",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.context > FOLDED_REACH,
+        "model.alibi.fold reaches {reach} positions, fewer than model.context = {m.context}: set model.alibi.fold = false",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.attention.softcap,
+        "model.alibi.fold does not go with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
+        "set model.alibi.fold = false",
+    ),
+    (
+        lambda m: m.alibi.heads and m.alibi.fold and m.attention.mechanism == "sigmoid",
+        "model.alibi.fold needs softmax, which ignores what is constant along a row, not model.attention.mechanism = 'sigmoid': "
+        "set model.alibi.fold = false",
+    ),
+    # Rotary positions
+    (
+        lambda m: m.rotary.kind != "none" and not _whole_pairs(m),
+        "model.rotary.fraction = {m.rotary.fraction:g} turns {turned:g} of {content} head dimensions, but rotation turns whole pairs: "
+        "take a fraction such as {even:g}",
+    ),
+    (
+        lambda m: m.rotary.kind == "none" and m.rotary.scaling.kind != "none",
+        "model.rotary.scaling.kind = {m.rotary.scaling.kind!r} has nothing to scale while model.rotary.kind is 'none'",
+    ),
+    (
+        lambda m: m.rotary.scaling.kind == "none" and m.rotary.scaling.factor != 1.0,
+        "model.rotary.scaling.factor = {m.rotary.scaling.factor:g} has no effect while model.rotary.scaling.kind is 'none': "
+        "choose linear, ntk, dynamic or yarn",
+    ),
+    (
+        lambda m: m.rotary.scaling.beta_fast <= m.rotary.scaling.beta_slow,
+        "model.rotary.scaling.beta_fast = {m.rotary.scaling.beta_fast:g} must be above beta_slow = {m.rotary.scaling.beta_slow:g}",
+    ),
+    (
+        lambda m: m.rotary.heads == "unbiased" and not _divides_heads(m),
+        "model.rotary.heads = 'unbiased' divides the heads between model.alibi and model.rotary: "
+        "set model.alibi.heads above 0 and model.rotary.kind to 'rope' or 'xpos'",
+    ),
+    (
+        lambda m: _divides_heads(m) and m.alibi.heads * m.attention.kv_heads % m.attention.heads != 0,
+        "model.rotary.heads = 'unbiased' needs key/value heads that serve heads of one kind, but model.alibi.heads = {m.alibi.heads} "
+        "is not a multiple of the {served} query heads of each: change it, or model.attention.kv_heads = {m.attention.kv_heads}",
+    ),
+    # Reach
+    (
+        lambda m: m.attention.window >= m.context,
+        "model.attention.window = {m.attention.window} covers the whole model.context = {m.context}: set it lower, or to 0 for no window",
+    ),
+    (
+        lambda m: m.attention.global_every and not m.attention.window,
+        "model.attention.global_every = {m.attention.global_every} has no effect without model.attention.window",
+    ),
+    (
+        lambda m: m.attention.global_every > m.depth,
+        "model.attention.global_every = {m.attention.global_every} is more than model.depth = {m.depth}: no layer would see everything",
+    ),
+    # Feed-forward
+    (
+        lambda m: m.feedforward.kind == "moe" and m.experts.active > m.experts.count,
+        "model.experts.active = {m.experts.active} is more than model.experts.count = {m.experts.count}",
+    ),
+    (
+        lambda m: m.feedforward.kind == "moe" and m.feedforward.bias,
+        "model.feedforward.bias = true does not go with model.feedforward.kind = 'moe': experts have no biases",
+    ),
+    # DeepNorm
+    (
+        lambda m: m.block.residual == "deepnorm" and m.init.kind == "zero_projections",
+        "model.init.kind = 'zero_projections' does not go with model.block.residual = 'deepnorm': its bound rests on the scaled start, "
+        "so use model.init.kind = 'deepnorm'",
+    ),
+    (
+        lambda m: m.block.residual == "deepnorm" and (m.skips.first or m.skips.unet),
+        "model.skips does not go with model.block.residual = 'deepnorm': its bound counts one path through the blocks",
+    ),
+    (
+        lambda m: m.init.kind == "deepnorm" and m.block.residual != "deepnorm",
+        "model.init.kind = 'deepnorm' belongs with model.block.residual = 'deepnorm': set both",
+    ),
+    # Embedding and head
+    (
+        lambda m: m.head.tied and m.embedding.kind == "factorised",
+        "model.head.tied = true does not go with model.embedding.kind = 'factorised': there is no table of vocabulary x width to share",
+    ),
+    (
+        lambda m: m.head.tied and m.init.kind == "zero_projections",
+        "model.head.tied = true does not go with model.init.kind = 'zero_projections', "
+        "which starts the head at zero and the embedding at one",
+    ),
+    (
+        lambda m: m.embedding.kind == "factorised" and m.embedding.rank >= m.width,
+        "model.embedding.rank = {m.embedding.rank} must be below model.width = {m.width}: a factorised table saves nothing otherwise",
+    ),
+    (
+        lambda m: m.embedding.kind == "custom" and not re.fullmatch(r"[\w.]+:[\w.]+", m.embedding.provider),
+        "model.embedding.provider = {m.embedding.provider!r} must be package.module:Class when model.embedding.kind is 'custom'; "
+        "a class made inside a function has no such path",
+    ),
+    (
+        lambda m: m.embedding.kind != "custom" and m.embedding.provider,
+        "model.embedding.provider = {m.embedding.provider!r} has no effect while model.embedding.kind is "
+        "{m.embedding.kind!r}: set it to 'custom'",
+    ),
+    (
+        lambda m: m.shift.kind == "chunks" and m.shift.tokens >= m.width,
+        "model.shift.tokens = {m.shift.tokens} leaves no channel for each token in model.width = {m.width}",
+    ),
+)
+
+RUN: tuple[Rule, ...] = (
+    # Data
+    (
+        lambda c: c.data.corpus and c.data.sources,
+        "data.corpus = {c.data.corpus!r} and data.sources are both given: keep one (a single corpus can be a source)",
+    ),
+    # Batches
+    (
+        lambda c: c.train.micro_batch and c.train.batch % c.train.micro_batch != 0,
+        "train.batch = {c.train.batch} is not a multiple of train.micro_batch = {c.train.micro_batch}",
+    ),
+    (
+        lambda c: c.train.sequence > c.model.context,
+        "train.sequence = {c.train.sequence} is longer than model.context = {c.model.context}: lower it, or raise model.context",
+    ),
+    # Schedule
+    (
+        lambda c: c.train.schedule.kind == "wsd" and c.train.schedule.warmup + c.train.schedule.cooldown > c.train.steps,
+        "train.schedule.warmup = {c.train.schedule.warmup} and train.schedule.cooldown = {c.train.schedule.cooldown} do not fit into "
+        "train.steps = {c.train.steps}",
+    ),
+    (
+        lambda c: c.train.schedule.kind != "wsd" and c.train.schedule.warmup > c.train.steps,
+        "train.schedule.warmup = {c.train.schedule.warmup} does not fit into train.steps = {c.train.steps}",
+    ),
+    (
+        lambda c: c.train.schedule.kind != "wsd" and c.train.schedule.cooldown,
+        "train.schedule.cooldown = {c.train.schedule.cooldown} has no effect while train.schedule.kind is {c.train.schedule.kind!r}: "
+        "set it to 'wsd'",
+    ),
+    (
+        lambda c: not all(0 <= beta < 1 for beta in c.train.optim.betas),
+        "train.optim.betas = {c.train.optim.betas} must both be at least 0 and below 1",
+    ),
+    # Window warm-up
+    (
+        lambda c: bool(c.train.window.start) != bool(c.train.window.end),
+        "train.window needs both start and end above 0 (a window that grows), or neither",
+    ),
+    (
+        lambda c: c.train.window.start > c.train.window.end > 0,
+        "train.window.start = {c.train.window.start} is above train.window.end = {c.train.window.end}: the window grows",
+    ),
+    (
+        lambda c: c.train.window.start and c.train.window.end != c.model.attention.window,
+        "train.window.end = {c.train.window.end} must equal model.attention.window = {c.model.attention.window}: "
+        "the window grows to the one that the model keeps",
+    ),
+    # Precision and device
+    (
+        lambda c: not re.fullmatch(r"auto|cpu|cuda(:\d+)?", c.train.device),
+        "train.device = {c.train.device!r} must be auto, cpu, cuda or cuda:N",
+    ),
+    (
+        lambda c: c.train.precision == "fp16" and c.model.alibi.heads and c.model.alibi.fold,
+        "train.precision = 'fp16' cannot hold what model.alibi.fold puts into the queries, 65536 times a slope: "
+        "use bf16, or set model.alibi.fold = false",
+    ),
+    (
+        lambda c: c.train.precision == "fp8" and c.train.device == "cpu",
+        "train.precision = 'fp8' needs a GPU with fp8 matrix products, not train.device = {c.train.device!r}: use bf16 or auto",
+    ),
+    (
+        lambda c: c.train.precision == "fp8" and any(size % 16 for size in _matrix_sizes(c.model)),
+        "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.width, model.attention.head_dim and the inner width of "
+        "model.feedforward are {sizes}",
+    ),
+    (
+        lambda c: c.train.probes.every and not c.train.probes.tasks,
+        "train.probes.every = {c.train.probes.every} has nothing to score: train.probes.tasks is empty",
+    ),
+)
+
+TRAINING: tuple[Rule, ...] = (
+    (
+        lambda c: not c.data.corpus and not c.data.sources,
+        "data.corpus is empty: name a folder that `andromeda data build` made, or list several in data.sources",
+    ),
+)
+
+NOTES: tuple[Rule, ...] = (
+    (
+        lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.heads and c.model.rotary.heads == "all",
+        "The first {c.model.alibi.heads} heads have both xPos's decay and ALiBi's: they look closer than either alone.",
+    ),
+    (
+        lambda c: c.model.alibi.heads and _bound(c.model) and _horizon(c.model) < c.model.context / 8,
+        "QK norm {c.model.attention.qk_norm!r} bounds logits at {bound:g}, so the steepest ALiBi head sees about {horizon:.0f} tokens.",
+    ),
+    (
+        lambda c: c.model.rotary.kind == "xpos" and _retention(c.model) < 0.1,
+        "At a distance of model.context xPos leaves {retention:.1%} of a rotated pair's weight on average: raise model.rotary.scale_base "
+        "(a quarter of the context leaves {quarter:.1%}) where far tokens matter.",
+    ),
+    (
+        lambda c: c.model.rotary.scaling.kind != "none" and c.model.alibi.heads and c.model.alibi.scale == 1.0,
+        "Rotary positions are stretched but ALiBi's slopes are not: model.alibi.scale = {c.model.rotary.scaling.factor:g} would match.",
+    ),
+    (
+        lambda c: (o := c.model.rotary.scaling.original_context) and c.model.context > o * c.model.rotary.scaling.factor,
+        "model.context is beyond model.rotary.scaling.factor times original_context: positions past that were never interpolated.",
+    ),
+    (
+        lambda c: (
+            c.model.rotary.kind == "none" and not c.model.alibi.heads and not c.model.embedding.absolute and c.model.shift.kind == "none"
+        ),
+        "The model has no positions at all (NoPE): it can tell order from the causal mask alone.",
+    ),
+    (
+        lambda c: c.model.alibi.fold and not c.model.alibi.heads,
+        "model.alibi.fold has no effect while model.alibi.heads is 0.",
+    ),
+    (
+        lambda c: c.model.block.residual == "deepnorm" and c.model.block.kind == "parallel",
+        "DeepNorm with parallel blocks is unpublished: the bound counts branches and holds, but there are half as many norms.",
+    ),
+    (
+        lambda c: c.model.block.residual == "deepnorm" and c.model.feedforward.kind in (*GATED, "moe"),
+        "DeepNorm's bound counts two matrices in the feed-forward; {c.model.feedforward.kind} has more.",
+    ),
+    (
+        lambda c: c.model.block.residual == "deepnorm" and c.model.init.kind != "deepnorm",
+        "DeepNorm without model.init.kind = 'deepnorm' scales the residual stream alone: its bound does not hold.",
+    ),
+    (
+        lambda c: c.model.block.residual == "deepnorm" and c.train.optim.kind == "muon",
+        "DeepNorm's bound is about SGD's step: Muon's updates do not depend on the gradient's scale.",
+    ),
+    (
+        lambda c: c.train.optim.kind == "muon" and c.train.clip.kind == "norm",
+        "Clipping the global norm hardly touches matrices under Muon, whose update does not depend on the gradient's scale.",
+    ),
+    (
+        lambda c: c.train.guard.enabled and not c.train.checkpoints.every,
+        "The guard rolls back to a checkpoint, and train.checkpoints.every = 0 writes none on the way.",
+    ),
+    (
+        lambda c: c.model.feedforward.kind != "moe" and c.model.experts != type(c.model.experts)(),
+        "model.experts has no effect while model.feedforward.kind is {c.model.feedforward.kind!r}.",
+    ),
+)
+
+
+def check_model(model: ModelConfig) -> None:
+    """Raise ConfigError, one sentence for all reasons, when the model's parts do not fit together."""
+    _refuse(_model_reasons(model, "fp32"))
+
+
+def check(config: RunConfig) -> None:
+    """Raise ConfigError, one sentence for all reasons, when the run's parts do not fit together."""
+    _refuse(_model_reasons(config.model, config.train.precision) + _holding(RUN, c=config))
+
+
+def check_training(config: RunConfig) -> None:
+    """`check`, and what only a run needs: a source of tokens."""
+    check(config)
+    _refuse(_holding(TRAINING, c=config))
+
+
+def resolve(config: RunConfig) -> RunConfig:
+    """The configuration, checked, with every 0 that stands for another key's value replaced by that value."""
+    check(config)
+    train, rotary = config.train, config.model.rotary
+    train = train.model_copy(update={"sequence": train.sequence or config.model.context, "micro_batch": train.micro_batch or train.batch})
+    if rotary.scaling.kind != "none":
+        scaling = rotary.scaling.model_copy(update={"original_context": original_context(config.model)})
+        rotary = rotary.model_copy(update={"scaling": scaling})
+    return config.model_copy(update={"train": train, "model": config.model.model_copy(update={"rotary": rotary})})
+
+
+def notes(config: RunConfig) -> list[str]:
+    """Sentences about what is legal but unusual, for a user to read before a run."""
+    return _holding(NOTES, c=config)
+
+
+def _refuse(reasons: list[str]) -> None:
+    if reasons:
+        raise ConfigError(sentence(reasons))
+
+
+def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
+    reasons = _holding(MODEL, m=model) + _overflow(model, precision)
+    if not reasons and model.embedding.kind == "custom":
+        find_class(model.embedding.provider, "model.embedding.provider")
+    if not reasons and ":" in model.attention.mechanism:
+        find_class(model.attention.mechanism, "model.attention.mechanism")
+    return reasons
+
+
+def _holding(rules: Iterable[Rule], **parts: Any) -> list[str]:
+    """The clauses of the rules that hold."""
+    (part,) = parts.values()
+    return [clause.format(**parts, **vars(_figures(parts.get("m") or part.model))) for holds, clause in rules if holds(part)]
+
+
+def _figures(m: ModelConfig) -> SimpleNamespace:
+    """What clauses quote besides the keys themselves."""
+    content = content_dim(m)
+    pairs = max(1, min(content // 2, round(m.rotary.fraction * content / 2)))
+    return SimpleNamespace(
+        backends=", ".join(BACKENDS),
+        backend_hint=nearest(m.attention.backend, BACKENDS),
+        mechanisms=", ".join(MECHANISMS),
+        mechanism_hint=nearest(m.attention.mechanism, MECHANISMS),
+        folded=FOLDED_DIMS,
+        twice_folded=2 * FOLDED_DIMS,
+        reach=FOLDED_REACH,
+        content=content,
+        served=m.attention.heads // m.attention.kv_heads,
+        turned=m.rotary.fraction * content,
+        even=2 * pairs / content if content > 0 else 1.0,
+        sizes=", ".join(map(str, _matrix_sizes(m))),
+        bound=_bound(m),
+        horizon=_horizon(m) if m.alibi.heads else 0.0,
+        retention=_retention(m),
+        quarter=_decay(m, 4.0),
+    )
+
+
+def _divides_heads(m: ModelConfig) -> bool:
+    """Whether some heads have ALiBi and the others rotary positions."""
+    return bool(m.rotary.heads == "unbiased" and m.alibi.heads and m.rotary.kind != "none")
+
+
+def _whole_pairs(m: ModelConfig) -> bool:
+    """Whether a whole, positive number of pairs is turned (to the few digits with which a fraction is written)."""
+    pairs = m.rotary.fraction * content_dim(m) / 2
+    return round(pairs) >= 1 and abs(pairs - round(pairs)) < 0.01
+
+
+def _matrix_sizes(m: ModelConfig) -> tuple[int, ...]:
+    return m.width, m.attention.head_dim, hidden_width(m)
+
+
+def _overflow(m: ModelConfig, precision: str) -> list[str]:
+    """xPos multiplies queries and keys by factors that grow towards the context's ends, as far as the number format reaches."""
+    bits = 15 if precision == "fp16" else 120
+    safe = smallest_scale_base(m, bits)
+    if m.rotary.kind != "xpos" or m.rotary.scale_base >= safe:
+        return []
+    return [
+        f"model.rotary.scale_base = {m.rotary.scale_base} overflows {'float16' if precision == 'fp16' else 'float32'} at "
+        f"model.context = {m.context}: set it to at least {safe}"
+    ]
+
+
+def _bound(m: ModelConfig) -> float:
+    """Largest attention logit that the QK norm lets through; 0 where there is none or it is learned."""
+    D = content_dim(m)
+    lengths = {"l2": 1.0, "rms": float(D)}  # product of the lengths of query and key
+    scales = {"l2": 10.0, "rms": 1 / math.sqrt(max(D, 1))}
+    norm = m.attention.qk_norm
+    return lengths[norm] * (m.attention.scale or scales[norm]) if norm in lengths else 0.0
+
+
+def _horizon(m: ModelConfig) -> float:
+    """Distance at which the steepest ALiBi slope outweighs the largest difference of two logits."""
+    steepest = 2 ** (-8 / 2 ** math.floor(math.log2(m.alibi.heads)))
+    return 2 * _bound(m) * m.alibi.scale / steepest
+
+
+def _retention(m: ModelConfig) -> float:
+    """Mean over the rotated pairs of what xPos leaves of them at the distance of the whole context."""
+    return _decay(m, m.context / (m.rotary.scale_base * m.rotary.scaling.factor))
+
+
+def _decay(m: ModelConfig, bases: float) -> float:
+    pairs = max(rotated_dims(m) // 2, 1)
+    return sum(((i / pairs + 0.4) / 1.4) ** bases for i in range(pairs)) / pairs

@@ -1,0 +1,114 @@
+"""Augmentation: stages between packing and batch, each a pure function of (row, row number, seed).
+
+So what a row holds still depends on the configuration, the seed and its number alone, and a run resumes as before. A stage
+keeps the row's length and its documents. Bytes are counted afterwards, from the targets that are left.
+
+Fill in the middle (arXiv 2207.14255): a document is cut at two places into prefix, middle and suffix, and the middle comes
+last, so that a model that only reads forwards learns to write between two texts. Written prefix first (PSM), or suffix first (SPM,
+in the paper's variant for joint training, where the prefix runs on into the middle):
+
+    PSM   <prefix> p <suffix> s <middle> m        SPM   <prefix> <suffix> s <middle> p m
+
+It works on what of a document is in the row ("context level" there), and cuts between tokens. Token masking corrupts
+inputs and never targets: the model must do without the token that it reads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+
+import numpy as np
+
+from andromeda.config.data import Augment
+from andromeda.data.packing import IGNORE, Row
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.utils.errors import ConfigError
+
+FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
+MASK = "<|mask|>"
+SHORTEST = 8
+"""Tokens of a document in the row, below which there is nothing worth rearranging."""
+FIM_DRAWS, MASK_DRAWS = 1, 2
+"""Keep the draws of stages apart under the same seed."""
+
+Stage = Callable[[Row, int], Row]
+"""A row and its number in the stream to the row that is learned from."""
+
+
+def build_stages(config: Augment, tokenizer: Tokenizer | None, seed: int) -> list[Stage]:
+    """The stages that are on, in order. Raises ConfigError when the tokenizer lacks a special token that one needs."""
+    stages: list[Stage] = []
+    if config.fim:
+        tokens = _specials(tokenizer, FIM, "data.augment.fim")
+        assert tokenizer is not None
+        stages.append(FillInTheMiddle(config, tokens, tokenizer.eos, seed))
+    if config.mask:
+        if tokenizer is None:
+            raise ConfigError("data.augment.mask must know special tokens, and the corpus has no tokenizer: build it from text.")
+        special = _specials(tokenizer, (MASK,), "data.augment.mask")[0] if config.mask_with == "special" else None
+        stages.append(Masking(config.mask, special, tokenizer, seed))
+    return stages
+
+
+def _specials(tokenizer: Tokenizer | None, names: tuple[str, ...], key: str) -> tuple[int, ...]:
+    known = tokenizer.specials if tokenizer else {}
+    missing = [name for name in names if name not in known]
+    if missing:
+        options = " ".join(f"--special '{name}'" for name in missing)
+        raise ConfigError(f"{key} needs the special tokens {', '.join(missing)}: build the corpus again with {options}.")
+    return tuple(known[name] for name in names)
+
+
+class FillInTheMiddle:
+    """Rearranges a share of the documents of each row."""
+
+    def __init__(self, config: Augment, tokens: tuple[int, ...], separator: int, seed: int) -> None:
+        self._share, self._suffix_first = config.fim, config.fim_spm
+        self._tokens, self._separator, self._seed = tokens, separator, seed
+
+    def __call__(self, row: Row, number: int) -> Row:
+        ids, targets = row.ids.copy(), row.targets.copy()
+        draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, FIM_DRAWS]))
+        for start, stop in _pieces(row):
+            # Drawn for every document, so that what befalls one does not depend on the others.
+            chosen, first, *cuts = draw.random(4)
+            if chosen < self._share and stop - start >= SHORTEST:
+                self._rearrange(ids[start:stop], targets[start:stop], first < self._suffix_first, cuts)
+        return Row(ids, targets, row.documents)
+
+    def _rearrange(self, ids: np.ndarray, targets: np.ndarray, suffix_first: bool, cuts: list[float]) -> None:
+        """In place. The three special tokens take the place of the last three, which the row loses."""
+        prefix, suffix, middle = (np.array([token]) for token in self._tokens)
+        begins = int(ids[0] == self._separator)
+        head, text = ids[:begins], ids[begins : len(ids) - 3]
+        one, two = sorted(round(cut * len(text)) for cut in cuts)
+        p, m, s = text[:one], text[one:two], text[two:]
+        parts = [head, prefix, suffix, s, middle, p, m] if suffix_first else [head, prefix, p, suffix, s, middle, m]
+        ended = targets[-1] == self._separator  # the document ends here, and so does what is written in the middle
+        ids[:] = np.concatenate(parts)
+        targets[:-1] = ids[1:]
+        targets[-1] = targets[-1] if ended else IGNORE
+
+
+class Masking:
+    """Exchanges a share of the input tokens, special ones excepted."""
+
+    def __init__(self, share: float, token: int | None, tokenizer: Tokenizer, seed: int) -> None:
+        self._share, self._token, self._seed = share, token, seed
+        self._kept = np.array(sorted(tokenizer.specials.values()))
+        self._words = np.flatnonzero(tokenizer.byte_lengths())
+
+    def __call__(self, row: Row, number: int) -> Row:
+        draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, MASK_DRAWS]))
+        hit = (draw.random(len(row.ids)) < self._share) & ~np.isin(row.ids, self._kept)
+        instead = self._words[draw.integers(0, len(self._words), len(row.ids))] if self._token is None else self._token
+        return Row(np.where(hit, instead, row.ids), row.targets, row.documents)
+
+
+def _pieces(row: Row) -> Iterator[tuple[int, int]]:
+    """Where each document of the row begins and ends; padding, which predicts nothing, is none."""
+    borders = [0, *(np.flatnonzero(np.diff(row.documents)) + 1).tolist(), len(row.ids)]
+    for start, stop in pairwise(borders):
+        if (row.targets[start:stop] != IGNORE).any():
+            yield start, stop

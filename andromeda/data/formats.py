@@ -1,0 +1,281 @@
+"""How each kind of file becomes documents. A reader yields a `Found` for every document, read or not, and raises nothing."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+
+import numpy as np
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.corpus import open_corpus
+from andromeda.data.shards import open_shard
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.utils.errors import AndromedaError, DataError, MissingExtra
+
+if TYPE_CHECKING:
+    from andromeda.data.sources import Unit
+
+TEXT = "text"
+KNOWN = {
+    ".jsonl.gz": "packed",
+    ".jsonl.zst": "packed",
+    ".jsonl": "jsonl",
+    ".parquet": "parquet",
+    ".txt": TEXT,
+    ".md": TEXT,
+    ".py": TEXT,
+    ".bin": "shard",
+}
+"""Endings and how they are read; the longer ones first."""
+
+
+class Found(NamedTuple):
+    """One document, or the reason why there is none."""
+
+    where: str
+    text: str | None
+    reason: str = ""
+
+
+def read_unit(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """Every document of a unit in order, with the checks on content and length applied."""
+    for found in READERS[unit.kind](unit, config):
+        if found.text is None:
+            yield found
+        elif config.cut:
+            yield from (_checked(Found(found.where, piece), config) for piece in _cut(found.text, config.cut))
+        else:
+            yield _checked(found, config)
+
+
+def _checked(found: Found, config: BuildConfig) -> Found:
+    text = found.text or ""
+    if not text.strip():
+        return Found(found.where, None, "empty")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError:
+        return Found(found.where, None, "not UTF-8")
+    if size < config.shortest:
+        return Found(found.where, None, "too short")
+    if size > config.longest:
+        return Found(found.where, None, "too long")
+    return found
+
+
+def _cut(text: str, limit: int) -> Iterator[str]:
+    """Pieces of at most `limit` UTF-8 bytes that end at line ends, or inside a line that is longer than that."""
+    held: list[str] = []
+    size = 0
+    for line in text.splitlines(keepends=True) or [text]:
+        length = len(line.encode("utf-8", "surrogatepass"))
+        if held and size + length > limit:
+            yield "".join(held)
+            held, size = [], 0
+        while length > limit:  # a character has at most 4 bytes, so a quarter of the limit in characters always fits
+            head, line = line[: max(limit // 4, 1)], line[max(limit // 4, 1) :]
+            length -= len(head.encode("utf-8", "surrogatepass"))
+            yield head
+        held.append(line)
+        size += length
+    if size or not text:
+        yield "".join(held)
+
+
+def _read_texts(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """Whole files, one document each."""
+    for name, path in unit.files:
+        try:
+            if os.path.getsize(path) > config.longest and not config.cut:  # known without having it in memory
+                yield Found(name, None, "too long")
+                continue
+            content = Path(path).read_bytes()
+        except OSError as error:
+            yield Found(name, None, f"unreadable: {error.strerror}")
+            continue
+        if b"\0" in content[:8192]:
+            yield Found(name, None, "binary")
+            continue
+        try:
+            yield Found(name, content.decode("utf-8"))
+        except UnicodeDecodeError:
+            yield Found(name, None, "not UTF-8")
+
+
+def _read_jsonl(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """The lines of a plain .jsonl that begin inside the unit's byte range."""
+    name, path = unit.files[0]
+    try:
+        with open(path, "rb") as file:
+            file.seek(max(unit.start - 1, 0))
+            if unit.start:
+                file.readline()
+            while (at := file.tell()) < unit.stop and (line := file.readline()):
+                yield from _read_line(f"{name}@{at}", line, config)
+    except OSError as error:
+        yield Found(name, None, f"unreadable: {error.strerror}")
+
+
+def _read_packed(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """The lines of a .jsonl.gz or .jsonl.zst; a damaged rest is one skipped document."""
+    name, path = unit.files[0]
+    try:
+        with _unpacked(path) as file:
+            for number, line in enumerate(file, 1):
+                yield from _read_line(f"{name}:{number}", line, config)
+    except Exception as error:  # each library has its own family of errors for damaged data
+        yield Found(name, None, f"unreadable: {type(error).__name__}")
+
+
+def need_pyarrow(purpose: str) -> Any:
+    """pyarrow. Raises MissingExtra, so that a build asks for it before it starts."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise MissingExtra("pyarrow", "data", purpose) from None
+    return pyarrow
+
+
+@contextmanager
+def _unpacked(path: str) -> Iterator[IO[bytes]]:
+    if path.lower().endswith(".gz"):
+        with gzip.open(path) as file:
+            yield cast(IO[bytes], file)
+        return
+    # zstandard's own reader takes a file that was cut off for one that ends there; Arrow's says so.
+    with need_pyarrow("Reading .zst files").input_stream(path, compression="zstd") as raw, io.BufferedReader(raw) as file:
+        yield file
+
+
+def _read_line(where: str, line: bytes, config: BuildConfig) -> Iterator[Found]:
+    """The document of one JSON line; blank lines are no documents."""
+    if not line.strip():
+        return
+    try:
+        row = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError:
+        yield Found(where, None, "not UTF-8")
+    except (ValueError, RecursionError):
+        yield Found(where, None, "bad JSON")
+    else:
+        yield _from_row(where, row, config)
+
+
+def _from_row(where: str, row: Any, config: BuildConfig) -> Found:
+    """The text of a row; a missing field's reason names the fields that the row has."""
+    if not isinstance(row, dict):
+        return Found(where, None, "bad JSON")
+    text = row.get(config.text_field)
+    if isinstance(text, str):
+        return Found(where, text)
+    fields = ", ".join(sorted(str(key) for key, value in row.items() if isinstance(value, str))[:5])
+    return Found(where, None, f"no text in field {config.text_field!r} (fields with text: {fields or 'none'})")
+
+
+def parquet_groups(path: str) -> list[int]:
+    """Bytes of each row group of a .parquet; a file that is none has one group, which the reader then reports."""
+    try:
+        meta = _parquet(path).metadata
+    except MissingExtra:
+        raise
+    except Exception:  # pyarrow's errors share no base class with OSError and ValueError alike
+        return [0]
+    return [meta.row_group(i).total_byte_size for i in range(meta.num_row_groups)]
+
+
+def _parquet(path: str) -> Any:
+    return need_pyarrow("Reading .parquet files").parquet.ParquetFile(path)
+
+
+def _read_parquet(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    name, path = unit.files[0]
+    try:
+        file = _parquet(path)
+        columns = file.schema_arrow.names
+        number = 0
+        for batch in file.iter_batches(row_groups=[unit.start], columns=[config.text_field] if config.text_field in columns else columns):
+            for row in batch.to_pylist():
+                yield _from_row(f"{name}:{unit.start}:{number}", row, config)
+                number += 1
+    except Exception as error:  # as above
+        yield Found(name, None, f"unreadable: {type(error).__name__}")
+
+
+def _read_shard(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """The documents of a .bin shard, decoded; its first token is the separator, as llm.c writes them."""
+    name, path = unit.files[0]
+    try:
+        tokens = open_shard(Path(path)).view()
+        tokenizer = Tokenizer.load(config.tokenizer_path or Path(path).parent)
+        starts = np.flatnonzero(tokens == tokens[0])
+        for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
+            yield _decoded(f"{name}@{start}", tokenizer.decode_bytes(tokens[start + 1 : stop].tolist()))
+    except AndromedaError as error:
+        yield Found(name, None, f"unreadable: {error}")
+
+
+def _read_corpus(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    """Documents of a finished corpus."""
+    split, folder = unit.files[0]
+    corpus = open_corpus(folder, split)
+    tokenizer, (tokens, offsets, _) = corpus.tokenizer, corpus.texts
+    assert tokenizer is not None
+    for i in range(unit.start, unit.stop):
+        yield _decoded(f"{split}:{i}", tokenizer.decode_bytes(tokens.read(int(offsets[i]) + 1, int(offsets[i + 1])).tolist()))
+
+
+def _decoded(where: str, content: bytes) -> Found:
+    try:
+        return Found(where, content.decode())
+    except UnicodeDecodeError:
+        return Found(where, None, "not UTF-8")
+
+
+def open_dataset(source: str) -> Any:
+    """The streaming dataset behind `hf:name[:config][:split]`; the split is `train` unless named."""
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise MissingExtra("datasets", "data", "Reading Hugging Face datasets") from None
+    name, *rest = source.split(":")[1:]
+    try:
+        return load_dataset(name, *rest[:-1], split=rest[-1] if rest else "train", streaming=True)
+    except Exception as error:  # the library lets errors of many others through
+        raise DataError(
+            f"The dataset {source} cannot be opened ({_first_line(error)}): check its name, configuration and split, and the network."
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
+
+
+def _read_dataset(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+    from datasets.distributed import split_dataset_by_node
+
+    source = unit.files[0][1]
+    part = split_dataset_by_node(open_dataset(source), rank=unit.start, world_size=unit.stop)
+    try:
+        for number, row in enumerate(part):
+            yield _from_row(f"{source}:{unit.start}:{number}", row, config)
+    except Exception as error:  # a lost connection must not pass for the end of the data
+        raise DataError(f"The dataset {source} broke off ({_first_line(error)}): run the same command again to go on.") from error
+
+
+READERS: dict[str, Callable[[Unit, BuildConfig], Iterator[Found]]] = {
+    TEXT: _read_texts,
+    "jsonl": _read_jsonl,
+    "packed": _read_packed,
+    "parquet": _read_parquet,
+    "shard": _read_shard,
+    "corpus": _read_corpus,
+    "dataset": _read_dataset,
+}

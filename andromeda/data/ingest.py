@@ -1,0 +1,229 @@
+"""Reading units into the work folder, then choosing documents: limit, exact duplicates, held-out split, order."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import mmap
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+
+from andromeda.config.data import BuildConfig
+from andromeda.data.formats import read_unit
+from andromeda.data.sources import Unit
+from andromeda.data.workers import ordered_map
+from andromeda.utils.errors import DataError
+from andromeda.utils.files import whole_file, write_whole
+
+Report = Callable[[str, int, int], None]
+"""Called with (stage, done, total) as work proceeds."""
+
+
+@dataclass(frozen=True)
+class Harvest:
+    """What one unit gave: its documents' digests (N, 32), sizes (N,) and names, and the places and reasons of those skipped."""
+
+    digests: np.ndarray
+    sizes: np.ndarray
+    names: list[str]
+    skipped: list[tuple[str, str]]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Documents in their final order, as places in the work folder; all arrays are (N,)."""
+
+    unit: np.ndarray
+    offset: np.ndarray
+    size: np.ndarray
+    source: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.unit)
+
+    def part(self, start: int, stop: int) -> Documents:
+        return Documents(self.unit[start:stop], self.offset[start:stop], self.size[start:stop], self.source[start:stop])
+
+    def contents(self, work: Path) -> Iterator[bytes]:
+        """The UTF-8 text of every document."""
+        blob = lru_cache(maxsize=128)(_mapped)  # of this call alone: the same path may hold another build's text later
+        for unit, offset, size in zip(self.unit.tolist(), self.offset.tolist(), self.size.tolist(), strict=True):
+            yield blob(text_path(work, unit))[offset : offset + size]
+
+
+@dataclass(frozen=True)
+class Selection:
+    """The outcome of reading: two splits, and for every source what was read, kept and skipped."""
+
+    train: Documents
+    val: Documents
+    read: list[int]
+    skipped: list[Counter[str]]
+    log: list[dict[str, str]]
+    """One entry for every document that is not used: source, where, reason."""
+
+
+def text_path(work: Path, number: int) -> Path:
+    return work / f"read-{number:06d}.text"
+
+
+def index_path(work: Path, number: int) -> Path:
+    return work / f"read-{number:06d}.npz"
+
+
+def _mapped(path: Path) -> mmap.mmap:
+    with path.open("rb") as file:
+        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+
+
+def read_units(units: list[Unit], work: Path, config: BuildConfig, workers: int, report: Report) -> None:
+    """Read every unit that is not yet in the work folder; units behind a source's `max_bytes` are left alone."""
+    held: Counter[int] = Counter()
+    total, done = sum(u.size for u in units), 0
+
+    def wanted() -> Iterator[tuple[int, Unit]]:
+        for number, unit in enumerate(units):
+            if not config.max_bytes or held[unit.source] < config.max_bytes:
+                yield number, unit
+
+    for number, size in ordered_map(partial(_read_one, work=work, config=config), wanted(), workers):
+        held[units[number].source] += size
+        done += units[number].size
+        report("read", done, total)
+    report("read", total, total)
+
+
+def _read_one(task: tuple[int, Unit], work: Path, config: BuildConfig) -> tuple[int, int]:
+    """Read one unit to its text file and then its index, whose presence says that both are whole; returns (number, bytes)."""
+    number, unit = task
+    if index_path(work, number).is_file():
+        return number, int(_load(work, number).sizes.sum())
+    digests, sizes, names, skipped = [], [], [], []
+    held = 0
+    with whole_file(text_path(work, number)) as file:
+        for found in read_unit(unit, config):
+            if found.text is None:
+                skipped.append((found.where, found.reason))
+                continue
+            content = found.text.encode()
+            file.write(content)
+            digests.append(hashlib.sha256(content).digest())
+            sizes.append(len(content))
+            names.append(found.where)
+            held += len(content)
+            if config.max_bytes and held >= config.max_bytes:
+                break
+    buffer = io.BytesIO()
+    np.savez(
+        buffer,
+        digests=np.frombuffer(b"".join(digests), dtype=np.uint8).reshape(-1, 32),
+        sizes=np.array(sizes, dtype=np.int64),
+        words=np.frombuffer(json.dumps([names, skipped]).encode(), dtype=np.uint8),
+    )
+    write_whole(index_path(work, number), buffer.getvalue())
+    return number, held
+
+
+def _load(work: Path, number: int) -> Harvest:
+    with np.load(index_path(work, number)) as index:
+        names, skipped = json.loads(index["words"].tobytes())
+        return Harvest(index["digests"], index["sizes"], names, [(where, reason) for where, reason in skipped])
+
+
+def select(units: list[Unit], sources: list[str], work: Path, config: BuildConfig) -> Selection:
+    """Choose and order the documents. A pure function of what was read, in the order of the units.
+
+    Documents are sorted by the sha256 of their text; the held-out split is the beginning of that order, so a document is
+    held out or not by its content alone. At least one document is on either side.
+    """
+    books = _Books(sources, [0] * len(sources), [Counter() for _ in sources], [])
+    columns = [_within_limit(number, unit, work, config, books) for number, unit in enumerate(units)]
+    digests, unit, offset, size, source = (np.concatenate(c) for c in zip(*columns, strict=True))
+    words = np.ascontiguousarray(digests).view(">u8")
+    order = np.lexsort(words.T[::-1])  # stable: of equal documents the first one read comes first
+    again = np.zeros(len(order), dtype=bool)
+    again[1:] = (words[order[1:]] == words[order[:-1]]).all(axis=1)
+    _log_duplicates(order[again], unit, offset, size, source, work, books)
+    order = order[~again]
+    if len(order) < 2:
+        raise DataError(_too_few(len(order), sources, books.skipped))
+    limit = np.uint64(int(config.validation * 2.0**64))
+    held_out = min(max(int(np.searchsorted(words[order, 0].astype(np.uint64), limit)), 1), len(order) - 1)
+    documents = Documents(unit[order], offset[order], size[order], source[order])
+    return Selection(documents.part(held_out, len(order)), documents.part(0, held_out), books.read, books.skipped, books.log)
+
+
+@dataclass
+class _Books:
+    """The account that `select` keeps, by source."""
+
+    sources: list[str]
+    read: list[int]
+    skipped: list[Counter[str]]
+    log: list[dict[str, str]]
+    held: int = 0
+    current: int = -1
+
+    def skip(self, source: int, where: str, reason: str) -> None:
+        self.skipped[source][reason] += 1
+        self.log.append({"source": self.sources[source], "where": where, "reason": reason})
+
+
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def _within_limit(number: int, unit: Unit, work: Path, config: BuildConfig, books: _Books) -> Columns:
+    """The documents of a unit that its source's `max_bytes` leaves room for: digests, unit, offset, size, source."""
+    if unit.source != books.current:
+        books.current, books.held = unit.source, 0
+    empty = np.zeros(0, dtype=np.int64)
+    if config.max_bytes and books.held >= config.max_bytes:
+        return np.zeros((0, 32), dtype=np.uint8), empty, empty, empty, empty
+    harvest = _load(work, number)
+    ends = books.held + np.cumsum(harvest.sizes)
+    count = int(np.searchsorted(ends, config.max_bytes, side="right")) if config.max_bytes else len(ends)
+    books.held = int(ends[-1]) if len(ends) else books.held
+    books.read[unit.source] += len(ends) + len(harvest.skipped)
+    for where, reason in harvest.skipped:
+        books.skip(unit.source, where, reason)
+    for where in harvest.names[count:]:
+        books.skip(unit.source, where, "over max_bytes")
+    sizes = harvest.sizes[:count]
+    return (
+        harvest.digests[:count],
+        np.full(count, number),
+        np.cumsum(sizes) - sizes,
+        sizes,
+        np.full(count, unit.source),
+    )
+
+
+def _log_duplicates(
+    which: np.ndarray, unit: np.ndarray, offset: np.ndarray, size: np.ndarray, source: np.ndarray, work: Path, books: _Books
+) -> None:
+    """Book every document whose text came before."""
+    named = lru_cache(maxsize=8)(partial(_places, work))
+    for i in sorted(which.tolist()):
+        books.skip(int(source[i]), named(int(unit[i]))[int(offset[i]), int(size[i])], "duplicate")
+
+
+def _places(work: Path, number: int) -> dict[tuple[int, int], str]:
+    """Names of a unit's documents by (offset, size)."""
+    harvest = _load(work, number)
+    offsets = np.cumsum(harvest.sizes) - harvest.sizes
+    return dict(zip(zip(offsets.tolist(), harvest.sizes.tolist(), strict=True), harvest.names, strict=True))
+
+
+def _too_few(count: int, sources: list[str], skipped: list[Counter[str]]) -> str:
+    """Why nothing can be built, with the commonest reasons."""
+    reasons = sum(skipped, Counter())
+    why = "; ".join(f"{reason} {n}" for reason, n in reasons.most_common(3))
+    if count == 1:
+        return f"Only one document is left, so none could be held out ({why or 'one file'}): cut long texts with `--cut 20000` or add more."
+    return f"No document is left of {', '.join(sources)} ({why or 'nothing was read'}): check the files and --field, --shortest, --longest."

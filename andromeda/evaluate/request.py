@@ -1,0 +1,107 @@
+"""What a user may ask of `andromeda eval`, before it is known which evaluation needs it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple, Protocol
+
+from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
+
+from andromeda.config.base import Part, Strings, as_tuple
+from andromeda.config.mistakes import read
+from andromeda.data.ingest import Report
+from andromeda.evaluate.loaded_model import Subject
+from andromeda.utils.errors import ConfigError, RequestError
+
+Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
+Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)]
+
+
+class Options(Part):
+    """Wishes that are shared by all evaluations; what is empty or 0 is chosen by each."""
+
+    text: str = ""
+    """A file to measure on, instead of the held-out documents."""
+    corpus: str = ""
+    """Where the corpus of the run lies now."""
+    file: str = ""
+    """Questions, one JSON object a line (fewshot, gsm8k)."""
+    lengths: Lengths = ()
+    """Tokens of context."""
+    depths: Depths = ()
+    """Where the evidence begins: 0 is the begin of the text, 1 its end."""
+    samples: PositiveInt | None = None
+    """Problems, windows or questions."""
+    shots: NonNegativeInt | None = None
+    """Solved examples before each question."""
+    seed: NonNegativeInt = 0
+    """Problems are drawn from it."""
+    style: Literal["prose", "code"] = "prose"
+    """How the problems of retrieval are worded."""
+    beyond: bool = False
+    """Allow lengths beyond the model's context."""
+    stride: NonNegativeInt = 0
+    """Tokens that each window scores (bits)."""
+    tasks: Strings = ()
+    """Tasks of lm-evaluation-harness."""
+    include: str = ""
+    """A folder with tasks of one's own for lm-evaluation-harness."""
+
+
+class Outcome(NamedTuple):
+    """What an evaluation found."""
+
+    name: str
+    """Of the result's file."""
+    data: str | None
+    """Hash of what it was measured on."""
+    result: dict[str, Any]
+
+
+class Evaluation(Protocol):
+    """A kind of evaluation: a pure function of a model and of settings."""
+
+    kind: str
+
+    def settings(self, options: Options, subject: Subject) -> list[Part]:
+        """The settings that the wishes stand for, complete, so that they can be stored and repeated. Raises RequestError."""
+
+    def read(self, values: dict[str, Any]) -> Part:
+        """Settings that were stored. Raises ConfigError when they are of another version."""
+
+    def measure(self, subject: Subject, settings: Any, report: Report) -> Outcome:
+        """Do it. Raises an AndromedaError, one sentence."""
+
+
+FLAGS = {name: "--" + name.replace("_", "-") for name in Options.model_fields} | {"file": "--file", "tasks": "--task"}
+
+
+def options(**values: Any) -> Options:
+    """Checked wishes. Raises RequestError, one sentence that names the flags."""
+    try:
+        return read(Options, values, spelled=FLAGS)
+    except ConfigError as error:
+        raise RequestError(str(error)) from None
+
+
+def check_lengths(subject: Subject, lengths: tuple[int, ...], beyond: bool) -> None:
+    """Raises RequestError for a length that the model was not made for, unless the user wants to see what happens there."""
+    longest, context = max(lengths), subject.context
+    if longest <= context:
+        return
+    if subject.config.model.embedding.absolute:
+        raise RequestError(f"{longest} tokens are more than this model's {context} learned positions: give shorter --lengths.")
+    if not beyond:
+        raise RequestError(
+            f"{longest} tokens are more than this model's context of {context}: give shorter --lengths, "
+            "or add --beyond to see how it does outside of it."
+        )
+
+
+def existing(path: str, purpose: str) -> Path:
+    """A file that the user named. Raises RequestError when it is not there."""
+    if not path:
+        raise RequestError(f"{purpose} needs a file: give it with --file.")
+    if not Path(path).is_file():
+        raise RequestError(f"There is no file {path}: give the questions of {purpose} with --file.")
+    return Path(path)

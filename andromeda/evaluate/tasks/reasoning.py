@@ -1,0 +1,75 @@
+"""The evaluation of reasoning: generated problems, greedy exact match, in and out of distribution."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
+
+from andromeda.config.base import Part
+from andromeda.config.mistakes import read
+from andromeda.data.ingest import Report
+from andromeda.evaluate.loaded_model import Subject
+from andromeda.evaluate.reasoning import REASONING
+from andromeda.evaluate.request import Options, Outcome
+from andromeda.evaluate.score import rows_at_once
+from andromeda.generate.engine import evaluating
+from andromeda.train.callbacks.probes.score import Batch
+from andromeda.train.callbacks.probes.task import Task
+from andromeda.train.precision import Precision
+
+
+class ReasoningSettings(Part):
+    """`samples` problems of each task."""
+
+    samples: PositiveInt
+    seed: NonNegativeInt
+
+
+class Reasoning:
+    """All tasks of reasoning."""
+
+    kind = "reasoning"
+
+    def settings(self, options: Options, subject: Subject) -> list[Part]:
+        """200 problems of each task by default."""
+        subject.tokenizer("Reasoning")
+        return [ReasoningSettings(samples=options.samples or 200, seed=options.seed)]
+
+    def read(self, values: dict[str, Any]) -> ReasoningSettings:
+        """Settings that were stored."""
+        return read(ReasoningSettings, values)
+
+    def measure(self, subject: Subject, settings: ReasoningSettings, report: Report) -> Outcome:
+        """Both forms of every task; None where problems are longer than the context, or need more different tokens than there are."""
+        result = {}
+        for number, (name, pair) in enumerate(REASONING.items()):
+            scores = [_score(subject, task, f"{settings.seed} {name} {form}", settings.samples) for form, task in enumerate(pair)]
+            result[name] = {"in": scores[0], "out": scores[1], "chance": pair.usual.chance, "chance_out": pair.harder.chance}
+            report("reasoning", number + 1, len(REASONING))
+        return Outcome(self.kind, None, result)
+
+
+def _score(subject: Subject, task: Task[Any], seed: str, samples: int) -> float | None:
+    tokenizer, random = subject.tokenizer("Reasoning"), Random(seed)
+    alphabet = np.flatnonzero(tokenizer.byte_lengths()).tolist()
+
+    def spell(said: str | tuple[int, ...]) -> list[int]:
+        return tokenizer.encode(said) if isinstance(said, str) else list(said)
+
+    try:
+        problems = [task.draw(random, alphabet) for _ in range(samples)]
+    except ValueError:  # fewer different tokens than the task takes
+        return None
+    rows = [([tokenizer.eos, *spell(problem.prompt)], spell(problem.answer)) for problem in problems]
+    longest = max(len(prompt) + len(answer) for prompt, answer in rows)
+    if longest > subject.context:
+        return None
+    count, right = rows_at_once(subject.model, longest), 0.0
+    with evaluating(subject.model):
+        for start in range(0, samples, count):
+            group = rows[start : start + count]
+            right += float(Batch(group).score(subject.model, Precision(subject.device))) * len(group)
+    return right / samples

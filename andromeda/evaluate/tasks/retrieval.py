@@ -1,0 +1,130 @@
+"""The evaluations of retrieval: one grid of lengths and depths for each task."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from random import Random
+from typing import Any, Literal
+
+from pydantic import NonNegativeInt, PositiveInt
+
+from andromeda.config.base import Part
+from andromeda.config.mistakes import read
+from andromeda.data.ingest import Report
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.evaluate.loaded_model import Subject
+from andromeda.evaluate.request import Depths, Lengths, Options, Outcome, check_lengths
+from andromeda.evaluate.retrieval import RETRIEVAL, Task
+from andromeda.evaluate.retrieval.measure import build, grid
+from andromeda.evaluate.retrieval.problem import chance
+from andromeda.evaluate.retrieval.style import STYLES
+from andromeda.utils.errors import ConfigError, RequestError, nearest
+
+SAMPLES, DEPTHS = 20, 5
+
+log = logging.getLogger("andromeda")
+
+
+class RetrievalSettings(Part):
+    """`samples` problems for each length and depth."""
+
+    task: str
+    style: Literal["prose", "code"]
+    lengths: Lengths
+    depths: Depths
+    samples: PositiveInt
+    seed: NonNegativeInt
+
+
+class Retrieval:
+    """Some of the tasks of retrieval."""
+
+    kind = "retrieval"
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+
+    def settings(self, options: Options, subject: Subject) -> list[Part]:
+        """A grid for each task. By default the model's context, a half and a quarter of it, where the task fits."""
+        tokenizer = subject.tokenizer("Retrieval")
+        if options.lengths:
+            check_lengths(subject, options.lengths, options.beyond)
+        found: list[Part] = []
+        missing: list[str] = []
+        for name in self._names:
+            for length in options.lengths:
+                build(RETRIEVAL[name], STYLES[options.style], tokenizer, length, 0.0, Random(0))
+            lengths = options.lengths or self._fitting(RETRIEVAL[name], options, tokenizer, subject.context)
+            if lengths:
+                found.append(self._one(RETRIEVAL[name], options, tuple(sorted(set(lengths)))))
+            else:
+                missing.append(name)
+        told = f"context of {subject.context} tokens is too short for {listed(missing)}"
+        if not found:
+            raise RequestError(f"This model's {told}: give longer --lengths with --beyond, or leave it out.")
+        if missing:
+            log.warning("andromeda: this model's %s: left out.", told)
+        return found
+
+    def _one(self, task: Task, options: Options, lengths: tuple[int, ...]) -> RetrievalSettings:
+        depths = (0.5,) if task.everywhere else tuple(sorted(set(options.depths))) or evenly(DEPTHS)
+        samples = options.samples or SAMPLES
+        return RetrievalSettings(task=task.name, style=options.style, lengths=lengths, depths=depths, samples=samples, seed=options.seed)
+
+    def _fitting(self, task: Task, options: Options, tokenizer: Tokenizer, context: int) -> tuple[int, ...]:
+        """Those lengths of which a tenth would still be to spare: words differ in their tokens."""
+        return tuple(n for n in (context // 4, context // 2, context) if _fits(task, options.style, tokenizer, n * 9 // 10))
+
+    def read(self, values: dict[str, Any]) -> RetrievalSettings:
+        """Settings that were stored."""
+        settings = read(RetrievalSettings, values)
+        if settings.task not in RETRIEVAL:
+            raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL)}.")
+        return settings
+
+    def measure(self, subject: Subject, settings: RetrievalSettings, report: Report) -> Outcome:
+        """The grid."""
+        task, tokenizer = RETRIEVAL[settings.task], subject.tokenizer("Retrieval")
+        cells = grid(
+            subject.model,
+            tokenizer,
+            task,
+            STYLES[settings.style],
+            lengths=settings.lengths,
+            depths=settings.depths,
+            samples=settings.samples,
+            seed=settings.seed,
+            report=report,
+        )
+        result = {
+            "task": task.name,
+            "style": settings.style,
+            "lengths": list(settings.lengths),
+            "depths": list(settings.depths),
+            "everywhere": task.everywhere,
+            "accuracy": [[cell.accuracy for cell in row] for row in cells],
+            "match": [[cell.match for cell in row] for row in cells],
+            "chance": chance(task.answers, task.others),
+            "samples": settings.samples,
+        }
+        return Outcome(f"retrieval-{task.name}" + ("-code" if settings.style == "code" else ""), None, result)
+
+
+def evenly(count: int) -> tuple[float, ...]:
+    """So many depths from the begin to the end; the middle, if it is one."""
+    return tuple(i / (count - 1) for i in range(count)) if count > 1 else (0.5,)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names as one reads them out."""
+    *firsts, last = names or [""]
+    return f"{', '.join(firsts)} and {last}" if firsts else last
+
+
+def _fits(task: Task, style: str, tokenizer: Tokenizer, length: int) -> bool:
+    try:
+        build(task, STYLES[style], tokenizer, length, 0.0, Random(0))
+    except RequestError:
+        return False
+    return True

@@ -1,0 +1,186 @@
+"""A text explained: all four views of one prediction, with the identities that hold between them and the model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from andromeda.api import Andromeda
+from andromeda.explain.integrated_gradients import Gradients, integrated
+from andromeda.explain.logit_lens import Lens, lens
+from andromeda.explain.residual_decomposition import Direct, direct
+from andromeda.explain.trace import Trace, trace
+from andromeda.generate.prompts import encode
+from andromeda.utils.errors import RequestError
+
+LONGEST = 256
+"""Tokens of a text; a map of attention has their square."""
+CELLS = 6_000_000
+"""Weights of attention on one page, a byte each."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What to explain."""
+
+    text: str
+    target: str = ""
+    """The token whose logit is explained: the first one of this text; empty is the likeliest."""
+    against: str = ""
+    """The token beside it; empty is the likeliest other one."""
+    position: int = -1
+    """The token after which the prediction is made; -1 is the last, 0 the separator that begins the text."""
+    layers: tuple[int, ...] = ()
+    """Layers (from 1) whose maps of attention are shown; none is all."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """An identity and how far it is from holding."""
+
+    name: str
+    error: float
+    allowed: float
+
+    @property
+    def holds(self) -> bool:
+        """Whether it does."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Everything that the page shows."""
+
+    run: Path
+    model: Andromeda
+    step: int | None
+    wish: Wish
+    tokens: list[str]
+    position: int
+    target: int
+    beside: int
+    seen: Trace
+    lens: Lens
+    direct: Direct | None
+    gradients: Gradients | None
+    checks: list[Check]
+    refused: dict[str, str] = field(default_factory=dict)
+    """Views that are missing (direct, gradients, attention), each with the reason, a sentence."""
+
+    def spell(self, token: int) -> str:
+        """A token as text."""
+        return spell(self.model, token)
+
+    @property
+    def maps(self) -> dict[int, Tensor]:
+        """Weights (H, T, T) of the layers shown, by number from 0."""
+        shown = self.wish.layers or range(1, len(self.seen.layers) + 1)
+        found = {number - 1: self.seen.layers[number - 1].weights for number in shown}
+        return {number: weights[0] for number, weights in found.items() if weights is not None}
+
+
+def explain(run: Path, model: Andromeda, wish: Wish, step: int | None = None) -> Explanation:
+    """Explain what `model` (in float64, from the run folder `run`) predicts after a text. Raises RequestError, one sentence."""
+    ids = torch.tensor([_ids(model, wish)], device=model.head.weight.device)
+    position = _position(wish, ids.shape[1])
+    _check_layers(model, wish, ids.shape[1])
+    seen = trace(model, ids)
+    logits = seen.logits[0, position]
+    target = _token(model, wish.target, "target") if wish.target else int(logits.argmax())
+    others = logits.clone()
+    others[target] = -torch.inf
+    beside = _token(model, wish.against, "against") if wish.against else int(others.argmax())
+    if beside == target:
+        raise RequestError("The token given with --against is the target itself: give another one.")
+    refused: dict[str, str] = {}
+    try:
+        shares = direct(model, seen, position, target, beside)
+    except RequestError as error:
+        shares, refused["direct"] = None, str(error)
+    try:
+        gradients = _gradients(model, ids, position, target)
+    except RequestError as error:
+        gradients, refused["gradients"] = None, str(error)
+    looked = lens(model, seen, target)
+    blind = [str(i + 1) for i, layer in enumerate(seen.layers) if layer.weights is None]
+    if blind:
+        refused["attention"] = f"There is no map of layer {', '.join(blind)}: attention does not average values there."
+    tokens = [spell(model, int(i)) for i in ids[0]]
+    checks = _checks(model, seen, looked, shares, gradients)
+    return Explanation(run, model, step, wish, tokens, position, target, beside, seen, looked, shares, gradients, checks, refused)
+
+
+def spell(model: Andromeda, token: int) -> str:
+    """A token as text; a special one by its name."""
+    if model.tokenizer is None:
+        return str(token)
+    text = model.tokenizer.decode([token]) if token < model.tokenizer.vocab_size else ""
+    names = {number: name for name, number in model.tokenizer.specials.items()}
+    return text or names.get(token, f"<{token}>")
+
+
+def _ids(model: Andromeda, wish: Wish) -> list[int]:
+    eos = None if model.tokenizer is None else model.tokenizer.eos
+    ids = encode(wish.text, model.tokenizer, eos, model.config.vocab_size)
+    most = min(LONGEST, model.config.context)
+    if len(ids) > most:
+        raise RequestError(f"The text has {len(ids)} tokens, and at most {most} can be explained on one page: shorten it.")
+    return ids
+
+
+def _position(wish: Wish, length: int) -> int:
+    position = length - 1 if wish.position == -1 else wish.position
+    if not 0 <= position < length:
+        raise RequestError(f"--position {wish.position} is not in the text, which has tokens 0 to {length - 1}.")
+    return position
+
+
+def _check_layers(model: Andromeda, wish: Wish, length: int) -> None:
+    depth, heads = model.config.depth, model.config.attention.heads
+    wrong = [number for number in wish.layers if not 1 <= number <= depth]
+    if wrong:
+        raise RequestError(f"There is no layer {wrong[0]}: --layers takes numbers from 1 to {depth}.")
+    cells = len(wish.layers or range(depth)) * heads * length**2
+    if cells > CELLS:
+        most = max(1, CELLS // (heads * length**2))
+        raise RequestError(
+            f"The maps of all {depth} layers of {heads} heads over {length} tokens are too much for one page: "
+            f"name at most {most} layers, such as --layers 1,{depth}, or shorten the text."
+        )
+
+
+def _token(model: Andromeda, text: str, option: str) -> int:
+    if model.tokenizer is None:
+        raise RequestError(f"--{option} needs a model with a tokenizer.")
+    ids = model.tokenizer.encode(text)
+    if len(ids) != 1:
+        parts = ", ".join(repr(spell(model, i)) for i in ids[:5])
+        raise RequestError(
+            f"--{option} must be one token, and {text!r} is {len(ids)} ({parts}): give one of them, with its blank before it."
+        )
+    return ids[0]
+
+
+def _gradients(model: Andromeda, ids: Tensor, position: int, target: int) -> Gradients:
+    if model.tokenizer is None:
+        raise RequestError("Integrated gradients begin at a text of separators, and this model has no tokenizer that has one.")
+    return integrated(model, ids, position, target, torch.full_like(ids, model.tokenizer.eos))
+
+
+def _checks(model: Andromeda, seen: Trace, looked: Lens, shares: Direct | None, gradients: Gradients | None) -> list[Check]:
+    checks = [Check("lens of the last layer = logits", looked.error, 1e-9)]
+    weighed = [layer for layer in seen.layers if layer.weights is not None]
+    if weighed:
+        checks.append(Check("averages by the maps = what attention gave", max(layer.weights_error for layer in weighed), 1e-9))
+    if weighed and model.config.attention.mechanism == "softmax":
+        off = max(float((layer.weights.sum(-1) - 1).abs().max()) for layer in weighed if layer.weights is not None)
+        checks.append(Check("rows of the maps sum to one", off, 1e-9))
+    if shares:
+        checks.append(Check("direct attributions sum to the logit", shares.error, 1e-9))
+    if gradients:
+        checks.append(Check(f"integrated gradients sum to the difference ({gradients.steps} steps)", gradients.gap, gradients.allowed))
+    return checks

@@ -1,0 +1,149 @@
+"""The residual stream of one position as a sum of named parts, kept exact through everything that the architecture does to it.
+
+A block adds its heads, its output bias and its network. A norm on the way (the final one, DeepNorm's) is linear once its
+statistics are those of this pass: it scales every part alike. A mix with the first embedding and a U-net skip are sums too.
+So the parts add up to the stream at every layer, to rounding.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.explain.trace import Layer, Trace
+from andromeda.model.block import Parallel, ParallelDeepNorm, Serial, SerialDeepNorm
+from andromeda.model.decoder_stack import FirstMix, UNetTrunk
+from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import RequestError
+
+
+class Part(NamedTuple):
+    """What adds to the stream. layer: from 0, -1 for the embedding. head: from 0, -1 for none."""
+
+    kind: str
+    """embedding, head, attention (where it is no sum over heads), attention bias or feed-forward."""
+    layer: int = -1
+    head: int = -1
+
+
+class Ledger(dict[Part, Tensor]):
+    """Parts of one position's stream, each (C,)."""
+
+    def plus(self, other: Ledger, factor: Tensor | float = 1.0) -> Ledger:
+        """The sum with `factor` times another."""
+        return Ledger({part: self.get(part, 0.0) + factor * other.get(part, torch.zeros(())) for part in {**self, **other}})
+
+    def times(self, factor: Tensor | float) -> Ledger:
+        """All parts multiplied."""
+        return Ledger({part: factor * x for part, x in self.items()})
+
+    def total(self) -> Tensor:
+        """The stream (C,)."""
+        return torch.stack(list(self.values())).sum(0)
+
+    def normed(self, norm: nn.Module) -> Ledger:
+        """Through a norm whose statistics are those of the whole."""
+        at = self.total()
+        return Ledger({part: frozen(norm, x, at) for part, x in self.items()})
+
+
+def frozen(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
+    """What `norm` makes of x (C,) when its statistics are those of `at` (C,): linear in x, and the norm itself for x = at."""
+    if isinstance(norm, nn.Identity):
+        return x
+    weight = getattr(norm, "weight", None)
+    if isinstance(norm, RMSNorm | PlainRMSNorm):
+        scaled = x * torch.rsqrt(at.square().mean() + norm.eps)
+    elif isinstance(norm, LayerNorm):
+        scaled = (x - x.mean()) * torch.rsqrt(at.var(correction=0) + norm.eps)
+    else:
+        raise RequestError(
+            f"Direct logit attribution knows no rule for the norm {type(norm).__name__}: the norms are rms, rms_plain, layer."
+        )
+    return scaled if weight is None else scaled * weight
+
+
+def added(layer: Layer, number: int, row: int, position: int) -> tuple[Ledger, Ledger]:
+    """What attention and the network of a block added at one position."""
+    attention = Ledger()
+    if layer.heads is None:
+        attention[Part("attention", number)] = layer.attention[row, position]
+    else:
+        for head in range(layer.heads.shape[2]):
+            attention[Part("head", number, head)] = layer.heads[row, position, head]
+        if layer.bias is not None:
+            attention[Part("attention bias", number)] = layer.bias
+    return attention, Ledger({Part("feed-forward", number): layer.feedforward[row, position]})
+
+
+def through(block: Any, stream: Ledger, attention: Ledger, network: Ledger) -> Ledger:
+    """The stream after a block. Raises RequestError for a block that is none of ours."""
+    if isinstance(block, SerialDeepNorm):
+        middle = stream.times(block.alpha).plus(attention).normed(block.attention_norm)
+        return middle.times(block.alpha).plus(network).normed(block.feedforward_norm)
+    if isinstance(block, ParallelDeepNorm):
+        return stream.times(block.alpha).plus(attention).plus(network).normed(block.norm)
+    if isinstance(block, Serial | Parallel):
+        return stream.plus(attention).plus(network)
+    raise RequestError(f"Direct logit attribution knows no rule for the block {type(block).__name__}.")
+
+
+@torch.no_grad()
+def ledger(model: Transformer, seen: Trace, position: int, row: int = 0) -> Ledger:
+    """The last hidden state (after the final norm) of one position, by part."""
+    trunk: Any = model.trunk
+    first = stream = Ledger({Part("embedding"): seen.embedded[row, position]})
+    half = len(trunk.skip_weights) if isinstance(trunk, UNetTrunk) else 0
+    depth = len(trunk.blocks)
+    outputs: list[Ledger] = []
+    for i, block in enumerate(trunk.blocks):
+        if half and i >= depth - half:
+            stream = stream.plus(outputs.pop(), trunk.skip_weights[i - depth + half])
+        mix = trunk.mixes[i]
+        if isinstance(mix, FirstMix):
+            stream = stream.times(mix.weights[0]).plus(first, mix.weights[1])
+        stream = through(block, stream, *added(seen.layers[i], i, row, position))
+        if i < half:
+            outputs.append(stream)
+    return stream.normed(model.norm)
+
+
+@dataclass(frozen=True)
+class Direct:
+    """Shares of one logit; they and `bias` add up to `raw`."""
+
+    parts: dict[Part, float]
+    """Shares of the target's logit."""
+    lead: dict[Part, float]
+    """Shares of the difference between the target's logit and that of the token beside it."""
+    bias: float
+    """Of the head, for the target."""
+    lead_bias: float
+    raw: float
+    """The target's logit before a soft cap."""
+    logit: float
+    """The model's own logit: `raw`, soft-capped where the model has a cap."""
+    error: float
+    """Of the sum of the shares against `raw`, and of the capped sum against the model's own logit: the larger."""
+
+
+@torch.no_grad()
+def direct(model: Transformer, seen: Trace, position: int, target: int, beside: int, *, row: int = 0) -> Direct:
+    """Shares at one position. Raises RequestError for a norm or block of a user's own, whose rule is not known."""
+    head, found = model.head, ledger(model, seen, position, row)
+    weight, rival = head.weight[target], head.weight[beside]
+    parts = {part: float(weight @ x) for part, x in found.items()}
+    lead = {part: float((weight - rival) @ x) for part, x in found.items()}
+    bias = float(head.bias[target]) if head.bias is not None else 0.0
+    rival_bias = float(head.bias[beside]) if head.bias is not None else 0.0
+    logit = seen.logits[row, position, target]
+    raw = float(weight @ model.norm(seen.layers[-1].output[row, position])) + bias
+    summed = sum(parts.values()) + bias
+    capped = head.softcap * math.tanh(summed / head.softcap) if head.softcap else summed
+    error = max(abs(summed - raw), abs(capped - float(logit)))
+    return Direct(parts, lead, bias, bias - rival_bias, raw, float(logit), error)

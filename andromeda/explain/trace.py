@@ -1,0 +1,155 @@
+"""One forward pass with everything written down: the stream after each block, what each head and network added, the weights of attention.
+
+Nothing is computed a second time in another way: branches are read from hooks on the model's own modules, and the weights of
+attention come from the model's own call, asked to average unit vectors instead of values: whatever a mechanism does, if it
+averages values, the averages of unit vectors are its weights.
+
+Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import Pattern
+from andromeda.ops.attention.eager import average
+
+SAME = 1e-6
+"""Relative difference up to which two ways to compute a branch are the same one."""
+
+
+@dataclass
+class Layer:
+    """What one block did."""
+
+    attention: Tensor
+    """(B, T, C), added to the stream."""
+    feedforward: Tensor
+    """(B, T, C)."""
+    output: Tensor
+    """(B, T, C), the stream after the block."""
+    heads: Tensor | None = None
+    """(B, T, H, C): each head's share of `attention`, without the bias; None where attention is no sum over heads."""
+    bias: Tensor | None = None
+    """(C,): of the output projection."""
+    weights: Tensor | None = None
+    """(B, H, T, T): weight of each key for each query; None where attention does not average values."""
+    weights_error: float = 0.0
+    """Largest difference between the averages by `weights` and what attention gave."""
+
+
+@dataclass
+class Trace:
+    """One pass over ids (B, T)."""
+
+    ids: Tensor
+    embedded: Tensor
+    """(B, T, C), what goes into the first block."""
+    layers: list[Layer]
+    logits: Tensor
+    """(B, T, V)."""
+
+
+@torch.no_grad()
+def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> Trace:
+    """Run `model` over ids (B, T) and write everything down; documents as in `Transformer.hidden`."""
+    kept: dict[str, Any] = {}
+    blocks: Any = model.trunk.blocks
+    with ExitStack() as hooks:
+        hooks.enter_context(hooked(model.embedder, _keep(kept, "embedded")))
+        for i, block in enumerate(blocks):
+            hooks.enter_context(hooked(block, _keep(kept, f"{i}.output")))
+            hooks.enter_context(hooked(block.attention, _keep(kept, f"{i}.attention")))
+            hooks.enter_context(hooked(block.feedforward, _keep(kept, f"{i}.feedforward")))
+            hooks.enter_context(_watched(block.attention, kept, f"{i}.mix"))
+        logits = model(ids, documents=documents)
+    layers = [_layer(block, kept, i) for i, block in enumerate(blocks)]
+    return Trace(ids, kept["embedded"], layers, logits)
+
+
+def _layer(block: Any, kept: dict[str, Any], i: int) -> Layer:
+    layer = Layer(kept[f"{i}.attention"], kept[f"{i}.feedforward"], kept[f"{i}.output"])
+    seen = kept.get(f"{i}.mix")
+    if seen is not None:
+        layer.weights, layer.weights_error = _weights(block.attention, *seen)
+        layer.heads, layer.bias = _heads(block.attention, seen[-1], layer.attention)
+    return layer
+
+
+def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, mixed: Tensor) -> tuple[Tensor | None, float]:
+    """Weights (B, H, T, S) and how well they give what attention gave; None where it is no average of values."""
+    B, S, G = k.shape[:3]
+    units = torch.eye(S, dtype=v.dtype, device=v.device)[None, :, None].expand(B, S, G, S)
+    with _reference(attention):
+        weights = type(attention).mix(attention, q, k, units, pattern).transpose(1, 2)
+    error = float((average(weights, v) - mixed).abs().max())
+    return (weights, error) if error <= SAME * max(1.0, float(mixed.abs().max())) else (None, error)
+
+
+def _heads(attention: Any, mixed: Tensor, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """The output projection applied to each head of mixed (B, T, H, D) by itself, and its bias."""
+    out = getattr(attention, "out", None)
+    if not isinstance(out, nn.Linear) or out.in_features != mixed.shape[2] * mixed.shape[3]:
+        return None, None
+    heads = torch.einsum("bthd,chd->bthc", mixed, out.weight.unflatten(1, mixed.shape[2:]))
+    whole = heads.sum(2) if out.bias is None else heads.sum(2) + out.bias
+    if float((whole - output).abs().max()) > SAME * max(1.0, float(output.abs().max())):
+        return None, None
+    return heads, out.bias
+
+
+@contextmanager
+def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
+    """A forward hook for as long as the block lasts."""
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def _keep(kept: dict[str, Any], name: str) -> Callable[..., None]:
+    def hook(module: nn.Module, given: Any, output: Tensor) -> None:
+        kept[name] = output
+
+    return hook
+
+
+@contextmanager
+def _watched(attention: Any, kept: dict[str, Any], name: str) -> Iterator[None]:
+    """Write down q, k, v, the pattern and the result of every call of `mix`; a mechanism without one is left alone."""
+    if not hasattr(attention, "mix"):
+        yield
+        return
+    own = attention.mix
+
+    def mix(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+        mixed = own(q, k, v, pattern)
+        kept[name] = (q, k, v, pattern, mixed)
+        return mixed
+
+    attention.mix = mix
+    try:
+        yield
+    finally:
+        del attention.mix
+
+
+@contextmanager
+def _reference(attention: Any) -> Iterator[None]:
+    """The reference backend, which takes values of any width."""
+    before = getattr(attention, "backend", None)
+    if before is not None:
+        attention.backend = "eager"
+    try:
+        yield
+    finally:
+        if before is not None:
+            attention.backend = before

@@ -1,0 +1,132 @@
+"""One batch from its prompts to its last token.
+
+Prompts of different lengths are padded on the left, and the padding is a document of its own: positions, token shift and
+attention of the prompt then never see it, by the model's own contract. A sequence that ends leaves the batch.
+
+Shapes: B batch, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from andromeda.generate.decode_step import GraphStep, PlainStep, Step, recordable
+from andromeda.generate.sampling import Sampler
+from andromeda.generate.sequence import Completion, Finish, Piece, Row
+from andromeda.model.kv_cache.dynamic import Cache, Nothing
+from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import CheckpointError
+
+log = logging.getLogger(__name__)
+
+PADDING, CONTENT = 0, 1
+"""Document numbers."""
+
+SHORT = 16
+"""Tokens that are written before recording a step pays."""
+
+
+class Batch:
+    """Sequences that are written together."""
+
+    def __init__(self, model: Transformer, rows: Sequence[Row], sampler: Sampler, *, span: int, eos: int | None, tokens: int) -> None:
+        """span: length for dynamic frequency scaling. tokens: ids from this one on are never chosen."""
+        self.model, self.rows, self.sampler = model, list(rows), sampler
+        self.span, self.eos, self.tokens = span, eos, tokens
+        self.device = model.head.weight.device
+        self.longest = max(len(row.prompt) for row in rows)
+        self.most = max(row.limit for row in rows)
+        self.prefill_seconds = self.decode_seconds = 0.0
+
+    # Not inference_mode: kernels share masks among the layers only of tensors that count their changes.
+    @torch.no_grad()
+    def run(self, chunk: int) -> Iterator[Piece]:
+        """Every piece of every sequence, in the order in which they come. chunk: tokens of a row that prefill reads at once."""
+        start = time.perf_counter()
+        documents = self._documents()
+        record = self.most > SHORT and recordable(self.model.config, self.device)
+        cache = Cache(capacity=self.longest + (0 if record else self.most))
+        ids, chosen = self._choose(self._prefill(documents, cache, chunk))
+        self.prefill_seconds = time.perf_counter() - start
+        start = time.perf_counter()
+        step = self._step(documents, cache, record)
+        self.decode_seconds = time.perf_counter() - start
+        while True:
+            yield from [self._piece(row, token, step.bytes()) for row, token in zip(self.rows, chosen, strict=True)]
+            start = time.perf_counter()
+            stay = [i for i, row in enumerate(self.rows) if not row.finish]
+            if not stay:
+                return
+            if len(stay) < len(self.rows):
+                ids = self._leave(stay, ids, step)
+            ids, chosen = self._choose(step(ids))
+            self.decode_seconds += time.perf_counter() - start
+
+    def _prefill(self, documents: Tensor | None, cache: Cache, chunk: int) -> Tensor:
+        """Logits (B, V) after the prompts, which fill the cache."""
+        padded = [[0] * (self.longest - len(row.prompt)) + row.prompt for row in self.rows]
+        ids = torch.tensor(padded, device=self.device)
+        for start in range(0, self.longest, chunk):
+            part = slice(start, start + chunk)
+            logits = self._read(ids[:, part], None if documents is None else documents[:, part], cache)
+        if logits.isnan().any():
+            raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
+        return logits
+
+    def _step(self, documents: Tensor | None, cache: Cache, record: bool) -> Step:
+        """What writes on from the cache: a recorded step, or, with a word where recording fails, a plain one."""
+        if record:
+            try:
+                return GraphStep(self._read, cache, self.most)
+            except RuntimeError as error:
+                reason = str(error).partition("\n")[0]
+                log.warning("Writing without a CUDA graph, several times slower: recording a step failed (%s).", reason)
+        return PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
+
+    def _documents(self) -> Tensor | None:
+        """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""
+        missing = torch.tensor([self.longest - len(row.prompt) for row in self.rows], device=self.device)
+        if not missing.any():
+            return None
+        padding = torch.arange(self.longest, device=self.device) < missing[:, None]
+        return torch.where(padding, PADDING, CONTENT)
+
+    def _read(self, ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
+        """Logits (B, V) at the last of ids (B, T); no others are computed."""
+        hidden = self.model.hidden(ids, documents=documents, cache=cache, span=self.span)
+        return self.model.head(hidden[:, -1])[:, : self.tokens]
+
+    def _choose(self, logits: Tensor) -> tuple[Tensor, list[int]]:
+        """The next tokens, on the device and on the host."""
+        ids = self.sampler(logits)
+        return ids, ids.tolist()
+
+    def _leave(self, stay: list[int], ids: Tensor, step: Step) -> Tensor:
+        """Let the other sequences go; ids (B,) of those that stay."""
+        self.rows = [self.rows[i] for i in stay]
+        rows = torch.tensor(stay, device=self.device)
+        step.keep(rows)
+        self.sampler.keep(rows)
+        return ids[rows]
+
+    def _piece(self, row: Row, token: int, size: int) -> Piece:
+        text = row.take(token, self.eos)
+        return Piece(row.index, token, text, self._completion(row, row.finish, size) if row.finish else None)
+
+    def _completion(self, row: Row, finish: Finish, size: int) -> Completion:
+        return Completion(
+            index=row.index,
+            text=row.text,
+            ids=tuple(row.ids),
+            finish=finish,
+            prompt_tokens=len(row.prompt),
+            seed=row.seed,
+            prefill_seconds=self.prefill_seconds,
+            decode_seconds=self.decode_seconds,
+            cache_bytes=size,
+        )

@@ -1,0 +1,151 @@
+"""A layer's pass over one token of each sequence: seven kernels, of which four read a weight each, once, at the device's bandwidth.
+
+    norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
+    ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
+
+Values and keys are written where they belong in a cache of one size (`model.fixed`); other caches, and parts that the kernels do
+not know, take the layer's own way between the products.
+
+Shapes: M sequences, C width, N outputs of the joined projection, J tokens of the shift.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.generate.fused_block import Fused, JoinedAttention
+from andromeda.model.forward_context import Context
+from andromeda.model.head import Head
+from andromeda.model.kv_cache.static import FixedState
+from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.position.alibi import FoldedBias, NoBias
+from andromeda.model.qk_preprocess import known
+from andromeda.model.token_shift import ChunkShift
+from andromeda.model.transformer import Transformer
+from andromeda.model.value_embedding import NoValueMix
+from andromeda.ops import gemv, qk_preprocess
+
+
+def step_by_kernels(model: Transformer) -> None:
+    """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
+    blocks = model.trunk.blocks
+    for index, block in enumerate(blocks):
+        if isinstance(block, Fused) and not block.eight_bits and gemv.refuse(_probe(block), *_weights(block)) is None:
+            blocks[index] = Stepped(block)
+    if type(model.head) is Head:
+        model.head = SteppedHead(model.head)
+
+
+class SteppedHead(Head):
+    """A head that reads its weight as the layers do where it is asked for few rows."""
+
+    def __init__(self, head: Head) -> None:
+        nn.Module.__init__(self)
+        self.softcap, self.weight, self.bias = head.softcap, head.weight, head.bias
+
+    def product(self, x: Tensor) -> Tensor:
+        """x (..., C) -> (..., V)."""
+        rows = x.reshape(-1, x.shape[-1]).contiguous()
+        if torch.is_autocast_enabled(x.device.type) or gemv.refuse(rows, self.weight):
+            return super().product(x)
+        return gemv.product(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
+
+
+class Stepped(nn.Module):
+    """A `Fused` layer; passes over longer texts or more sequences are its own."""
+
+    def __init__(self, layer: Fused) -> None:
+        super().__init__()
+        self.layer = layer
+        self._slopes: Tensor | None = None
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.refuse(x[:, 0], *_weights(self.layer)):
+            out: Tensor = self.layer(x, ctx)
+            return out
+        return self.step(x[:, 0].contiguous(), ctx)[:, None]
+
+    def step(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (M, C) of one token each -> the same after the layer."""
+        layer, attention, feedforward = self.layer, self.layer.attention, self.layer.feedforward
+        joined, inner = attention.joined, feedforward.inner
+        # Its last rows are filling.
+        outputs = sum(attention.sizes)
+        weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
+        norm, shift, place = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx), _place(attention, ctx, x)
+        rows, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, place=place)
+        mixed = self._mix(rows, ctx, placed=place is not None)
+        x, _ = gemv.product(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
+        norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
+        hidden, keep = gemv.product(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
+        return gemv.product(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
+
+    def _mix(self, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
+        """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
+        sizes, attention = self.layer.attention.sizes, self.layer.attention.inner
+        q, v, k = (part[:, None] for part in rows.split(sizes, 1))
+        if placed and isinstance(ctx.state, FixedState) and ctx.index is not None:
+            keys, values = ctx.state.buffers
+            q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
+            form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
+            if form is not None:
+                form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
+                queries = qk_preprocess.prepare_into(q_heads, k_heads, form, keys, ctx.index)
+                return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
+        return attention.read(q, k, v.contiguous(), ctx).flatten(1)
+
+    def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `bias` appends. Its slopes are the same in every pass, and worth no kernels of a step."""
+        if not isinstance(bias, FoldedBias):
+            return ()
+        held = self._slopes
+        if held is None or held.dtype != dtype or held.device != bias.weights.device:
+            held = bias.tails(self.layer.attention.inner.scale, dtype)[0]
+            # What is made while a graph is recorded is gone with it.
+            if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
+                self._slopes = held
+        return held, bias.digits
+
+
+def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
+    """Where the values go, if there is a place for them yet and nothing is mixed into them."""
+    state = ctx.state
+    if not (isinstance(state, FixedState) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix):
+        return None
+    values = state.buffers[1]
+    return gemv.Place(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
+
+
+def _norm(norm: nn.Module) -> gemv.Norm:
+    assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
+    kind = "layer" if isinstance(norm, LayerNorm) else "rms"
+    return gemv.Norm(kind, norm.eps, None if isinstance(norm, PlainRMSNorm) else norm.weight)
+
+
+def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
+    """What the shift reads, with a past that the kernels may write to."""
+    if not isinstance(shift, ChunkShift):
+        return None
+    state = ctx.state
+    if isinstance(state, FixedState) and shift.slot in state.recent:
+        past = state.recent[shift.slot]
+    else:
+        # Others may hold what a state gives away.
+        past = state.get(shift.slot, x, (len(x), shift.tokens, x.shape[1])).clone()
+        state.put(shift.slot, past)
+        if isinstance(state, FixedState):
+            past = state.recent[shift.slot]
+    return gemv.Shift(past, ctx.documents, ctx.index)
+
+
+def _weights(layer: Fused) -> tuple[Tensor, ...]:
+    feedforward = layer.feedforward
+    return layer.attention.joined.weight, layer.attention.out.weight, feedforward.inner.weight, feedforward.out.weight
+
+
+def _probe(layer: Fused) -> Tensor:
+    """A row as the layer is given them."""
+    weight = layer.attention.joined.weight
+    return weight.new_empty(1, weight.shape[1])

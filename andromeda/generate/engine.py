@@ -1,0 +1,109 @@
+"""Generation: prompts in, pieces of text out, with a cache.
+
+The prompt is read in chunks and only its last position's logits are computed; then one token at a time for the whole
+batch. Every sequence has its own random numbers, so that a prompt gets the same text in a batch as alone (to the
+rounding of the kernels, which may break a tie between two tokens otherwise in low precision).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from andromeda.config.derived import original_context
+from andromeda.data.tokenizer import Tokenizer
+from andromeda.generate.batch import Batch
+from andromeda.generate.prompts import Prompt, encode, room
+from andromeda.generate.sampling import Sampler
+from andromeda.generate.sequence import Completion, NoText, Piece, Row
+from andromeda.generate.settings import Settings, settings
+from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import CheckpointError, RequestError
+
+
+class Engine:
+    """Writes with one model."""
+
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer | None = None, *, eos: int | None = None, batch: int = 8, chunk: int = 8192
+    ) -> None:
+        """eos: the id that ends a text, the tokenizer's own unless given. batch: prompts that are written together.
+        chunk: tokens of a prompt that are read at once. Raises CheckpointError when the tokenizer is not the model's, RequestError."""
+        if min(batch, chunk) < 1:
+            raise RequestError(f"batch = {batch} and chunk = {chunk} must be at least 1.")
+        vocab = model.config.vocab_size
+        if tokenizer and tokenizer.vocab_size > vocab:
+            raise CheckpointError(
+                f"The tokenizer has {tokenizer.vocab_size} entries, more than the model's {vocab}: it belongs to another model."
+            )
+        self.model, self.tokenizer = model, tokenizer
+        self.eos = tokenizer.eos if tokenizer and eos is None else eos
+        # A vocabulary that was padded to a round size has rows at its end that stand for nothing.
+        self.tokens = tokenizer.vocab_size if tokenizer else vocab
+        self.batch, self.chunk = batch, chunk
+
+    def generate(self, prompts: Sequence[Prompt], **wishes: Any) -> list[Completion]:
+        """The answer to each prompt, in their order; settings as in `Settings`. Raises RequestError."""
+        done = [piece.completion for piece in self.stream(prompts, **wishes) if piece.completion]
+        return sorted(done, key=lambda completion: completion.index)
+
+    def stream(self, prompts: Sequence[Prompt], **wishes: Any) -> Iterator[Piece]:
+        """Pieces as they are written; those of one batch alternate. Raises RequestError at once, before any work."""
+        wish = settings(**wishes)
+        rows = []
+        for index, prompt in enumerate(prompts):
+            try:
+                rows.append(self._row(index, prompt, wish))
+            except RequestError as error:
+                raise error if len(prompts) == 1 else RequestError(f"Prompt {index + 1} of {len(prompts)}: {error}") from None
+        return self._run(rows, wish)
+
+    def _row(self, index: int, prompt: Prompt, wish: Settings) -> Row:
+        ids = encode(prompt, self.tokenizer, self.eos, self.model.config.vocab_size)
+        seed = secrets.randbits(32) if wish.seed is None else wish.seed
+        decoder = self.tokenizer.stream() if self.tokenizer else NoText()
+        return Row(index, ids, room(ids, self.model.config, wish.max_new_tokens), seed, decoder, wish)
+
+    def _run(self, rows: list[Row], wish: Settings) -> Iterator[Piece]:
+        with evaluating(self.model):
+            for span, group in self._groups(rows):
+                seeds, prompts = [row.seed for row in group], [row.prompt for row in group]
+                sampler = Sampler(wish, prompts, seeds, self.tokens, self.model.head.weight.device)
+                try:
+                    yield from Batch(self.model, group, sampler, span=span, eos=self.eos, tokens=self.tokens).run(self.chunk)
+                except torch.OutOfMemoryError:
+                    size = max(len(row.prompt) + row.limit for row in group)
+                    raise RequestError(
+                        f"The device has no room for {len(group)} x {size} tokens: write fewer prompts at once, or shorter ones."
+                    ) from None
+
+    def _groups(self, rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
+        """Rows that can be written together, with their span: dynamic scaling turns by the length, so there it must agree."""
+        spans: dict[int, list[Row]] = {}
+        for row in rows:
+            spans.setdefault(self._span(row), []).append(row)
+        for span, same in spans.items():
+            for start in range(0, len(same), self.batch):
+                yield span, same[start : start + self.batch]
+
+    def _span(self, row: Row) -> int:
+        if self.model.config.rotary.scaling.kind != "dynamic":
+            return self.model.config.context
+        # Up to the length it was trained at, all lengths turn alike.
+        return max(len(row.prompt) + row.limit, original_context(self.model.config))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, and afterwards as it was."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,195 @@
+"""A serial pre-norm layer rearranged for inference, so that fewer passes go over its activations.
+
+Queries, keys and values come from one product. On a GPU, what lies between two products is one kernel (`kernels.norm_shift`),
+which also rounds to 8 bits where the layers are in 8 bits; without 8 bits the last product adds itself to the stream. What a
+kernel cannot do, the layer's own parts do, as before.
+
+Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeGuard
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from andromeda.model.add_norm_shift import accepts, fused
+from andromeda.model.attention import Attention
+from andromeda.model.block import Serial
+from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
+from andromeda.model.forward_context import Context
+from andromeda.model.layers import side_by_side
+from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.token_shift import ChunkShift, NoShift
+from andromeda.ops import float8_inference
+from andromeda.ops.activation import activate, add_product
+
+
+class Rows(NamedTuple):
+    """Vectors on their way into a product."""
+
+    values: Tensor
+    """(B, T, K) in a floating type, or in 8 bits."""
+    scale: Tensor
+    """What each row was divided by (B T, 1); of use in 8 bits only."""
+
+
+def fuses(block: nn.Module) -> TypeGuard[Serial]:
+    """Whether `Fused` knows this layer and all of its parts."""
+    return (
+        type(block) is Serial
+        and type(block.attention) is Attention
+        and type(block.feedforward) is Dense
+        and {type(block.attention_norm), type(block.feedforward_norm)} <= {LayerNorm, RMSNorm, PlainRMSNorm}
+        and {type(block.attention_shift), type(block.feedforward_shift)} <= {NoShift, ChunkShift}
+    )
+
+
+class Fused(nn.Module):
+    """x + A(N1 x), then + F(N2 x), as `Serial`; takes over the block's parts."""
+
+    def __init__(self, block: Serial, *, eight_bits: bool = False) -> None:
+        super().__init__()
+        feedforward = block.feedforward
+        assert isinstance(block.attention, Attention)
+        assert isinstance(feedforward, Dense)
+        self.eight_bits = (
+            eight_bits
+            and float8_inference.fits(feedforward.inner)
+            and float8_inference.fits(feedforward.out)
+            and float8_inference.fits(block.attention.out)
+        )
+        self.first = Between(block.attention_norm, block.attention_shift, self.eight_bits)
+        self.second = Between(block.feedforward_norm, block.feedforward_shift, self.eight_bits)
+        self.attention = JoinedAttention(block.attention, self.eight_bits)
+        self.feedforward = (FeedForward8 if self.eight_bits else FeedForward)(feedforward)
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C)."""
+        rows, x = self.first(x, None, None, ctx)
+        rows, x = self.second(x, self.attention(rows, ctx), self.feedforward.late, ctx)
+        return self.feedforward(rows, x)
+
+
+class Between(nn.Module):
+    """Sum, norm, shift and 8 bits."""
+
+    def __init__(self, norm: nn.Module, shift: nn.Module, eight_bits: bool) -> None:
+        super().__init__()
+        self.norm, self.shift, self.eight_bits = norm, shift, eight_bits
+
+    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
+        """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
+        if accepts(x, self.norm, self.shift, ctx):
+            made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.eight_bits)
+            return Rows(made.y, made.scale), made.total
+        x = x if delta is None else x + delta
+        return as_rows(self.shift(self.norm(x), ctx), self.eight_bits), x if bias is None else x + bias
+
+
+def as_rows(x: Tensor, eight_bits: bool) -> Rows:
+    """x (B, T, K), in 8 bits if asked for."""
+    if not eight_bits:
+        return Rows(x, x.new_empty(0))
+    flat = x.flatten(0, -2)
+    values, scale = (
+        float8_inference.activate_quantise(flat, "none") if float8_inference.activates(flat, "none") else float8_inference.quantise(flat)
+    )
+    return Rows(values.unflatten(0, x.shape[:-1]), scale)
+
+
+def product(linear: nn.Module, rows: Rows) -> Tensor:
+    """(B, T, N) from (B, T, K)."""
+    if isinstance(linear, float8_inference.Linear8):
+        return linear.product(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
+    out: Tensor = linear(rows.values)
+    return out
+
+
+class JoinedAttention(nn.Module):
+    """`Attention` whose queries, values and keys come from one product, in this order: so values begin where fast reads may."""
+
+    def __init__(self, attention: Attention, eight_bits: bool) -> None:
+        super().__init__()
+        linears = (attention.query, attention.value, attention.key)
+        self.sizes = [linear.out_features for linear in linears]
+        joined = join(linears)
+        self.eight_bits = eight_bits
+        self.joined = float8_inference.Linear8(joined) if eight_bits else joined
+        self.out = float8_inference.Linear8(attention.out) if eight_bits else attention.out
+        del attention.query, attention.value, attention.key, attention.out
+        self.inner = attention
+
+    def forward(self, rows: Rows, ctx: Context) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        q, v, k, _ = product(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
+        return product(self.out, as_rows(self.inner.read(q, k, v.contiguous(), ctx), self.eight_bits))
+
+    @property
+    def joined_width(self) -> int:
+        """Rows of the joined matrix."""
+        return int(self.joined.weight.shape[0])
+
+
+def join(linears: Sequence[nn.Linear]) -> nn.Linear:
+    """One layer that computes what all of these do, side by side."""
+    with torch.no_grad():
+        weight, bias = side_by_side(linears)
+    made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
+    made.weight = nn.Parameter(weight, requires_grad=False)
+    made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+class FeedForward(nn.Module):
+    """x + `Dense`."""
+
+    def __init__(self, dense: Dense) -> None:
+        super().__init__()
+        self.inner, self.out, self.activation = dense.inner, dense.out, dense.activation
+        self.name = activation_name(dense)
+
+    @property
+    def late(self) -> Tensor | None:
+        """The last bias (C,), which must be in the sum that `forward` is given."""
+        return self.out.bias
+
+    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+        """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
+        hidden = self.inner(rows.values)
+        hidden = activate(hidden, self.name) if float8_inference.activates(hidden, self.name) else self.activation(hidden)
+        if not x.is_cuda:
+            return x + F.linear(hidden, self.out.weight)
+        total = x.flatten(0, -2)
+        add_product(total, hidden.flatten(0, -2), self.out.weight)
+        return total.view(x.shape)
+
+
+class FeedForward8(nn.Module):
+    """The same with both products in 8 bits, the activation quantised as it is computed."""
+
+    late = None
+
+    def __init__(self, dense: Dense) -> None:
+        super().__init__()
+        self.inner, self.out, self.activation = float8_inference.Linear8(dense.inner), float8_inference.Linear8(dense.out), dense.activation
+        self.name = activation_name(dense)
+
+    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+        """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
+        hidden = product(self.inner, rows)
+        flat = hidden.flatten(0, -2)
+        if float8_inference.activates(flat, self.name):
+            values, scale = float8_inference.activate_quantise(flat, self.name)
+            rows = Rows(values.unflatten(0, hidden.shape[:-1]), scale)
+        else:
+            rows = as_rows(self.activation(hidden), True)
+        return x + product(self.out, rows).to(x.dtype)
+
+
+def activation_name(dense: Dense) -> str:
+    """What `ACTIVATIONS` calls it."""
+    return next(name for name, function in ACTIVATIONS.items() if function is dense.activation)

@@ -1,0 +1,56 @@
+"""What a user may ask of a generation, checked before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import Field, PositiveFloat, PositiveInt
+
+from andromeda.config.base import Part, Strings
+from andromeda.config.mistakes import read
+from andromeda.utils.errors import ConfigError, RequestError, nearest
+
+
+class Settings(Part):
+    """How much text to write, and how each token is chosen. Applied in the order of the fields from `repetition_penalty` on."""
+
+    max_new_tokens: PositiveInt | None = None
+    """Longest answer in tokens; None takes 256, or what the context has left."""
+    stop: Strings = ()
+    """Texts that end the answer; they are not part of it."""
+    repetition_penalty: PositiveFloat = 1.0
+    """Logits of tokens seen before are divided by it when positive and multiplied when negative (arXiv 1909.05858); 1 is off."""
+    temperature: float = Field(0.8, ge=0.0)
+    """Divides the logits; 0 always takes the likeliest token."""
+    top_k: int = Field(50, ge=0)
+    """Only the k likeliest tokens; 0 is off."""
+    top_p: float = Field(1.0, gt=0.0, le=1.0)
+    """Only the likeliest tokens that together reach this probability (arXiv 1904.09751); 1 is off."""
+    min_p: float = Field(0.0, ge=0.0, le=1.0)
+    """Only tokens of at least this share of the likeliest one's probability (arXiv 2407.01082); 0 is off."""
+    seed: int | None = Field(None, ge=0, lt=1 << 63)
+    """Starts the random numbers of every prompt, alone or in a batch; None draws one, which the answer names."""
+
+
+DEFAULT_NEW_TOKENS = 256
+NO_OTHER_NAMES: Mapping[str, str] = {}
+
+
+def settings(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> Settings:
+    """The settings that a request names. Raises RequestError, one sentence for all mistakes.
+
+    spelled: for a setting, the name by which the user gave it.
+    """
+    unknown = [name for name in values if name not in Settings.model_fields]
+    if unknown:
+        raise RequestError(f"There is no generation setting {unknown[0]!r}{nearest(unknown[0], Settings.model_fields)}.")
+    if isinstance(values.get("stop"), str):
+        values["stop"] = (values["stop"],)
+    try:
+        checked = read(Settings, values, spelled=spelled)
+    except ConfigError as error:
+        raise RequestError(str(error)) from None
+    if "" in checked.stop:
+        raise RequestError(f"{spelled.get('stop', 'stop')} must not be empty text, which would end every answer at once: leave it out.")
+    return checked

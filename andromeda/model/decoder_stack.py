@@ -1,0 +1,78 @@
+"""The blocks and the paths around them: plain, a learned mix with the first embedding, and U-net skips (modded-nanogpt)."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.config.model import ModelConfig
+from andromeda.model.block import build_block
+from andromeda.model.forward_context import Context
+
+
+class NoMix(nn.Module):
+    """The stream as it is."""
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        """x and first (B, T, C)."""
+        return x
+
+
+class FirstMix(nn.Module):
+    """w0 x + w1 first, from (1, 0)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def forward(self, x: Tensor, first: Tensor) -> Tensor:
+        """x and first (B, T, C)."""
+        w = self.weights.to(x.dtype)
+        return w[0] * x + w[1] * first
+
+
+class Trunk(nn.Module):
+    """All blocks in a row."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.depth))
+        self.mixes = nn.ModuleList(FirstMix() if config.skips.first else NoMix() for _ in range(config.depth))
+
+    def layer(self, index: int, x: Tensor, first: Tensor, ctx: Context) -> Tensor:
+        """One block with its mix."""
+        return self.blocks[index](self.mixes[index](x, first), ctx.at(index))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C), the embedded tokens."""
+        first = x
+        for index in range(len(self.blocks)):
+            x = self.layer(index, x, first, ctx)
+        return x
+
+
+class UNetTrunk(Trunk):
+    """The second half adds the outputs of the first half, last in first out, each with a learned weight that starts at one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.skip_weights = nn.Parameter(torch.ones(config.depth // 2))
+
+    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+        """x (B, T, C), the embedded tokens. With an odd depth the middle block has no partner."""
+        first = x
+        outputs: list[Tensor] = []
+        half, depth = len(self.skip_weights), len(self.blocks)
+        weights = self.skip_weights.to(x.dtype)
+        for index in range(depth):
+            if index >= depth - half:
+                x = x + weights[index - depth + half] * outputs.pop()
+            x = self.layer(index, x, first, ctx)
+            if index < half:
+                outputs.append(x)
+        return x
+
+
+def build_trunk(config: ModelConfig) -> Trunk:
+    """The trunk that the configuration asks for."""
+    return UNetTrunk(config) if config.skips.unet else Trunk(config)

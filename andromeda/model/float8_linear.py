@@ -1,0 +1,89 @@
+"""Linear layers that train in 8 bits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+from andromeda.model.cached_cast_linear import CastLinear
+from andromeda.model.layers import Linear, biases_side_by_side
+from andromeda.ops import float8, float8_inference
+from andromeda.ops.float8 import Weight8, linear8
+
+ROUNDING = 1.02
+"""What roundings to bfloat16 add to a vector's norm at most, and more."""
+
+
+class Linear8(CastLinear):
+    """x W^T + b in 8-bit products, forward and backward, where they may be; elsewhere as it was."""
+
+    FIELDS = (*Weight8._fields, "bound")
+    rows: Tensor | None
+    columns: Tensor
+    scale: Tensor
+    norms: Tensor
+    bound: Tensor | None
+
+    def __init__(self, linear: Linear) -> None:
+        super().__init__(linear)
+        self.source: tuple[nn.Module, float] | None = None
+        """The norm whose output this layer reads, and the largest norm of a vector of it with gains of one."""
+
+    def accepts(self, x: Tensor) -> bool:
+        """As many vectors as products in 8 bits can have, on a GPU."""
+        return float8.accepts(x)
+
+    def can_cast(self) -> bool:
+        """On a GPU."""
+        return float8.on_device(self.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., K) -> (..., O)."""
+        if not (self.accepts(x) and float8_inference.fits(self)):
+            return super().forward(x)
+        return linear8(x, float8.cast_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound)
+
+    def project(self, x: Tensor) -> Tensor:
+        """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
+        return linear8(x, self.cast(), self.weights, biases_side_by_side(self.together), self.bound)
+
+    def cast(self) -> Weight8:
+        """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
+        if self.rows is None:
+            return float8.cast_weight(self.joined())
+        return Weight8(self.rows, self.columns, self.scale, self.norms)
+
+    def reads(self) -> Sequence[Tensor]:
+        """Weights, and the gain that bounds their input."""
+        gain = self._gain()
+        return [*self.weights, *([] if gain is None else [gain])]
+
+    @classmethod
+    def fill(cls, layers: Sequence[Self]) -> None:
+        """Cast the weights of all, and take new bounds of inputs."""
+        for layer in layers:
+            # Their memory is taken again.
+            for name in Weight8._fields:
+                setattr(layer, name, None)
+        for layer, held in zip(layers, float8.cast_weights([layer.joined() for layer in layers]), strict=True):
+            for name, tensor in zip(Weight8._fields, held, strict=True):
+                setattr(layer, name, tensor)
+        _bound_inputs(layers)
+
+    def _gain(self) -> Tensor | None:
+        return getattr(self.source[0], "weight", None) if self.source else None
+
+
+def _bound_inputs(layers: Sequence[Linear8]) -> None:
+    """By the gains of the norms that they read."""
+    read = [(layer, *layer.source) for layer in layers if layer.source is not None]
+    if not read:
+        return
+    one = layers[0].weight.new_ones(1)
+    gains = [getattr(norm, "weight", None) for _, norm, _ in read]
+    largest = torch._foreach_norm([one if gain is None else gain.detach().float() for gain in gains], float("inf"))
+    for (layer, _, norm_of_ones), gain in zip(read, largest, strict=True):
+        layer.bound = gain * (norm_of_ones * ROUNDING)

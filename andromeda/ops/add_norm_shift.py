@@ -1,0 +1,167 @@
+"""What lies between two products of a layer, at once: the sum with a branch, norm, token shift, and 8 bits if asked for.
+
+Each of these alone reads and writes all activations.
+
+Shapes: B batch, T time, C channels.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from andromeda.ops.float8_inference import FORMAT, LARGEST
+
+TRITON = find_spec("triton") is not None
+WIDEST = 8192
+"""Channels that a program can hold."""
+TYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+class Shifted(NamedTuple):
+    """What comes out."""
+
+    y: Tensor
+    """(B, T, C) in the type of x, or in 8 bits."""
+    scale: Tensor
+    """What each row of y was divided by (B T, 1) in float32; empty without 8 bits."""
+    total: Tensor
+    """x + delta + bias (B, T, C); x itself where neither was given."""
+    last: Tensor
+    """Normalised last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
+
+
+def accepts(x: Tensor) -> bool:
+    """Whether the kernel takes this: on a GPU, in 32 or 16 bits."""
+    return TRITON and x.is_cuda and type(x) is Tensor and x.shape[-1] <= WIDEST and x.dtype in TYPES
+
+
+def norm_shift(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: Tensor | None,
+    documents: Tensor | None = None,
+    *,
+    layer: bool,
+    eps: float,
+    moved: tuple[int, int] = (0, 0),
+    eight_bits: bool = False,
+) -> Shifted:
+    """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
+
+    layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
+    normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move. documents (B, T):
+    numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
+    """
+    if delta is None and bias is None and not eight_bits and torch.is_grad_enabled() and x.requires_grad:
+        y, total, last = _Through.apply(x, weight, past, documents, layer, eps, *moved)
+        return Shifted(y, x.new_empty(0, 1, dtype=torch.float32), total, last)
+    made = Shifted(*_norm_shift(x, delta, weight, bias, past, documents, layer, eps, *moved, eight_bits))
+    return made._replace(total=x) if delta is None and bias is None else made
+
+
+class _Through(torch.autograd.Function):
+    """The norm of x, and x once more: the gradient of whoever reads x besides is added where the norm's own is written.
+
+    Autograd would read and write all of x's gradient once more for their sum.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer: bool, eps: float, begin: int,
+        end: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+        y, _, _, last = _norm_shift(x, None, weight, None, past, documents, layer, eps, begin, end, False)
+        ctx.save_for_backward(x, weight, documents)
+        ctx.form = layer, eps, begin, end
+        return y, x.view_as(x), last
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor, dx: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, weight, documents = ctx.saved_tensors
+        dx, dweight = _gradients(x, weight, documents, dy, dx, *ctx.form)
+        return (dx, None if weight is None else dweight, *[None] * 6)
+
+
+@torch.library.custom_op("andromeda::norm_shift", mutates_args=())
+def _norm_shift(
+    x: Tensor,
+    delta: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    past: Tensor | None,
+    documents: Tensor | None,
+    layer: bool,
+    eps: float,
+    begin: int,
+    end: int,
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from andromeda.ops.triton import add_norm_shift as device
+
+    given = device.Given(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past, documents)))
+    made = _made(x, delta, bias, begin, end, eight_bits)
+    filled = device.Made(*(t if t.numel() else None for t in made))
+    device.norm_shift(given, filled, layer, eps, (begin, end), LARGEST if eight_bits else 0.0)
+    return made.y, made.scale, made.total, made.last
+
+
+def _made(x: Tensor, delta: Tensor | None, bias: Tensor | None, begin: int, end: int, eight_bits: bool) -> Shifted:
+    B, T, C = x.shape
+    y = x.new_empty(B, T, C, dtype=FORMAT if eight_bits else x.dtype)
+    scale = x.new_empty(B * T if eight_bits else 0, 1, dtype=torch.float32)
+    total = x.new_empty(0) if delta is None and bias is None else x.new_empty(B, T, C)
+    return Shifted(y, scale, total, x.new_empty(B, 1, C) if end > begin else x.new_empty(0))
+
+
+@_norm_shift.register_fake
+def _(
+    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer: bool, eps: float, begin: int, end: int,
+    eight_bits: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    made = _made(x, delta, bias, begin, end, eight_bits)
+    return made.y, made.scale, made.total, made.last
+
+
+@torch.library.custom_op("andromeda::norm_shift_backward", mutates_args=())
+def _gradients(
+    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dtotal: Tensor | None, layer: bool, eps: float, begin: int,
+    end: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of what was normalised (B, T, C) and of the gain (C,), empty where there is none."""
+    from andromeda.ops.triton import add_norm_shift as device
+
+    x, dy = x.contiguous(), dy.contiguous()
+    dtotal = None if dtotal is None else dtotal.contiguous()
+    documents = None if documents is None else documents.contiguous()
+    dx, dweight = device.backward(x, weight, documents, dy, dtotal, layer, eps, (begin, end))
+    return dx, x.new_empty(0) if dweight is None else dweight
+
+
+@_gradients.register_fake
+def _(x: Tensor, weight: Any, documents: Any, dy: Any, dtotal: Any, layer: bool, eps: float, begin: int, end: int) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(0) if weight is None else torch.empty_like(weight)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    x, delta, weight, bias, _, documents, ctx.layer, ctx.eps, ctx.begin, ctx.end, eight_bits = inputs
+    if eight_bits or bias is not None:
+        raise NotImplementedError("norm_shift has no gradients with a bias or in 8 bits")
+    ctx.added = delta is not None
+    ctx.save_for_backward(output[2] if ctx.added else x, weight, documents)
+
+
+def _backward(ctx: Any, dy: Tensor, _: Any, dtotal: Tensor, last: Any) -> tuple[Any, ...]:
+    x, weight, documents = ctx.saved_tensors
+    dx, dweight = _gradients(x, weight, documents, dy, dtotal if ctx.added else None, ctx.layer, ctx.eps, ctx.begin, ctx.end)
+    return (dx, dx if ctx.added else None, None if weight is None else dweight, *[None] * 8)
+
+
+_norm_shift.register_autograd(_backward, setup_context=_save)

@@ -1,0 +1,10 @@
+"""One attention call, several backends, one reference (`eager`).
+
+`attend(q, k, v, pattern, backend)` computes the whole pattern or says in one sentence why it cannot; no backend ever
+drops a part of it. A backend is a module with `name`, `refuse(pattern, q, k, v)` and `attend(q, k, v, pattern)`.
+"""
+
+from andromeda.ops.attention.dispatch import attend, backends, choose, ranking
+from andromeda.ops.attention.spec import Pattern
+
+__all__ = ["Pattern", "attend", "backends", "choose", "ranking"]

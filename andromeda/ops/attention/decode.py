@@ -1,0 +1,89 @@
+"""One query for each sequence, as cached decoding asks: keys and values are read once, by the whole GPU.
+
+Fused kernels for many queries give a (sequence, key head) to one multiprocessor, which then reads a long cache alone. Here the
+keys are cut into parts (`ops/triton/decode_attention.py`); without Triton, two matrix products with the softmax between them spread
+over the GPU as well. Logits are accumulated and kept in float32. Nothing waits for the device.
+
+Shapes: B batch, S keys, H query heads, G key/value heads, R = H / G, D head dim.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.compute_dtype import HALF
+
+name = "decode"
+
+TRITON = find_spec("triton") is not None
+WIDEST = 256
+"""Dimensions of a head that the kernel holds."""
+
+
+def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Any pattern of one query, without gradients."""
+    if q.shape[1] != 1:
+        return "it computes one query at a time"
+    if any(x.requires_grad for x in (q, k, v)):
+        return "it has no backward pass"
+    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF and q.device.type != "cuda" else None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Same contract as `eager.attend`, for T = 1."""
+    if TRITON and q.is_cuda and q.dtype in HALF and max(q.shape[-1], v.shape[-1]) <= WIDEST:
+        own, numbers = pattern.documents or (None, None)
+        return torch.ops.andromeda.decode(
+            q, k, v, own, numbers, pattern.slopes, pattern.index, pattern.scale, pattern.window, pattern.softcap
+        )
+    return products(q, k, v, pattern)
+
+
+@torch.library.custom_op("andromeda::decode", mutates_args=())
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    own: Tensor | None,
+    numbers: Tensor | None,
+    slopes: Tensor | None,
+    index: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> Tensor:
+    from andromeda.ops.triton import decode_attention as device
+
+    documents = None if own is None or numbers is None else (own, numbers)
+    return device.attend(q, k, v, scale, window, documents, slopes, softcap, index)
+
+
+@_kernel.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, numbers: Tensor | None, slopes: Tensor | None, *_: object) -> Tensor:
+    return q.new_empty(*q.shape[:-1], v.shape[-1])
+
+
+def products(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """The same by two matrix products."""
+    (B, _, H, _), (S, G) = q.shape, k.shape[1:3]
+    # With several sequences and several key heads this copies the keys, as no product has two strided batch dimensions.
+    rows, keys, values = q.reshape(B * G, H // G, -1), k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
+    logits = _product(rows, keys.mT).view(B, H, 1, S) * pattern.scale
+    if pattern.softcap:
+        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
+    bias = pattern.bias(1, S, q.device)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    if pattern.window or pattern.documents is not None or pattern.index is not None:
+        logits = logits.masked_fill(~pattern.visible(1, S, q.device), float("-inf"))
+    weights = logits.softmax(-1).to(v.dtype).view(B * G, H // G, S)
+    return torch.bmm(weights, values).view(B, 1, H, -1)
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """Products of matrices, in float32 at least."""
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.bmm(a, b)

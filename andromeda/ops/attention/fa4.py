@@ -1,0 +1,169 @@
+"""FlashAttention-4 (`flash-attn-4`, written in CuTe): the fastest kernels on Hopper and Blackwell, with windows, soft cap and documents.
+
+The library's functions are wrapped as one PyTorch operator, so that torch.compile passes it on untouched. Documents become
+sequences of their own, which costs one wait for the device for each new set of document numbers, not for each layer.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from andromeda.ops.attention.requirements import FOLD, equal_heads, half_on_cuda, heads_of_eights, queries_last, trained
+from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.tensor_cache import Memo
+from andromeda.utils.errors import DataError
+
+name = "fa4"
+
+_bounds: Memo[Tensor] = Memo(4)
+
+
+def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """No ALiBi slopes; documents only over whole sequences."""
+    if pattern.slopes is not None:
+        return FOLD
+    if pattern.documents is not None and q.shape[1] != k.shape[1]:
+        return "it takes documents only where queries are as many as keys"
+    if reason := queries_last(pattern) or half_on_cuda(q, capability=9):
+        return reason
+    widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
+    if reason := heads_of_eights(q, v, widest):
+        return reason
+    if q.shape[2] != k.shape[2] and (reason := equal_heads(q, v)) and trained(q, k, v):
+        return f"{reason} for the gradients of shared ones"
+    return None if _installed() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Same contract as `eager.attend`. Raises DataError where document numbers fall along a row."""
+    documents = None if pattern.documents is None else pattern.documents[0]
+    return torch.ops.andromeda.fa4(q, k, v, documents, pattern.scale, pattern.window, pattern.softcap)[0]
+
+
+@torch.compiler.assume_constant_result
+def _installed() -> bool:
+    return _found()
+
+
+@cache
+def _found() -> bool:
+    try:
+        return importlib.util.find_spec("flash_attn.cute") is not None
+    except ImportError:
+        return False
+
+
+@torch.library.custom_op("andromeda::fa4", mutates_args=())
+def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+    """Attention (B, T, H, Dv), and the logarithm of the sum of exponentials as the library has it."""
+    from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
+
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "window_size": _window(window),
+        "softcap": softcap,
+        "return_lse": True,
+    }
+    if documents is None:
+        return flash_attn_func(q, k, v, **options)
+    lengths = _lengths(documents)
+    out, lse = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)
+    return out.unflatten(0, q.shape[:2]), lse
+
+
+@torch.library.custom_op("andromeda::fa4_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of q, k and v."""
+    # The public functions leave no way to go back but their own autograd, which torch.compile cannot look into.
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    left, right = _window(window)
+    options: dict[str, Any] = {
+        "softmax_scale": scale,
+        "causal": True,
+        "softcap": softcap,
+        "window_size_left": left,
+        "window_size_right": right,
+    }
+    if documents is None:
+        dq, dk, dv = _flash_attn_bwd(q, k, v, out, grad, lse, **options)
+        return dq, dk, dv
+    flat = (x.flatten(0, 1) for x in (q, k, v, out, grad))
+    dq, dk, dv = (x.unflatten(0, q.shape[:2]) for x in _flash_attn_bwd(*flat, lse, **_lengths(documents), **options))
+    return dq, dk, dv
+
+
+@_forward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
+    B, T, H, _ = q.shape
+    lse = q.new_empty((B, H, T) if documents is None else (H, B * T), dtype=torch.float32)
+    return q.new_empty(B, T, H, v.shape[-1]), lse
+
+
+@_backward.register_fake
+def _(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    documents: Tensor | None,
+    scale: float,
+    window: int,
+    softcap: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, documents, ctx.scale, ctx.window, ctx.softcap = inputs
+    ctx.save_for_backward(q, k, v, documents, *output)
+
+
+def _gradients(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    q, k, v, documents, out, lse = ctx.saved_tensors
+    return *torch.ops.andromeda.fa4_backward(grad, q, k, v, out, lse, documents, ctx.scale, ctx.window, ctx.softcap), None, None, None, None
+
+
+_forward.register_autograd(_gradients, setup_context=_save)
+
+
+def _window(window: int) -> tuple[int | None, int | None]:
+    """Keys to the left and right of a query's own; the library does not count the query itself."""
+    return (window - 1, 0) if window else (None, None)
+
+
+def _lengths(documents: Tensor) -> dict[str, Any]:
+    """Where every document of every row begins and ends, as the library wants it."""
+    bounds = _bounds.get((documents,), None, lambda: _boundaries(documents))
+    return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": documents.shape[1], "max_seqlen_k": documents.shape[1]}
+
+
+def _boundaries(documents: Tensor) -> Tensor:
+    """Index of the first token of every document among all B T tokens, and B T: (number of documents + 1,) in int32."""
+    step = documents.diff(dim=1)
+    if bool((step < 0).any()):
+        raise DataError(
+            "Document numbers fall along a row, which attention backend 'fa4' cannot mask: "
+            "number documents upwards, or set attention.backend to flex."
+        )
+    starts = torch.nn.functional.pad(step != 0, (1, 0), value=True).flatten().nonzero().flatten()
+    return torch.nn.functional.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)

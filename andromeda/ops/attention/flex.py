@@ -1,0 +1,96 @@
+"""FlexAttention: FlashAttention-2 in Triton for every pattern, skipping the blocks that the pattern hides.
+
+On a CPU it computes T x S matrices, forward only: of use to test the masks that GPUs get.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+
+from andromeda.ops.attention.block_mask import block_mask
+from andromeda.ops.attention.requirements import queries_last
+from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.tensor_cache import Memo
+
+name = "flex"
+
+_masks: Memo[BlockMask] = Memo(16)
+
+
+def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Any pattern of queries at the end of the keys; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
+    if reason := queries_last(pattern):
+        return reason
+    if q.device.type == "cpu":
+        if torch.compiler.is_compiling():
+            return "it cannot compile every pattern for a CPU"
+        return "it has no backward pass on a CPU" if any(x.requires_grad for x in (q, k, v)) else None
+    if q.device.type != "cuda":
+        return f"it has no kernels for {q.device.type}"
+    if q.dtype == torch.float64:
+        return "it has no kernels in float64"
+    if min(q.shape[-1], v.shape[-1]) < 16:
+        return "it needs heads of 16 dimensions or more"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Same contract as `eager.attend`."""
+    T, S = q.shape[1], k.shape[1]
+    mask = _masks.get(pattern.documents or (), (pattern.window, T, S, q.device), lambda: block_mask(pattern, T, S, q.device))
+    call: Any = flex_attention if torch.compiler.is_compiling() else _compiled(_kind(pattern, q, S))
+    out = call(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        score_mod=_score_mod(pattern, q, S),
+        block_mask=mask,
+        scale=pattern.scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+        # Its kernel for decoding is chosen for up to 127 queries, and then finds no configuration for more rows than a block.
+        kernel_options=None if T == 1 else {"BACKEND": "TRITON"},
+    )
+    return out.transpose(1, 2)
+
+
+def _kind(pattern: Pattern, q: Tensor, S: int) -> tuple[Hashable, ...]:
+    """What two calls must have in common to share a compiled function."""
+    B, T = q.shape[:2]
+    masked = bool(pattern.window), pattern.documents is not None, pattern.slopes is not None, pattern.softcap
+    return *masked, q.device.type, q.dtype, torch.is_grad_enabled(), B == 1, T == 1, T == S
+
+
+@cache
+def _compiled(kind: tuple[Hashable, ...]) -> Callable[..., Any]:
+    """FlexAttention compiled for one kind of call. The first lengths are constants; once they change, they are symbols."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return flex_attention(*args, **kwargs)
+
+    # Dynamo keeps what it compiled, and gives up after eight times, by code object: so each kind has its own.
+    call.__code__ = call.__code__.replace(co_name=f"flex_attention{kind}")
+    return torch.compile(call, fullgraph=True, backend="eager" if "cpu" in kind else "inductor")
+
+
+def _score_mod(pattern: Pattern, q: Tensor, S: int) -> Callable[..., Tensor] | None:
+    """Soft cap, then ALiBi, of one logit."""
+    T, cap = q.shape[1], pattern.softcap
+    slopes = None if pattern.slopes is None else pattern.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
+    if slopes is None and not cap:
+        return None
+    offset = None if T == S else torch.full((), S - T, dtype=torch.int32, device=q.device)
+
+    def score(logit: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        if cap:
+            logit = cap * torch.tanh(logit / cap)
+        if slopes is not None:
+            logit = logit - slopes[h] * ((i if offset is None else i + offset) - j)
+        return logit
+
+    return score

@@ -1,0 +1,127 @@
+"""PyTorch's scaled_dot_product_attention, which picks a kernel of its own: flash for plain causal attention, masks for the rest.
+
+Under a mask, 256 queries at a time meet the keys that some of them see: that nearly halves the work of a causal mask and
+makes a window cost O(T window).
+
+Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from andromeda.ops.attention.requirements import trained
+from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.tensor_cache import Memo
+from andromeda.ops.compute_dtype import HALF
+
+name = "sdpa"
+
+ROWS = 256
+"""Queries under one mask. On a CPU core, packed rows of 512 tokens then take 68 ms instead of 86, of 2048 tokens 203 instead of 377
+(benchmarks/attention_cpu.py)."""
+
+Strip = tuple[slice, slice, Tensor]
+"""Some queries, the keys that some of them see, and zero where a query sees a key, minus infinity elsewhere."""
+
+_strips: Memo[list[Strip]] = Memo(4)
+_single: Memo[bool] = Memo(4)
+
+
+def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """No soft cap; on GPUs no bias that the mask would have to round."""
+    if pattern.softcap:
+        return "it has no soft cap"
+    if pattern.slopes is not None and q.device.type != "cpu" and q.dtype in HALF:
+        return "its mask would round ALiBi's bias to 16 bits"
+    return None
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """Same contract as `eager.attend`."""
+    if q.device.type == "cpu" and q.dtype in HALF and trained(q, k, v):
+        # A CPU takes 2.7 times as long for both passes in 16 bits as in float32 with the conversions (benchmarks/attention_cpu.py).
+        return attend(q.float(), k.float(), v.float(), pattern).to(v.dtype)
+    T, S = q.shape[1], k.shape[1]
+    if pattern.documents is not None and _one_document(pattern.documents):
+        pattern = replace(pattern, documents=None)
+    if pattern.plain and T == S:
+        return _call(q, k, v, pattern.scale)
+    if T == 1:
+        return _decode(q, k, v, pattern)
+    strips = _strips.get(pattern.documents or (), (pattern.window, T, S, q.dtype, q.device), lambda: list(_cut(pattern, q, S)))
+    dtype = q.dtype
+    if dtype in HALF and trained(k, v):
+        # The gradients of a key's strips and of the heads that share it are added in float32.
+        k, v = (x.float().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
+    parts = []
+    for rows, keys, hidden in strips:
+        seen = k[:, keys].to(dtype), v[:, keys].to(dtype)
+        parts.append(_call(q[:, rows], *seen, pattern.scale, _biased(pattern, hidden)))
+    return torch.cat(parts, 1)
+
+
+def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+    """The function itself: causal without a mask."""
+    out = F.scaled_dot_product_attention(
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        attn_mask=mask,
+        is_causal=mask is None,
+        scale=scale,
+        enable_gqa=q.shape[2] != k.shape[2],
+    )
+    return out.transpose(1, 2)
+
+
+def _decode(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    """One query, q (B, 1, H, D): the heads that share keys stand in for queries, so that no kernel copies keys for them."""
+    G, mask = k.shape[2], None
+    if not pattern.plain:
+        mask = _biased(pattern, _hidden(pattern, q, k.shape[1]))
+        if pattern.slopes is not None:
+            mask = mask.unflatten(-3, (G, -1)).squeeze(-2)
+    out = F.scaled_dot_product_attention(
+        q.squeeze(1).unflatten(1, (G, -1)), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=pattern.scale
+    )
+    return out.flatten(1, 2)[:, None]
+
+
+def _one_document(documents: tuple[Tensor, Tensor]) -> bool:
+    """Whether every row holds one document only; asked on CPUs alone, since on a GPU the answer has to be waited for."""
+    queries, keys = documents
+    if keys.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return _single.get(documents, None, lambda: bool((keys == queries[:, :1]).all()))
+
+
+def _cut(pattern: Pattern, q: Tensor, S: int) -> Iterator[Strip]:
+    """Strips of ROWS queries."""
+    T = q.shape[1]
+    for start in range(0, T, ROWS):
+        stop = min(start + ROWS, T)
+        end = S - T + stop
+        documents = pattern.documents and (pattern.documents[0][:, start:stop], pattern.documents[1][:, :end])
+        # The last of these queries stands at the last of these keys, as in the whole.
+        part, first = replace(pattern, documents=documents).trimmed(stop - start, end)
+        yield slice(start, stop), slice(first, end), _hidden(part, q[:, start:stop], end - first)
+
+
+def _hidden(pattern: Pattern, q: Tensor, S: int) -> Tensor:
+    """Zero where a query sees a key, minus infinity elsewhere: (T, S), or (B, 1, T, S) with documents."""
+    # CPU kernels take a mask in float32 with queries in 16 bits, and ALiBi's bias then loses nothing.
+    dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+    visible = pattern.visible(q.shape[1], S, q.device)
+    return torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
+
+
+def _biased(pattern: Pattern, hidden: Tensor) -> Tensor:
+    """The mask together with ALiBi's bias, if there is one: (H, T, S) then, or (B, H, T, S) with documents."""
+    bias = pattern.bias(hidden.shape[-2], hidden.shape[-1], hidden.device)
+    return hidden if bias is None else hidden + bias.to(hidden.dtype)

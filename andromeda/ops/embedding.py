@@ -1,0 +1,74 @@
+"""A table of vectors whose gradient is fast and the same in every run.
+
+Reading rows is PyTorch's own (and what a compiler fuses with whatever follows). The gradient of a table, on a GPU, is a
+sort of the ids and one sum for each row in float32: the dense gradient is written once and nothing is added atomically.
+On a CPU it is PyTorch's, which is deterministic too.
+
+Shapes: N tokens, V rows of the table, C columns.
+"""
+
+from __future__ import annotations
+
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+TRITON = find_spec("triton") is not None
+
+
+def accepts(weight: Tensor) -> bool:
+    """Whether the kernel computes the gradient of this table: on a GPU, in 32 or 16 bits, a plain tensor (not a sharded one)."""
+    plain = type(weight) in (Tensor, torch.nn.Parameter)
+    return TRITON and weight.is_cuda and plain and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
+
+
+def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """Rows `ids` (...) of weight (V, C): (..., C) in `dtype` (the table's own if None)."""
+    return embed_parts(ids, weight, 1, dtype)[0]
+
+
+def embed_parts(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    """The same, cut into `parts` of equal width (..., C / parts), whose gradients are taken up as they come, without being joined."""
+    if torch.is_grad_enabled() and weight.requires_grad and accepts(weight):
+        return _Embed.apply(ids, weight, parts, dtype)
+    return _gather(ids, weight, parts, dtype)
+
+
+def _gather(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+    return F.embedding(ids, weight).to(dtype or weight.dtype).chunk(parts, -1)
+
+
+class _Embed(torch.autograd.Function):
+    """PyTorch's gather with a gradient of our own."""
+
+    @staticmethod
+    def forward(ctx: Any, ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
+        ctx.save_for_backward(ids)
+        ctx.rows, ctx.dtype = weight.shape[0], weight.dtype
+        return _gather(ids, weight, parts, dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *dys: Tensor) -> tuple[None, Tensor, None, None]:
+        (ids,) = ctx.saved_tensors
+        return None, table_gradient(ids.flatten(), [dy.flatten(0, -2) for dy in dys], ctx.rows, ctx.dtype), None, None
+
+
+@torch.library.custom_op("andromeda::table_gradient", mutates_args=())
+def table_gradient(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all.
+
+    Sums are in float32 and in the order of the tokens, so that they are the same in every run.
+    """
+    from andromeda.ops.triton import embedding as device
+
+    return device.table_gradient(ids, dys, rows, dtype)
+
+
+@table_gradient.register_fake
+def _(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+    return ids.new_empty(rows, sum(dy.shape[1] for dy in dys), dtype=dtype)

@@ -1,0 +1,62 @@
+"""Learning-rate schedules: pure functions from a step to a factor of the base rate.
+
+Conventions. Step k (0 to `steps` - 1) is the index of the update about to be made.
+- Warm-up over W steps: (k + 1) / W, so the first update is never wasted and step W - 1 has the full rate.
+- Descent from step a to the end N: the factor is 1 at step a and would be `final` at step N, one past the last update.
+  With `final = 0` the last update therefore still moves, and the values equal torch's LinearLR and CosineAnnealingLR.
+- At and after step N the factor stays `final`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from andromeda.config.train import Schedule
+from andromeda.utils.errors import ConfigError
+
+Factor = Callable[[int], float]
+
+
+def build_schedule(config: Schedule, steps: int) -> Factor:
+    """The factor of the learning rate at each step of a run of `steps` updates.
+
+    Kinds: `constant` (1), `linear`, `cosine` (half a period, arXiv 1608.03983 eq. 5), `wsd` (warm-up, stable, linear
+    decay over the last `cooldown` steps, arXiv 2404.06395).
+
+    Raises ConfigError when warm-up and cooldown do not fit in the run.
+    """
+    cooldown = config.cooldown if config.kind == "wsd" else 0
+    if config.warmup + cooldown > steps:
+        raise ConfigError(
+            f"The schedule's warm-up ({config.warmup}) and cooldown ({cooldown}) do not fit in {steps} steps: "
+            "lower train.schedule.warmup or train.schedule.cooldown, or raise train.steps."
+        )
+    start, curve = {
+        "constant": (steps, _constant),
+        "linear": (config.warmup, _linear),
+        "cosine": (config.warmup, _cosine),
+        "wsd": (steps - cooldown, _linear),
+    }[config.kind]
+    final = config.final
+
+    def factor(step: int) -> float:
+        if step < config.warmup:
+            return (step + 1) / config.warmup
+        if step < start:
+            return 1.0
+        return curve(min(1.0, (step - start) / max(1, steps - start)), final)
+
+    return factor
+
+
+def _constant(_progress: float, _final: float) -> float:
+    return 1.0
+
+
+def _linear(progress: float, final: float) -> float:
+    return 1.0 - (1.0 - final) * progress
+
+
+def _cosine(progress: float, final: float) -> float:
+    return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))

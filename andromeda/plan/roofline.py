@@ -1,0 +1,57 @@
+"""Least times that arithmetic and memory allow, and what a run costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from andromeda.config.model import ModelConfig
+from andromeda.config.run import RunConfig
+from andromeda.model.flops import forward_flops, forward_flops_per_token, hardware_flops_per_token
+from andromeda.plan.memory import HALF, cache_bytes
+from andromeda.utils.hardware import Hardware
+
+EIGHT_BITS = ("query", "key", "value", "out", "feed-forward", "experts", "shared experts")
+"""Products that fp8 training computes in 8 bits; scores, head and router stay in bfloat16."""
+
+
+@dataclass(frozen=True)
+class Serving:
+    """Least seconds for one sequence on one GPU."""
+
+    prefill: float
+    """Arithmetic of a prompt that fills the context."""
+    token: float
+    """One token of decoding at a short context: every active weight is read once."""
+    token_full: float
+    """The same with a full cache, which is read as well."""
+
+
+def seconds_per_step(config: RunConfig, sequence: int, hardware: Hardware, precision: str, gpus: int) -> float | None:
+    """Arithmetic alone, everything recomputed included; None where the device has no such rate."""
+    rate, eight = hardware.rate("bf16" if precision == "fp8" else precision), hardware.rate("fp8")
+    if rate is None or (precision == "fp8" and eight is None):
+        return None
+    per_token = hardware_flops_per_token(config.model, sequence, config.train.checkpointing)
+    seconds = per_token / rate
+    if precision == "fp8" and eight:
+        parts = forward_flops_per_token(config.model, sequence)
+        passes = 4 if config.train.checkpointing == "full" else 3
+        in_eight = passes * sum(parts.get(part, 0.0) for part in EIGHT_BITS)
+        seconds += in_eight * (1 / eight - 1 / rate)
+    return seconds * config.train.batch * sequence / gpus
+
+
+def serving(model: ModelConfig, active: int, hardware: Hardware, precision: str) -> Serving | None:
+    """Least times of reading and writing text at the model's context."""
+    rate = hardware.rate("bf16" if precision == "fp8" else precision)
+    if rate is None:
+        return None
+    parts = forward_flops_per_token(model, model.context)
+    head = parts.pop("head")
+    weights = active * HALF
+    one = sum(forward_flops(model, 1.0 * model.depth).values()) / rate
+    return Serving(
+        (sum(parts.values()) * model.context + head) / rate,
+        max(one, weights / hardware.bandwidth),
+        max(one, (weights + cache_bytes(model, model.context)) / hardware.bandwidth),
+    )

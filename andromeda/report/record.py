@@ -1,0 +1,131 @@
+"""What a run folder says, as far as it goes: a report can be made at any moment of a run, and of one that was damaged."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from andromeda.config.run import RunConfig
+from andromeda.data.manifest import Manifest
+from andromeda.evaluate.result import Result, readable
+from andromeda.train import checkpoint
+from andromeda.train.metrics import Metrics, is_number, read_metrics
+from andromeda.train.run_dir import RunFolder
+from andromeda.utils.errors import AndromedaError, CheckpointError
+
+SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
+"""What is told of how a sample was written."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A text that the model wrote. `prompt` stands before `text`."""
+
+    file: str
+    prompt: str
+    text: str
+    about: str = ""
+
+
+@dataclass(frozen=True)
+class Record:
+    """All that is known of a run."""
+
+    path: Path
+    config: RunConfig
+    manifest: dict[str, Any]
+    metrics: Metrics
+    evaluations: dict[str, Result]
+    samples: list[Sample]
+    corpora: dict[str, Manifest]
+    """Manifests of the corpora that are still where the run found them, by path."""
+    compressors: dict[str, float] = field(default_factory=dict)
+    """Bits per byte that general compressors need for the held-out text, where the run has measured them."""
+    newest: int | None = None
+    """Step of the newest checkpoint."""
+    problems: list[str] = field(default_factory=list)
+    """What could not be read, one sentence each."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the last step is behind it."""
+        return self.metrics.step >= self.config.train.steps
+
+    def of_kind(self, kind: str) -> list[Result]:
+        """Evaluations of a kind, the newest weights first."""
+        return sorted((r for r in self.evaluations.values() if r.kind == kind), key=lambda r: (-r.step, r.name))
+
+
+def read_record(path: str | Path) -> Record:
+    """Everything in a run folder. Raises CheckpointError or ConfigError, one sentence, when it is none."""
+    folder = RunFolder(path)
+    if not folder.exists:
+        raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+    evaluations, problems = readable(folder.path)
+    config = folder.config()
+    there = checkpoint.listed(folder.checkpoints)
+    return Record(
+        path=folder.path,
+        config=config,
+        manifest=_or_nothing(folder.manifest, problems),
+        metrics=read_metrics(folder.metrics_file),
+        evaluations=evaluations,
+        samples=read_samples(folder.samples),
+        corpora=_corpora(config),
+        compressors=_compressors(folder.path / "demo.json"),
+        newest=int(there[0].name.rpartition("-")[2]) if there else None,
+        problems=problems,
+    )
+
+
+def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[Sample]:
+    """Texts of .jsonl files (as `andromeda generate --json` prints them) and of .txt files, the newest files first."""
+    found: list[Sample] = []
+    files = [p for p in folder.glob("*") if p.suffix in (".jsonl", ".txt")] if folder.is_dir() else []
+    for path in sorted(files, key=lambda p: (-p.stat().st_mtime, p.name)):
+        text = path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+        found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [Sample(path.name, "", text.strip("\n"))]
+    return [Sample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
+
+
+def _lines_of(file: str, text: str) -> list[Sample]:
+    samples = []
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            prompt, answer = values["prompt"], str(values["text"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SETTINGS if values.get(name) is not None)
+        samples.append(Sample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
+    return samples
+
+
+def _or_nothing(read: Any, problems: list[str]) -> Any:
+    """What `read` gives; an empty table, and its sentence among the problems, when it cannot."""
+    try:
+        return read()
+    except AndromedaError as error:
+        problems.append(str(error))
+        return {}
+
+
+def _corpora(config: RunConfig) -> dict[str, Manifest]:
+    found = {}
+    for path in [config.data.corpus, *(source.path for source in config.data.sources)]:
+        try:
+            if path:
+                found[path] = Manifest.load(Path(path))
+        except AndromedaError:
+            continue
+    return found
+
+
+def _compressors(path: Path) -> dict[str, float]:
+    try:
+        kept = json.loads(path.read_text("utf-8"))
+        return {name: float(kept[name]) for name in ("xz", "zlib") if is_number(kept.get(name))}
+    except (OSError, ValueError, AttributeError):
+        return {}

@@ -1,5 +1,0 @@
-"""What a run will need before it is started: parameters, FLOPs, memory, time and cost, computed from its configuration."""
-
-from andromeda.study.plan.estimate import Place, Plan, plan
-
-__all__ = ["Place", "Plan", "plan"]

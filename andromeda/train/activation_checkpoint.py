@@ -1,0 +1,71 @@
+"""Activation checkpointing, put around the blocks from outside: less memory, more arithmetic, the same gradients.
+
+A block's forward pass is replaced on the instance, so that names in the model stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from andromeda.model.float8_linear import Linear8
+from andromeda.model.transformer import Transformer
+
+DEAR = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_grouped_mm",
+    "aten::_scaled_mm",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "andromeda::fa4",
+    "andromeda::measure8",
+    "andromeda::cast8",
+    "flex_attention",
+)
+"""Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
+are made of. The rest costs memory traffic only."""
+DEAR8 = (*DEAR, "andromeda::norm_shift", "andromeda::prepare_joined_qkv")
+"""Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
+is read again; and there is room for queries, keys and values as attention takes them."""
+
+
+def checkpoint_blocks(model: Transformer, kind: str) -> None:
+    """Recompute activations in the backward pass: `none`, `selective` (all but matrix products and attention), or `full`."""
+    for block in model.trunk.blocks:
+        block.forward = {"none": _none, "selective": _selective, "full": _full}[kind](block)
+
+
+def _none(block: nn.Module) -> Callable[..., Any]:
+    return block.forward
+
+
+def _full(block: nn.Module) -> Callable[..., Any]:
+    return _wrapped(block.forward)
+
+
+def _selective(block: nn.Module) -> Callable[..., Any]:
+    dear = DEAR8 if any(isinstance(module, Linear8) for module in block.modules()) else DEAR
+    return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, dear)))
+
+
+def _wrapped(forward: Callable[..., Any], **settings: Any) -> Callable[..., Any]:
+    # A function of its own, not a partial: torch.compile passes over a block whose forward is a partial, without a word.
+    def recomputed(*args: Any) -> Any:
+        # No part draws random numbers, so that there are no states to bring back.
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **settings)
+
+    return recomputed
+
+
+def _policy(dear: Sequence[str], ctx: Any, operation: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+    name = operation.name() if isinstance(operation, torch._ops.OpOverload) else str(operation)
+    return CheckpointPolicy.MUST_SAVE if name.partition(".")[0] in dear else CheckpointPolicy.PREFER_RECOMPUTE

@@ -1,0 +1,30 @@
+"""Pages that are one file: text, tables and charts that need no network, no library and no fonts of their own.
+
+Charts are SVG written here rather than by a plotting library: they take the page's colours in light and in dark, their text
+stays text that can be read aloud and searched, and a script of a few lines tells the figures under the pointer.
+"""
+
+from andromeda.utils.html.elements import Bar, Child, Html, bars, details, el, facts, grid, heat, join, table, tiles
+from andromeda.utils.html.line_chart import Axis, Rule, Series, lines
+from andromeda.utils.html.page import Section, page
+
+__all__ = [
+    "Axis",
+    "Bar",
+    "Child",
+    "Html",
+    "Rule",
+    "Section",
+    "Series",
+    "bars",
+    "details",
+    "el",
+    "facts",
+    "grid",
+    "heat",
+    "join",
+    "lines",
+    "page",
+    "table",
+    "tiles",
+]

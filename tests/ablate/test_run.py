@@ -1,0 +1,370 @@
+"""Grids, equal budgets, and a tiny ablation from end to end: killed, gone on with, refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from andromeda.ablate.budget import amount_of, flops_per_token, steps_for, tokens_per_step, with_steps
+from andromeda.ablate.grid import Arm, Grid, grid_from_values, split, varied
+from andromeda.ablate.jobs import jobs_of, plan_arms, with_budget
+from andromeda.ablate.outcome import Outcome, kept
+from andromeda.ablate.run import _kept_costs
+from andromeda.ablate.table import evenness
+from andromeda.ablate.worker_pool import environments
+from andromeda.config.data import BuildConfig
+from andromeda.config.load import load
+from andromeda.data.build import build
+from andromeda.utils.errors import CheckpointError, ConfigError
+from tests.command import call
+from tests.corpora import short_documents
+from tools import clipping_table
+from tools.evidence_page import met_at, page
+
+CONFIG = """
+name = "tiny"
+[model]
+vocab_size = 257
+context = 32
+width = 16
+depth = 2
+attention = {heads = 2, kv_heads = 1, head_dim = 8}
+rotary = {kind = "rope"}
+[train]
+steps = 20
+batch = 2
+eval_every = 10
+eval_tokens = 256
+compile = "off"
+device = "cpu"
+[train.schedule]
+kind = "wsd"
+warmup = 2
+cooldown = 8
+"""
+OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Forty short documents in bytes."""
+    return short_documents(tmp_path_factory.mktemp("corpus"), 40, validation=0.2)
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, corpus: Path) -> str:
+    """A configuration of a model of a few thousand weights."""
+    (tmp_path / "tiny.toml").write_text(CONFIG + f'[data]\ncorpus = "{corpus}"\n')
+    return str(tmp_path / "tiny.toml")
+
+
+def arms(*changes: str) -> tuple[Arm, ...]:
+    return tuple(Arm(name=change, changes=(change,)) for change in changes)
+
+
+def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
+    grid = Grid(budget="flops", arm=arms("model.feedforward.mult=8.0", "train.batch=4", "model.depth=4"))
+    planned = with_budget(plan_arms(tiny, ["train.steps=2000"], grid), grid, {})
+    spent = [p.config.train.steps * p.config.train.batch * 32 * p.flops for p in planned]
+    assert spent == pytest.approx([spent[0]] * 4, rel=2e-3)
+    wide, base = planned[1], planned[0]
+    # 16 wide, 2 layers, 64 more inner units: two products, two operations a term, three passes
+    assert wide.flops - base.flops == 3 * 2 * (2 * 2 * 16 * 64)
+    assert wide.config.train.steps < base.config.train.steps
+    assert planned[2].config.train.steps == 1000
+
+
+def test_equal_tokens_and_seconds_are_counted_in_steps(tiny: str) -> None:
+    config = load(tiny, ["train.batch=3"])
+    assert tokens_per_step(config) == 96
+    assert steps_for("tokens", 9600, config) == 100
+    assert steps_for("seconds", 12.0, config, 0.05) == 240
+    assert amount_of("flops", config) == 20 * 96 * flops_per_token(config)
+    with pytest.raises(ConfigError, match="less than one step"):
+        steps_for("tokens", 10, config)
+    with pytest.raises(ConfigError, match="--cost-steps"):
+        steps_for("seconds", 10, config)
+
+
+def test_a_growing_window_counts_as_it_grows(tiny: str) -> None:
+    flat = flops_per_token(load(tiny, ["model.attention.window=16"]))
+    grows = load(tiny, ["model.attention.window=16", "train.window.start=1", "train.window.end=16", "train.window.step=1"])
+    narrow = flops_per_token(load(tiny, ["model.attention.window=1"]))
+    assert narrow < flops_per_token(grows) < flat
+
+
+def test_a_schedule_keeps_its_shape_at_any_length(tiny: str) -> None:
+    longer = with_steps(load(tiny, ["train.optim.momentum_warmup=10"]), 50).train
+    assert (longer.steps, longer.schedule.warmup, longer.schedule.cooldown, longer.optim.momentum_warmup) == (50, 5, 20, 25)
+    assert with_steps(load(tiny), 1).train.schedule.cooldown <= 1
+
+
+def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -> None:
+    grid = Grid(
+        arm=(
+            Arm(name="adam", changes=("train.optim.kind=adamw", "train.optim.lr=0.01")),
+            Arm(name="clipped", changes=("train.clip.limit=0.5",), on="adam"),
+            Arm(name="half", changes=("model.block.kind=parallel",), share=0.5),
+            Arm(name="cost alone", changes=("model.attention.backend=eager",), train=False),
+        ),
+        seeds=(3, 5),
+    )
+    planned = with_budget(plan_arms(tiny, [], grid), grid, {})
+    by_name = {plan.arm.name: plan.config for plan in planned}
+    assert (by_name["clipped"].train.optim.lr, by_name["clipped"].train.clip.limit) == (0.01, 0.5)
+    assert by_name["half"].train.steps == 10
+    jobs = jobs_of(planned, grid.seeds, tmp_path)
+    assert [(job.arm, job.seed) for job in jobs] == [(arm, seed) for arm in ("baseline", "adam", "clipped", "half") for seed in (3, 5)]
+    assert {job.config.seed for job in jobs} == {3, 5}
+    assert len({job.folder for job in jobs}) == len(jobs)
+
+
+def test_values_are_divided_at_commas_outside_brackets() -> None:
+    assert split("1,2.5, x") == ["1", "2.5", "x"]
+    assert split("[0.8, 0.9],[0.9,0.95]") == ["[0.8, 0.9]", "[0.9,0.95]"]
+    assert [arm.changes for arm in varied(["model.depth=1,2"])] == [("model.depth=1",), ("model.depth=2",)]
+
+
+def test_slots_are_one_for_the_cpu_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert len(environments("cpu", 1)) == 1
+    assert [slot["OMP_NUM_THREADS"] for slot in environments("cpu", 2)] == ["3", "3"]
+
+
+def table(out: Path) -> list[Any]:
+    """What must not depend on how often a study was interrupted."""
+    rows = json.loads((out / "results.json").read_text())["arms"]
+    runs = [{seed: (run["loss"], run["steps"], run["tokens"], run["curve"]) for seed, run in row["runs"].items()} for row in rows]
+    return [[row["name"], row["mean"], row["effect"], row["corrected_p"], row["verdict"]] for row in rows] + runs
+
+
+STUDY = ["--vary", "model.block.kind=parallel", "--seeds", "2", "--cost-steps", "0"]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
+    """A study that nothing interrupted."""
+    place = tmp_path_factory.mktemp("whole")
+    (place / "tiny.toml").write_text(CONFIG + f'[data]\ncorpus = "{corpus}"\n')
+    assert call("ablate", str(place / "tiny.toml"), *STUDY, "--out", str(place / "out")) == 0
+    return place / "out"
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int, whole: Path, tiny: str, tmp_path: Path) -> None:
+    asked, out = [tiny, *STUDY], tmp_path / "cut"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "andromeda.cli.main", "ablate", *asked, "--out", str(out)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    until = time.monotonic() + 120
+    while not list(out.glob("*/outcome.json")) and time.monotonic() < until:
+        time.sleep(0.02)
+    workers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    assert process.wait(120) == code
+    assert psutil.wait_procs(workers, 60)[1] == []
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/outcome.json")}
+    assert 0 < len(first) < 4
+    assert call("ablate", *asked, "--out", str(out)) == 0
+    assert all(path.stat().st_mtime_ns == made for path, made in first.items())
+    assert table(out) == table(whole)
+    for name in OUTPUTS:
+        assert (out / name).stat().st_size > 0
+    assert load(str(out / "baseline-s1")).seed == 1
+
+
+def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    out = str(tmp_path / "out")
+    assert call("ablate", tiny, "--vary", "model.depth=4", "--seeds", "1", "--cost-steps", "2", "--out", out, "--lean", "--json") == 0
+    results = json.loads(capfd.readouterr().out)
+    base, deep = results["arms"]
+    assert deep["verdict"] == "one seed: no verdict"
+    assert deep["time_ratio"] == pytest.approx(deep["cost"]["step_seconds"] / base["cost"]["step_seconds"])  # batches are equal
+    assert deep["memory_ratio"] == pytest.approx(deep["cost"]["peak_bytes"] / base["cost"]["peak_bytes"])
+    assert (base["time_ratio"], base["cost"]["tokens"]) == (None, 64)
+    assert deep["size_ratio"] == deep["parameters"] / base["parameters"] > 1
+    assert deep["parameters"] > base["parameters"]
+    assert not (tmp_path / "out" / "baseline-s0" / "checkpoints").exists()
+    assert page([results], "").count("| depth=4 | baseline |") == 1
+
+
+def test_a_run_that_diverges_is_no_matter_of_means(tiny: str, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    wild = ["--vary", "train.optim.lr=1e18", "train.guard.enabled=false", "train.clip.kind=none"]
+    assert call("ablate", tiny, *wild, "--seeds", "2", "--cost-steps", "0", "--out", str(out)) == 0
+    arm = json.loads((out / "results.json").read_text())["arms"][1]
+    assert (arm["verdict"], arm["effect"], arm["mean"]) == ("diverges: 2 of 2 runs", None, None)
+
+
+REFUSED = [
+    ([], "nothing to compare"),
+    (["--vary", "model.block.kind"], "write key.path=value,value"),
+    (["--vary", "model.block.kind=sideways"], "Arm 'block.kind=sideways' is refused: model.block.kind must be one of"),
+    (["--vary", "model.attention.kv_heads=3"], "is not a multiple"),
+    (["--vary", "train.batch=2"], "is the same run as 'baseline'"),
+    (["--vary", "model.depth=1,1"], "Two arms"),
+    (["--vary", "model.depth=1", "--budget", "money"], "budget must be one of tokens, flops, seconds"),
+    (["--vary", "model.depth=1", "--budget", "seconds"], "--amount"),
+    (["--vary", "model.depth=1", "--grid", "missing.toml"], "cannot be read"),
+    (["--vary", "model.depth=1", "data.corpus="], "data.corpus is empty"),
+    (["--vary", "model.depth=1", "data.corpus=nowhere"], "There is no corpus at nowhere"),
+    (["--vary", "model.vocab_size=100"], "Arm 'vocab_size=100' is refused: The corpus has 257 tokens"),
+    (["--vary", "train.steps=10"], "sets train.steps, which follows from the budget"),
+    (["--vary", "seed=5"], "sets seed, which follows from the grid's seeds"),
+    (["--vary", "model.depth=1", "--seeds", "0"], "--seeds"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "said"), REFUSED, ids=[said for _, said in REFUSED])
+def test_wrong_inputs_are_one_sentence_and_nothing_runs(
+    arguments: list[str], said: str, tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert call("ablate", tiny, *arguments, "--out", str(tmp_path / "out")) == 2
+    printed = capsys.readouterr()
+    assert said in printed.err
+    assert printed.err.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "said"),
+    [
+        ({"arms": []}, "there is no key arms"),
+        ({"arm": [{"nam": "x"}]}, "nam"),
+        ({"arm": [{"name": "x", "on": "y"}]}, "no arm above it"),
+        ({"arm": [{"name": "baseline"}]}, "Two arms"),
+        ({"arm": [{"name": "x"}], "seeds": [1, 1]}, "different whole numbers"),
+        ({"arm": [{"name": "x"}], "seeds": []}, "one at least"),
+        ({"arm": [{"name": " "}]}, "needs a name"),
+        ({"arm": [{"name": "x"}], "budget": "seconds", "amount": 9, "cost": ["train.batch=64"]}, "leave cost out"),
+    ],
+)
+def test_wrong_grids_are_refused(values: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        grid_from_values(values)
+
+
+def test_another_study_in_the_same_folder_is_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "out" / "baseline-s0").mkdir(parents=True)
+    (tmp_path / "out" / "baseline-s0" / "config.toml").write_text(Path(tiny).read_text())
+    assert call("ablate", tiny, "model.width=32", "--vary", "model.depth=1", "--out", str(tmp_path / "out")) == 2
+    assert "holds another run" in capsys.readouterr().err
+
+
+def test_runs_of_other_data_are_not_mixed(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = ["ablate", tiny, "train.steps=2", "train.schedule.cooldown=0", "train.schedule.warmup=0", "--vary", "model.depth=1"]
+    asked += ["--seeds", "1", "--cost-steps", "0", "--lean", "--out", str(tmp_path / "out")]
+    assert call(*asked) == 0
+    other = BuildConfig(tokenizer="bytes", include=(".py",), max_bytes=20_000, validation=0.2)
+    build([str(Path(__file__).parent)], tmp_path / "other", other)
+    assert call(*asked, f"data.corpus={tmp_path / 'other'}") == 2
+    assert "was trained on other data" in capsys.readouterr().err
+    # The same corpus elsewhere is the same study.
+    shutil.copytree(load(tiny).data.corpus, tmp_path / "moved")
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/outcome.json")}
+    assert call(*asked, f"data.corpus={tmp_path / 'moved'}") == 0
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/outcome.json")} == before
+
+
+def row(name: str, losses: list[float | None], **others: Any) -> dict[str, Any]:
+    """An arm of results.json whose runs fall on straight lines from 5.0 at step 0 to `losses` at step 10."""
+    runs = {}
+    for seed, loss in enumerate(losses):
+        curve = [[step, None if loss is None else 5 + (loss - 5) * step / 10] for step in (0, 5, 10)]
+        runs[str(seed)] = {"loss": loss, "curve": curve, "tokens": 1000}
+    finite = [loss for loss in losses if loss is not None]
+    return {
+        **{"name": name, "on": "baseline", "label": "A6", "share": 1.0, "train": True, "steps": 10, "parameters": 1_500_000},
+        **{"mean": sum(finite) / len(finite) if finite else None, "deviation": 0.1, "spent": 100.0, "runs": runs},
+        **{"effect": {"mean": -0.5, "low": -0.6, "high": -0.4, "spread": 0.1, "p": 0.01}, "corrected_p": 0.02, "verdict": "better"},
+        **{"cost": None, "time_ratio": None, "memory_ratio": None, "size_ratio": 1.0},
+        **others,
+    }
+
+
+NO_EFFECT = {"effect": None, "corrected_p": None, "verdict": ""}
+RATES = [("1e-3", [3.0, 3.0], [3.0, 3.0]), ("1e-2", [2.0, 4.0], [1.0, 2.0]), ("1e-1", [2.0, None], [2.5, 2.5])]
+
+
+def test_clipping_is_judged_at_each_sides_own_best_rate() -> None:
+    pairs = [(row(f"AdamW {rate}", plain), row(f"AdamW {rate}, clipped", clipped)) for rate, plain, clipped in RATES]
+    # Clipped, 1e-2 falls from 5 to 1.5 in ten steps, which passes 3.0 at 4/7 of them.
+    assert clipping_table.reached(pairs[1][1], 3.0) == pytest.approx(40 / 7)
+    assert clipping_table.reached(pairs[1][1], 1.4) is None
+    said = clipping_table.best(pairs)
+    assert said.startswith(
+        "Without clipping, the best rate is 1e-3 (the lowest tried) with 3.0000 (2), and all runs stay finite up to 1e-2"
+    )
+    assert "clipped, the best rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1 (the highest tried)" in said
+    assert said.endswith("met by the best clipped runs after 6 of 10 steps.")
+    base = row("baseline", [3.0, 3.0], label="", **NO_EFFECT)
+    scrambled = [base, *(one for pair in (*pairs[1:], pairs[0]) for one in pair)]
+    body = [line for line in clipping_table.section({"arms": scrambled}) if line.startswith("| 1e")]
+    assert said in clipping_table.section({"arms": scrambled})
+    assert [line.split(" | ")[-1] for line in body] == ["10 of 10 |", "6 of 10 |", "not reached |"]
+    assert "1 diverged" in body[2]
+    assert list(clipping_table.section({"arms": [base]})) == []
+
+
+def test_a_page_tells_what_was_not_run() -> None:
+    results = {
+        "arms": [
+            row("baseline", [3.0, 3.1], label="", **NO_EFFECT),
+            row("SwiGLU", [2.5, 2.6], label="A19"),
+            row("value embeddings", [], label="A16", **NO_EFFECT),
+        ],
+        **{"metric": "loss", "seeds": [0, 1], "budget": "tokens", "spread": "own", "command": "andromeda ablate", "date": "a day"},
+        **{"machine": {"gpu": None, "cpu": "a CPU"}, "versions": {"torch": "2"}},
+    }
+    text = page([results], "What this is.")
+    assert "| A19 | Llama-style model | measured |" in text
+    assert "| A16 | Value embeddings | – |" in text  # noqa: RUF001
+    assert "Arms of the grids that these results hold no run of: 1.5 M: value embeddings." in text
+    assert "| value embeddings |" not in text
+    assert '"better" and "worse" hold at 5 % for all 1 comparisons' in text
+
+
+def test_budgets_that_whole_steps_cannot_make_equal_are_told() -> None:
+    arms = [row("baseline", [3.0]), row("x", [3.0], spent=101.0), row("half", [3.0], spent=50.0, share=0.5)]
+    assert evenness({"arms": arms}) == " (to 1 %, as whole steps allow)"
+    assert evenness({"arms": arms[::2]}) == ""
+
+
+def test_steps_to_equal_loss_lie_on_the_line_between_two_shares() -> None:
+    rows = [{"share": share, "mean": loss} for share, loss in ((0.5, 3.0), (1.0, 2.0))]
+    assert met_at(rows, 2.5) == "71 % of them"  # the geometric middle of one half and one
+    assert met_at(rows, 3.5) == "less than 50 % of them"
+    assert met_at(rows, 1.0) == "none of these shares"
+
+
+def test_an_outcome_without_a_figure_has_diverged() -> None:
+    assert Outcome(None, None, 1, 1, 1.0, []).diverged
+    assert not Outcome(2.0, None, 1, 1, 1.0, []).diverged
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"baseline": {}}', '{"baseline": {"of": "x", "step_seconds": 1}}', '{"baseline": 3}'])
+def test_damaged_costs_are_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "costs.json").write_text(content)
+    with pytest.raises(ConfigError, match=r"costs\.json is damaged: remove it"):
+        _kept_costs(tmp_path / "costs.json")
+    assert _kept_costs(tmp_path / "none.json") == {}
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"curve": [1]}', '{"curve": []}'])
+def test_a_damaged_outcome_is_one_sentence(tmp_path: Path, content: str) -> None:
+    (tmp_path / "outcome.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"outcome\.json is damaged: remove it"):
+        kept(tmp_path)

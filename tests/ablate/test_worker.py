@@ -1,0 +1,30 @@
+"""The process that runs an ablation's arms one after the other: one arm's compiled code is no matter of the next."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._dynamo.testing import CompileCounter
+
+from andromeda.ablate import cost
+from andromeda.ablate.worker import _answer
+from andromeda.config.load import load
+from andromeda.config.run import RunConfig
+
+
+def test_an_arm_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = CompileCounter()
+
+    def step(x: torch.Tensor, width: int) -> torch.Tensor:
+        return x * width if width else x
+
+    def measure(config: RunConfig, steps: int) -> cost.Cost:
+        torch.compile(step, backend=counter, dynamic=False)(torch.ones(2), steps)
+        return cost.Cost(0.0, 0, 1)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    config = load("nano").model_dump(mode="json")
+    with torch._dynamo.config.patch(recompile_limit=2):
+        for arm in range(1, 6):
+            assert _answer({"do": "cost", "config": config, "steps": arm})["done"]
+            assert counter.frame_count == arm

@@ -1,0 +1,80 @@
+"""Steps recorded as CUDA graphs against plain ones, and what happens where recording is impossible."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig, Shift
+from andromeda.generate import batch, decode_step
+from andromeda.generate.decode_step import recordable
+from andromeda.generate.engine import Engine
+from andromeda.generate.sequence import Completion
+from andromeda.model.transformer import Transformer
+from andromeda.utils.errors import RequestError
+
+ATTENTION = Attention(heads=4, kv_heads=2, head_dim=16)
+VARIANTS: dict[str, dict[str, Any]] = {
+    "xpos": {},
+    "alibi": {"alibi": Alibi(heads=2)},
+    "folded alibi, shift": {"alibi": Alibi(heads=2, fold=True), "shift": Shift(kind="lerp")},
+    "window": {"attention": ATTENTION.model_copy(update={"window": 7})},
+}
+PROMPTS = [[1], list(range(2, 25)), [5] * 9, list(range(40))]
+
+
+def build(device: str, **parts: Any) -> Transformer:
+    return Transformer(ModelConfig(**({"vocab_size": 61, "context": 300, "width": 64, "depth": 3, "attention": ATTENTION} | parts))).to(
+        device
+    )
+
+
+def write(model: Transformer, **wishes: Any) -> list[Completion]:
+    return Engine(model, eos=3).generate(PROMPTS, **{"temperature": 1.5, "top_k": 0, "seed": 5} | wishes)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_recorded_step_writes_what_a_plain_one_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded several times over, for sequences that end at different times."""
+    model = build("cuda", **VARIANTS[name])
+    monkeypatch.setattr(decode_step, "ROOM", 32)
+    recorded = write(model)
+    monkeypatch.setattr(batch, "recordable", lambda config, device: False)
+    assert [answer.ids for answer in recorded] == [answer.ids for answer in write(model)]
+
+
+def test_a_step_that_cannot_be_recorded_is_taken_plainly_and_said(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*args: Any) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    model = build("cpu")
+    plain = write(model)
+    monkeypatch.setattr(batch, "recordable", lambda config, device: True)
+    monkeypatch.setattr(batch, "GraphStep", fail)
+    with caplog.at_level(logging.WARNING):
+        assert [answer.ids for answer in write(model)] == [answer.ids for answer in plain]
+    assert "without a CUDA graph" in caplog.text
+    assert "(operation not permitted when stream is capturing)" in caplog.text
+
+
+def test_only_models_that_ask_the_device_for_nothing_are_recorded() -> None:
+    cuda = torch.device("cuda")
+    assert recordable(ModelConfig(), cuda)
+    assert not recordable(ModelConfig(), torch.device("cpu"))
+    assert not recordable(ModelConfig(feedforward=FeedForward(kind="moe")), cuda)
+    assert not recordable(ModelConfig(attention=Attention(mechanism="mine:Own")), cuda)
+
+
+def test_no_room_on_the_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(batch.Batch, "_prefill", fail)
+    with pytest.raises(RequestError, match="no room for 4 x 60 tokens"):
+        write(build("cpu"), max_new_tokens=20)

@@ -1,0 +1,186 @@
+"""Times, costs, meshes and the command, against figures worked out by hand or published."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from andromeda.cli.main import app
+from andromeda.config.load import load
+from andromeda.model.meta_model import skeleton
+from andromeda.plan import Place, plan
+from andromeda.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
+from andromeda.plan.parameters import count
+from andromeda.plan.roofline import seconds_per_step, serving
+from andromeda.utils.errors import ConfigError
+from andromeda.utils.hardware import HARDWARE, Hardware, find_hardware, peak_flops, recognise
+
+pytestmark = pytest.mark.usefixtures("still_heap")
+
+SMALL = """
+[model]
+vocab_size = 256
+context = 64
+width = 64
+depth = 2
+attention = {heads = 4, kv_heads = 1, head_dim = 16}
+rotary = {kind = "rope"}
+
+[train]
+batch = 8
+steps = 100
+compile = "off"
+"""
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> str:
+    """Path of a small configuration of its own."""
+    path = tmp_path / "small.toml"
+    path.write_text(SMALL)
+    return str(path)
+
+
+def test_floors_of_the_long_context_model_on_an_h200() -> None:
+    """3.55e14 operations for 32,768 tokens at 735 TFLOP/s take 483 ms; 2.33 B weights at 4.27 TB/s take 1.09 ms a token."""
+    config = load("andromeda", ["model.context=32768"])
+    served = serving(config.model, count(skeleton(config.model)).active, HARDWARE["h200"], "bf16")
+    assert served is not None
+    assert served.prefill == pytest.approx(0.483, rel=0.01)
+    assert served.token == pytest.approx(1.09e-3, rel=0.01)
+    assert served.token_full - served.token == pytest.approx(32768 * 16 * 1024 / 4.27e12, rel=1e-9)
+
+
+def test_a_step_takes_its_operations_over_the_rate() -> None:
+    config = load("andromeda", ["train.checkpointing=none", "train.batch=1"])
+    slow = Hardware("slow", 1e9, 1e9, {"bf16": 1e12}, "invented")
+    parameters = count(skeleton(config.model)).active
+    # 6 N T of the projections, 12 L H D (T + 1) / 2 T of attention and once more its scores.
+    T, L, H, D = 8192, 32, 24, 128
+    expected = (6 * parameters + 14 * L * H * D * (T + 1) / 2) * T / 1e12
+    assert seconds_per_step(config, T, slow, "bf16", 1) == pytest.approx(expected, rel=1e-3)
+    assert seconds_per_step(config, T, slow, "bf16", 4) == pytest.approx(expected / 4, rel=1e-3)
+    assert seconds_per_step(config, T, slow, "fp8", 1) is None
+
+
+def test_eight_bits_speed_up_projections_alone() -> None:
+    config = load("andromeda", ["train.checkpointing=none", "train.batch=1"])
+    twice = Hardware("twice", 1e9, 1e9, {"bf16": 1e12, "fp8": 2e12}, "invented")
+    sixteen, eight = (seconds_per_step(config, 8192, twice, precision, 1) for precision in ("bf16", "fp8"))
+    assert sixteen is not None
+    assert eight is not None
+    blocks = 524_390_400 - 32 * 25 * 128 + 1_678_131_200 - 32 * 5 * 2560  # matrices, without scales of the QK norm and biases
+    assert sixteen - eight == pytest.approx(6 * blocks * 8192 / 1e12 / 2, rel=1e-6)
+
+
+def test_budget_is_tokens_times_flops_over_the_assumed_rate(small: str) -> None:
+    config = load(small)
+    gpu = Hardware("gpu", 1e9, 1e9, {"bf16": 1e12}, "invented")
+    made = plan("small", config, Place(gpu, True, Mesh(dp=2), price=3.0, mfu=0.25), tokens=1000 * 8 * 64 + 1)
+    assert made.budget.steps == 1001
+    seconds = made.budget.tokens * made.flops.training / (0.25 * 1e12 * 2)
+    assert made.budget.hours == pytest.approx(seconds / 3600)
+    assert made.budget.cost == pytest.approx(seconds / 3600 * 3.0 * 2)
+    assert plan("small", config, Place(gpu, True, Mesh())).budget.steps == 100
+
+
+def test_sharding_follows_zero(small: str) -> None:
+    """ZeRO-3 leaves 16 bytes a parameter over N (arXiv 1910.02054) and sends 3 P numbers where data parallelism sends 2 P."""
+    config = load(small, ["train.optim.kind=adamw"])
+    gpu = HARDWARE["h100"]
+    made = plan("small", config, Place(gpu, True, Mesh(fsdp=4)))
+    assert made.memory.state.total == pytest.approx(16 * made.parameters.total / 4, rel=1e-3)
+    P, N = made.parameters.total, 4
+    sharded = traffic(config, Mesh(fsdp=N), P, 64)
+    copied = traffic(config, Mesh(dp=N), P, 64)
+    assert sharded.gathering / 2 + sharded.gradients / 4 == pytest.approx(3 * P * (N - 1) / N)
+    assert copied.total / 4 == pytest.approx(2 * P * (N - 1) / N)
+
+
+def test_tensor_parallelism_divides_memory_and_sends_activations(small: str) -> None:
+    config = load(small)
+    whole, halved = (plan("small", config, Place(HARDWARE["h100"], True, Mesh(tp=tp))) for tp in (1, 2))
+    assert halved.memory.passing.saved == whole.memory.passing.saved // 2
+    assert halved.memory.state.weights == whole.memory.state.weights // 2
+    # Forward and backward, each of two branches of two layers gathers and scatters 8 rows of 64 tokens of 64 numbers.
+    assert halved.traffic.activations == 2 * 2 * 2 * 2 * 8 * 64 * 64 * 2 / 2
+
+
+def test_rows_of_each_gpu(small: str) -> None:
+    config = load(small, ["train.batch=16", "train.micro_batch=4"])
+    assert rows_per_reader(config, Mesh(dp=2)) == (8, 4)
+    assert rows_per_reader(config, Mesh(dp=4, fsdp=2)) == (2, 2)
+    with pytest.raises(ConfigError, match="do not divide"):
+        rows_per_reader(config, Mesh(dp=3))
+    with pytest.raises(ConfigError, match="heads = 4"):
+        rows_per_reader(config, Mesh(tp=8))
+
+
+def test_reading_a_mesh() -> None:
+    assert read_mesh("dp=8, fsdp=4,tp=2") == Mesh(8, 4, 2)
+    assert read_mesh("") == Mesh()
+    with pytest.raises(ConfigError, match="did you mean fsdp"):
+        read_mesh("fdsp=4")
+    with pytest.raises(ConfigError, match="tp=x"):
+        read_mesh("tp=x")
+
+
+def test_devices() -> None:
+    assert recognise("NVIDIA H100 80GB HBM3") is HARDWARE["h100"]
+    assert peak_flops("NVIDIA H200", "bf16") == 989.4e12
+    assert peak_flops("Voodoo 2", "bf16") is None
+    assert HARDWARE["a100"].peak["bf16"] == 312e12
+    with pytest.raises(ConfigError, match="did you mean h200"):
+        find_hardware("h20")
+    measured = peak_flops("cpu", "fp32")
+    assert measured is not None
+    assert measured > 1e8
+
+
+def run(*words: str) -> Any:
+    return CliRunner().invoke(app, ["plan", *words])
+
+
+def test_the_command_prints_what_was_computed(small: str) -> None:
+    result = run(small, "llama-7b", "train.compile=off", "--parallel", "dp=2", "--price", "2", "--json")
+    assert result.exit_code == 0, result.output
+    made = json.loads(result.stdout)
+    assert [p["name"] for p in made["plans"]] == [small, "llama-7b"]
+    assert sum(made["plans"][0]["parameters"]["parts"].values()) == count(skeleton(load(small).model)).total
+    assert made["mesh"] == {"dp": 2, "fsdp": 1, "tp": 1}
+
+
+def test_presets_stand_side_by_side_at_any_batch_and_length() -> None:
+    names = ["andromeda-65b", "speedrun"]  # one takes a step's rows at once, the other sixteen at a time
+    result = run(*names, "--batch", "6", "--seq", "3000", "--json")
+    assert result.exit_code == 0, result.output
+    plans = json.loads(result.stdout)["plans"]
+    assert [plan["name"] for plan in plans] == names
+    assert {(plan["rows"], plan["sequence"]) for plan in plans} == {(6, 3000)}
+    assert all(6 % plan["micro_rows"] == 0 for plan in plans)
+
+
+def test_the_table_names_every_section(small: str) -> None:
+    text = run(small, "--seq", "128", "--batch", "4", "--gpu", "cpu").stdout
+    for words in ("Forward FLOPs per token", "cache of one token", "4 of 128", "run at an MFU of 40%", "one this CPU"):
+        assert words in text
+    assert "\x1b" not in text
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["nanoo"], "did you mean nano"),
+        (["nano", "model.widht=3"], "did you mean model.width"),
+        (["nano", "--gpu", "h1000"], "did you mean h100"),
+        (["model.width=64"], "names no configuration"),
+    ],
+)
+def test_bad_input_is_one_sentence(words: list[str], sentence: str) -> None:
+    error = run(*words).exception
+    assert isinstance(error, ConfigError)
+    assert sentence in str(error)

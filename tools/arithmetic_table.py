@@ -1,0 +1,55 @@
+"""What arithmetic alone says of the presets: the least time of a long prompt on one GPU, and how many GPUs a time takes.
+
+A floor is the operations of the linear layers at the rate of their type and those of attention, causal pairs alone, at bfloat16's,
+at the rates that `andromeda plan` knows of an H200. GPUs are floor over time, rounded up, as if they shared the work evenly and
+waited for nothing: no fewer can do it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from andromeda.config.load import load
+from andromeda.config.model import ModelConfig
+from andromeda.model.flops import forward_flops_per_token, prefill_flops
+from andromeda.utils.hardware import find_hardware
+
+WINDOWS = ("model.attention.window=1024", "model.attention.global_every=8")
+READ: dict[str, tuple[str, Sequence[str]]] = {
+    "andromeda-125m": ("andromeda-125m", ()),
+    "andromeda-360m": ("andromeda-360m", ()),
+    "andromeda-360m-long": ("andromeda-360m-long", ()),
+    "andromeda-1b": ("andromeda-1b", ()),
+    "andromeda-1b, windows": ("andromeda-1b", WINDOWS),
+    "andromeda": ("andromeda", ("model.alibi.fold=true", "model.rotary.scale_base=32768")),
+    "andromeda, windows": ("andromeda", ("model.alibi.fold=true", "model.rotary.scale_base=32768", *WINDOWS)),
+    "andromeda-7b, windows": ("andromeda-7b", WINDOWS),
+}
+"""Configurations: `windows` sees 1,024 tokens but in one layer of eight."""
+TARGETS = ((32768, 0.1), (100352, 0.3))
+"""Tokens, and the seconds in which they are to be read."""
+
+
+def rows() -> list[list[str]]:
+    """One line a configuration, under a head."""
+    head = ["configuration"]
+    for tokens, seconds in TARGETS:
+        head += [f"{tokens:,} tokens, bf16", "linear layers in fp8", f"GPUs for {1e3 * seconds:.0f} ms, bf16 / fp8"]
+    return [head, *([name, *_figures(*source)] for name, source in READ.items())]
+
+
+def _figures(source: str, changes: Sequence[str]) -> Iterator[str]:
+    for tokens, seconds in TARGETS:
+        config = load(source, [*changes, f"model.context={max(tokens, 131072)}"]).model
+        floors = [floor(config, tokens, precision) for precision in ("bf16", "fp8")]
+        yield from (f"{1e3 * value:,.0f} ms" for value in floors)
+        yield " / ".join(str(math.ceil(value / seconds)) for value in floors)
+
+
+def floor(config: ModelConfig, tokens: int, precision: str, gpu: str = "h200") -> float:
+    """Least seconds for a prompt, its linear layers in this precision."""
+    parts, device = forward_flops_per_token(config, tokens), find_hardware(gpu)
+    attention = tokens * (parts["scores"] + parts["weighted values"])
+    linear = prefill_flops(config, tokens) - attention
+    return linear / (device.rate(precision) or math.nan) + attention / (device.rate("bf16") or math.nan)
