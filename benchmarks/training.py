@@ -23,8 +23,9 @@ from torch import nn
 from andromeda.bench.record import record, save
 from andromeda.config.load import from_values
 from andromeda.train import checkpoint, state
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import Session, build_session
-from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.train.step import Stepper, Work
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 MODEL: dict[str, Any] = {

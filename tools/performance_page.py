@@ -13,7 +13,7 @@ from typing import Any
 from andromeda.plan.tables import size
 from tools import arithmetic_table
 
-RESULTS = Path(__file__).parents[3] / "benchmarks" / "results"
+RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 INTRODUCTION = RESULTS.parent / "performance.md"
 """What stands before the tables, written by hand: what the figures mean and what they answer."""
 

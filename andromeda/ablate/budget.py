@@ -7,7 +7,7 @@ import statistics
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
-from andromeda.train.window import build_window
+from andromeda.optim.schedules import build_window
 from andromeda.utils.errors import ConfigError
 
 SAMPLES = 64

@@ -14,8 +14,9 @@ from andromeda.ablate.budget import tokens_per_step
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
 from andromeda.train.metrics import memory
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
-from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.train.step import Stepper, Work
 from andromeda.train.trainer import stream_length
 
 WARMUP = 3

@@ -25,9 +25,10 @@ from torch import Tensor
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.precision import PRECISIONS
 from andromeda.train.state import build_session
-from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.train.step import Stepper, Work
 from andromeda.utils.errors import MissingExtra
 
 ROWS, CONTEXT, VOCABULARY, RATE, DECAY = 8, 256, 4096, 1e-3, 0.1

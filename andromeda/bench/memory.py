@@ -17,8 +17,9 @@ from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.plan import Place, plan
 from andromeda.plan.mesh import Mesh
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
-from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.train.step import Stepper, Work
 from andromeda.utils.hardware import Hardware, peak_flops, recognise, this_cpu
 
 ROUNDS = 5

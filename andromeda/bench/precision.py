@@ -19,8 +19,9 @@ from torch import Tensor
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.optim import build_schedule
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
-from andromeda.train.step import NextToken, Rows, Stepper, Work
+from andromeda.train.step import Stepper, Work
 from andromeda.utils.errors import AndromedaError
 
 BYTES = 256

@@ -23,8 +23,9 @@ from andromeda.bench.models import LLAMA, UNFUSED, X_TRANSFORMERS_ALIBI, llama, 
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
-from andromeda.train.step import NextToken, Outcome, Rows, Stepper, Work
+from andromeda.train.step import Outcome, Stepper, Work
 
 WARMUP = 2
 

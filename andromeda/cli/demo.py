@@ -1,170 +1,15 @@
-"""The demo: from this machine's own Python sources to a small model that writes, in one call that can be interrupted anywhere.
-
-Its yardstick is the compressors' one: the bits that each needs for a byte of text it has never seen.
-"""
+"""`andromeda demo`."""
 
 from __future__ import annotations
 
-import json
-import lzma
 import os
 import sys
-import zlib
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from andromeda.api import Andromeda
 from andromeda.cli.data import progress
-from andromeda.config.data import BuildConfig
-from andromeda.config.load import load
-from andromeda.config.run import RunConfig
-from andromeda.data.build import build
-from andromeda.data.ingest import Report
-from andromeda.data.manifest import Manifest
-from andromeda.evaluate.loaded_model import Subject
-from andromeda.evaluate.request import options
-from andromeda.evaluate.result import Result
-from andromeda.evaluate.run import TASKS, each
-from andromeda.train.metrics import read_metrics
-from andromeda.train.progress import Screen
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.trainer import Result as Ended
-from andromeda.train.trainer import train
-from andromeda.utils.errors import AndromedaError
-from andromeda.utils.files import write_whole
-
-PRESET = "nano"
-CORPUS_BYTES = 40_000_000
-"""Read of the sources: a few times what the training sees, so that no text comes twice."""
-VALIDATION = 0.02
-PROMPTS = (
-    '''def read_lines(path, encoding="utf-8"):
-    """Read a text file and return its lines.
-
-    Parameters
-    ----------
-    path : str
-        The name of the file.''',
-    """class TestReader(unittest.TestCase):
-
-    def test_empty(self):
-        reader = Reader("empty.txt")
-        self.assertEqual(reader.read(), [])
-
-    def test_lines(self):""",
-    '''    def is_valid(self, value):
-        """Return True if the value can be stored."""
-        if value is None:
-            return False''',
-)
-"""None ends in a blank or a line end: the tokenizer joins those to what follows, so that the model has rarely seen them alone."""
-WRITING: dict[str, Any] = {"temperature": 0.8, "top_p": 0.95, "min_p": 0.05, "repetition_penalty": 1.15, "seed": 1}
-"""Without unlikely tokens and with a price on repetition: a model this small rambles or goes in circles otherwise."""
-EVALUATIONS: dict[str, dict[str, Any]] = {
-    "bits": {},
-    "position": {"samples": 48},
-    "context": {"samples": 24},
-    "retrieval": {"samples": 8, "style": "code"},
-    "reasoning": {"samples": 16},
-}
-"""What is measured after training, with wishes that keep it short; those that this version or corpus cannot do are left out."""
-
-
-@dataclass(frozen=True)
-class Measured:
-    """What the demo ends with."""
-
-    held_out: float
-    """Bits per byte of the model, every byte of the held-out text."""
-    xz: float
-    """Bits per byte of `xz -9` on the same bytes."""
-    zlib: float
-    """Bits per byte of `zlib -9` on the same bytes."""
-    held_out_bytes: int
-    parameters: int
-    tokens: int
-    """Targets learned from."""
-    tokens_per_second: float
-    seconds: float
-    """Time spent training."""
-
-
-def build_corpus(out: Path, workers: int, report: Report) -> Manifest:
-    """Collect, tokenize and split the interpreter's Python sources, once: packages that come later do not make another corpus."""
-    if (out / "manifest.json").exists():
-        return Manifest.load(out)
-    vocab = load(PRESET).model.vocab_size
-    return build(
-        ["python"], out, BuildConfig(vocab_size=vocab, max_bytes=CORPUS_BYTES, validation=VALIDATION), workers=workers, report=report
-    )
-
-
-def configuration(corpus: Path, overrides: list[str]) -> RunConfig:
-    """The preset on the demo's corpus."""
-    return load(PRESET, [f"data.corpus={json.dumps(str(corpus))}", *overrides])
-
-
-def train_or_go_on(config: RunConfig, out: Path, screen: Screen) -> Ended:
-    """Train in `out`, from its last checkpoint if there is one."""
-    return train(config, out, resume=(out / "config.toml").exists(), screen=screen)
-
-
-def compressed_bits(text: bytes) -> tuple[float, float]:
-    """Bits per byte that xz and zlib need at their strongest (level 9)."""
-    return 8 * len(lzma.compress(text, preset=9)) / len(text), 8 * len(zlib.compress(text, 9)) / len(text)
-
-
-def evaluate(subject: Subject, report: Report, skip: Callable[[str], None]) -> list[Result]:
-    """Measure the trained model; each result is kept in the run folder."""
-    found = []
-    for task, wishes in EVALUATIONS.items():
-        if task not in TASKS:
-            continue
-        try:
-            for result in each(subject, [task], options(**wishes), report, skip):
-                result.save(subject.run)
-                found.append(result)
-        except AndromedaError as error:
-            skip(f"{task} is left out: {error}")
-    return found
-
-
-def measure(subject: Subject, corpus: Path, evaluations: list[Result]) -> Measured:
-    """Model and compressors on the held-out text; kept as demo.json in the run folder."""
-    bits = next(result.result for result in evaluations if result.kind == "bits")
-    xz, deflate = compressed_bits((corpus / "val.txt").read_bytes())
-    lines = read_metrics(RunFolder(subject.run).metrics_file).lines
-    last = next(line for line in reversed(lines) if "seconds" in line)
-    measured = Measured(
-        held_out=bits["bits_per_byte"],
-        xz=xz,
-        zlib=deflate,
-        held_out_bytes=bits["bytes"],
-        parameters=subject.model.num_parameters(),
-        tokens=last["tokens"],
-        tokens_per_second=last["tokens"] / last["seconds"],
-        seconds=last["seconds"],
-    )
-    write_whole(subject.run / "demo.json", (json.dumps(asdict(measured), indent=2) + "\n").encode())
-    return measured
-
-
-def write_samples(model: Andromeda, out: Path, show: Callable[[str], None], new_tokens: int = 120) -> None:
-    """Let the model go on from a few prompts; shown as it writes, and kept in the run folder's samples/."""
-    kept = []
-    for prompt in PROMPTS:
-        show(prompt)
-        pieces = []
-        for piece in model.generate(prompt, stream=True, max_new_tokens=new_tokens, **WRITING):
-            show(piece)
-            pieces.append(piece)
-        show("\n\n")
-        kept.append(json.dumps({"prompt": prompt, "text": "".join(pieces), **WRITING}, ensure_ascii=False))
-    write_whole(out / "samples" / "demo.jsonl", ("\n".join(kept) + "\n").encode())
 
 
 def demo(
@@ -173,32 +18,31 @@ def demo(
     corpus: Annotated[Path, typer.Option(help="The corpus folder, made on the first call.")] = Path("corpora/python"),
 ) -> None:
     """Train a small model on this machine's own Python sources and read what it writes. Run it again after an interruption."""
+    from andromeda.cli import demo_run as steps
     from andromeda.evaluate.loaded_model import open_subject
-
-    pass
     from andromeda.report import write_report
     from andromeda.train.progress import build_screen
 
-    config = configuration(corpus, list(overrides or []))
+    config = steps.configuration(corpus, list(overrides or []))
     print(f"Corpus: the Python sources of {sys.executable}, in {corpus}", flush=True)
     with progress() as report:
-        manifest = build_corpus(corpus, os.cpu_count() or 1, report)
+        manifest = steps.build_corpus(corpus, os.cpu_count() or 1, report)
     train, held_out = (manifest.splits[name] for name in ("train", "val"))
     print(f"  {train.documents:,} documents, {train.tokens:,} tokens to learn from; {held_out.bytes:,} bytes held out")
 
-    print(f"Training: preset {PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
-    result = train_or_go_on(config, out, build_screen(config.train.steps, False))
+    print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
+    result = steps.train_or_go_on(config, out, build_screen(config.train.steps, False))
     if result.signal:
         print("Interrupted; the state is saved. Run the same command to go on.")
         raise typer.Exit(128 + result.signal)
 
     print("\nWhat it writes (what was given, then what the model added):\n")
     subject = open_subject(out)
-    write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
+    steps.write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
     print("Measuring", flush=True)
     with progress() as report:
-        evaluations = evaluate(subject, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
-    measured = measure(subject, corpus, evaluations)
+        evaluations = steps.evaluate(subject, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
+    measured = steps.measure(subject, corpus, evaluations)
     page = write_report(out)
     print(f"bits per byte: held-out {measured.held_out:.3f}, xz {measured.xz:.3f}, zlib {measured.zlib:.3f}")
     print(f"parameters: {measured.parameters:,}")

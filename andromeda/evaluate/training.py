@@ -11,10 +11,10 @@ from andromeda.train import checkpoint
 from andromeda.train.callbacks.validation import ROWS
 from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.metrics import Metrics, is_number
+from andromeda.train.objective import NextToken
 from andromeda.train.precision import build_precision
 from andromeda.train.run_dir import RunFolder
 from andromeda.train.state import find_device
-from andromeda.train.step import NextToken
 from andromeda.train.trainer import build_validation
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError

@@ -29,8 +29,8 @@ from andromeda.ops.attention.tensor_cache import Memo
 from andromeda.ops.compute_dtype import HALF, product_dtype
 from andromeda.plan.memory_tracker import Ledger
 from andromeda.train.activation_checkpoint import checkpoint_blocks
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.precision import PRECISIONS, Half, Precision
-from andromeda.train.step import NextToken, Rows
 
 CPU = torch.device("cpu")
 EAGER, COMPILED = "eager", "aot_eager_decomp_partition"

@@ -207,3 +207,17 @@ def _healthy(path: Path) -> bool:
         return bool(read_values(path)["healthy"])
     except CheckpointError:
         return False
+
+
+@dataclass
+class Cursor:
+    """How far the run is, in units that do not depend on the number of processes."""
+
+    step: int = 0
+    """Steps behind us, bad ones included."""
+    rows: int = 0
+    """Rows of the stream behind us, those passed over included."""
+    tokens: int = 0
+    """Targets learned from."""
+    seconds: float = 0.0
+    """Time spent training, over all starts."""

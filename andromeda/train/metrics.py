@@ -22,9 +22,9 @@ from torch import Tensor
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import peak_flops, training_flops_per_token
+from andromeda.train.checkpoint import Cursor
 from andromeda.train.precision import Precision
 from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import Cursor
 from andromeda.utils.errors import MissingExtra
 
 TIMED = ("seconds", "tokens_per_second", "mfu", "memory_gib")

@@ -20,7 +20,7 @@ from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.callbacks.ema import NoAverage, build_average
 from andromeda.train.callbacks.spike_guard import BadSteps
 from andromeda.train.callbacks.validation import ROWS
-from andromeda.train.checkpoint import Snapshot
+from andromeda.train.checkpoint import Cursor, Snapshot
 from andromeda.train.compile import compile_blocks
 from andromeda.train.memory_check import check_fits, check_rows_fit
 from andromeda.train.metrics import Meter
@@ -94,20 +94,6 @@ def load_rng(saved: dict[str, Tensor], described: dict[str, Any]) -> None:
 
 COPIES = {"adamw": 4, "muon": 3, "adamw8bit": 2}
 """How often each optimizer's training holds the parameters in 32 bits, at least: weights, gradients, moments."""
-
-
-@dataclass
-class Cursor:
-    """How far the run is, in units that do not depend on the number of processes."""
-
-    step: int = 0
-    """Steps behind us, bad ones included."""
-    rows: int = 0
-    """Rows of the stream behind us, those passed over included."""
-    tokens: int = 0
-    """Targets learned from."""
-    seconds: float = 0.0
-    """Time spent training, over all starts."""
 
 
 @dataclass

@@ -13,18 +13,19 @@ from andromeda.config.keys import flatten
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import Stream, open_stream
 from andromeda.optim import build_schedule
+from andromeda.optim.schedules import build_window
 from andromeda.train import checkpoint
 from andromeda.train.callbacks.diagnostics import Health
 from andromeda.train.callbacks.probes import Probes, build_probes
 from andromeda.train.callbacks.validation import NoValidation, Validation
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import MetricsFile, Sink, Speed, build_sinks, check_extras
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.progress import Screen, Silent
 from andromeda.train.run_dir import RunFolder
 from andromeda.train.signals import Signals
 from andromeda.train.state import Session, build_session, find_device
-from andromeda.train.step import NextToken, Rows, Stepper, Work
-from andromeda.train.window import build_window
+from andromeda.train.step import Stepper, Work
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 

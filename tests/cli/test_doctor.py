@@ -10,8 +10,8 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from andromeda.cli import doctor
-from andromeda.cli.doctor import HEAD_DIM, HEADS, KV_HEADS, TOKENS, examine, patterns
+from andromeda.cli import environment_report as doctor
+from andromeda.cli.environment_report import HEAD_DIM, HEADS, KV_HEADS, TOKENS, examine, patterns
 from andromeda.cli.main import app
 from andromeda.ops.attention import attend, backends
 

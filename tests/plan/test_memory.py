@@ -27,8 +27,8 @@ from andromeda.plan.memory import training, update_bytes
 from andromeda.plan.mesh import Mesh
 from andromeda.plan.train_state import State
 from andromeda.train.activation_checkpoint import checkpoint_blocks
+from andromeda.train.objective import NextToken, Rows
 from andromeda.train.precision import PRECISIONS
-from andromeda.train.step import NextToken, Rows
 
 pytestmark = pytest.mark.usefixtures("still_heap")
 ROWS, T = 2, 64

@@ -9,9 +9,9 @@ import torch
 
 from andromeda.config.run import RunConfig
 from andromeda.train import metrics
+from andromeda.train.checkpoint import Cursor
 from andromeda.train.metrics import Speed
 from andromeda.train.precision import Precision
-from andromeda.train.state import Cursor
 
 
 def test_figures(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,9 +14,10 @@ from torch import Tensor
 from andromeda.config.run import RunConfig
 from andromeda.model.feedforward.moe import Router
 from andromeda.model.master_weight_linear import exchange, summed
+from andromeda.train.objective import NextToken, Rows, Sums
 from andromeda.train.precision import Precision
 from andromeda.train.state import Session, build_session
-from andromeda.train.step import NextToken, Outcome, Rows, Stepper, Sums, Work
+from andromeda.train.step import Outcome, Stepper, Work
 from tests.ops import emulated16
 
 assert emulated16

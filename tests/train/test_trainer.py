@@ -21,7 +21,7 @@ from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.loader import Stream
 from andromeda.train import checkpoint, trainer
-from andromeda.train.step import NextToken, Rows, Sums
+from andromeda.train.objective import NextToken, Rows, Sums
 from andromeda.train.trainer import TrainingFailed, train
 
 Tiny = Callable[..., RunConfig]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from andromeda.config.train import Window
-from andromeda.train.window import build_window
+from andromeda.optim.schedules import build_window
 
 
 def test_the_speedrun_record() -> None:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
 from andromeda.optim import roles
+from andromeda.train.objective import Rows
 from andromeda.train.precision import Precision
-from andromeda.train.step import Rows
 
 
 class Health:

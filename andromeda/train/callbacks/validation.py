@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 from andromeda.data.loader import Stream
+from andromeda.train.objective import Rows, Sums
 from andromeda.train.precision import Precision
-from andromeda.train.step import Rows, Sums
 
 ROWS = "spread"
 """Which held-out rows are measured, as checkpoints keep it: those of older versions were the first ones, and keep nothing."""

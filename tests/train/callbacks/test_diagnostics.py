@@ -13,8 +13,8 @@ from andromeda.config.run import RunConfig
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
 from andromeda.train.callbacks.diagnostics import Health
+from andromeda.train.objective import Rows
 from andromeda.train.precision import build_precision
-from andromeda.train.step import Rows
 from andromeda.train.trainer import train
 
 IDS = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(0))

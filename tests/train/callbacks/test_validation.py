@@ -14,8 +14,8 @@ from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.loader import Stream, open_stream
 from andromeda.train.callbacks.validation import Validation
+from andromeda.train.objective import Rows, Sums
 from andromeda.train.precision import Precision
-from andromeda.train.step import Rows, Sums
 
 LENGTH = 32
 BIGRAM = torch.rand(257, 257, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
