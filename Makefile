@@ -4,12 +4,14 @@ BIN := $(VENV)/bin
 DEMO ?= runs/demo
 export TORCH_INDEX PYTHON
 
-.PHONY: help demo test test-slow lint docs clean
+.PHONY: help demo test test-slow lint docs docs-serve clean
 
 help:
 	@echo "make demo       train a small language model on this machine's own Python sources and read what it writes"
 	@echo "make test       check style, types, layers and every claim that needs no GPU"
 	@echo "make test-slow  the long sweeps"
+	@echo "make docs       build the documentation site into site/, without a warning"
+	@echo "make docs-serve the documentation site on http://127.0.0.1:8000, rebuilt when a file changes"
 
 $(VENV)/.demo: pyproject.toml constraints.txt scripts/bootstrap.sh
 	@echo "Setting up $(VENV) (once; a few minutes)"
@@ -37,5 +39,12 @@ test: lint
 test-slow: $(VENV)/.test
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 -m slow
 
+# mkdocs-material prints a notice of its own at every start; it is no warning of this build.
+docs: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.test
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs serve --strict
+
 clean:
-	rm -rf $(VENV) build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) site build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -13,6 +13,7 @@ from typing import Any, cast
 import typer
 from typer.core import TyperGroup
 
+from andromeda import __version__
 from andromeda.cli.ablate import ablate
 from andromeda.cli.bench import app as bench_app
 from andromeda.cli.data import app as data_app
@@ -51,10 +52,24 @@ app = typer.Typer(
     cls=Verbs,
     help="A long-context language model that you train, stretch, measure and serve yourself.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, whose import takes longer than all else here
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"andromeda {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version and exit."),
+) -> None:
+    """What comes before a verb."""
+
+
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizers_app, name="tokenizers")
 app.add_typer(bench_app, name="bench")
