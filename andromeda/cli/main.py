@@ -136,7 +136,10 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _refuse_call(error: Any) -> None:
-    """A call that the command line does not understand. Without any arguments the help has been printed, which says enough."""
+    """A call that the command line does not understand, as one sentence; a call without arguments gets the help."""
+    if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it either
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(error.exit_code)
     sentence = error.format_message().rstrip(".")
     if sentence:
         command = error.ctx.command_path if error.ctx else "andromeda"
