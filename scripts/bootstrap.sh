@@ -35,7 +35,8 @@ if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
     rm -rf "$venv"
     make_venv "$python"
 fi
+constraints=$root/${CONSTRAINTS:-constraints.txt}
 pip="$venv/bin/python -m pip install --quiet --disable-pip-version-check"
 # torch comes first and pinned: no later package can then pull in another build. TORCH_INDEX may name an index with CPU-only builds.
-$pip ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c "$root/constraints.txt" torch
-$pip -c "$root/constraints.txt" -e "$root$extras"
+$pip ${TORCH_INDEX:+--index-url "$TORCH_INDEX"} -c "$constraints" torch
+$pip -c "$constraints" -e "$root$extras"
