@@ -20,7 +20,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.generate.engine import Engine
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.generate.prompts import Prompt
 from andromeda.generate.sequence import Completion, Piece
 from andromeda.model.transformer import Transformer
@@ -138,13 +138,13 @@ class Andromeda(Transformer):
         answers = [_answer(*pair) for pair in zip(engine.generate(prompts, **settings), prompts, strict=True)]
         return answers if several else answers[0]
 
-    def optimise(self, *, eight_bits: bool = False, compiled: bool = True, kernels: bool = True) -> Self:
+    def optimize_for_inference(self, *, eight_bits: bool = False, compiled: bool = True, kernels: bool = True) -> Self:
         """Make this model faster for inference, in place; it can be trained no more.
 
         eight_bits: linear layers of the blocks in 8 bits. compiled: torch.compile. kernels: steps of one token by
         kernels of their own. Details in `andromeda.generate.optimize`.
         """
-        optimise(self, eight_bits=eight_bits, compiled=compiled, kernels=kernels)
+        optimize_for_inference(self, eight_bits=eight_bits, compiled=compiled, kernels=kernels)
         return self
 
     def num_parameters(self) -> int:
@@ -156,13 +156,13 @@ class Andromeda(Transformer):
         c, a, rotary, weight = self.config, self.config.attention, self.config.rotary, self.head.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         parts = [f"feed-forward {c.feedforward.kind}", f"QK norm {a.qk_norm}", f"shift {c.shift.kind}"]
-        positions = [rotary.kind] * (rotary.kind != "none") + [f"ALiBi on {c.alibi.heads} heads"] * bool(c.alibi.heads)
+        positions = [rotary.kind] * (rotary.kind != "none") + [f"ALiBi on {c.alibi.num_heads} heads"] * bool(c.alibi.num_heads)
         return "\n".join(
             [
                 f"Andromeda with {_rounded(self.num_parameters())} parameters, {dtype} on {weight.device}",
-                f"  {c.depth} layers of width {c.width}, {c.block.kind}, {a.heads} heads of {a.head_dim}, {a.kv_heads} of keys and values",
+                f"  {c.num_layers} layers of width {c.hidden_size}, {c.block.kind}, {a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} of keys and values",
                 f"  positions: {' and '.join(positions) or 'none'}; {', '.join(parts)}",
-                f"  context {c.context:,}, vocabulary {c.vocab_size:,}, {self.tokenizer.kind if self.tokenizer else 'no'} tokenizer",
+                f"  context {c.max_seq_len:,}, vocabulary {c.vocab_size:,}, {self.tokenizer.kind if self.tokenizer else 'no'} tokenizer",
             ]
         )
 

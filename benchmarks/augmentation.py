@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from andromeda.bench.record import record, save
-from andromeda.config.data import Augment, BuildConfig, DataConfig
+from andromeda.config.data import AugmentationConfig, BuildConfig, DataConfig
 from andromeda.config.load import load
 from andromeda.data.augmentation import FIM, MASK, FillInTheMiddle
 from andromeda.data.build import build
@@ -33,10 +33,10 @@ from andromeda.train.weights import load_weights
 RESULT = Path(__file__).parent / "results" / "augmentation.json"
 CONTEXT = 256
 MODEL = [
-    "model.width=64",
-    "model.depth=2",
-    "model.attention.heads=1",
-    f"model.context={CONTEXT}",
+    "model.hidden_size=64",
+    "model.num_layers=2",
+    "model.attention.num_heads=1",
+    f"model.max_seq_len={CONTEXT}",
     "train.compile=off",
     "train.eval_every=0",
 ]
@@ -101,7 +101,7 @@ def middle_bits(model: Transformer, corpus: Path) -> float:
     tokenizer = stream.tokenizer
     assert tokenizer is not None
     tokens = tuple(tokenizer.specials[name] for name in FIM)
-    stage, lengths = FillInTheMiddle(Augment(fim=1.0, fim_spm=0.0), tokens, tokenizer.eos, 0), tokenizer.byte_lengths()
+    stage, lengths = FillInTheMiddle(AugmentationConfig(fim=1.0, fim_spm=0.0), tokens, tokenizer.eos, 0), tokenizer.byte_lengths()
     nats = size = 0.0
     for number in range(min(200, stream.rows_available or 0)):
         batch = stream.rows(number, 1)

@@ -76,7 +76,7 @@ class Size:
 SIZES = {
     "full": Size(
         model=(
-            "model.depth=16",
+            "model.num_layers=16",
             "model.attention.qk_norm=l2_head_scale",
             "model.shift.kind=lerp",
             "model.head.tied=true",
@@ -100,12 +100,12 @@ SIZES = {
     ),
     "tiny": Size(
         model=(
-            "model.width=64",
-            "model.depth=2",
-            "model.attention.heads=2",
-            "model.attention.kv_heads=1",
+            "model.hidden_size=64",
+            "model.num_layers=2",
+            "model.attention.num_heads=2",
+            "model.attention.num_kv_heads=1",
             "model.attention.head_dim=32",
-            "model.feedforward.hidden=128",
+            "model.feedforward.intermediate_size=128",
             "model.attention.qk_norm=l2_head_scale",
             "model.shift.kind=lerp",
         ),
@@ -278,14 +278,14 @@ class Experiment:
     def _settings(self, steps: int) -> list[str]:
         return [
             f"model.vocab_size={self.size.vocab}",
-            f"model.context={self.size.trained}",
+            f"model.max_seq_len={self.size.trained}",
             mixture(self.work, self.size.trained, NEEDLE_SHARE["train"]),
             "data.packing=documents",
             "data.document_mask=false",
             "data.workers=2",
             f"train.steps={steps}",
-            f"train.batch={self.size.rows}",
-            f"train.micro_batch={self.size.rows}",
+            f"train.batch_size={self.size.rows}",
+            f"train.micro_batch_size={self.size.rows}",
             f"train.schedule.warmup={min(50, steps // 10)}",
             f"train.schedule.cooldown={steps // 3}",
             "train.optim.momentum_warmup=100",
@@ -364,7 +364,7 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
 def read_far(work: Path, size: Size) -> dict[str, Any]:
     """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
-    overrides = ("train.micro_batch=1", "train.batch=1")
+    overrides = ("train.micro_batch_size=1", "train.batch_size=1")
     wishes = Wishes(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
     return extend(wishes, "yarn", work / f"far-{folders[-1].name}", Lines, print).values
 
@@ -415,7 +415,7 @@ def write_packages(out: Path, size: Size) -> int:
 
 
 def joined(longest: int) -> Iterator[str]:
-    """Documents of at most `longest` characters, of neighbouring files in the order of their paths, a heading before each."""
+    """Documents of at most `longest` characters, of neighboring files in the order of their paths, a heading before each."""
     held: list[str] = []
     package, size = "", 0
     for name, path in _python_files():

@@ -25,16 +25,16 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tools.gpu_goals import table
 
-FOLD = "model.alibi.fold=true"
-WINDOWS = "model.attention.window=1024 model.attention.global_every=8"
-LONG = f"andromeda {FOLD} model.context=32768"
-ENDLESS = f"andromeda {FOLD} model.context=200704 model.rotary.scale_base=65536"
+FOLD = "model.alibi.fold_into_qk=true"
+WINDOWS = "model.attention.sliding_window=1024 model.attention.full_attention_interval=8"
+LONG = f"andromeda {FOLD} model.max_seq_len=32768"
+ENDLESS = f"andromeda {FOLD} model.max_seq_len=200704 model.rotary.scale_base=65536"
 SMALL = (
-    "model.width=64 model.depth=2 model.vocab_size=512 model.context=256 model.attention.heads=4 model.attention.kv_heads=1 "
-    "model.attention.head_dim=32 model.feedforward.hidden=128 train.micro_batch=1"
+    "model.hidden_size=64 model.num_layers=2 model.vocab_size=512 model.max_seq_len=256 model.attention.num_heads=4 model.attention.num_kv_heads=1 "
+    "model.attention.head_dim=32 model.feedforward.intermediate_size=128 train.micro_batch_size=1"
 )
-SMALL_ALIBI = f"andromeda {SMALL} model.alibi.heads=2 {FOLD}"
-SMALL_LONG = f"andromeda-360m-long {SMALL} model.attention.window=16 model.attention.global_every=2 train.sequence=256"
+SMALL_ALIBI = f"andromeda {SMALL} model.alibi.num_heads=2 {FOLD}"
+SMALL_LONG = f"andromeda-360m-long {SMALL} model.attention.sliding_window=16 model.attention.full_attention_interval=2 train.seq_len=256"
 ON_CPU = "train.device=cpu train.compile=off train.precision=fp32"
 CURVE = "precision andromeda-125m train.schedule.warmup={0} train.schedule.cooldown={0}"
 """bf16 and fp8 on the same tokens, with a warm-up and a cooldown of so many steps."""
@@ -51,9 +51,9 @@ class Job(NamedTuple):
 JOBS = {
     "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
     "train-bf16": Job(
-        f"train andromeda {FOLD} train.checkpointing=none train.micro_batch=2 --rows 64 --steps 2",
+        f"train andromeda {FOLD} train.activation_checkpointing=none train.micro_batch_size=2 --rows 64 --steps 2",
         170,
-        f"train {SMALL_ALIBI} {ON_CPU} train.checkpointing=none --rows 4 --steps 1",
+        f"train {SMALL_ALIBI} {ON_CPU} train.activation_checkpointing=none --rows 4 --steps 1",
     ),
     "train-bf16-batch-1": Job(
         f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
@@ -63,38 +63,38 @@ JOBS = {
         f"prefill {LONG} {WINDOWS} --lengths 32768 --eight-bits", 90, f"prefill {SMALL_ALIBI} --lengths 64 --eight-bits"
     ),
     "prefill-long": Job("prefill andromeda-360m-long --lengths 32768,100352 --eight-bits", 80, f"prefill {SMALL_LONG} --lengths 64,128"),
-    "decode": Job(f"decode andromeda {FOLD} model.context=33280", 90, f"decode {SMALL_ALIBI} --contexts 32,64"),
+    "decode": Job(f"decode andromeda {FOLD} model.max_seq_len=33280", 90, f"decode {SMALL_ALIBI} --contexts 32,64"),
     "loss": Job("loss", 60, "loss --tokens 64"),
     "embedding": Job("embedding", 60, "embedding --tokens 16 --vocabulary 64 --rep 1"),
     "train-fp8": Job(
-        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch=2 --rows 64 --steps 2",
+        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch_size=2 --rows 64 --steps 2",
         160,
         f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1",
     ),
     "train-360m-8k": Job(
-        "train andromeda-360m model.context=8192 train.micro_batch=4 --rows 16 --steps 4",
+        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=4 --rows 16 --steps 4",
         80,
         f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
     ),
     "train-360m-32k": Job(
-        "train andromeda-360m model.context=32768 train.micro_batch=1 --rows 4 --steps 4",
+        "train andromeda-360m model.max_seq_len=32768 train.micro_batch_size=1 --rows 4 --steps 4",
         80,
         f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
     ),
     "prefill-200k": Job(f"prefill {ENDLESS} --lengths 200000 --chunks 0,25000", 150, f"prefill {SMALL_ALIBI} --lengths 96 --chunks 0,24"),
-    "decode-tuned": Job(f"decode andromeda {FOLD} model.context=33280 --tuned", 240, f"decode {SMALL_ALIBI} --contexts 32 --tuned"),
+    "decode-tuned": Job(f"decode andromeda {FOLD} model.max_seq_len=33280 --tuned", 240, f"decode {SMALL_ALIBI} --contexts 32 --tuned"),
     "precision": Job(
-        f"{CURVE.format(100)} model.context=2048 --steps 500 --rows 16",
+        f"{CURVE.format(100)} model.max_seq_len=2048 --steps 500 --rows 16",
         200,
         f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --rows 2",
     ),
     "train-flash": Job(
-        "train andromeda-360m model.context=8192 train.micro_batch=1 train.checkpointing=full --rows 2 --steps 4 --unfused",
+        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=1 train.activation_checkpointing=full --rows 2 --steps 4 --unfused",
         100,
         f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1 --unfused",
     ),
     "prefill-flash": Job(
-        "prefill andromeda-360m model.context=32768 --lengths 8192,32768 --unfused",
+        "prefill andromeda-360m model.max_seq_len=32768 --lengths 8192,32768 --unfused",
         140,
         f"prefill andromeda-360m {SMALL} --lengths 64 --unfused",
     ),
@@ -109,7 +109,9 @@ JOBS = {
     ),
     "attention-8k": Job("attention --lengths 8192 --budget 60", 80, "attention --lengths 32 --rep 1 --budget 10"),
     "qk": Job("qk", 90, "qk --tokens 16 --rep 1"),
-    "decode-fp8": Job(f"decode andromeda {FOLD} model.context=33280 --eight-bits", 130, f"decode {SMALL_ALIBI} --contexts 32 --eight-bits"),
+    "decode-fp8": Job(
+        f"decode andromeda {FOLD} model.max_seq_len=33280 --eight-bits", 130, f"decode {SMALL_ALIBI} --contexts 32 --eight-bits"
+    ),
 }
 """In order of importance. Limits are three times what a job should take, most of it compiling."""
 

@@ -16,13 +16,15 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from andromeda.config.model import Attention, ModelConfig
-from andromeda.config.train import Clip, Optim
+from andromeda.config.model import AttentionConfig, ModelConfig
+from andromeda.config.train import ClipConfig, OptimizerConfig
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import linear_cross_entropy
 from andromeda.optim import Optimizer, build_optimizer, clip
 
-MODEL = ModelConfig(vocab_size=4096, context=256, width=256, depth=6, attention=Attention(heads=4, kv_heads=4, head_dim=64))
+MODEL = ModelConfig(
+    vocab_size=4096, max_seq_len=256, hidden_size=256, num_layers=6, attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=64)
+)
 BATCH, LENGTH = 8, 256
 
 
@@ -31,8 +33,10 @@ def main(seconds: float) -> None:
     torch.set_num_threads(1)
     model = Transformer(MODEL)
     ids = torch.randint(MODEL.vocab_size, (BATCH, LENGTH))
-    optimizers = {kind: build_optimizer(model, Optim.model_validate({"kind": kind}), "on") for kind in ("adamw", "adamw8bit", "muon")}
-    optimizers["adamw8bit, eager"] = build_optimizer(model, Optim(kind="adamw8bit"), "off")
+    optimizers = {
+        kind: build_optimizer(model, OptimizerConfig.model_validate({"kind": kind}), "on") for kind in ("adamw", "adamw8bit", "muon")
+    }
+    optimizers["adamw8bit, eager"] = build_optimizer(model, OptimizerConfig(kind="adamw8bit"), "off")
     cases = {**losses(model, ids), **updates(model, optimizers)}
     for run in cases.values():
         run()
@@ -54,7 +58,7 @@ def main(seconds: float) -> None:
 def losses(model: Transformer, ids: torch.Tensor) -> dict[str, Callable[[], object]]:
     """Forward and backward pass of the model with either loss, and the losses alone at several chunk sizes."""
     targets = ids.roll(-1, 1)
-    hidden = torch.randn(BATCH, LENGTH, MODEL.width, requires_grad=True)
+    hidden = torch.randn(BATCH, LENGTH, MODEL.hidden_size, requires_grad=True)
 
     def plain(x: torch.Tensor) -> None:
         F.cross_entropy(model.head(x).flatten(0, 1), targets.flatten()).backward()
@@ -77,7 +81,7 @@ def updates(model: Transformer, optimizers: dict[str, Optimizer]) -> dict[str, C
         optimizer.set_factor(0.0, 0)
     cases: dict[str, Callable[[], object]] = {f"update, {name}": optimizer.step for name, optimizer in optimizers.items()}
     for kind in ("none", "norm", "value", "adaptive"):
-        config = Clip.model_validate({"kind": kind, "limit": 1e-3})
+        config = ClipConfig.model_validate({"kind": kind, "limit": 1e-3})
         cases[f"clip, {kind}"] = partial(clip, list(model.parameters()), config)
     return cases
 

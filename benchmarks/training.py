@@ -30,10 +30,10 @@ from andromeda.train.step import Stepper, Work
 RESULT = Path(__file__).parent / "results" / "training.json"
 MODEL: dict[str, Any] = {
     "vocab_size": 4096,
-    "context": 256,
-    "width": 256,
-    "depth": 6,
-    "attention": {"heads": 4, "kv_heads": 4, "head_dim": 64},
+    "max_seq_len": 256,
+    "hidden_size": 256,
+    "num_layers": 6,
+    "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 64},
     "rotary": {"kind": "rope"},
     "feedforward": {"kind": "swiglu"},
 }

@@ -32,7 +32,7 @@ class Doubled(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = nn.Embedding(config.vocab_size, config.width)
+        self.table = nn.Embedding(config.vocab_size, config.hidden_size)
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
         return 2 * self.table(ids)
@@ -41,8 +41,16 @@ class Doubled(nn.Module):
 def test_without_names_it_is_the_model_of_the_specification() -> None:
     model = Andromeda(device="meta", dtype="bf16")
     c, a = model.config, model.config.attention
-    assert (c.vocab_size, c.context, c.width, c.depth, a.head_dim, a.heads, a.kv_heads) == (50432, 8192, 2560, 32, 128, 24, 1)
-    assert (c.alibi.heads, c.rotary.kind, c.shift.tokens, c.embedding.absolute) == (12, "xpos", 1, False)
+    assert (c.vocab_size, c.max_seq_len, c.hidden_size, c.num_layers, a.head_dim, a.num_heads, a.num_kv_heads) == (
+        50432,
+        8192,
+        2560,
+        32,
+        128,
+        24,
+        1,
+    )
+    assert (c.alibi.num_heads, c.rotary.kind, c.shift.tokens, c.embedding.absolute) == (12, "xpos", 1, False)
     assert model.head.weight.is_meta
     assert model.head.weight.dtype == torch.bfloat16
     norms_and_scales = 65 * 2560 + 32 * (24 + 1) * 128
@@ -72,9 +80,9 @@ def test_the_seed_is_the_model() -> None:
 
 
 def test_a_preset_is_changed_by_names_of_every_kind() -> None:
-    model = Andromeda.from_preset("nano", depth=2, vocab_size=300, alibi_num_heads=1, attention={"window": 8}, seed=3)
+    model = Andromeda.from_preset("nano", depth=2, vocab_size=300, alibi_num_heads=1, attention={"sliding_window": 8}, seed=3)
     c = model.config
-    assert (c.depth, c.vocab_size, c.alibi.heads, c.attention.window, c.width) == (2, 300, 1, 8, 128)
+    assert (c.num_layers, c.vocab_size, c.alibi.num_heads, c.attention.sliding_window, c.hidden_size) == (2, 300, 1, 8, 128)
     assert c.feedforward.kind == "relu2"
 
 
@@ -97,7 +105,7 @@ def test_it_writes_in_every_precision(dtype: str | torch.dtype) -> None:
 
 
 def test_placing_leaves_float32_buffers_as_they_are() -> None:
-    model = small(feedforward={"kind": "moe", "bias": False}, experts={"count": 4, "active": 2})
+    model = small(feedforward={"kind": "moe", "bias": False}, experts={"num_experts": 4, "top_k": 2})
     before = {name: buffer.dtype for name, buffer in model.named_buffers()}
     place(model, torch.device("cpu"), "bf16")
     assert {name: buffer.dtype for name, buffer in model.named_buffers()} == before
@@ -127,7 +135,7 @@ def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:
     assert back.tokenizer.fingerprint == BYTES.fingerprint
     assert back.config == model.config
     # As a stranger reads it: plain TOML and safetensors.
-    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["model"]["width"] == 32
+    assert tomllib.loads((tmp_path / "run/config.toml").read_text())["model"]["hidden_size"] == 32
     saved = load_file(tmp_path / "run/checkpoints/step-00000000/model.safetensors")
     assert sum(tensor.numel() for tensor in saved.values()) == model.num_parameters()
     with pytest.raises(CheckpointError, match="already holds a run"):

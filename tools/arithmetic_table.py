@@ -15,15 +15,15 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.flops import forward_flops_per_token, prefill_flops
 from andromeda.utils.hardware import find_hardware
 
-WINDOWS = ("model.attention.window=1024", "model.attention.global_every=8")
+WINDOWS = ("model.attention.sliding_window=1024", "model.attention.full_attention_interval=8")
 READ: dict[str, tuple[str, Sequence[str]]] = {
     "andromeda-125m": ("andromeda-125m", ()),
     "andromeda-360m": ("andromeda-360m", ()),
     "andromeda-360m-long": ("andromeda-360m-long", ()),
     "andromeda-1b": ("andromeda-1b", ()),
     "andromeda-1b, windows": ("andromeda-1b", WINDOWS),
-    "andromeda": ("andromeda", ("model.alibi.fold=true", "model.rotary.scale_base=32768")),
-    "andromeda, windows": ("andromeda", ("model.alibi.fold=true", "model.rotary.scale_base=32768", *WINDOWS)),
+    "andromeda": ("andromeda", ("model.alibi.fold_into_qk=true", "model.rotary.scale_base=32768")),
+    "andromeda, windows": ("andromeda", ("model.alibi.fold_into_qk=true", "model.rotary.scale_base=32768", *WINDOWS)),
     "andromeda-7b, windows": ("andromeda-7b", WINDOWS),
 }
 """Configurations: `windows` sees 1,024 tokens but in one layer of eight."""
@@ -41,7 +41,7 @@ def rows() -> list[list[str]]:
 
 def _figures(source: str, changes: Sequence[str]) -> Iterator[str]:
     for tokens, seconds in TARGETS:
-        config = load(source, [*changes, f"model.context={max(tokens, 131072)}"]).model
+        config = load(source, [*changes, f"model.max_seq_len={max(tokens, 131072)}"]).model
         floors = [floor(config, tokens, precision) for precision in ("bf16", "fp8")]
         yield from (f"{1e3 * value:,.0f} ms" for value in floors)
         yield " / ".join(str(math.ceil(value / seconds)) for value in floors)

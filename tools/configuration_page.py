@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic.fields import FieldInfo
 
 from andromeda.config.aliases import DIRECT, HUGGING_FACE_DIRECT, HUGGING_FACE_GROUPS, SPEC_DIRECT, SPEC_GROUPS
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.data import BuildConfig
 from andromeda.config.keys import table
 from andromeda.config.load import presets
@@ -25,7 +25,7 @@ A run is one TOML file. Every command takes a preset's name, a file's path or a 
 whole configuration of that run), and any number of overrides `key.path=value` after it:
 
 ```
-andromeda train nano train.steps=500 model.attention.kv_heads=2
+andromeda train nano train.steps=500 model.attention.num_kv_heads=2
 andromeda train my.toml train.optim.kind=adamw name=second-try
 ```
 
@@ -36,10 +36,10 @@ preset = "nano"
 name = "mine"
 
 [model]
-depth = 8
+num_layers = 8
 
 [model.alibi]
-heads = 2
+num_heads = 2
 ```
 
 Values are as in TOML; on the command line, text needs no quotes. A key that does not exist, a value of the wrong type
@@ -53,18 +53,18 @@ different things about one key are refused. What `Andromeda(...)` does not say c
 `andromeda-65b` when only Hugging Face's names are used.
 """
 MEANINGS = {
-    "alibi_pos_bias": "`alibi.heads`: none, or `alibi_num_heads`",
-    "alibi_num_heads": "`alibi.heads`; unless given 12, and at most half of `heads`",
+    "alibi_pos_bias": "`alibi.num_heads`: none, or `alibi_num_heads`",
+    "alibi_num_heads": "`alibi.num_heads`; unless given 12, and at most half of `heads`",
     "rotary_xpos": '`rotary.kind = "xpos"`; false leaves no rotation unless `rotary_pos_emb` is true',
     "rotary_pos_emb": '`rotary.kind = "rope"`, when `rotary_xpos` is false',
     "attn_flash": "`attention.backend`: `auto`, or `eager`",
     "use_flash_attention": "`attention.backend`: `auto`, or `eager`",
     "shift_tokens": '`shift.kind = "chunks"` with `shift.tokens`; 0 is off',
-    "attn_one_kv_head": "`attention.kv_heads`: 1, or as many as `heads`",
+    "attn_one_kv_head": "`attention.num_kv_heads`: 1, or as many as `heads`",
     "qk_norm": "`attention.qk_norm`: `l2_dim_scale`, or `none`",
     "attn_qk_norm": "the same as `qk_norm`",
     "attn_qk_norm_dim_scale": "`attention.qk_norm`: `l2_dim_scale`, or `l2` when false",
-    "embedding_provider": "`embedding.*`: `plain`, `tied`, `factorised`, `value`, or your own class (itself, or `package.module:Class`)",
+    "embedding_provider": "`embedding.*`: `plain`, `tied`, `factorized`, `value`, or your own class (itself, or `package.module:Class`)",
     "deepnorm": "`block.residual` and `init.kind`",
     "hidden_act": "`feedforward.kind`; `silu` is read as the gate of `swiglu`",
     "rope_scaling": "`rotary.scaling.*`: a table with `rope_type` and `factor`",
@@ -84,7 +84,7 @@ def _presets() -> Iterator[str]:
         yield f"| `{name}` | {line} |"
 
 
-def _tables(part: type[Part], path: str) -> Iterator[str]:
+def _tables(part: type[BaseConfig], path: str) -> Iterator[str]:
     """A section for a part's own keys, then one for each table in it."""
     yield f"\n## {f'`[{path}]`' if path else 'The top of the file'}\n\n{_text(part.__doc__)}"
     own = {name: field for name, field in part.model_fields.items() if not table(field) or table(field) is not field.annotation}
@@ -118,7 +118,7 @@ def _rules() -> Iterator[str]:
     yield "\n## What is refused\n"
     for _, clause in (*MODEL, *RUN, *TRAINING):
         yield f"- {_blank(clause)}"
-    yield "- model.rotary.scale_base = … overflows the number format at model.context = …: set it to at least …"
+    yield "- model.rotary.scale_base = … overflows the number format at model.max_seq_len = …: set it to at least …"
     yield "\n## What is legal, and said before a run\n"
     for _, clause in NOTES:
         yield f"- {_blank(clause)}"

@@ -24,7 +24,7 @@ ROWS = {
     "A3": "Mixed precision",
     "A5": "8-bit optimizer",
     "A6": "Gradient clipping",
-    "A7": "xPos, ALiBi, QK normalisation",
+    "A7": "xPos, ALiBi, QK normalization",
     "A8": "Multi-query attention",
     "A9": "Parallel blocks",
     "A10": "No positions, shifted tokens",

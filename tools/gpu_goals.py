@@ -60,7 +60,7 @@ def row(figure: str, scale: float = 1.0, number: int = 0, **fits: Any) -> Callab
 
 
 def faster(result: Result) -> float:
-    """PyTorch's time for the gradient of a table over the kernel's, on ids as words are, in the least favourable case."""
+    """PyTorch's time for the gradient of a table over the kernel's, on ids as words are, in the least favorable case."""
     found = {(r["work"], r["ids"], r["table"], r["side"]): r["ms"] for r in result["rows"] if r["work"].startswith("gradient")}
     return min(ms / found[(*key[:3], "kernel")] for key, ms in found.items() if key[3] == "pytorch")
 

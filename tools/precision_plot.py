@@ -31,8 +31,8 @@ def picture(result: dict[str, Any]) -> bytes:
     figure = Figure(figsize=(8.0, 5.0), layout="constrained")
     FigureCanvasAgg(figure)
     above, below = figure.subplots(2, 1, sharex=True, height_ratios=(2, 1))
-    for name, losses, colour in ((first, one, COLOURS[0]), (second, other, COLOURS[1])):
-        above.plot(range(1, len(losses) + 1), losses, color=colour, linewidth=1.0, label=name)
+    for name, losses, color in ((first, one, COLOURS[0]), (second, other, COLOURS[1])):
+        above.plot(range(1, len(losses) + 1), losses, color=color, linewidth=1.0, label=name)
     above.set_ylabel("nats a byte")
     above.set_yscale("log")
     above.set_yticks([0.5, 1, 2, 5], ["0.5", "1", "2", "5"])
@@ -40,7 +40,7 @@ def picture(result: dict[str, Any]) -> bytes:
     above.legend(frameon=False)
     difference = [b - a for a, b in zip(one, other, strict=True)]
     below.plot(range(SMOOTH, len(difference) + 1), smoothed(difference, SMOOTH), color="black", linewidth=1.0)
-    below.axhline(0.0, color="grey", linewidth=0.6)
+    below.axhline(0.0, color="gray", linewidth=0.6)
     below.set_ylabel(f"{second} - {first}")
     below.set_xlabel(f"step; below, means over {SMOOTH} steps")
     for axes in (above, below):

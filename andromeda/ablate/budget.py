@@ -16,12 +16,12 @@ SAMPLES = 64
 
 def tokens_per_step(config: RunConfig) -> int:
     """Tokens of one optimizer step."""
-    return config.train.batch * (config.train.sequence or config.model.context)
+    return config.train.batch_size * (config.train.seq_len or config.model.max_seq_len)
 
 
 def flops_per_token(config: RunConfig) -> float:
     """Model FLOPs of training per token, averaged over the run where the window grows."""
-    sequence, train = config.train.sequence or config.model.context, config.train
+    sequence, train = config.train.seq_len or config.model.max_seq_len, config.train
     if not train.window.end:
         return training_flops_per_token(config.model, sequence)
     window = build_window(train.window, SAMPLES)

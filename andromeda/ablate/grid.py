@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from andromeda.config.base import Part, Strings, as_tuple
+from andromeda.config.base import BaseConfig, Strings, as_tuple
 from andromeda.config.mistakes import read
 from andromeda.utils.errors import ConfigError, nearest
 
@@ -19,7 +19,7 @@ FOLLOWS = {"seed": "the grid's seeds", "train.steps": "the budget: give the arm 
 """Keys that no arm may set, and what they follow from."""
 
 
-class Arm(Part):
+class Arm(BaseConfig):
     """One variant of the baseline."""
 
     name: str
@@ -36,7 +36,7 @@ class Arm(Part):
     """Off measures time and memory alone, for what cannot change what is learned."""
 
 
-class Grid(Part):
+class Grid(BaseConfig):
     """A whole comparison."""
 
     arm: Annotated[tuple[Arm, ...], BeforeValidator(as_tuple)] = ()

@@ -1,4 +1,4 @@
-"""The picture of a comparison: every arm's effect with its interval, the best on top, coloured by the verdict."""
+"""The picture of a comparison: every arm's effect with its interval, the best on top, colored by the verdict."""
 
 from __future__ import annotations
 
@@ -53,16 +53,16 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
 
 def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
     """A point with its interval; one outside the frame is an arrow at its edge, with its figure."""
-    effect, colour = row["effect"], COLOURS.get(row["verdict"], OTHER)
+    effect, color = row["effect"], COLOURS.get(row["verdict"], OTHER)
     if abs(effect["mean"]) > reach:
         right = effect["mean"] > 0
         words = f"{effect['mean']:+.3f} →" if right else f"← {effect['mean']:+.3f}"
         place = {"x": 0.98 * reach if right else -0.98 * reach, "ha": "right" if right else "left"}
-        axes.text(y=height, s=words, color=colour, fontsize=8, va="center", **place)
+        axes.text(y=height, s=words, color=color, fontsize=8, va="center", **place)
         return
     if effect["low"] is not None:
-        axes.plot([effect["low"], effect["high"]], [height, height], color=colour, linewidth=2.2, alpha=0.6, solid_capstyle="butt")
-    axes.plot(effect["mean"], height, "o", color=colour, markersize=5)
+        axes.plot([effect["low"], effect["high"]], [height, height], color=color, linewidth=2.2, alpha=0.6, solid_capstyle="butt")
+    axes.plot(effect["mean"], height, "o", color=color, markersize=5)
 
 
 def _title(row: dict[str, Any]) -> str:

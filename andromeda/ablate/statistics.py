@@ -106,12 +106,12 @@ def shared_prior(variances: Sequence[float], dof: float) -> Prior | None:
     known = [v for v in variances if v > 0]
     if len(known) < MODERATED_ARMS:
         return None
-    centred = np.log(known) - special.digamma(dof / 2) + math.log(dof / 2)
-    excess = float(np.var(centred, ddof=1) - special.polygamma(1, dof / 2))
+    centered = np.log(known) - special.digamma(dof / 2) + math.log(dof / 2)
+    excess = float(np.var(centered, ddof=1) - special.polygamma(1, dof / 2))
     if excess <= 0:
-        return Prior(math.inf, float(np.exp(centred.mean())))
+        return Prior(math.inf, float(np.exp(centered.mean())))
     prior_dof = 2 * inverse_trigamma(excess)
-    return Prior(prior_dof, float(np.exp(centred.mean() + special.digamma(prior_dof / 2) - math.log(prior_dof / 2))))
+    return Prior(prior_dof, float(np.exp(centered.mean() + special.digamma(prior_dof / 2) - math.log(prior_dof / 2))))
 
 
 def inverse_trigamma(value: float) -> float:

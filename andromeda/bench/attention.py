@@ -104,13 +104,13 @@ Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Pattern]:
-    """q, k, v in bfloat16 and the pattern, normalised; as they were before, if the work prepares them."""
+    """q, k, v in bfloat16 and the pattern, normalized; as they were before, if the work prepares them."""
     g = torch.Generator(device).manual_seed(0)
     content = HEAD_DIM - 4 * (work.alibi == "folded")
 
-    def random(heads: int, width: int, normalised: bool) -> Tensor:
+    def random(heads: int, width: int, normalized: bool) -> Tensor:
         x = torch.randn(rows, tokens, heads, width, device=device, generator=g)
-        return (torch.nn.functional.rms_norm(x, (width,)) if normalised else x).bfloat16()
+        return (torch.nn.functional.rms_norm(x, (width,)) if normalized else x).bfloat16()
 
     q, k, v = random(HEADS, content, True), random(KV_HEADS, content, True), random(KV_HEADS, HEAD_DIM, False)
     scale = HEAD_DIM**-0.5

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from andromeda.bench.timing import device_ms
 from andromeda.ops.float8_inference import FORMAT
-from andromeda.utils.hardware import Hardware, recognise
+from andromeda.utils.hardware import Hardware, recognize
 
 SIDE, COPIED, REP = 8192, 4 << 30, 200
 """Rows and columns of a matrix, bytes of a copy, milliseconds for which each is timed."""
@@ -30,7 +30,7 @@ def ceilings(device: torch.device) -> Hardware | None:
 def _measured(index: int) -> Hardware:
     device = torch.device("cuda", index)
     name = torch.cuda.get_device_name(device)
-    known = recognise(name) or Hardware(name, float(torch.cuda.mem_get_info(device)[1]), 1.0, {}, "measured now")
+    known = recognize(name) or Hardware(name, float(torch.cuda.mem_get_info(device)[1]), 1.0, {}, "measured now")
     measured = {"bf16": _product(device), **({"fp8": _product8(device)} if torch.cuda.get_device_capability(device) >= (8, 9) else {})}
     found = replace(known, bandwidth=_copy(device), measured=measured)
     torch.cuda.empty_cache()

@@ -67,17 +67,17 @@ def andromeda_config(mixed: bool, way: Way) -> RunConfig:
     """The run that one of our sides takes steps of."""
     model = {
         "vocab_size": VOCABULARY,
-        "context": CONTEXT,
-        "width": 256,
-        "depth": 6,
-        "attention": {"heads": 4, "kv_heads": 1, "head_dim": 64},
+        "max_seq_len": CONTEXT,
+        "hidden_size": 256,
+        "num_layers": 6,
+        "attention": {"num_heads": 4, "num_kv_heads": 1, "head_dim": 64},
         "rotary": {"kind": "rope"},
-        "feedforward": {"kind": "relu2", "hidden": 512 if mixed else 1024},
+        "feedforward": {"kind": "relu2", "intermediate_size": 512 if mixed else 1024},
         "block": {"norm": "rms_plain"},
         "value_embedding": {"kind": "layered" if mixed else "none"},
     }
     train = {
-        "batch": ROWS,
+        "batch_size": ROWS,
         "device": "cpu",
         "compile": "on" if way.compiled else "off",
         "precision": way.precision,

@@ -14,7 +14,7 @@ from andromeda.bench.models import empty_model
 from andromeda.bench.timing import device_ms
 from andromeda.config.load import load
 from andromeda.generate.decode_step import FixedStep, GraphStep
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
 
@@ -40,7 +40,7 @@ def measure(
     model = empty_model(config, device, DTYPE)
     # Only the recorded pass is compiled: what reads the context is not measured here.
     caches = [_read(model, tokens, rows) for tokens in contexts]
-    optimise(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned, kernels=kernels)
+    optimize_for_inference(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned, kernels=kernels)
     way = {"compiled": compiled, "tuned": tuned, "kernels": kernels, "linear_layers": "fp8" if eight_bits else "bf16"}
     return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **way, "rows": [_measured(model, c, rep) for c in caches]}
 

@@ -7,7 +7,7 @@ gradients are stacked where they come apart, cast to the table's type, and summe
 time to read the gradient once and to write the dense gradient once, zeros included, at the device's measured bandwidth. Ids are
 uniform, or of a Zipf distribution as words are (frequency 1 / rank). Errors are in the Euclidean norm against float64.
 
-The same for reading: rows gathered and RMS-normalised, by PyTorch and as torch.compile fuses them.
+The same for reading: rows gathered and RMS-normalized, by PyTorch and as torch.compile fuses them.
 """
 
 from __future__ import annotations

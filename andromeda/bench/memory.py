@@ -20,7 +20,7 @@ from andromeda.plan.mesh import Mesh
 from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
 from andromeda.train.step import Stepper, Work
-from andromeda.utils.hardware import Hardware, peak_flops, recognise, this_cpu
+from andromeda.utils.hardware import Hardware, peak_flops, recognize, this_cpu
 
 ROUNDS = 5
 
@@ -28,8 +28,8 @@ ROUNDS = 5
 def measure(source: str, changes: list[str]) -> dict[str, Any]:
     """Plan and measure one configuration on the device that it names."""
     config = load(source, changes)
-    micro = config.train.micro_batch or config.train.batch
-    config = load(source, [*changes, f"train.batch={min(config.train.batch, 2 * micro)}", f"train.micro_batch={micro}"])
+    micro = config.train.micro_batch_size or config.train.batch_size
+    config = load(source, [*changes, f"train.batch_size={min(config.train.batch_size, 2 * micro)}", f"train.micro_batch_size={micro}"])
     device = find_device(config.train.device)
     planned = plan(source, config, Place(_hardware(device), device.type == "cuda", Mesh()))
     real = _run(config, device)
@@ -52,7 +52,7 @@ def measure(source: str, changes: list[str]) -> dict[str, Any]:
 
 
 def _hardware(device: torch.device) -> Hardware:
-    known = recognise(torch.cuda.get_device_name(device)) if device.type == "cuda" else this_cpu()
+    known = recognize(torch.cuda.get_device_name(device)) if device.type == "cuda" else this_cpu()
     return known or Hardware(torch.cuda.get_device_name(device), 0.0, 1.0, {}, "unknown")
 
 
@@ -60,7 +60,7 @@ def _run(config: RunConfig, device: torch.device) -> dict[str, float]:
     """A few real steps: bytes before one and at its worst moment, tokens a second."""
     session = build_session(config, device, "bench")
     stepper = Stepper(session, NextToken(session.model), config.train)
-    shape = (config.train.batch, config.train.sequence or config.model.context)
+    shape = (config.train.batch_size, config.train.seq_len or config.model.max_seq_len)
     ids = torch.randint(0, config.model.vocab_size, shape, device=device)
     work = Work(Rows(ids, ids, None), ids.numel(), (0, len(ids)))
 

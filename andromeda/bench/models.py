@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from andromeda.config.derived import hidden_width
+from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
@@ -73,19 +73,19 @@ def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.M
     matrices = 3 if config.feedforward.kind in GATED else 2
     shape: dict[str, Any] = {
         "vocab_size": config.vocab_size,
-        "hidden_size": config.width,
-        "num_hidden_layers": config.depth,
-        "num_key_value_heads": a.kv_heads,
+        "hidden_size": config.hidden_size,
+        "num_hidden_layers": config.num_layers,
+        "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_dim,
         # A multiple of 128, as fast kernels like it.
-        "intermediate_size": round(matrices * hidden_width(config) / 3 / 128) * 128,
+        "intermediate_size": round(matrices * intermediate_size(config) / 3 / 128) * 128,
         "max_position_embeddings": 1 << 18,
         "attn_implementation": "sdpa",
         "use_cache": False,
     }
-    described = LlamaConfig(**shape, num_attention_heads=a.kv_heads)
+    described = LlamaConfig(**shape, num_attention_heads=a.num_kv_heads)
     # Its check wants heads that divide the width, though its layers do not need them to.
-    described.num_attention_heads = a.heads
+    described.num_attention_heads = a.num_heads
     with torch.device(device):
         model: nn.Module = LlamaForCausalLM(described)
     return model.to(dtype)
@@ -99,13 +99,13 @@ def x_transformer(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         raise MissingExtra("x-transformers", "bench", "x-transformers") from None
     a = config.attention
     layers = Decoder(
-        dim=config.width,
-        depth=config.depth,
-        heads=a.heads,
+        dim=config.hidden_size,
+        depth=config.num_layers,
+        heads=a.num_heads,
         attn_dim_head=a.head_dim,
-        attn_one_kv_head=a.kv_heads == 1,
+        attn_one_kv_head=a.num_kv_heads == 1,
         alibi_pos_bias=alibi,
-        alibi_num_heads=a.heads // 2,
+        alibi_num_heads=a.num_heads // 2,
         rotary_xpos=True,
         attn_flash=True,
         shift_tokens=1,

@@ -33,7 +33,7 @@ def measure(source: str, changes: list[str], steps: int, rows: int, precisions: 
     """Curves of one configuration, whose vocabulary becomes the bytes."""
     sides = {}
     for precision in precisions:
-        run = [f"train.precision={precision}", f"train.batch={rows}", f"train.micro_batch={rows}", f"train.steps={steps}"]
+        run = [f"train.precision={precision}", f"train.batch_size={rows}", f"train.micro_batch_size={rows}", f"train.steps={steps}"]
         torch._dynamo.reset()
         try:
             config = load(source, [*changes, f"model.vocab_size={BYTES}", *run])
@@ -56,7 +56,7 @@ def text(limit: int) -> Tensor:
 
 def batches(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
     """Inputs and targets (rows, T), random places of the text, the same for every precision."""
-    T, rows = _length(config), config.train.batch
+    T, rows = _length(config), config.train.batch_size
     held, generator = text(32 << 20), torch.Generator().manual_seed(config.seed)
     for _ in range(config.train.steps):
         starts = torch.randint(len(held) - T - 1, (rows,), generator=generator)
@@ -86,4 +86,4 @@ def _curve(config: RunConfig) -> dict[str, Any]:
 
 
 def _length(config: RunConfig) -> int:
-    return config.train.sequence or config.model.context
+    return config.train.seq_len or config.model.max_seq_len

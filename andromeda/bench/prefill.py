@@ -21,7 +21,7 @@ from andromeda.bench.models import LLAMA, UNFUSED, X_TRANSFORMERS_ALIBI, empty_m
 from andromeda.bench.timing import device_ms
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.flops import forward_flops_per_token, prefill_flops
 from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
@@ -131,7 +131,7 @@ def _timed(way: Read, ids: Tensor, rep: int) -> tuple[dict[str, Any], Tensor]:
 
 
 def _andromeda(config: ModelConfig, device: torch.device, eight_bits: bool, chunks: list[int]) -> list[Read]:
-    model = optimise(empty_model(config, device, DTYPE), eight_bits=eight_bits, compiled=device.type == "cuda")
+    model = optimize_for_inference(empty_model(config, device, DTYPE), eight_bits=eight_bits, compiled=device.type == "cuda")
     return [Read(partial(read_prompt, model, chunk=chunk), chunk) for chunk in chunks]
 
 

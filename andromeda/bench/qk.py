@@ -3,7 +3,7 @@
     python -m andromeda.bench.qk --out benchmarks/results/qk.json
 
 A floor is the time to read and write each byte once at the device's measured bandwidth: forward the raw vectors, the tables and
-the prepared vectors; backward the gradient, the raw vectors again where they are normalised, the tables, and the gradient of
+the prepared vectors; backward the gradient, the raw vectors again where they are normalized, the tables, and the gradient of
 the raw vectors. Backward is measured together with forward. Errors are of all results, in the Euclidean norm, against the parts
 in float64 on the same numbers in bfloat16.
 """
@@ -23,18 +23,18 @@ from andromeda.bench.arguments import Parser
 from andromeda.bench.ceilings import ceilings
 from andromeda.bench.record import command_line, record, save
 from andromeda.bench.timing import device_ms
-from andromeda.config.model import Alibi, Attention, ModelConfig, Rotary
+from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.model.qk_preprocess import plain, prepare
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 32768, 24, 1, 128
-LONG_RANGE = Rotary(kind="xpos", fraction=0.5, layout="interleaved", scale_base=TOKENS)
+LONG_RANGE = RotaryConfig(kind="xpos", fraction=0.5, layout="interleaved", scale_base=TOKENS)
 WORKS: dict[str, dict[str, Any]] = {
-    "RMS norm, RoPE on whole heads": {"norm": "rms", "rotary": Rotary(kind="rope"), "fold": False},
+    "RMS norm, RoPE on whole heads": {"norm": "rms", "rotary": RotaryConfig(kind="rope"), "fold": False},
     "learned L2 norm, xPos on half heads, interleaved": {"norm": "l2_dim_scale", "rotary": LONG_RANGE, "fold": False},
     "the same, ALiBi folded": {"norm": "l2_dim_scale", "rotary": LONG_RANGE, "fold": True},
-    "RMS norm, RoPE on whole heads, ALiBi folded": {"norm": "rms", "rotary": Rotary(kind="rope"), "fold": True},
+    "RMS norm, RoPE on whole heads, ALiBi folded": {"norm": "rms", "rotary": RotaryConfig(kind="rope"), "fold": True},
 }
 
 Function = Callable[..., tuple[Tensor, Tensor]]
@@ -57,13 +57,15 @@ class Row:
         return f"{self.work:50s} {self.side:9s} " + ", ".join(figures)
 
 
-def inputs(norm: str, rotary: Rotary, fold: bool, tokens: int, device: torch.device, dtype: torch.dtype) -> tuple[list[Any], list[Tensor]]:
+def inputs(
+    norm: str, rotary: RotaryConfig, fold: bool, tokens: int, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Any], list[Tensor]]:
     """Arguments of `prepare` for one row of tokens, and the leaves among them; the same numbers in every dtype."""
     config = ModelConfig(
-        context=tokens,
-        attention=Attention(heads=HEADS, kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=norm),  # type: ignore[arg-type]
+        max_seq_len=tokens,
+        attention=AttentionConfig(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=norm),  # type: ignore[arg-type]
         rotary=rotary,
-        alibi=Alibi(heads=HEADS // 2 * fold, fold=fold),
+        alibi=AlibiConfig(num_heads=HEADS // 2 * fold, fold_into_qk=fold),
     )
     wide = torch.promote_types(dtype, torch.float32)
     part = build_qk_norm(config).to(device, wide)
@@ -85,10 +87,10 @@ def moved(arguments: list[Any], out: tuple[Tensor, Tensor]) -> tuple[int, int]:
     # Tables that queries and keys share are read once.
     tables = {t.data_ptr(): t.numel() * t.element_size() for t in (*rotation.query, *rotation.key)}
     digits = bias.digits.numel() * bias.digits.element_size() if hasattr(bias, "digits") else 0
-    normalised = raw if type(norm).__name__ != "NoNorm" else 0
+    normalized = raw if type(norm).__name__ != "NoNorm" else 0
     forward = raw + prepared + sum(tables.values()) + digits
     # Of the prepared vectors' gradient, the columns of a folded bias are of no use.
-    return forward, forward + raw + normalised + sum(tables.values()) + raw
+    return forward, forward + raw + normalized + sum(tables.values()) + raw
 
 
 def results(function: Function, arguments: list[Any], leaves: list[Tensor]) -> list[Tensor]:

@@ -122,7 +122,7 @@ def speeds(tokenizer: Tokenizer, text: bytes) -> dict[str, Any]:
 def steps_for(config: RunConfig, flops: float) -> int:
     """Steps of training that come nearest to so many floating-point operations, one at least."""
     length = stream_length(config)
-    return max(1, round(flops / (config.train.batch * length * training_flops_per_token(config.model, length))))
+    return max(1, round(flops / (config.train.batch_size * length * training_flops_per_token(config.model, length))))
 
 
 def configuration(plan: Plan, corpus: Path) -> RunConfig:
@@ -153,7 +153,7 @@ def _learn(plan: Plan, folder: Path, around: Surroundings) -> dict[str, Any]:
     bits = held_out_bits(
         load_weights(folder / "run"), open_stream(config.data, length, config.seed, "val"), context=length, stride=length // 2
     )
-    tokens = config.train.steps * config.train.batch * length
+    tokens = config.train.steps * config.train.batch_size * length
     return {
         "bits_per_byte": bits.per_byte,
         "steps": config.train.steps,

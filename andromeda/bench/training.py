@@ -40,8 +40,8 @@ def measure(
     unfused: Andromeda once more, its attention by matrix products of T x T (`subjects.unfused_attention`).
     """
     config = load(source, changes)
-    micro = config.train.micro_batch or min(config.train.batch, rows)
-    config = load(source, [*changes, f"train.batch={rows}", f"train.micro_batch={micro}"])
+    micro = config.train.micro_batch_size or min(config.train.batch_size, rows)
+    config = load(source, [*changes, f"train.batch_size={rows}", f"train.micro_batch_size={micro}"])
     device = find_device(config.train.device)
     makers: dict[str, Callable[[], Step]] = {"Andromeda": partial(_andromeda, config, device)}
     if unfused:
@@ -54,7 +54,7 @@ def measure(
 
 def summary(sides: dict[str, dict[str, Any]], config: RunConfig, device: torch.device) -> dict[str, dict[str, Any]]:
     """With rates. A side that failed says why."""
-    tokens, flops = config.train.batch * _sequence(config), training_flops_per_token(config.model, _sequence(config))
+    tokens, flops = config.train.batch_size * _sequence(config), training_flops_per_token(config.model, _sequence(config))
     known = ceilings(device)
     ceiling = known.rate("bf16") if known else None
     for side in sides.values():
@@ -65,13 +65,13 @@ def summary(sides: dict[str, dict[str, Any]], config: RunConfig, device: torch.d
 
 
 def _sequence(config: RunConfig) -> int:
-    return config.train.sequence or config.model.context
+    return config.train.seq_len or config.model.max_seq_len
 
 
 def _side(make: Callable[[], Step], config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
     """Build, warm up and time one side; then its memory is free again."""
     gc.collect()
-    ids = torch.randint(0, config.model.vocab_size, (config.train.batch, _sequence(config)), device=device)
+    ids = torch.randint(0, config.model.vocab_size, (config.train.batch_size, _sequence(config)), device=device)
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

@@ -117,7 +117,7 @@ Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
 def train(
     source: Source,
     changes: Changes = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; train.micro_batch at a time.")] = 8,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; train.micro_batch_size at a time.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 6,
     peers: Peers = "",
     unfused: Unfused = False,

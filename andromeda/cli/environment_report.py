@@ -14,7 +14,7 @@ import torch
 
 from andromeda.ops.attention import Pattern, backends, ranking
 from andromeda.train.precision import build_precision
-from andromeda.utils.hardware import recognise
+from andromeda.utils.hardware import recognize
 
 PURPOSES = {
     "": "needed",
@@ -141,7 +141,7 @@ def describe(device: torch.device) -> Device:
         fast = "it multiplies bfloat16 in hardware" if precision == "bf16" else "it emulates bfloat16, which is slower than fp32"
         return Device("cpu", _cpu_name(), psutil.virtual_memory().total, precision, fast)
     found = torch.cuda.get_device_properties(device)
-    known = recognise(found.name)
+    known = recognize(found.name)
     peak = f", {known.peak['bf16'] / 1e12:.0f} TFLOP/s in bf16 by its vendor" if known else ""
     verb = "multiplies" if precision == "bf16" else "does not multiply"
     reason = f"compute capability {found.major}.{found.minor} {verb} bfloat16 in hardware"

@@ -66,7 +66,7 @@ def generate(
     from andromeda.generate.engine import Engine
 
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
-    model.optimise(eight_bits=eight_bits, compiled=compiled)
+    model.optimize_for_inference(eight_bits=eight_bits, compiled=compiled)
     pieces = Engine(model, model.tokenizer, batch=batch).stream(prompts, **wishes)
     if as_json:
         _print_json(pieces, prompts)

@@ -20,9 +20,9 @@ def plan(
         list[str],
         typer.Argument(metavar="PRESET|FILE|RUN... [KEY=VALUE...]", help="Configurations side by side, and changes to all of them."),
     ],
-    seq: Annotated[int | None, typer.Option(help="Tokens of a row (train.sequence); a shorter model.context is raised to it.")] = None,
+    seq: Annotated[int | None, typer.Option(help="Tokens of a row (train.seq_len); a shorter model.max_seq_len is raised to it.")] = None,
     batch: Annotated[
-        int | None, typer.Option(help="Rows of one step (train.batch); a train.micro_batch that does not divide it is lowered.")
+        int | None, typer.Option(help="Rows of one step (train.batch_size); a train.micro_batch_size that does not divide it is lowered.")
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, 4090, or cpu (this one, measured now).")] = "h200",
     parallel: Annotated[str, typer.Option(help="How many GPUs, such as dp=8,fsdp=4,tp=2.")] = "",
@@ -73,9 +73,9 @@ def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -
     plain = load(path)
     wished: dict[str, int] = {}
     if seq:
-        wished |= {"train.sequence": seq, "model.context": max(seq, plain.model.context)}
+        wished |= {"train.seq_len": seq, "model.max_seq_len": max(seq, plain.model.max_seq_len)}
     if batch:
-        wished |= {"train.batch": batch, "train.micro_batch": math.gcd(batch, plain.train.micro_batch)}
+        wished |= {"train.batch_size": batch, "train.micro_batch_size": math.gcd(batch, plain.train.micro_batch_size)}
     return load(path, [*(f"{key}={value}" for key, value in wished.items()), *changes])
 
 

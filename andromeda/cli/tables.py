@@ -1,4 +1,4 @@
-"""Figures as tables: drawn and coloured on a terminal, plain aligned columns when piped."""
+"""Figures as tables: drawn and colored on a terminal, plain aligned columns when piped."""
 
 from __future__ import annotations
 

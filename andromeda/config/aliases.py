@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.keys import flatten, place, show
 from andromeda.config.model import ModelConfig
 from andromeda.utils.errors import ConfigError, nearest
@@ -22,20 +22,21 @@ Names = Mapping[str, Any]
 
 SPEC_DIRECT = {
     "num_tokens": "vocab_size",
-    "max_seq_len": "context",
-    "dim": "width",
+    "max_seq_len": "max_seq_len",
+    "dim": "hidden_size",
+    "depth": "num_layers",
     "dim_head": "attention.head_dim",
-    "heads": "attention.heads",
+    "heads": "attention.num_heads",
     "use_abs_pos_emb": "embedding.absolute",
 }
 HUGGING_FACE_DIRECT = {
-    "max_position_embeddings": "context",
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "num_attention_heads": "attention.heads",
-    "num_key_value_heads": "attention.kv_heads",
+    "max_position_embeddings": "max_seq_len",
+    "hidden_size": "hidden_size",
+    "num_hidden_layers": "num_layers",
+    "num_attention_heads": "attention.num_heads",
+    "num_key_value_heads": "attention.num_kv_heads",
     "head_dim": "attention.head_dim",
-    "intermediate_size": "feedforward.hidden",
+    "intermediate_size": "feedforward.intermediate_size",
     "mlp_bias": "feedforward.bias",
     "attention_bias": "attention.bias",
     "rotary_emb_fraction": "rotary.fraction",
@@ -59,7 +60,8 @@ PROVIDERS: dict[str, dict[str, Any]] = {
     "plain": {"embedding.kind": "plain"},
     "AndromedaEmbedding": {"embedding.kind": "plain"},
     "tied": {"embedding.kind": "plain", "head.tied": True},
-    "factorised": {"embedding.kind": "factorised"},
+    "factorized": {"embedding.kind": "factorized"},
+    "factorised": {"embedding.kind": "factorized"},
     "value": {"embedding.kind": "plain", "value_embedding.kind": "layered"},
 }
 """Embeddings of Andromeda's own, by the name that `embedding_provider` takes."""
@@ -110,15 +112,15 @@ def _count(given: Names, name: str) -> int:
 def _alibi(given: Names, model: Translation) -> Claims:
     """alibi_num_heads is 12 unless given, and at most half of the heads, so that both kinds of head exist."""
     if not _flag(given, "alibi_pos_bias", True):
-        yield "alibi.heads", 0
+        yield "alibi.num_heads", 0
     elif "alibi_num_heads" in given:
-        yield "alibi.heads", _count(given, "alibi_num_heads")
-    elif not model.values.get("alibi.heads"):
-        yield "alibi.heads", _half(model, 12)
+        yield "alibi.num_heads", _count(given, "alibi_num_heads")
+    elif not model.values.get("alibi.num_heads"):
+        yield "alibi.num_heads", _half(model, 12)
 
 
 def _half(model: Translation, most: int) -> int:
-    heads = model.at("attention.heads")
+    heads = model.at("attention.num_heads")
     return min(most, max(heads // 2, 1)) if isinstance(heads, int) else most
 
 
@@ -143,7 +145,7 @@ def _shift(given: Names, model: Translation) -> Claims:
 
 
 def _one_kv_head(given: Names, model: Translation) -> Claims:
-    yield "attention.kv_heads", 1 if _flag(given, "attn_one_kv_head", True) else model.at("attention.heads")
+    yield "attention.num_kv_heads", 1 if _flag(given, "attn_one_kv_head", True) else model.at("attention.num_heads")
 
 
 def _qk_norm(given: Names, model: Translation) -> Claims:
@@ -196,9 +198,9 @@ def _activation(given: Names, model: Translation) -> Claims:
 
 def _heads(given: Names, model: Translation) -> Claims:
     """What Hugging Face's configurations derive from num_attention_heads when it is not given."""
-    heads, width = given["num_attention_heads"], model.at("width")
+    heads, width = given["num_attention_heads"], model.at("hidden_size")
     if "num_key_value_heads" not in given:
-        yield "attention.kv_heads", heads
+        yield "attention.num_kv_heads", heads
     if "head_dim" not in given and isinstance(heads, int) and isinstance(width, int) and heads > 0:
         if width % heads:
             raise ConfigError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}: change one, or give head_dim.")
@@ -207,7 +209,7 @@ def _heads(given: Names, model: Translation) -> Claims:
 
 ROPE_SCALING = {
     "factor": "factor",
-    "original_max_position_embeddings": "original_context",
+    "original_max_position_embeddings": "original_max_seq_len",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
 }
@@ -263,7 +265,9 @@ def translate(table: Mapping[str, Any], base: ModelConfig, prefix: str = "model.
     Returns the nested keys, and for each full dotted path the name that the user typed.
     """
     result = Translation(base, prefix)
-    structured = {name: value.model_dump() if isinstance(value, Part) else value for name, value in table.items() if name not in NAMES}
+    structured = {
+        name: value.model_dump() if isinstance(value, BaseConfig) else value for name, value in table.items() if name not in NAMES
+    }
     for path, value in flatten(structured).items():
         result.claim(path, value, path)
     given = {name: value for name, value in table.items() if name in NAMES and value is not None}
@@ -286,9 +290,9 @@ def _consequences(given: Names, model: Translation) -> Claims:
     """Keys that a name moves along with its own; none of those that were said."""
     if "num_attention_heads" in given:
         yield from _heads(given, model)
-    if "heads" in given and (most := model.base["alibi.heads"]):
-        yield "alibi.heads", _half(model, most)
-    hidden, width = model.base["feedforward.hidden"], model.at("width")
+    if "heads" in given and (most := model.base["alibi.num_heads"]):
+        yield "alibi.num_heads", _half(model, most)
+    hidden, width = model.base["feedforward.intermediate_size"], model.at("hidden_size")
     if given.keys() & {"dim", "hidden_size"} and hidden and isinstance(width, int):
         # An inner width that the base spells out keeps its share of the width.
-        yield "feedforward.hidden", max(64, round(hidden * width / model.base["width"] / 64) * 64)
+        yield "feedforward.intermediate_size", max(64, round(hidden * width / model.base["hidden_size"] / 64) * 64)

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, BeforeValidator, ConfigDict
 
 
-class Part(BaseModel):
+class BaseConfig(BaseModel):
     """A typed, frozen group of settings. Unknown keys and wrong types are errors, never guesses."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)

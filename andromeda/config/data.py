@@ -6,10 +6,10 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
 
-from andromeda.config.base import Part, Strings, as_tuple
+from andromeda.config.base import BaseConfig, Strings, as_tuple
 
 
-class Source(Part):
+class SourceConfig(BaseConfig):
     """One corpus folder (made by `andromeda data build`) or .bin shard in a mixture."""
 
     path: str
@@ -18,7 +18,7 @@ class Source(Part):
     """Share of the tokens, relative to the other sources; kept exactly at every point of the stream."""
 
 
-class Augment(Part):
+class AugmentationConfig(BaseConfig):
     """Stages that change training rows, never held-out ones; all off by default (docs/data.md has their measured effect)."""
 
     fim: float = Field(0.0, ge=0.0, le=1.0)
@@ -31,12 +31,12 @@ class Augment(Part):
     """By a random token, or by the special token <|mask|>."""
 
 
-class DataConfig(Part):
+class DataConfig(BaseConfig):
     """The training stream: which corpora, in what proportion, packed how."""
 
     corpus: str = ""
     """Folder of a single corpus; empty when `sources` is given."""
-    sources: Annotated[tuple[Source, ...], BeforeValidator(as_tuple)] = ()
+    sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuple)] = ()
     """A mixture of corpora; all must share one tokenizer."""
     packing: Literal["stream", "documents"] = "stream"
     """`stream` cuts one long token stream into rows; `documents` starts rows at document starts and never splits one that fits."""
@@ -48,12 +48,12 @@ class DataConfig(Part):
     """With `by_size`: power of the sizes; 1 is in proportion to them, less upsamples small sources (arXiv 1907.05019)."""
     by_size: bool = False
     """Multiply the sources' weights by their sizes."""
-    augment: Augment = Augment()
+    augment: AugmentationConfig = AugmentationConfig()
     workers: int = Field(0, ge=0, le=1024)
     """Loader threads; the order does not depend on it."""
 
 
-class BuildConfig(Part):
+class BuildConfig(BaseConfig):
     """What `andromeda data build` does with raw text."""
 
     tokenizer: Literal["bpe", "unigram", "bytes"] = "bpe"

@@ -20,17 +20,17 @@ XPOS_BITS = math.log2(1.4 / 0.4)
 GATED = ("swiglu", "geglu", "reglu")
 
 
-def hidden_width(model: ModelConfig) -> int:
+def intermediate_size(model: ModelConfig) -> int:
     """Inner width of the feed-forward: `hidden`, or mult x width; gated kinds take two thirds of that, to a multiple of 64."""
     ff = model.feedforward
     kind = model.experts.kind if ff.kind == "moe" else ff.kind
-    inner = ff.mult * model.width
-    return ff.hidden or (max(64, round(inner * 2 / 3 / 64) * 64) if kind in GATED else int(inner))
+    inner = ff.mlp_ratio * model.hidden_size
+    return ff.intermediate_size or (max(64, round(inner * 2 / 3 / 64) * 64) if kind in GATED else int(inner))
 
 
 def content_dim(model: ModelConfig) -> int:
     """Head dimensions of queries and keys that are projected: all but those that a folded ALiBi takes."""
-    return model.attention.head_dim - (FOLDED_DIMS if model.alibi.heads and model.alibi.fold else 0)
+    return model.attention.head_dim - (FOLDED_DIMS if model.alibi.num_heads and model.alibi.fold_into_qk else 0)
 
 
 def rotated_dims(model: ModelConfig) -> int:
@@ -38,10 +38,10 @@ def rotated_dims(model: ModelConfig) -> int:
     return round(model.rotary.fraction * content_dim(model) / 2) * 2
 
 
-def original_context(model: ModelConfig) -> int:
+def original_max_seq_len(model: ModelConfig) -> int:
     """Tokens that the rotary frequencies were trained on, before they were stretched."""
     scaling = model.rotary.scaling
-    return scaling.original_context or round(model.context / scaling.factor)
+    return scaling.original_max_seq_len or round(model.max_seq_len / scaling.factor)
 
 
 def smallest_scale_base(model: ModelConfig, bits: int) -> int:
@@ -51,7 +51,7 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     base = scale_base x the scaling's factor (the decay is stretched with the angles; dynamic scaling does not stretch short sequences).
     """
     scaling = model.rotary.scaling
-    return math.ceil(XPOS_BITS * model.context / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))
+    return math.ceil(XPOS_BITS * model.max_seq_len / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))
 
 
 def find_class(path: str, key: str) -> Any:

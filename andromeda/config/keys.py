@@ -8,12 +8,12 @@ from typing import Any, get_args
 
 from pydantic.fields import FieldInfo
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError
 
 
-def walk(part: type[Part], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def walk(part: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Each field below `part` with its dotted path, a table before the keys inside it; a list of tables is `name[]`."""
     for name, field in part.model_fields.items():
         yield prefix + name, field
@@ -21,10 +21,10 @@ def walk(part: type[Part], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
             yield from walk(inner, f"{prefix}{name}{'' if inner is field.annotation else '[]'}.")
 
 
-def table(field: FieldInfo) -> type[Part] | None:
+def table(field: FieldInfo) -> type[BaseConfig] | None:
     """The part that a field holds, one or many of, when it is a table of keys."""
     for kind in (field.annotation, *get_args(field.annotation)[:1]):
-        if isinstance(kind, type) and issubclass(kind, Part):
+        if isinstance(kind, type) and issubclass(kind, BaseConfig):
             return kind
     return None
 
@@ -72,7 +72,7 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
 
 def show(value: Any) -> str:
     """A value as a user would write it, short."""
-    if isinstance(value, Mapping | Part):
+    if isinstance(value, Mapping | BaseConfig):
         return "a table"
     if isinstance(value, bool):
         return str(value).lower()

@@ -9,11 +9,11 @@ from typing import Any, TypeVar
 from pydantic import ValidationError
 
 from andromeda.config.aliases import NAMES
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.keys import flatten, show, walk
 from andromeda.utils.errors import ConfigError, nearest
 
-P = TypeVar("P", bound=Part)
+P = TypeVar("P", bound=BaseConfig)
 
 WANTED = {
     "int_type": "a whole number",
@@ -29,6 +29,35 @@ WANTED = {
     "less_than_equal": "at most {le:.12g}",
 }
 """What a value must be, by pydantic's name for the mistake."""
+
+RENAMED = {
+    "model.width": "model.hidden_size",
+    "model.context": "model.max_seq_len",
+    "model.attention.kv_heads": "model.attention.num_kv_heads",
+    "model.attention.heads": "model.attention.num_heads",
+    "model.attention.mechanism": "model.attention.mixer",
+    "model.attention.window": "model.attention.sliding_window",
+    "model.attention.global_every": "model.attention.full_attention_interval",
+    "model.feedforward.hidden": "model.feedforward.intermediate_size",
+    "model.feedforward.mult": "model.feedforward.mlp_ratio",
+    "model.experts.count": "model.experts.num_experts",
+    "model.experts.active": "model.experts.top_k",
+    "model.experts.shared": "model.experts.num_shared_experts",
+    "model.experts.score": "model.experts.router_activation",
+    "model.experts.normalise": "model.experts.normalize",
+    "model.experts.rate": "model.experts.bias_update_rate (balance bias) or model.experts.aux_loss_coef (balance loss)",
+    "model.alibi.heads": "model.alibi.num_heads",
+    "model.alibi.fold": "model.alibi.fold_into_qk",
+    "model.rotary.scaling.original_context": "model.rotary.scaling.original_max_seq_len",
+    "train.sequence": "train.seq_len",
+    "train.batch": "train.batch_size",
+    "train.micro_batch": "train.micro_batch_size",
+    "train.checkpointing": "train.activation_checkpointing",
+    "train.guard": "train.spike_guard",
+    "train.schedule.final": "train.schedule.min_lr_ratio",
+    "train.log.health": "train.log.diagnostics_every",
+}
+"""Keys of version 0.1 and what they are called now; remove after one release."""
 
 LARGEST_NUMBER = 2**53
 """Up to here a whole number is also a floating-point number, so that nothing that is computed from it can overflow."""
@@ -62,6 +91,8 @@ def sentence(clauses: Iterable[str]) -> str:
 def unknown(path: str, known: Sequence[str]) -> str:
     """The clause for a key that is not among the known paths, with the one that was probably meant."""
     plain = re.sub(r"\[\d+\]", "[]", path)
+    if plain in RENAMED:
+        return f"{path} is now called {RENAMED[plain]}"
     table, _, name = plain.rpartition(".")
     elsewhere = [f"model.{name}"] if name in NAMES else [other for other in known if other.rpartition(".")[2] == name]
     if 1 <= len(elsewhere) <= 2:

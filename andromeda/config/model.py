@@ -9,16 +9,16 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 
 BACKENDS = ("auto", "eager", "sdpa", "flash", "cudnn", "flex", "fa4")
 """Attention backends that `attention.backend` may name; `auto` takes the fastest that can compute the pattern."""
 
-MECHANISMS = {
+MIXERS = {
     "softmax": "andromeda.model.attention:Attention",
     "sigmoid": "andromeda.model.sigmoid_attention:SigmoidAttention",
 }
-"""Attention mechanisms that `attention.mechanism` may name, each by its `package.module:Class`. A new one is one file and one row here."""
+"""Attention mechanisms that `attention.mixer` may name, each by its `package.module:Class`. A new one is one file and one row here."""
 
 LARGEST_SIZE, LONGEST = 1_000_000, 2_000_000_000
 """Where a number is surely a slip: beyond any model's sizes, and beyond what token ids and positions of 32 bits can count."""
@@ -26,29 +26,29 @@ Size = Annotated[int, Field(gt=0, le=LARGEST_SIZE)]
 Length = Annotated[int, Field(gt=0, le=LONGEST)]
 
 
-class Embedding(Part):
+class EmbeddingConfig(BaseConfig):
     """How token ids become vectors, and whether the head shares that table."""
 
-    kind: Literal["plain", "factorised", "custom"] = "plain"
+    kind: Literal["plain", "factorized", "custom"] = "plain"
     """A table of vocabulary x width, the product of two thinner ones, or a user's own class."""
     rank: Size = 128
-    """Inner width of a factorised table."""
+    """Inner width of a factorized table."""
     provider: str = ""
     """`package.module:Class` of a user's own embedding (kind custom)."""
     absolute: bool = False
     """Add a learned vector for each absolute position."""
     norm: bool = False
-    """RMS-normalise the embedded tokens, as the speedrun's model does."""
+    """RMS-normalize the embedded tokens, as the speedrun's model does."""
 
 
-class Scaling(Part):
+class RopeScalingConfig(BaseConfig):
     """Frequency scaling that stretches rotary positions over a longer context."""
 
     kind: Literal["none", "linear", "ntk", "dynamic", "yarn"] = "none"
     """Linear (position interpolation), NTK-aware, NTK that follows the length, or YaRN."""
     factor: float = Field(1.0, ge=1.0)
     """New context length over the original one."""
-    original_context: int = Field(0, ge=0, le=LONGEST)
+    original_max_seq_len: int = Field(0, ge=0, le=LONGEST)
     """Context the model was trained at; 0 means `context / factor`."""
     beta_fast: PositiveFloat = 32.0
     """YaRN: pairs that turn at least this often over the original context keep their frequency."""
@@ -58,7 +58,7 @@ class Scaling(Part):
     """YaRN's ramp: over the dimension's index, as the released code and transformers do, or over its rotations, as the paper writes."""
 
 
-class Rotary(Part):
+class RotaryConfig(BaseConfig):
     """Rotary positions, with or without xPos's decay (arXiv 2104.09864, 2212.10554)."""
 
     kind: Literal["none", "rope", "xpos"] = "xpos"
@@ -71,30 +71,30 @@ class Rotary(Part):
     """Pairs are (i, i + D/2) or (2i, 2i + 1)."""
     scale_base: Length = 512
     """xPos: distance, in tokens, at which the decay is zeta to the first power."""
-    heads: Literal["all", "unbiased"] = "all"
+    heads: Literal["all", "non_alibi"] = "all"
     """Turn every head, or only those without ALiBi, so that each head has one kind of position."""
-    scaling: Scaling = Scaling()
+    scaling: RopeScalingConfig = RopeScalingConfig()
 
 
-class Alibi(Part):
+class AlibiConfig(BaseConfig):
     """Linear biases on the first `heads` heads (arXiv 2108.12409); 0 heads is off."""
 
-    heads: int = Field(0, ge=0)
+    num_heads: int = Field(0, ge=0)
     """How many heads, counted from the first, have a bias; the others see all distances alike."""
-    fold: bool = False
+    fold_into_qk: bool = False
     """Carry the bias in four reserved dimensions of each head, so that any causal kernel computes it."""
     scale: PositiveFloat = 1.0
     """Divides every slope: the rule by which ALiBi is stretched over a longer context."""
 
 
-class Attention(Part):
-    """Heads, their normalisation, their reach, and the kernel that computes them."""
+class AttentionConfig(BaseConfig):
+    """Heads, their normalization, their reach, and the kernel that computes them."""
 
-    mechanism: str = "softmax"
+    mixer: str = "softmax"
     """A registered mechanism, or `package.module:Class` of a user's own."""
-    heads: Size = 24
+    num_heads: Size = 24
     """Query heads."""
-    kv_heads: Size = 1
+    num_kv_heads: Size = 1
     """Key/value heads: 1 is multi-query, as many as `heads` is multi-head, any divisor between is grouped."""
     head_dim: Size = 128
     """Dimensions of a head; width need not be heads x head_dim."""
@@ -106,62 +106,64 @@ class Attention(Part):
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
     """Attention logits become cap * tanh(logits / cap); 0 is off."""
-    window: int = Field(0, ge=0, le=LONGEST)
+    sliding_window: int = Field(0, ge=0, le=LONGEST)
     """Tokens that a query sees, itself included; 0 is all."""
-    global_every: int = Field(0, ge=0)
+    full_attention_interval: int = Field(0, ge=0)
     """With a window: every n-th layer sees everything; 0 is none."""
     backend: str = "auto"
     """Kernel that computes attention: auto, eager, sdpa, flash, cudnn, flex or fa4."""
 
 
-class FeedForward(Part):
+class FeedForwardConfig(BaseConfig):
     """The position-wise network."""
 
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe"] = "gelu"
     """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, reglu), or a mixture of experts."""
-    hidden: int = Field(0, ge=0, le=LARGEST_SIZE)
+    intermediate_size: int = Field(0, ge=0, le=LARGEST_SIZE)
     """Inner width; 0 takes `mult` times the model's width (for gated kinds two thirds of that, to 64)."""
-    mult: PositiveFloat = 4.0
+    mlp_ratio: PositiveFloat = 4.0
     """Inner width over the model's width, when `hidden` is 0."""
     bias: bool = False
     """Biases in both projections."""
 
 
-class Experts(Part):
+class ExpertsConfig(BaseConfig):
     """Mixture of experts (feedforward.kind moe): dropless top-k routing."""
 
-    count: Size = 8
+    num_experts: Size = 8
     """Experts of a layer."""
-    active: Size = 2
+    top_k: Size = 2
     """Experts that each token goes through, besides the shared ones."""
-    shared: int = Field(0, ge=0, le=LARGEST_SIZE)
+    num_shared_experts: int = Field(0, ge=0, le=LARGEST_SIZE)
     """Experts that every token passes through."""
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "swiglu"
     """Network of each expert, as in `model.feedforward.kind`."""
-    score: Literal["sigmoid", "softmax"] = "sigmoid"
+    router_activation: Literal["sigmoid", "softmax"] = "sigmoid"
     """What turns the router's outputs into gates."""
-    normalise: bool = True
+    normalize: bool = True
     """Gates of the chosen experts sum to one."""
     balance: Literal["none", "bias", "loss"] = "bias"
     """Loss-free bias (arXiv 2408.15664) or the auxiliary loss of Switch Transformer."""
-    rate: float = Field(1e-3, ge=0.0)
-    """Step of the bias, or weight of the auxiliary loss."""
+    bias_update_rate: float = Field(1e-3, ge=0.0)
+    """balance bias: step by which each expert's bias moves after an optimizer step."""
+    aux_loss_coef: float = Field(1e-3, ge=0.0)
+    """balance loss: weight of the auxiliary loss."""
 
 
-class Block(Part):
+class BlockConfig(BaseConfig):
     """How attention and feed-forward are joined into a layer."""
 
     kind: Literal["serial", "parallel"] = "serial"
     """Attention then feed-forward, or both on the same input, summed (arXiv 2204.02311)."""
     residual: Literal["pre", "deepnorm"] = "pre"
-    """Normalise before each branch, or after each sum with DeepNorm's scaling (arXiv 2203.00555)."""
+    """Normalize before each branch, or after each sum with DeepNorm's scaling (arXiv 2203.00555)."""
     norm: Literal["rms", "layer", "rms_plain"] = "rms"
     """`rms_plain` has no learned gain."""
     eps: PositiveFloat = 1e-6
     """Added to the variance in norms."""
 
 
-class Shift(Part):
+class TokenShiftConfig(BaseConfig):
     """Channels that come from previous tokens."""
 
     kind: Literal["none", "chunks", "lerp", "smear"] = "none"
@@ -170,7 +172,7 @@ class Shift(Part):
     """kind chunks: how many previous tokens take part."""
 
 
-class ValueEmbedding(Part):
+class ValueEmbeddingConfig(BaseConfig):
     """A table of depth x width whose chunk is mixed into each layer's values."""
 
     kind: Literal["none", "layered"] = "none"
@@ -179,7 +181,7 @@ class ValueEmbedding(Part):
     """Starting share of the table in the mix."""
 
 
-class Skips(Part):
+class SkipsConfig(BaseConfig):
     """Paths around the blocks."""
 
     first: bool = False
@@ -188,7 +190,7 @@ class Skips(Part):
     """Blocks of the second half add the outputs of the first half, last in first out."""
 
 
-class Head(Part):
+class HeadConfig(BaseConfig):
     """The map from the last hidden state to logits."""
 
     tied: bool = False
@@ -199,7 +201,7 @@ class Head(Part):
     """A learned bias for each token."""
 
 
-class Init(Part):
+class InitConfig(BaseConfig):
     """How weights start."""
 
     kind: Literal["normal", "zero_projections", "deepnorm"] = "normal"
@@ -208,26 +210,26 @@ class Init(Part):
     """Standard deviation of `normal`; 0 takes 1/sqrt(fan in)."""
 
 
-class ModelConfig(Part):
+class ModelConfig(BaseConfig):
     """A whole model. The defaults are a plain pre-norm transformer; presets name the interesting ones."""
 
     vocab_size: Length = 50432
     """Token ids that the model knows; round it up for speed, never below the tokenizer's."""
-    context: Length = 8192
+    max_seq_len: Length = 8192
     """Longest sequence, in tokens."""
-    width: Size = 2560
+    hidden_size: Size = 2560
     """Size of the residual stream."""
-    depth: int = Field(32, gt=0, le=10_000)
+    num_layers: int = Field(32, gt=0, le=10_000)
     """Layers."""
-    embedding: Embedding = Embedding()
-    rotary: Rotary = Rotary()
-    alibi: Alibi = Alibi()
-    attention: Attention = Attention()
-    feedforward: FeedForward = FeedForward()
-    experts: Experts = Experts()
-    block: Block = Block()
-    shift: Shift = Shift()
-    value_embedding: ValueEmbedding = ValueEmbedding()
-    skips: Skips = Skips()
-    head: Head = Head()
-    init: Init = Init()
+    embedding: EmbeddingConfig = EmbeddingConfig()
+    rotary: RotaryConfig = RotaryConfig()
+    alibi: AlibiConfig = AlibiConfig()
+    attention: AttentionConfig = AttentionConfig()
+    feedforward: FeedForwardConfig = FeedForwardConfig()
+    experts: ExpertsConfig = ExpertsConfig()
+    block: BlockConfig = BlockConfig()
+    shift: TokenShiftConfig = TokenShiftConfig()
+    value_embedding: ValueEmbeddingConfig = ValueEmbeddingConfig()
+    skips: SkipsConfig = SkipsConfig()
+    head: HeadConfig = HeadConfig()
+    init: InitConfig = InitConfig()

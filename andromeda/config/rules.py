@@ -19,13 +19,13 @@ from andromeda.config.derived import (
     GATED,
     content_dim,
     find_class,
-    hidden_width,
-    original_context,
+    intermediate_size,
+    original_max_seq_len,
     rotated_dims,
     smallest_scale_base,
 )
 from andromeda.config.mistakes import sentence
-from andromeda.config.model import BACKENDS, MECHANISMS, ModelConfig
+from andromeda.config.model import BACKENDS, MIXERS, ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError, nearest
 
@@ -34,8 +34,8 @@ Rule = tuple[Callable[[Any], Any], str]
 MODEL: tuple[Rule, ...] = (
     # Heads
     (
-        lambda m: m.attention.heads % m.attention.kv_heads != 0,
-        "model.attention.heads = {m.attention.heads} is not a multiple of model.attention.kv_heads = {m.attention.kv_heads}: "
+        lambda m: m.attention.num_heads % m.attention.num_kv_heads != 0,
+        "model.attention.num_heads = {m.attention.num_heads} is not a multiple of model.attention.num_kv_heads = {m.attention.num_kv_heads}: "
         "every key/value head serves the same number of query heads",
     ),
     (
@@ -43,37 +43,36 @@ MODEL: tuple[Rule, ...] = (
         "model.attention.backend = {m.attention.backend!r} is not known{backend_hint}: give one of {backends}",
     ),
     (
-        lambda m: m.attention.mechanism not in MECHANISMS and not re.fullmatch(r"[\w.]+:[\w.]+", m.attention.mechanism),
-        "model.attention.mechanism = {m.attention.mechanism!r} is not registered{mechanism_hint}: "
-        "give {mechanisms} or package.module:Class",
+        lambda m: m.attention.mixer not in MIXERS and not re.fullmatch(r"[\w.]+:[\w.]+", m.attention.mixer),
+        "model.attention.mixer = {m.attention.mixer!r} is not registered{mechanism_hint}: give {mechanisms} or package.module:Class",
     ),
     (
-        lambda m: m.attention.mechanism == "sigmoid" and m.attention.backend not in ("auto", "eager"),
-        "model.attention.backend = {m.attention.backend!r} computes softmax, not model.attention.mechanism = 'sigmoid': use auto",
+        lambda m: m.attention.mixer == "sigmoid" and m.attention.backend not in ("auto", "eager"),
+        "model.attention.backend = {m.attention.backend!r} computes softmax, not model.attention.mixer = 'sigmoid': use auto",
     ),
     # ALiBi
     (
-        lambda m: m.alibi.heads > m.attention.heads,
-        "model.alibi.heads = {m.alibi.heads} is more than model.attention.heads = {m.attention.heads}",
+        lambda m: m.alibi.num_heads > m.attention.num_heads,
+        "model.alibi.num_heads = {m.alibi.num_heads} is more than model.attention.num_heads = {m.attention.num_heads}",
     ),
     (
-        lambda m: m.alibi.heads and m.alibi.fold and m.attention.head_dim <= 2 * FOLDED_DIMS,
-        "model.alibi.fold takes {folded} dimensions of each head, too much of model.attention.head_dim = {m.attention.head_dim}: "
-        "use heads of more than {twice_folded} dimensions, or model.alibi.fold = false",
+        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.head_dim <= 2 * FOLDED_DIMS,
+        "model.alibi.fold_into_qk takes {folded} dimensions of each head, too much of model.attention.head_dim = {m.attention.head_dim}: "
+        "use heads of more than {twice_folded} dimensions, or model.alibi.fold_into_qk = false",
     ),
     (
-        lambda m: m.alibi.heads and m.alibi.fold and m.context > FOLDED_REACH,
-        "model.alibi.fold reaches {reach} positions, fewer than model.context = {m.context}: set model.alibi.fold = false",
+        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.max_seq_len > FOLDED_REACH,
+        "model.alibi.fold_into_qk reaches {reach} positions, fewer than model.max_seq_len = {m.max_seq_len}: set model.alibi.fold_into_qk = false",
     ),
     (
-        lambda m: m.alibi.heads and m.alibi.fold and m.attention.softcap,
-        "model.alibi.fold does not go with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
-        "set model.alibi.fold = false",
+        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.softcap,
+        "model.alibi.fold_into_qk does not go with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
+        "set model.alibi.fold_into_qk = false",
     ),
     (
-        lambda m: m.alibi.heads and m.alibi.fold and m.attention.mechanism == "sigmoid",
-        "model.alibi.fold needs softmax, which ignores what is constant along a row, not model.attention.mechanism = 'sigmoid': "
-        "set model.alibi.fold = false",
+        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.mixer == "sigmoid",
+        "model.alibi.fold_into_qk needs softmax, which ignores what is constant along a row, not model.attention.mixer = 'sigmoid': "
+        "set model.alibi.fold_into_qk = false",
     ),
     # Rotary positions
     (
@@ -95,32 +94,32 @@ MODEL: tuple[Rule, ...] = (
         "model.rotary.scaling.beta_fast = {m.rotary.scaling.beta_fast:g} must be above beta_slow = {m.rotary.scaling.beta_slow:g}",
     ),
     (
-        lambda m: m.rotary.heads == "unbiased" and not _divides_heads(m),
-        "model.rotary.heads = 'unbiased' divides the heads between model.alibi and model.rotary: "
-        "set model.alibi.heads above 0 and model.rotary.kind to 'rope' or 'xpos'",
+        lambda m: m.rotary.heads == "non_alibi" and not _divides_heads(m),
+        "model.rotary.heads = 'non_alibi' divides the heads between model.alibi and model.rotary: "
+        "set model.alibi.num_heads above 0 and model.rotary.kind to 'rope' or 'xpos'",
     ),
     (
-        lambda m: _divides_heads(m) and m.alibi.heads * m.attention.kv_heads % m.attention.heads != 0,
-        "model.rotary.heads = 'unbiased' needs key/value heads that serve heads of one kind, but model.alibi.heads = {m.alibi.heads} "
-        "is not a multiple of the {served} query heads of each: change it, or model.attention.kv_heads = {m.attention.kv_heads}",
+        lambda m: _divides_heads(m) and m.alibi.num_heads * m.attention.num_kv_heads % m.attention.num_heads != 0,
+        "model.rotary.heads = 'non_alibi' needs key/value heads that serve heads of one kind, but model.alibi.num_heads = {m.alibi.num_heads} "
+        "is not a multiple of the {served} query heads of each: change it, or model.attention.num_kv_heads = {m.attention.num_kv_heads}",
     ),
     # Reach
     (
-        lambda m: m.attention.window >= m.context,
-        "model.attention.window = {m.attention.window} covers the whole model.context = {m.context}: set it lower, or to 0 for no window",
+        lambda m: m.attention.sliding_window >= m.max_seq_len,
+        "model.attention.sliding_window = {m.attention.sliding_window} covers the whole model.max_seq_len = {m.max_seq_len}: set it lower, or to 0 for no window",
     ),
     (
-        lambda m: m.attention.global_every and not m.attention.window,
-        "model.attention.global_every = {m.attention.global_every} has no effect without model.attention.window",
+        lambda m: m.attention.full_attention_interval and not m.attention.sliding_window,
+        "model.attention.full_attention_interval = {m.attention.full_attention_interval} has no effect without model.attention.sliding_window",
     ),
     (
-        lambda m: m.attention.global_every > m.depth,
-        "model.attention.global_every = {m.attention.global_every} is more than model.depth = {m.depth}: no layer would see everything",
+        lambda m: m.attention.full_attention_interval > m.num_layers,
+        "model.attention.full_attention_interval = {m.attention.full_attention_interval} is more than model.num_layers = {m.num_layers}: no layer would see everything",
     ),
     # Feed-forward
     (
-        lambda m: m.feedforward.kind == "moe" and m.experts.active > m.experts.count,
-        "model.experts.active = {m.experts.active} is more than model.experts.count = {m.experts.count}",
+        lambda m: m.feedforward.kind == "moe" and m.experts.top_k > m.experts.num_experts,
+        "model.experts.top_k = {m.experts.top_k} is more than model.experts.num_experts = {m.experts.num_experts}",
     ),
     (
         lambda m: m.feedforward.kind == "moe" and m.feedforward.bias,
@@ -142,8 +141,8 @@ MODEL: tuple[Rule, ...] = (
     ),
     # Embedding and head
     (
-        lambda m: m.head.tied and m.embedding.kind == "factorised",
-        "model.head.tied = true does not go with model.embedding.kind = 'factorised': there is no table of vocabulary x width to share",
+        lambda m: m.head.tied and m.embedding.kind == "factorized",
+        "model.head.tied = true does not go with model.embedding.kind = 'factorized': there is no table of vocabulary x width to share",
     ),
     (
         lambda m: m.head.tied and m.init.kind == "zero_projections",
@@ -151,8 +150,8 @@ MODEL: tuple[Rule, ...] = (
         "which starts the head at zero and the embedding at one",
     ),
     (
-        lambda m: m.embedding.kind == "factorised" and m.embedding.rank >= m.width,
-        "model.embedding.rank = {m.embedding.rank} must be below model.width = {m.width}: a factorised table saves nothing otherwise",
+        lambda m: m.embedding.kind == "factorized" and m.embedding.rank >= m.hidden_size,
+        "model.embedding.rank = {m.embedding.rank} must be below model.hidden_size = {m.hidden_size}: a factorized table saves nothing otherwise",
     ),
     (
         lambda m: m.embedding.kind == "custom" and not re.fullmatch(r"[\w.]+:[\w.]+", m.embedding.provider),
@@ -165,8 +164,8 @@ MODEL: tuple[Rule, ...] = (
         "{m.embedding.kind!r}: set it to 'custom'",
     ),
     (
-        lambda m: m.shift.kind == "chunks" and m.shift.tokens >= m.width,
-        "model.shift.tokens = {m.shift.tokens} leaves no channel for each token in model.width = {m.width}",
+        lambda m: m.shift.kind == "chunks" and m.shift.tokens >= m.hidden_size,
+        "model.shift.tokens = {m.shift.tokens} leaves no channel for each token in model.hidden_size = {m.hidden_size}",
     ),
 )
 
@@ -178,12 +177,12 @@ RUN: tuple[Rule, ...] = (
     ),
     # Batches
     (
-        lambda c: c.train.micro_batch and c.train.batch % c.train.micro_batch != 0,
-        "train.batch = {c.train.batch} is not a multiple of train.micro_batch = {c.train.micro_batch}",
+        lambda c: c.train.micro_batch_size and c.train.batch_size % c.train.micro_batch_size != 0,
+        "train.batch_size = {c.train.batch_size} is not a multiple of train.micro_batch_size = {c.train.micro_batch_size}",
     ),
     (
-        lambda c: c.train.sequence > c.model.context,
-        "train.sequence = {c.train.sequence} is longer than model.context = {c.model.context}: lower it, or raise model.context",
+        lambda c: c.train.seq_len > c.model.max_seq_len,
+        "train.seq_len = {c.train.seq_len} is longer than model.max_seq_len = {c.model.max_seq_len}: lower it, or raise model.max_seq_len",
     ),
     # Schedule
     (
@@ -214,8 +213,8 @@ RUN: tuple[Rule, ...] = (
         "train.window.start = {c.train.window.start} is above train.window.end = {c.train.window.end}: the window grows",
     ),
     (
-        lambda c: c.train.window.start and c.train.window.end != c.model.attention.window,
-        "train.window.end = {c.train.window.end} must equal model.attention.window = {c.model.attention.window}: "
+        lambda c: c.train.window.start and c.train.window.end != c.model.attention.sliding_window,
+        "train.window.end = {c.train.window.end} must equal model.attention.sliding_window = {c.model.attention.sliding_window}: "
         "the window grows to the one that the model keeps",
     ),
     # Precision and device
@@ -224,9 +223,9 @@ RUN: tuple[Rule, ...] = (
         "train.device = {c.train.device!r} must be auto, cpu, cuda or cuda:N",
     ),
     (
-        lambda c: c.train.precision == "fp16" and c.model.alibi.heads and c.model.alibi.fold,
-        "train.precision = 'fp16' cannot hold what model.alibi.fold puts into the queries, 65536 times a slope: "
-        "use bf16, or set model.alibi.fold = false",
+        lambda c: c.train.precision == "fp16" and c.model.alibi.num_heads and c.model.alibi.fold_into_qk,
+        "train.precision = 'fp16' cannot hold what model.alibi.fold_into_qk puts into the queries, 65536 times a slope: "
+        "use bf16, or set model.alibi.fold_into_qk = false",
     ),
     (
         lambda c: c.train.precision == "fp8" and c.train.device == "cpu",
@@ -234,7 +233,7 @@ RUN: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.train.precision == "fp8" and any(size % 16 for size in _matrix_sizes(c.model)),
-        "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.width, model.attention.head_dim and the inner width of "
+        "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.hidden_size, model.attention.head_dim and the inner width of "
         "model.feedforward are {sizes}",
     ),
     (
@@ -252,35 +251,38 @@ TRAINING: tuple[Rule, ...] = (
 
 NOTES: tuple[Rule, ...] = (
     (
-        lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.heads and c.model.rotary.heads == "all",
-        "The first {c.model.alibi.heads} heads have both xPos's decay and ALiBi's: they look closer than either alone.",
+        lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.num_heads and c.model.rotary.heads == "all",
+        "The first {c.model.alibi.num_heads} heads have both xPos's decay and ALiBi's: they look closer than either alone.",
     ),
     (
-        lambda c: c.model.alibi.heads and _bound(c.model) and _horizon(c.model) < c.model.context / 8,
+        lambda c: c.model.alibi.num_heads and _bound(c.model) and _horizon(c.model) < c.model.max_seq_len / 8,
         "QK norm {c.model.attention.qk_norm!r} bounds logits at {bound:g}, so the steepest ALiBi head sees about {horizon:.0f} tokens.",
     ),
     (
         lambda c: c.model.rotary.kind == "xpos" and _retention(c.model) < 0.1,
-        "At a distance of model.context xPos leaves {retention:.1%} of a rotated pair's weight on average: raise model.rotary.scale_base "
+        "At a distance of model.max_seq_len xPos leaves {retention:.1%} of a rotated pair's weight on average: raise model.rotary.scale_base "
         "(a quarter of the context leaves {quarter:.1%}) where far tokens matter.",
     ),
     (
-        lambda c: c.model.rotary.scaling.kind != "none" and c.model.alibi.heads and c.model.alibi.scale == 1.0,
+        lambda c: c.model.rotary.scaling.kind != "none" and c.model.alibi.num_heads and c.model.alibi.scale == 1.0,
         "Rotary positions are stretched but ALiBi's slopes are not: model.alibi.scale = {c.model.rotary.scaling.factor:g} would match.",
     ),
     (
-        lambda c: (o := c.model.rotary.scaling.original_context) and c.model.context > o * c.model.rotary.scaling.factor,
-        "model.context is beyond model.rotary.scaling.factor times original_context: positions past that were never interpolated.",
+        lambda c: (o := c.model.rotary.scaling.original_max_seq_len) and c.model.max_seq_len > o * c.model.rotary.scaling.factor,
+        "model.max_seq_len is beyond model.rotary.scaling.factor times original_max_seq_len: positions past that were never interpolated.",
     ),
     (
         lambda c: (
-            c.model.rotary.kind == "none" and not c.model.alibi.heads and not c.model.embedding.absolute and c.model.shift.kind == "none"
+            c.model.rotary.kind == "none"
+            and not c.model.alibi.num_heads
+            and not c.model.embedding.absolute
+            and c.model.shift.kind == "none"
         ),
         "The model has no positions at all (NoPE): it can tell order from the causal mask alone.",
     ),
     (
-        lambda c: c.model.alibi.fold and not c.model.alibi.heads,
-        "model.alibi.fold has no effect while model.alibi.heads is 0.",
+        lambda c: c.model.alibi.fold_into_qk and not c.model.alibi.num_heads,
+        "model.alibi.fold_into_qk has no effect while model.alibi.num_heads is 0.",
     ),
     (
         lambda c: c.model.block.residual == "deepnorm" and c.model.block.kind == "parallel",
@@ -303,7 +305,7 @@ NOTES: tuple[Rule, ...] = (
         "Clipping the global norm hardly touches matrices under Muon, whose update does not depend on the gradient's scale.",
     ),
     (
-        lambda c: c.train.guard.enabled and not c.train.checkpoints.every,
+        lambda c: c.train.spike_guard.enabled and not c.train.checkpoints.every,
         "The guard rolls back to a checkpoint, and train.checkpoints.every = 0 writes none on the way.",
     ),
     (
@@ -333,9 +335,11 @@ def resolve(config: RunConfig) -> RunConfig:
     """The configuration, checked, with every 0 that stands for another key's value replaced by that value."""
     check(config)
     train, rotary = config.train, config.model.rotary
-    train = train.model_copy(update={"sequence": train.sequence or config.model.context, "micro_batch": train.micro_batch or train.batch})
+    train = train.model_copy(
+        update={"seq_len": train.seq_len or config.model.max_seq_len, "micro_batch_size": train.micro_batch_size or train.batch_size}
+    )
     if rotary.scaling.kind != "none":
-        scaling = rotary.scaling.model_copy(update={"original_context": original_context(config.model)})
+        scaling = rotary.scaling.model_copy(update={"original_max_seq_len": original_max_seq_len(config.model)})
         rotary = rotary.model_copy(update={"scaling": scaling})
     return config.model_copy(update={"train": train, "model": config.model.model_copy(update={"rotary": rotary})})
 
@@ -354,8 +358,8 @@ def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
     reasons = _holding(MODEL, m=model) + _overflow(model, precision)
     if not reasons and model.embedding.kind == "custom":
         find_class(model.embedding.provider, "model.embedding.provider")
-    if not reasons and ":" in model.attention.mechanism:
-        find_class(model.attention.mechanism, "model.attention.mechanism")
+    if not reasons and ":" in model.attention.mixer:
+        find_class(model.attention.mixer, "model.attention.mixer")
     return reasons
 
 
@@ -372,18 +376,18 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
     return SimpleNamespace(
         backends=", ".join(BACKENDS),
         backend_hint=nearest(m.attention.backend, BACKENDS),
-        mechanisms=", ".join(MECHANISMS),
-        mechanism_hint=nearest(m.attention.mechanism, MECHANISMS),
+        mechanisms=", ".join(MIXERS),
+        mechanism_hint=nearest(m.attention.mixer, MIXERS),
         folded=FOLDED_DIMS,
         twice_folded=2 * FOLDED_DIMS,
         reach=FOLDED_REACH,
         content=content,
-        served=m.attention.heads // m.attention.kv_heads,
+        served=m.attention.num_heads // m.attention.num_kv_heads,
         turned=m.rotary.fraction * content,
         even=2 * pairs / content if content > 0 else 1.0,
         sizes=", ".join(map(str, _matrix_sizes(m))),
         bound=_bound(m),
-        horizon=_horizon(m) if m.alibi.heads else 0.0,
+        horizon=_horizon(m) if m.alibi.num_heads else 0.0,
         retention=_retention(m),
         quarter=_decay(m, 4.0),
     )
@@ -391,7 +395,7 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
 
 def _divides_heads(m: ModelConfig) -> bool:
     """Whether some heads have ALiBi and the others rotary positions."""
-    return bool(m.rotary.heads == "unbiased" and m.alibi.heads and m.rotary.kind != "none")
+    return bool(m.rotary.heads == "non_alibi" and m.alibi.num_heads and m.rotary.kind != "none")
 
 
 def _whole_pairs(m: ModelConfig) -> bool:
@@ -401,7 +405,7 @@ def _whole_pairs(m: ModelConfig) -> bool:
 
 
 def _matrix_sizes(m: ModelConfig) -> tuple[int, ...]:
-    return m.width, m.attention.head_dim, hidden_width(m)
+    return m.hidden_size, m.attention.head_dim, intermediate_size(m)
 
 
 def _overflow(m: ModelConfig, precision: str) -> list[str]:
@@ -412,7 +416,7 @@ def _overflow(m: ModelConfig, precision: str) -> list[str]:
         return []
     return [
         f"model.rotary.scale_base = {m.rotary.scale_base} overflows {'float16' if precision == 'fp16' else 'float32'} at "
-        f"model.context = {m.context}: set it to at least {safe}"
+        f"model.max_seq_len = {m.max_seq_len}: set it to at least {safe}"
     ]
 
 
@@ -427,13 +431,13 @@ def _bound(m: ModelConfig) -> float:
 
 def _horizon(m: ModelConfig) -> float:
     """Distance at which the steepest ALiBi slope outweighs the largest difference of two logits."""
-    steepest = 2 ** (-8 / 2 ** math.floor(math.log2(m.alibi.heads)))
+    steepest = 2 ** (-8 / 2 ** math.floor(math.log2(m.alibi.num_heads)))
     return 2 * _bound(m) * m.alibi.scale / steepest
 
 
 def _retention(m: ModelConfig) -> float:
     """Mean over the rotated pairs of what xPos leaves of them at the distance of the whole context."""
-    return _decay(m, m.context / (m.rotary.scale_base * m.rotary.scaling.factor))
+    return _decay(m, m.max_seq_len / (m.rotary.scale_base * m.rotary.scaling.factor))
 
 
 def _decay(m: ModelConfig, bases: float) -> float:

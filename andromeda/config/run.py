@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from pydantic import NonNegativeInt
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.data import DataConfig
 from andromeda.config.model import ModelConfig
 from andromeda.config.train import TrainConfig
 
 
-class RunConfig(Part):
+class RunConfig(BaseConfig):
     """Model, data and training, with the seed that all random numbers derive from."""
 
     name: str = "run"

@@ -6,10 +6,10 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from andromeda.config.base import Pair, Part, Strings
+from andromeda.config.base import BaseConfig, Pair, Strings
 
 
-class Schedule(Part):
+class ScheduleConfig(BaseConfig):
     """Learning-rate factor over the steps, from 0 to 1 and down to `final`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
@@ -18,11 +18,11 @@ class Schedule(Part):
     """Steps of linear warm-up."""
     cooldown: NonNegativeInt = 0
     """kind wsd: steps of the linear descent at the end."""
-    final: float = Field(0.1, ge=0.0, le=1.0)
+    min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Factor that the descent ends at."""
 
 
-class Clip(Part):
+class ClipConfig(BaseConfig):
     """Gradient clipping, before the optimizer sees the gradients."""
 
     kind: Literal["none", "norm", "value", "adaptive"] = "norm"
@@ -31,7 +31,7 @@ class Clip(Part):
     """Largest global norm, largest absolute value, or (adaptive) gradient norm over weight norm of one unit."""
 
 
-class Optim(Part):
+class OptimizerConfig(BaseConfig):
     """The optimizer of matrices, and AdamW for everything else when that is Muon."""
 
     kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
@@ -51,7 +51,7 @@ class Optim(Part):
     momentum_warmup: NonNegativeInt = 300
     """Muon: steps over which the momentum rises from `momentum_start` to `momentum`."""
     newton_schulz_steps: PositiveInt = 5
-    """Muon: iterations of the orthogonalisation."""
+    """Muon: iterations of the orthogonalization."""
     embedding_lr: NonNegativeFloat = 0.0
     """Learning rate of embedding tables; 0 takes `lr` (AdamW) or 0.3 (Muon)."""
     head_lr: NonNegativeFloat = 0.0
@@ -60,7 +60,7 @@ class Optim(Part):
     """Learning rate of gains, biases and mixing weights; 0 takes `lr` (AdamW) or 0.04 (Muon)."""
 
 
-class Guard(Part):
+class SpikeGuardConfig(BaseConfig):
     """What counts as a bad step, and what happens then."""
 
     enabled: bool = True
@@ -75,7 +75,7 @@ class Guard(Part):
     """Rollbacks after which the run gives up with an error."""
 
 
-class Checkpoints(Part):
+class CheckpointConfig(BaseConfig):
     """When the run's state is written."""
 
     every: NonNegativeInt = 500
@@ -84,7 +84,7 @@ class Checkpoints(Part):
     """How many are kept, the newest ones."""
 
 
-class Probes(Part):
+class ProbesConfig(BaseConfig):
     """Small generated reasoning tasks, scored while training. They need a tokenizer that can spell them."""
 
     every: NonNegativeInt = 0
@@ -95,12 +95,12 @@ class Probes(Part):
     """Questions of each task."""
 
 
-class Log(Part):
+class LoggingConfig(BaseConfig):
     """Where the figures go besides metrics.jsonl."""
 
     every: PositiveInt = 10
     """Steps between lines."""
-    health: NonNegativeInt = 0
+    diagnostics_every: NonNegativeInt = 0
     """Steps between measurements of updates, activations and attention logits, each of which costs a forward pass; 0 is off."""
     tensorboard: bool = False
     """Also write TensorBoard events into the run folder."""
@@ -110,27 +110,27 @@ class Log(Part):
     """Project there."""
 
 
-class Window(Part):
+class WindowWarmupConfig(BaseConfig):
     """Window warm-up: the attention window grows linearly over the run (0 is off)."""
 
     start: NonNegativeInt = 0
     """Tokens that a query sees at the first step."""
     end: NonNegativeInt = 0
-    """Tokens that a query sees at the last step: `model.attention.window`."""
+    """Tokens that a query sees at the last step: `model.attention.sliding_window`."""
     step: PositiveInt = 64
     """The window is a multiple of this, so that few shapes are compiled."""
 
 
-class TrainConfig(Part):
+class TrainConfig(BaseConfig):
     """The run itself."""
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
-    sequence: NonNegativeInt = 0
+    seq_len: NonNegativeInt = 0
     """Tokens of a row; 0 takes the model's context."""
-    batch: PositiveInt = 8
+    batch_size: PositiveInt = 8
     """Rows of one optimizer step, over all micro-batches and processes."""
-    micro_batch: NonNegativeInt = 0
+    micro_batch_size: NonNegativeInt = 0
     """Rows of one forward pass; 0 takes `batch`. The token order does not depend on it."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """`auto` is bf16 where the device computes it fast, else fp32."""
@@ -138,7 +138,7 @@ class TrainConfig(Part):
     """auto, cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
     """torch.compile; `auto` compiles on a GPU."""
-    checkpointing: Literal["none", "selective", "full"] = "none"
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """Activation checkpointing."""
     ema: float = Field(0.0, ge=0.0, lt=1.0)
     """Decay of an exponential moving average of the weights; 0 is off."""
@@ -148,11 +148,11 @@ class TrainConfig(Part):
     """Steps between validations, and one at the end; 0 is off."""
     eval_tokens: PositiveInt = 65536
     """Tokens of a validation, in rows that lie evenly over the held-out text."""
-    window: Window = Window()
-    schedule: Schedule = Schedule()
-    optim: Optim = Optim()
-    clip: Clip = Clip()
-    guard: Guard = Guard()
-    checkpoints: Checkpoints = Checkpoints()
-    probes: Probes = Probes()
-    log: Log = Log()
+    window: WindowWarmupConfig = WindowWarmupConfig()
+    schedule: ScheduleConfig = ScheduleConfig()
+    optim: OptimizerConfig = OptimizerConfig()
+    clip: ClipConfig = ClipConfig()
+    spike_guard: SpikeGuardConfig = SpikeGuardConfig()
+    checkpoints: CheckpointConfig = CheckpointConfig()
+    probes: ProbesConfig = ProbesConfig()
+    log: LoggingConfig = LoggingConfig()

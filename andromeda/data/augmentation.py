@@ -20,7 +20,7 @@ from itertools import pairwise
 
 import numpy as np
 
-from andromeda.config.data import Augment
+from andromeda.config.data import AugmentationConfig
 from andromeda.data.packing import IGNORE, Row
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import ConfigError
@@ -36,7 +36,7 @@ Stage = Callable[[Row, int], Row]
 """A row and its number in the stream to the row that is learned from."""
 
 
-def build_stages(config: Augment, tokenizer: Tokenizer | None, seed: int) -> list[Stage]:
+def build_stages(config: AugmentationConfig, tokenizer: Tokenizer | None, seed: int) -> list[Stage]:
     """The stages that are on, in order. Raises ConfigError when the tokenizer lacks a special token that one needs."""
     stages: list[Stage] = []
     if config.fim:
@@ -63,7 +63,7 @@ def _specials(tokenizer: Tokenizer | None, names: tuple[str, ...], key: str) -> 
 class FillInTheMiddle:
     """Rearranges a share of the documents of each row."""
 
-    def __init__(self, config: Augment, tokens: tuple[int, ...], separator: int, seed: int) -> None:
+    def __init__(self, config: AugmentationConfig, tokens: tuple[int, ...], separator: int, seed: int) -> None:
         self._share, self._suffix_first = config.fim, config.fim_spm
         self._tokens, self._separator, self._seed = tokens, separator, seed
 

@@ -28,7 +28,7 @@ WORD_END = re.compile(r"(?<=[^\W_])\n")
 
 @dataclass(frozen=True)
 class Block:
-    """Neighbouring documents of one split that are encoded together."""
+    """Neighboring documents of one split that are encoded together."""
 
     path: Path
     work: Path

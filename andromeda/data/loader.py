@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from andromeda.config.data import DataConfig, Source
+from andromeda.config.data import DataConfig, SourceConfig
 from andromeda.data.augmentation import Stage, build_stages
 from andromeda.data.corpus import Corpus, open_corpus
 from andromeda.data.mixture import Interleaved, Mixture
@@ -145,7 +145,7 @@ def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "tr
     """
     sources = _sources(config)
     if sequence < 1:
-        raise ConfigError(f"A row must hold at least one token, not {sequence}: set train.sequence.")
+        raise ConfigError(f"A row must hold at least one token, not {sequence}: set train.seq_len.")
     corpora = [open_corpus(source.path, split) for source in sources]
     _refuse_different_tokenizers(sources, corpora)
     endless = split == "train"
@@ -165,7 +165,7 @@ def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "tr
     return Stream(corpora, packings, schedule, fingerprint, stages)
 
 
-def _weights(config: DataConfig, sources: tuple[Source, ...], corpora: list[Corpus]) -> list[float]:
+def _weights(config: DataConfig, sources: tuple[SourceConfig, ...], corpora: list[Corpus]) -> list[float]:
     """Weights of the mixture; by size, they grow with each source's tokens to the power `upsample`."""
     if not config.by_size:
         return [source.weight for source in sources]
@@ -174,14 +174,14 @@ def _weights(config: DataConfig, sources: tuple[Source, ...], corpora: list[Corp
     return [round(s.weight * (c.texts.tokens.size / largest) ** config.upsample, 6) or 1e-6 for s, c in zip(sources, corpora, strict=True)]
 
 
-def _sources(config: DataConfig) -> tuple[Source, ...]:
+def _sources(config: DataConfig) -> tuple[SourceConfig, ...]:
     if bool(config.corpus) == bool(config.sources):
         both = "both are given" if config.corpus else "neither is given"
         raise ConfigError(f"Set either data.corpus or data.sources ({both}).")
-    return config.sources or (Source(path=config.corpus),)
+    return config.sources or (SourceConfig(path=config.corpus),)
 
 
-def _refuse_different_tokenizers(sources: tuple[Source, ...], corpora: list[Corpus]) -> None:
+def _refuse_different_tokenizers(sources: tuple[SourceConfig, ...], corpora: list[Corpus]) -> None:
     names = [c.tokenizer.fingerprint if c.tokenizer else "" for c in corpora]
     for source, name in zip(sources, names, strict=True):
         if name != names[0]:

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 from pydantic import BeforeValidator, ValidationError
 
-from andromeda.config.base import Part, as_tuple
+from andromeda.config.base import BaseConfig, as_tuple
 from andromeda.config.data import BuildConfig
 from andromeda.utils.errors import DataError
 from andromeda.utils.files import write_whole
@@ -21,7 +21,7 @@ HELD_OUT_TEXT = "val.txt"
 FORMAT = 1
 
 
-class TokenizerReport(Part):
+class TokenizerReport(BaseConfig):
     """Which tokenizer made the tokens."""
 
     kind: str
@@ -30,7 +30,7 @@ class TokenizerReport(Part):
     fingerprint: str
 
 
-class SourceReport(Part):
+class SourceReport(BaseConfig):
     """What became of the documents of one source: `read` = `kept` + the sum of `skipped`."""
 
     name: str
@@ -48,7 +48,7 @@ class SourceReport(Part):
     """sha256 over names, sizes and times of the files listed."""
 
 
-class ShardReport(Part):
+class ShardReport(BaseConfig):
     """One token file."""
 
     file: str
@@ -56,7 +56,7 @@ class ShardReport(Part):
     sha256: str
 
 
-class SplitReport(Part):
+class SplitReport(BaseConfig):
     """Training or held-out documents."""
 
     documents: int
@@ -67,7 +67,7 @@ class SplitReport(Part):
     offsets_sha256: str
 
 
-class Manifest(Part):
+class Manifest(BaseConfig):
     """Everything that `andromeda data build` did; a corpus folder without it is not finished."""
 
     format: int

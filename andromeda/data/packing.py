@@ -52,7 +52,7 @@ class StreamPacking:
     """Documents one after the other, cut every T tokens; each epoch has its own order of documents and of rows.
 
     Row c of an epoch's text holds tokens cT to cT + T, so each token but the first is a target exactly once; the last row is
-    padded. With a seed the rows are shuffled as well: neighbours in the text are mostly of one document, and a batch of them
+    padded. With a seed the rows are shuffled as well: neighbors in the text are mostly of one document, and a batch of them
     would teach little more than one.
     """
 

@@ -21,7 +21,7 @@ LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": un
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
 PROBE = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
-"""Text that every tokenizer must give back: other projects' tokenizers often normalise or drop some of it."""
+"""Text that every tokenizer must give back: other projects' tokenizers often normalize or drop some of it."""
 
 
 class Tokenizer:
@@ -160,5 +160,5 @@ def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
         raise DataError(f"{path.name} is no tokenizer file{nearest(path.suffix, kinds)}: name a tokenizer.json or a SentencePiece .model.")
     tokenizer = Tokenizer(kinds[path.suffix](path.read_bytes()), eos)
     if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
-        raise DataError(f"The tokenizer {path.name} changes text (it normalises or drops characters): use a byte-level one.")
+        raise DataError(f"The tokenizer {path.name} changes text (it normalizes or drops characters): use a byte-level one.")
     return tokenizer

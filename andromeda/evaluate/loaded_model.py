@@ -39,7 +39,7 @@ class Subject:
     @property
     def context(self) -> int:
         """Tokens that the model was made for."""
-        return self.config.model.context
+        return self.config.model.max_seq_len
 
     @property
     def device(self) -> torch.device:

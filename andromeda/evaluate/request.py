@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Part, Strings, as_tuple
+from andromeda.config.base import BaseConfig, Strings, as_tuple
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
@@ -17,7 +17,7 @@ Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)]
 
 
-class Options(Part):
+class Options(BaseConfig):
     """Wishes that are shared by all evaluations; what is empty or 0 is chosen by each."""
 
     text: str = ""
@@ -63,10 +63,10 @@ class Evaluation(Protocol):
 
     kind: str
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """The settings that the wishes stand for, complete, so that they can be stored and repeated. Raises RequestError."""
 
-    def read(self, values: dict[str, Any]) -> Part:
+    def read(self, values: dict[str, Any]) -> BaseConfig:
         """Settings that were stored. Raises ConfigError when they are of another version."""
 
     def measure(self, subject: Subject, settings: Any, report: Report) -> Outcome:

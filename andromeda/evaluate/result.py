@@ -41,7 +41,7 @@ class Result:
                 "gain": n falls of the loss below that of the first context, "gain_error": n, "tokens": targets}
     retrieval   {"task", "lengths": n, "depths": m from 0 (begin) to 1 (end), "accuracy": n x m, "match": n x m, "chance", "samples"}
     reasoning   {task: {"in", "out", "chance", "chance_out"}}
-    fewshot     {"accuracy", "normalised", "chance", "questions", "shots"}
+    fewshot     {"accuracy", "normalized", "chance", "questions", "shots"}
     gsm8k       {"exact_match", "answered", "questions", "shots"}
     harness     {task: {metric: figure}}
     """

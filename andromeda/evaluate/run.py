@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.request import Evaluation, Options
@@ -42,7 +42,7 @@ class Request(NamedTuple):
     """One evaluation to do."""
 
     evaluation: Evaluation
-    settings: Part
+    settings: BaseConfig
 
 
 def check_names(tasks: Sequence[str]) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from andromeda.config.derived import original_context
+from andromeda.config.derived import original_max_seq_len
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy
@@ -36,7 +36,7 @@ def chunk_length(model: Transformer) -> int:
 
 def span_of(model: Transformer, length: int) -> int:
     """What dynamic frequency scaling turns by: the length that a sequence has in the end, fixed from its first chunk on."""
-    return max(length, original_context(model.config))
+    return max(length, original_max_seq_len(model.config))
 
 
 @torch.no_grad()

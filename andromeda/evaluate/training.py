@@ -81,7 +81,9 @@ def _measure(
     then: the settings of training at that step; a later start may have been given others.
     """
     config, place = folder.config(), find_device(device, "device")
-    train = config.train.model_copy(update={key: then[key] for key in ("eval_tokens", "micro_batch") if isinstance(then.get(key), int)})
+    train = config.train.model_copy(
+        update={key: then[key] for key in ("eval_tokens", "micro_batch_size") if isinstance(then.get(key), int)}
+    )
     validation = build_validation(config.model_copy(update={"train": train, "data": places.data(config.data)}))
     precision = build_precision(train.precision, place)
 

@@ -126,7 +126,7 @@ def spell(model: Andromeda, token: int) -> str:
 def _ids(model: Andromeda, wish: Wish) -> list[int]:
     eos = None if model.tokenizer is None else model.tokenizer.eos
     ids = encode(wish.text, model.tokenizer, eos, model.config.vocab_size)
-    most = min(LONGEST, model.config.context)
+    most = min(LONGEST, model.config.max_seq_len)
     if len(ids) > most:
         raise RequestError(f"The text has {len(ids)} tokens, and at most {most} can be explained on one page: shorten it.")
     return ids
@@ -140,7 +140,7 @@ def _position(wish: Wish, length: int) -> int:
 
 
 def _check_layers(model: Andromeda, wish: Wish, length: int) -> None:
-    depth, heads = model.config.depth, model.config.attention.heads
+    depth, heads = model.config.num_layers, model.config.attention.num_heads
     wrong = [number for number in wish.layers if not 1 <= number <= depth]
     if wrong:
         raise RequestError(f"There is no layer {wrong[0]}: --layers takes numbers from 1 to {depth}.")
@@ -176,7 +176,7 @@ def _checks(model: Andromeda, seen: Trace, looked: Lens, shares: Direct | None, 
     weighed = [layer for layer in seen.layers if layer.weights is not None]
     if weighed:
         checks.append(Check("averages by the maps = what attention gave", max(layer.weights_error for layer in weighed), 1e-9))
-    if weighed and model.config.attention.mechanism == "softmax":
+    if weighed and model.config.attention.mixer == "softmax":
         off = max(float((layer.weights.sum(-1) - 1).abs().max()) for layer in weighed if layer.weights is not None)
         checks.append(Check("rows of the maps sum to one", off, 1e-9))
     if shares:

@@ -3,7 +3,7 @@
 The way goes straight from a text of nothing but separators to the text, in the vectors that its tokens are looked up as: the
 embedding, and the value embeddings where the model has them. Both ends are texts that the model can read, so that completeness
 can be checked against two ordinary passes: the shares add up to the difference of the logits. (From zero vectors, as many take
-the way, a model that normalises its embedding sees a jump at the very beginning and the same text from then on.)
+the way, a model that normalizes its embedding sees a jump at the very beginning and the same text from then on.)
 
 The integral is taken by Gauss-Legendre quadrature, whose steps double until the shares are complete to a tolerance.
 """

@@ -31,7 +31,7 @@ class Lens:
 def lens(model: Transformer, seen: Trace, target: int, *, row: int = 0, likeliest: int = 5) -> Lens:
     """Final norm and head on the stream after every layer.
 
-    With DeepNorm the stream is normalised already and the final norm is the identity; with U-net skips a layer of the first
+    With DeepNorm the stream is normalized already and the final norm is the identity; with U-net skips a layer of the first
     half is shown without the skips that it will take part in.
     """
     found: list[tuple[Tensor, ...]] = []

@@ -8,7 +8,7 @@ so it leaves ALiBi, which reads on by itself, as it is.
 
 from __future__ import annotations
 
-from andromeda.config.derived import original_context
+from andromeda.config.derived import original_max_seq_len
 from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError, nearest
 
@@ -19,7 +19,7 @@ METHODS = (*ROTARY, "alibi-scale", "none")
 
 def trained_context(config: RunConfig) -> int:
     """Tokens of the rows that a run was trained on."""
-    return config.train.sequence or config.model.context
+    return config.train.seq_len or config.model.max_seq_len
 
 
 def stretching(old: RunConfig, to: int, method: str) -> list[str]:
@@ -28,10 +28,10 @@ def stretching(old: RunConfig, to: int, method: str) -> list[str]:
     Raises ConfigError where the model has nothing that the method could stretch.
     """
     _refuse(old, to, method)
-    changes = [f"model.context={to}"]
+    changes = [f"model.max_seq_len={to}"]
     if method in ROTARY:
         changes += _scaling(old, to, ROTARY[method])
-    if method != "none" and method != "dynamic-ntk" and old.model.alibi.heads:
+    if method != "none" and method != "dynamic-ntk" and old.model.alibi.num_heads:
         changes.append(f"model.alibi.scale={old.model.alibi.scale * to / trained_context(old)}")
     return changes
 
@@ -39,7 +39,7 @@ def stretching(old: RunConfig, to: int, method: str) -> list[str]:
 def applicable(old: RunConfig) -> list[str]:
     """The methods that have something to stretch in a model of `old`; `none` always does."""
     kept = [method for method in METHODS if method in ROTARY and old.model.rotary.kind != "none"]
-    return [*kept, *["alibi-scale"] * bool(old.model.alibi.heads), "none"]
+    return [*kept, *["alibi-scale"] * bool(old.model.alibi.num_heads), "none"]
 
 
 def chosen(text: str, old: RunConfig) -> list[str]:
@@ -56,10 +56,10 @@ def chosen(text: str, old: RunConfig) -> list[str]:
 def _scaling(old: RunConfig, to: int, kind: str) -> list[str]:
     before = old.model.rotary.scaling
     # A run that was extended already is stretched anew from the context that its frequencies were first trained on.
-    original = trained_context(old) if before.kind == "none" else original_context(old.model)
+    original = trained_context(old) if before.kind == "none" else original_max_seq_len(old.model)
     # Dynamic NTK reads its factor off the length of each sequence; one of its own would stretch short ones too.
     factor = 1.0 if kind == "dynamic" else to / original
-    keys = {"kind": kind, "factor": factor, "original_context": original}
+    keys = {"kind": kind, "factor": factor, "original_max_seq_len": original}
     return [f"model.rotary.scaling.{key}={value}" for key, value in keys.items()]
 
 
@@ -69,12 +69,12 @@ def _refuse(old: RunConfig, to: int, method: str) -> None:
         raise ConfigError(f"The run was trained on {trained_context(old)} tokens already: give --to more than that, not {to}.")
     if model.embedding.absolute:
         raise ConfigError(
-            f"The model has a learned vector for each of its {model.context} positions (model.embedding.absolute) and none beyond: "
+            f"The model has a learned vector for each of its {model.max_seq_len} positions (model.embedding.absolute) and none beyond: "
             "train one with rotary positions or ALiBi to extend it."
         )
     if method in ROTARY and model.rotary.kind == "none":
         raise ConfigError(
             f"Method {method} scales rotary frequencies, and the model has none: use {' or '.join(applicable(old))} with --method."
         )
-    if method == "alibi-scale" and not model.alibi.heads:
+    if method == "alibi-scale" and not model.alibi.num_heads:
         raise ConfigError(f"Method alibi-scale divides ALiBi's slopes, and the model has none: use {' or '.join(applicable(old))}.")

@@ -11,7 +11,7 @@ from andromeda.extend.results import UNSTRETCHED, table, verdicts
 def sections(result: dict[str, Any]) -> Iterator[str]:
     """Lines in markdown: what was trained, then a table for each length, and the furthest reading."""
     training = result["training"]
-    trained, device = training["model"]["context"], result["machine"]["gpu"] or result["machine"]["cpu"]
+    trained, device = training["model"]["max_seq_len"], result["machine"]["gpu"] or result["machine"]["cpu"]
     yield f"## Extension of {training['parameters'] / 1e6:.1f} M parameters"
     yield ""
     yield (

@@ -85,7 +85,7 @@ def _dress(axes: Any, values: dict[str, Any], x: str, y: str, losses: list[float
     axes.set_xlabel(x)
     axes.set_ylabel(y)
     axes.grid(alpha=0.25)
-    axes.axvline(values["trained"], color="grey", linewidth=0.8)
+    axes.axvline(values["trained"], color="gray", linewidth=0.8)
     finite = [n for n in losses if n is not None and math.isfinite(n)]
     if finite and max(finite) > CEILING * min(finite):
         axes.set_ylim(0.96 * min(finite), CEILING * min(finite))

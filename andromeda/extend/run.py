@@ -185,7 +185,7 @@ def _unstretched(old: RunConfig, wishes: Wishes) -> tuple[RunConfig, list[int]]:
         return unstretched(old, wishes), lengths
     except ConfigError:
         # xPos as it was trained leaves the range of float32 out there; that it cannot read on is the finding.
-        return old, [n for n in lengths if n <= old.model.context]
+        return old, [n for n in lengths if n <= old.model.max_seq_len]
 
 
 def _old(wishes: Wishes) -> RunConfig:

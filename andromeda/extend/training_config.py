@@ -59,8 +59,8 @@ def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
         *wishes.overrides,
     ]
     config = load(wishes.run, changes)
-    if config.model.context != wishes.to:
-        raise ConfigError(f"model.context={config.model.context} contradicts --to {wishes.to}: leave the override out.")
+    if config.model.max_seq_len != wishes.to:
+        raise ConfigError(f"model.max_seq_len={config.model.max_seq_len} contradicts --to {wishes.to}: leave the override out.")
     check_training(config)
     return config
 
@@ -86,18 +86,18 @@ def corpus_of(path: str | Path) -> str:
 def _training(old: RunConfig, wishes: Wishes) -> list[str]:
     """As many tokens a step as before, at a rate that rises for a tenth of the steps and falls to zero over their second half."""
     steps, trained = max(1, wishes.steps), trained_context(old)
-    batch = max(1, round(old.train.batch * trained / wishes.to))
-    room = max(1, (old.train.micro_batch or old.train.batch) * trained // wishes.to)
+    batch = max(1, round(old.train.batch_size * trained / wishes.to))
+    room = max(1, (old.train.micro_batch_size or old.train.batch_size) * trained // wishes.to)
     micro = max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= room)
     return [
         f"train.steps={steps}",
-        f"train.sequence={wishes.to}",
-        f"train.batch={batch}",
-        f"train.micro_batch={micro}",
+        f"train.seq_len={wishes.to}",
+        f"train.batch_size={batch}",
+        f"train.micro_batch_size={micro}",
         "train.schedule.kind=wsd",
         f"train.schedule.warmup={steps // 10}",
         f"train.schedule.cooldown={steps // 2}",
-        "train.schedule.final=0.0",
+        "train.schedule.min_lr_ratio=0.0",
         "train.window.start=0",
         "train.window.end=0",
         f"train.eval_every={steps if old.train.eval_every else 0}",

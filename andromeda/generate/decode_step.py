@@ -140,5 +140,5 @@ def recordable(config: ModelConfig, device: torch.device) -> bool:
 
     Experts do, and parts of a user's own may.
     """
-    own = config.embedding.kind == "custom" or ":" in config.attention.mechanism
+    own = config.embedding.kind == "custom" or ":" in config.attention.mixer
     return device.type == "cuda" and config.feedforward.kind != "moe" and not own

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from andromeda.config.derived import original_context
+from andromeda.config.derived import original_max_seq_len
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.generate.batch import Batch
 from andromeda.generate.prompts import Prompt, encode, room
@@ -93,9 +93,9 @@ class Engine:
 
     def _span(self, row: Row) -> int:
         if self.model.config.rotary.scaling.kind != "dynamic":
-            return self.model.config.context
+            return self.model.config.max_seq_len
         # Up to the length it was trained at, all lengths turn alike.
-        return max(len(row.prompt) + row.limit, original_context(self.model.config))
+        return max(len(row.prompt) + row.limit, original_max_seq_len(self.model.config))
 
 
 @contextmanager

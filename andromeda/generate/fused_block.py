@@ -96,7 +96,7 @@ def as_rows(x: Tensor, eight_bits: bool) -> Rows:
         return Rows(x, x.new_empty(0))
     flat = x.flatten(0, -2)
     values, scale = (
-        float8_inference.activate_quantise(flat, "none") if float8_inference.activates(flat, "none") else float8_inference.quantise(flat)
+        float8_inference.activate_quantize(flat, "none") if float8_inference.activates(flat, "none") else float8_inference.quantize(flat)
     )
     return Rows(values.unflatten(0, x.shape[:-1]), scale)
 
@@ -169,7 +169,7 @@ class FeedForward(nn.Module):
 
 
 class FeedForward8(nn.Module):
-    """The same with both products in 8 bits, the activation quantised as it is computed."""
+    """The same with both products in 8 bits, the activation quantized as it is computed."""
 
     late = None
 
@@ -183,7 +183,7 @@ class FeedForward8(nn.Module):
         hidden = product(self.inner, rows)
         flat = hidden.flatten(0, -2)
         if float8_inference.activates(flat, self.name):
-            values, scale = float8_inference.activate_quantise(flat, self.name)
+            values, scale = float8_inference.activate_quantize(flat, self.name)
             rows = Rows(values.unflatten(0, hidden.shape[:-1]), scale)
         else:
             rows = as_rows(self.activation(hidden), True)

@@ -19,12 +19,12 @@ VARIANTS = 64
 """Lengths, windows and kinds of layers that are compiled before torch gives up."""
 
 
-def optimise(
+def optimize_for_inference(
     model: Transformer, *, eight_bits: bool = False, compiled: bool = True, tuned: bool = False, kernels: bool = True
 ) -> Transformer:
     """Exchange parts of `model` in place and return it; it can be trained no more.
 
-    Serial pre-norm layers are rearranged (`infer.fused`). eight_bits: quantise the blocks' linear layers once, weights by row,
+    Serial pre-norm layers are rearranged (`infer.fused`). eight_bits: quantize the blocks' linear layers once, weights by row,
     activations by token as they come; half the memory, and on GPUs with such units (compute capability 8.9) up to twice the speed
     of long prompts. compiled: torch.compile on every block, which costs up to a minute at first use. tuned: the compiler also
     writes the product of a matrix with one token's vector itself, with what comes before and after in the same kernel, and
@@ -39,7 +39,7 @@ def optimise(
         if fuses(block):
             blocks[index] = Fused(block, eight_bits=eight_bits)
         elif eight_bits:
-            _quantise(block)
+            _quantize(block)
     if compiled:
         torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         warnings.filterwarnings("ignore", module="torch._inductor")
@@ -56,10 +56,10 @@ def _check(device: torch.device) -> None:
         raise ConfigError(f"{torch.cuda.get_device_name(device)} has no products of 8 bits (compute capability 8.9 or newer): use bf16.")
 
 
-def _quantise(module: nn.Module) -> None:
+def _quantize(module: nn.Module) -> None:
     """Exchange the linear layers below `module`. A router's scores decide by small differences and are kept exact."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear) and float8_inference.fits(child):
             setattr(module, name, float8_inference.Linear8(child))
         elif name != "router":
-            _quantise(child)
+            _quantize(child)

@@ -34,7 +34,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, eos: int | None, vocab: 
 
 def room(prompt: Sequence[int], config: ModelConfig, max_new_tokens: int | None) -> int:
     """How many tokens may follow a prompt. Raises RequestError when it, or it with the tokens asked for, exceeds the context."""
-    length, context = len(prompt), config.context
+    length, context = len(prompt), config.max_seq_len
     if length >= context:
         raise RequestError(
             f"The prompt has {length} tokens, but this model's context of {context} leaves room for at most {context - 1}: "

@@ -19,7 +19,7 @@ from andromeda.generate.settings import Settings
 EXCLUDED = float("-inf")
 
 
-def penalise_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens that `seen` (B, V) marks: positive logits divided by the penalty, negative ones multiplied (arXiv 1909.05858, 4.1)."""
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
@@ -59,7 +59,7 @@ def greedy(logits: Tensor, uniform: Tensor) -> Tensor:
 def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     """A token (B,) by its probability: where the cumulative distribution passes `uniform` (B,) in [0, 1).
 
-    One number a token, drawn elsewhere, so that a sequence's text depends neither on its neighbours nor on the device.
+    One number a token, drawn elsewhere, so that a sequence's text depends neither on its neighbors nor on the device.
     """
     cumulative = logits.softmax(-1).cumsum(-1)
     target = uniform[:, None].to(cumulative) * cumulative[:, -1:]
@@ -94,7 +94,7 @@ class NoPenalty:
 
 
 class Penalty(NoPenalty):
-    """Remembers which tokens each sequence holds, its prompt included, and penalises them."""
+    """Remembers which tokens each sequence holds, its prompt included, and penalizes them."""
 
     def __init__(self, penalty: float, prompts: Sequence[Sequence[int]], vocab: int, device: torch.device) -> None:
         self._penalty = penalty
@@ -105,7 +105,7 @@ class Penalty(NoPenalty):
 
     def __call__(self, logits: Tensor) -> Tensor:
         """Logits (B, V) with the penalty."""
-        return penalise_repetition(logits, self._seen, self._penalty)
+        return penalize_repetition(logits, self._seen, self._penalty)
 
     def note(self, ids: Tensor) -> None:
         """Tokens (B,) that were chosen."""

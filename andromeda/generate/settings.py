@@ -7,12 +7,12 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from andromeda.config.base import Part, Strings
+from andromeda.config.base import BaseConfig, Strings
 from andromeda.config.mistakes import read
 from andromeda.utils.errors import ConfigError, RequestError, nearest
 
 
-class Settings(Part):
+class Settings(BaseConfig):
     """How much text to write, and how each token is chosen. Applied in the order of the fields from `repetition_penalty` on."""
 
     max_new_tokens: PositiveInt | None = None

@@ -1,4 +1,4 @@
-"""What a model minimises: tasks, and Nebula, which sums them."""
+"""What a model minimizes: tasks, and Nebula, which sums them."""
 
 from andromeda.loss.nebula import LossResult, Nebula
 from andromeda.loss.tasks import Categorical, Head, Prediction, Sums, Task, next_token

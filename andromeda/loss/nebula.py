@@ -18,10 +18,10 @@ from andromeda.utils.errors import ConfigError, nearest
 
 
 class LossResult(NamedTuple):
-    """One micro-batch. With a step's normaliser, the results of its micro-batches add up to those of the step."""
+    """One micro-batch. With a step's normalizer, the results of its micro-batches add up to those of the step."""
 
     total: Tensor
-    """What is minimised, shape (); the one with gradients."""
+    """What is minimized, shape (); the one with gradients."""
     tokens: Tensor
     """Targets of the first task that count, shape ()."""
     parts: dict[str, Tensor]
@@ -61,20 +61,20 @@ class Nebula(nn.Module):
         self.balance = BALANCES[balance](tasks)
 
     def counts(self, batch: Any) -> dict[str, Tensor]:
-        """Targets of each task that count; summed over a step's micro-batches and processes they are its normaliser."""
+        """Targets of each task that count; summed over a step's micro-batches and processes they are its normalizer."""
         return {task.name: task.count(batch) for task in self.tasks}
 
     def forward(
-        self, heads: Head | Mapping[str, Head], hidden: Tensor, batch: Any, normaliser: Mapping[str, Tensor | int] | None = None
+        self, heads: Head | Mapping[str, Head], hidden: Tensor, batch: Any, normalizer: Mapping[str, Tensor | int] | None = None
     ) -> LossResult:
         """hidden (B, T, C) -> the loss of this micro-batch.
 
-        `normaliser`: targets of each task in the whole step; without it those of this batch, which makes `total` the mean
+        `normalizer`: targets of each task in the whole step; without it those of this batch, which makes `total` the mean
         over it. A task without a target that counts gives zero.
         """
         by_name = heads if isinstance(heads, Mapping) else {"head": heads}
         sums = {task.name: task(by_name, hidden, batch) for task in self.tasks}
-        divisors = {name: _at_least_one(own.tokens if normaliser is None else normaliser[name]) for name, own in sums.items()}
+        divisors = {name: _at_least_one(own.tokens if normalizer is None else normalizer[name]) for name, own in sums.items()}
         total = self.balance({name: own.total / divisors[name] for name, own in sums.items()})
         parts = {name: own.nll / divisors[name] for name, own in sums.items()}
         return LossResult(total, sums[self.tasks[0].name].tokens, parts)

@@ -36,7 +36,7 @@ class Sums(NamedTuple):
     """Sums over the targets of one task that count, so that any split of a batch adds up to the same."""
 
     total: Tensor
-    """What is minimised, shape (); the one with gradients."""
+    """What is minimized, shape (); the one with gradients."""
     nll: Tensor
     """Negative log-likelihood alone, in nats, shape (), without gradients."""
     tokens: Tensor

@@ -19,7 +19,7 @@ NARROW = 1024
 
 
 def between(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: Context) -> tuple[Tensor, Tensor]:
-    """x and delta (B, T, C), None being zero -> their sum normalised and shifted, and the sum."""
+    """x and delta (B, T, C), None being zero -> their sum normalized and shifted, and the sum."""
     worth = isinstance(shift, ChunkShift) or x.shape[-1] > NARROW
     if worth and accepts(x, norm, shift, ctx):
         made = fused(x, delta, norm, shift, ctx)

@@ -21,13 +21,13 @@ from andromeda.ops.qk_preprocess import Sizes
 
 
 def layer_window(config: ModelConfig, layer: int) -> int:
-    """Reach of a layer in tokens, 0 for unlimited: with `global_every` n, layers n-1, 2n-1, ... see everything."""
-    every = config.attention.global_every
-    return 0 if every and (layer + 1) % every == 0 else config.attention.window
+    """Reach of a layer in tokens, 0 for unlimited: with `full_attention_interval` n, layers n-1, 2n-1, ... see everything."""
+    every = config.attention.full_attention_interval
+    return 0 if every and (layer + 1) % every == 0 else config.attention.sliding_window
 
 
 class Attention(nn.Module):
-    """Causal softmax attention; multi-query, grouped or full by `kv_heads` (arXiv 1911.02150, 2305.13245).
+    """Causal softmax attention; multi-query, grouped or full by `num_kv_heads` (arXiv 1911.02150, 2305.13245).
 
     Query head h reads key/value head h // (H / G), as Llama and the flash kernels have it.
     """
@@ -35,12 +35,12 @@ class Attention(nn.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
         a, D = config.attention, content_dim(config)
-        self.heads, self.kv_heads = a.heads, a.kv_heads
-        self.sizes = Sizes(a.heads, a.kv_heads, D, a.head_dim)
-        self.query = Linear(config.width, a.heads * D, bias=a.bias)
-        self.key = Linear(config.width, a.kv_heads * D, bias=a.bias)
-        self.value = Linear(config.width, a.kv_heads * a.head_dim, bias=a.bias)
-        self.out = Linear(a.heads * a.head_dim, config.width, bias=a.bias)
+        self.heads, self.kv_heads = a.num_heads, a.num_kv_heads
+        self.sizes = Sizes(a.num_heads, a.num_kv_heads, D, a.head_dim)
+        self.query = Linear(config.hidden_size, a.num_heads * D, bias=a.bias)
+        self.key = Linear(config.hidden_size, a.num_kv_heads * D, bias=a.bias)
+        self.value = Linear(config.hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
+        self.out = Linear(a.num_heads * a.head_dim, config.hidden_size, bias=a.bias)
         self.qk_norm = build_qk_norm(config)
         self.value_mix = build_value_mix(config)
         self.window, self.softcap, self.backend = layer_window(config, layer), a.softcap, a.backend

@@ -11,7 +11,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
-from andromeda.config.model import MECHANISMS, ModelConfig
+from andromeda.config.model import MIXERS, ModelConfig
 from andromeda.model.add_norm_shift import between
 from andromeda.model.feedforward import build_feedforward
 from andromeda.model.forward_context import Context
@@ -31,12 +31,12 @@ def deepnorm_beta(depth: int) -> float:
 
 def build_attention(config: ModelConfig, layer: int) -> nn.Module:
     """The attention of layer number `layer`: a registered mechanism, or a user's own `package.module:Class`."""
-    name = config.attention.mechanism
-    return find_class(MECHANISMS.get(name, name), "model.attention.mechanism")(config, layer)
+    name = config.attention.mixer
+    return find_class(MIXERS.get(name, name), "model.attention.mixer")(config, layer)
 
 
 class Serial(nn.Module):
-    """Attention, then feed-forward, each on the normalised stream."""
+    """Attention, then feed-forward, each on the normalized stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -54,11 +54,11 @@ class Serial(nn.Module):
 
 
 class SerialDeepNorm(Serial):
-    """Serial, normalising after each sum."""
+    """Serial, normalizing after each sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.alpha = deepnorm_alpha(config.depth)
+        self.alpha = deepnorm_alpha(config.num_layers)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
@@ -67,7 +67,7 @@ class SerialDeepNorm(Serial):
 
 
 class Parallel(nn.Module):
-    """Attention and feed-forward on the same normalised, shifted stream."""
+    """Attention and feed-forward on the same normalized, shifted stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -87,11 +87,11 @@ class Parallel(nn.Module):
 
 
 class ParallelDeepNorm(Parallel):
-    """Parallel, normalising after the sum."""
+    """Parallel, normalizing after the sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.alpha = deepnorm_alpha(config.depth)
+        self.alpha = deepnorm_alpha(config.num_layers)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""

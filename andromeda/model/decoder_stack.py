@@ -36,8 +36,8 @@ class Trunk(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.depth))
-        self.mixes = nn.ModuleList(FirstMix() if config.skips.first else NoMix() for _ in range(config.depth))
+        self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.num_layers))
+        self.mixes = nn.ModuleList(FirstMix() if config.skips.first else NoMix() for _ in range(config.num_layers))
 
     def layer(self, index: int, x: Tensor, first: Tensor, ctx: Context) -> Tensor:
         """One block with its mix."""
@@ -56,7 +56,7 @@ class UNetTrunk(Trunk):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.skip_weights = nn.Parameter(torch.ones(config.depth // 2))
+        self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C), the embedded tokens. With an odd depth the middle block has no partner."""

@@ -19,7 +19,7 @@ class PlainEmbedding(Embedding):
     """A table V x C."""
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__(config.vocab_size, config.width)
+        super().__init__(config.vocab_size, config.hidden_size)
 
 
 class FactorisedEmbedding(nn.Module):
@@ -28,7 +28,7 @@ class FactorisedEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.table = Embedding(config.vocab_size, config.embedding.rank)
-        self.project = Linear(config.embedding.rank, config.width, bias=False)
+        self.project = Linear(config.embedding.rank, config.hidden_size, bias=False)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C)."""
@@ -48,7 +48,7 @@ class AbsolutePositions(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.table = Embedding(config.context, config.width)
+        self.table = Embedding(config.max_seq_len, config.hidden_size)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
@@ -62,7 +62,7 @@ class Embedder(nn.Module):
         super().__init__()
         self.tokens = build_provider(config) if provider is None else provider
         self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolute()
-        self.norm = PlainRMSNorm(config.width, config.block.eps) if config.embedding.norm else nn.Identity()
+        self.norm = PlainRMSNorm(config.hidden_size, config.block.eps) if config.embedding.norm else nn.Identity()
         self.smear = build_smear(config)
 
     def forward(self, ctx: Context) -> Tensor:
@@ -75,4 +75,4 @@ def build_provider(config: ModelConfig) -> nn.Module:
     """The embedding that the configuration names; a custom class is built with the model's configuration."""
     if config.embedding.kind == "custom":
         return find_class(config.embedding.provider, "model.embedding.provider")(config)
-    return {"plain": PlainEmbedding, "factorised": FactorisedEmbedding}[config.embedding.kind](config)
+    return {"plain": PlainEmbedding, "factorized": FactorisedEmbedding}[config.embedding.kind](config)

@@ -17,7 +17,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from andromeda.config.derived import GATED, content_dim, hidden_width
+from andromeda.config.derived import GATED, content_dim, intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model.attention import layer_window
 from andromeda.model.token_shift import Smear
@@ -72,25 +72,25 @@ def forward_flops_per_token(
     """
     keys = sum(
         mean_keys(sequence, min(own, window) if own and window else own, convention, documents)
-        for own in (layer_window(config, layer) for layer in range(config.depth))
+        for own in (layer_window(config, layer) for layer in range(config.num_layers))
     )
     return forward_flops(config, keys)
 
 
 def forward_flops(config: ModelConfig, keys: float) -> dict[str, float]:
     """The same for a token that meets `keys` keys, summed over the layers: one token of decoding, say."""
-    a, C = config.attention, config.width
+    a, C = config.attention, config.hidden_size
     D, content = a.head_dim, content_dim(config)
     parts = {
-        "embedding": 2.0 * config.embedding.rank * C if config.embedding.kind == "factorised" else 0.0,
+        "embedding": 2.0 * config.embedding.rank * C if config.embedding.kind == "factorized" else 0.0,
         "smear": 2.0 * min(Smear.CHANNELS, C) if config.shift.kind == "smear" else 0.0,
-        "query": 2.0 * C * a.heads * content * config.depth,
-        "key": 2.0 * C * a.kv_heads * content * config.depth,
-        "value": 2.0 * C * a.kv_heads * D * config.depth,
-        "scores": 2.0 * a.heads * D * keys,
-        "weighted values": 2.0 * a.heads * D * keys,
-        "out": 2.0 * a.heads * D * C * config.depth,
-        **{name: flops * config.depth for name, flops in _feedforward(config).items()},
+        "query": 2.0 * C * a.num_heads * content * config.num_layers,
+        "key": 2.0 * C * a.num_kv_heads * content * config.num_layers,
+        "value": 2.0 * C * a.num_kv_heads * D * config.num_layers,
+        "scores": 2.0 * a.num_heads * D * keys,
+        "weighted values": 2.0 * a.num_heads * D * keys,
+        "out": 2.0 * a.num_heads * D * C * config.num_layers,
+        **{name: flops * config.num_layers for name, flops in _feedforward(config).items()},
         "head": 2.0 * C * config.vocab_size,
     }
     return {name: flops for name, flops in parts.items() if flops}
@@ -101,10 +101,14 @@ def _feedforward(config: ModelConfig) -> dict[str, float]:
     ff, e = config.feedforward, config.experts
     mixture = ff.kind == "moe"
     kind = e.kind if mixture else ff.kind
-    network = 2.0 * (3 if kind in GATED else 2) * config.width * hidden_width(config)
+    network = 2.0 * (3 if kind in GATED else 2) * config.hidden_size * intermediate_size(config)
     if not mixture:
         return {"feed-forward": network}
-    return {"router": 2.0 * config.width * e.count, "experts": e.active * network, "shared experts": e.shared * network}
+    return {
+        "router": 2.0 * config.hidden_size * e.num_experts,
+        "experts": e.top_k * network,
+        "shared experts": e.num_shared_experts * network,
+    }
 
 
 def training_flops_per_token(

@@ -16,7 +16,7 @@ class Head(nn.Module):
     def __init__(self, config: ModelConfig, embedding: nn.Module) -> None:
         super().__init__()
         self.softcap = config.head.softcap
-        self.weight = _tied(embedding, config) if config.head.tied else nn.Parameter(torch.empty(config.vocab_size, config.width))
+        self.weight = _tied(embedding, config) if config.head.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head.bias else None
 
     def forward(self, x: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class Head(nn.Module):
 
 def _tied(embedding: nn.Module, config: ModelConfig) -> nn.Parameter:
     weight = getattr(embedding, "weight", None)
-    if not isinstance(weight, nn.Parameter) or weight.shape != (config.vocab_size, config.width):
+    if not isinstance(weight, nn.Parameter) or weight.shape != (config.vocab_size, config.hidden_size):
         raise ConfigError(
             "model.head.tied needs an embedding with a weight of vocab_size x width: use embedding.kind plain or an untied head."
         )

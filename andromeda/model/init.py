@@ -21,7 +21,7 @@ UNIT_GAIN = ("attention.query", "attention.key", "router.project", "embedder.", 
 """Matrices whose gain DeepNorm leaves at one; all others are value, output and feed-forward matrices."""
 
 
-def initialise(model: Transformer, config: ModelConfig, seed: int) -> None:
+def initialize(model: Transformer, config: ModelConfig, seed: int) -> None:
     """Fill all matrices in place; gains, biases, mixing weights and a user's own embedding keep the values they came with.
 
     normal: N(0, std), with std 1/sqrt(fan in) unless given, branch outputs divided by sqrt(2 depth) (as in GPT-2),
@@ -50,7 +50,7 @@ def _std(name: str, parameter: Tensor, config: ModelConfig) -> float:
     if zero and (output or name == "head.weight"):
         return 0.0
     if config.init.kind == "deepnorm":
-        gain = 1.0 if any(part in name for part in UNIT_GAIN) else deepnorm_beta(config.depth)
+        gain = 1.0 if any(part in name for part in UNIT_GAIN) else deepnorm_beta(config.num_layers)
         return gain * math.sqrt(2 / (fan_in + fan_out))
     std = config.init.std or 1 / math.sqrt(fan_in)
-    return std / math.sqrt(2 * config.depth) if output else std
+    return std / math.sqrt(2 * config.num_layers) if output else std

@@ -1,4 +1,4 @@
-"""Linear maps and tables that leave their weights to `init.initialise`: one generator fills the whole model, once."""
+"""Linear maps and tables that leave their weights to `init.initialize`: one generator fills the whole model, once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Normalisations of the residual stream: RMS with or without a gain, and layer norm without a bias."""
+"""Normalizations of the residual stream: RMS with or without a gain, and layer norm without a bias."""
 
 from __future__ import annotations
 
@@ -54,4 +54,4 @@ NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": 
 
 def build_norm(config: ModelConfig) -> nn.Module:
     """A norm over the model's width."""
-    return NORMS[config.block.norm](config.width, config.block.eps)
+    return NORMS[config.block.norm](config.hidden_size, config.block.eps)

@@ -1,4 +1,4 @@
-"""Normalisation of queries and keys before they are rotated (arXiv 2010.04245), which bounds the attention logits.
+"""Normalization of queries and keys before they are rotated (arXiv 2010.04245), which bounds the attention logits.
 
 The norm comes first and the rotation second: a learned scale per dimension after xPos would make the logits depend on
 absolute positions. Each part names the softmax scale that belongs to it. All keep the type of their input.
@@ -74,7 +74,7 @@ class L2HeadScale(NoNorm):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.scale = 1.0
-        self.temperature = nn.Parameter(torch.full((config.attention.heads, 1), 10.0))
+        self.temperature = nn.Parameter(torch.full((config.attention.num_heads, 1), 10.0))
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
@@ -97,8 +97,8 @@ class L2DimScale(NoNorm):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         D = content_dim(config)
-        self.query_scale = nn.Parameter(torch.full((config.attention.heads, D), D**0.25))
-        self.key_scale = nn.Parameter(torch.full((config.attention.kv_heads, D), D**0.25))
+        self.query_scale = nn.Parameter(torch.full((config.attention.num_heads, D), D**0.25))
+        self.key_scale = nn.Parameter(torch.full((config.attention.num_kv_heads, D), D**0.25))
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:

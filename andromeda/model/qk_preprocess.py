@@ -24,7 +24,7 @@ LAYOUTS: dict[Callable[[Tensor, Table], Tensor], qk_preprocess.Layout] = {
 
 
 def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
-    """q (B, T, H, D) and k (B, T, G, D) as projected -> normalised, turned, and with `bias` folded in for the softmax scale `scale`."""
+    """q (B, T, H, D) and k (B, T, G, D) as projected -> normalized, turned, and with `bias` folded in for the softmax scale `scale`."""
     form = known(q, k, norm, rotation, bias, scale)
     return plain(q, k, norm, rotation, bias, scale) if form is None else qk_preprocess.prepare(q, k, form)
 

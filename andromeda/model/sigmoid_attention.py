@@ -1,4 +1,4 @@
-"""Sigmoid attention (arXiv 2409.04431): every key is weighed on its own, nothing is normalised along a row.
+"""Sigmoid attention (arXiv 2409.04431): every key is weighed on its own, nothing is normalized along a row.
 
 The weight of a key is sigmoid(logit + b) with b = -ln(context), so that a row of average logits sums to about one at the
 full context. The paper's b follows the length of the sequence; here it is a constant, so that a cached, a packed and a
@@ -23,7 +23,7 @@ class SigmoidAttention(Attention):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
-        self.offset = -math.log(config.context)
+        self.offset = -math.log(config.max_seq_len)
 
     def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv), with T x S memory, in at least float32."""

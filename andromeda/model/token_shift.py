@@ -52,7 +52,7 @@ class LerpShift(nn.Module):
     def __init__(self, config: ModelConfig, slot: str) -> None:
         super().__init__()
         self.slot = slot
-        self.mix = nn.Parameter(torch.linspace(0, 1, config.width))
+        self.mix = nn.Parameter(torch.linspace(0, 1, config.hidden_size))
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
@@ -69,7 +69,7 @@ class Smear(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.slot = "smear"
-        self.channels = min(self.CHANNELS, config.width)
+        self.channels = min(self.CHANNELS, config.hidden_size)
         self.gate = Linear(self.channels, 1, bias=False)
         self.weight = nn.Parameter(torch.zeros(()))
 

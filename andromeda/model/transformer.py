@@ -13,7 +13,7 @@ from andromeda.model.decoder_stack import build_trunk
 from andromeda.model.embedding import Embedder
 from andromeda.model.forward_context import Context
 from andromeda.model.head import Head
-from andromeda.model.init import initialise
+from andromeda.model.init import initialize
 from andromeda.model.kv_cache.dynamic import Nothing
 from andromeda.model.norm import build_norm
 from andromeda.model.position import build_alibi, build_rotary
@@ -38,7 +38,7 @@ class Transformer(nn.Module):
         self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
         self.head = Head(config, self.embedder.tokens)
         if self.head.weight.device.type != "meta":
-            initialise(self, config, seed)
+            initialize(self, config, seed)
 
     def context(
         self,
@@ -76,7 +76,7 @@ class Transformer(nn.Module):
         window: int = 0,
         span: int = 0,
     ) -> Tensor:
-        """Last hidden states (B, T, C) of ids (B, T), normalised, before the head.
+        """Last hidden states (B, T, C) of ids (B, T), normalized, before the head.
 
         documents (B, T): numbers, one a document and never falling, that attention and token shift do not cross. cache: state of earlier
         tokens, which these follow; it is updated. window: narrows layers that have a window (0: as configured). span:

@@ -20,7 +20,7 @@ class NoValueEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.depth = config.depth
+        self.depth = config.num_layers
 
     def forward(self, ids: Tensor) -> tuple[None, ...]:
         """Nothing for any layer."""
@@ -33,8 +33,8 @@ class ValueEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         a = config.attention
-        self.depth, self.shape = config.depth, (a.kv_heads, a.head_dim)
-        self.table = Embedding(config.vocab_size, config.depth * a.kv_heads * a.head_dim)
+        self.depth, self.shape = config.num_layers, (a.num_kv_heads, a.head_dim)
+        self.table = Embedding(config.vocab_size, config.num_layers * a.num_kv_heads * a.head_dim)
 
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids (B, T) -> for each layer (B, T, G, D)."""

@@ -32,7 +32,7 @@ class Shifted(NamedTuple):
     total: Tensor
     """x + delta + bias (B, T, C); x itself where neither was given."""
     last: Tensor
-    """Normalised last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
+    """Normalized last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
 
 
 def accepts(x: Tensor) -> bool:
@@ -56,7 +56,7 @@ def norm_shift(
     """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
 
     layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
-    normalised. past (B, 1, C): the normalised vector before the first token; must be given where channels move. documents (B, T):
+    normalized. past (B, 1, C): the normalized vector before the first token; must be given where channels move. documents (B, T):
     numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
     """
     if delta is None and bias is None and not eight_bits and torch.is_grad_enabled() and x.requires_grad:
@@ -135,7 +135,7 @@ def _gradients(
     x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dtotal: Tensor | None, layer: bool, eps: float, begin: int,
     end: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of what was normalised (B, T, C) and of the gain (C,), empty where there is none."""
+    """Gradients of what was normalized (B, T, C) and of the gain (C,), empty where there is none."""
     from andromeda.ops.triton import add_norm_shift as device
 
     x, dy = x.contiguous(), dy.contiguous()

@@ -1,4 +1,4 @@
-"""Linear layers in 8 bits for inference: weights quantised once, activations as they come.
+"""Linear layers in 8 bits for inference: weights quantized once, activations as they come.
 
 A row of activations and a row of the weight each have a scale of their own, their largest absolute value over the largest number
 that the format holds (e4m3: 448), so that one large token costs the others nothing. A compiler fuses the rows' maxima into
@@ -25,27 +25,27 @@ ACTIVATIONS, WIDEST = ("none", "gelu", "gelu_tanh", "relu", "relu2", "silu"), 32
 TRITON = find_spec("triton") is not None
 
 
-def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (..., K) in 8 bits, and what each row was divided by (..., 1) in float32."""
     scale = x.abs().amax(-1, keepdim=True).float().clamp(min=1e-12) / LARGEST
     return (x * scale.reciprocal()).clamp(-LARGEST, LARGEST).to(FORMAT), scale
 
 
-@torch.library.custom_op("andromeda::activate_quantise", mutates_args=())
-def activate_quantise(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
-    """`quantise` of an activation of x (N, K) on a GPU: read and computed once, where a compiler does both twice."""
+@torch.library.custom_op("andromeda::activate_quantize", mutates_args=())
+def activate_quantize(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
+    """`quantize` of an activation of x (N, K) on a GPU: read and computed once, where a compiler does both twice."""
     from andromeda.ops.triton import float8_activation as device
 
-    return device.activate_quantise(x, activation, LARGEST)
+    return device.activate_quantize(x, activation, LARGEST)
 
 
-@activate_quantise.register_fake
+@activate_quantize.register_fake
 def _(x: Tensor, activation: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape, dtype=FORMAT), x.new_empty(x.shape[0], 1, dtype=torch.float32)
 
 
 def activates(x: Tensor, activation: str) -> bool:
-    """Whether `activate_quantise` and `activation.activate` compute this."""
+    """Whether `activate_quantize` and `activation.activate` compute this."""
     return TRITON and x.is_cuda and activation in ACTIVATIONS and x.shape[-1] <= WIDEST
 
 
@@ -54,7 +54,7 @@ class Linear8(nn.Module):
 
     def __init__(self, linear: nn.Linear) -> None:
         super().__init__()
-        weight, scale = quantise(linear.weight.detach())
+        weight, scale = quantize(linear.weight.detach())
         self.weight: Tensor
         self.scale: Tensor
         self.register_buffer("weight", weight)
@@ -63,11 +63,11 @@ class Linear8(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., N) in the type of x."""
-        out = self.product(*quantise(x.flatten(0, -2)))
+        out = self.product(*quantize(x.flatten(0, -2)))
         return out.to(x.dtype).unflatten(0, x.shape[:-1])
 
     def product(self, rows: Tensor, scale: Tensor) -> Tensor:
-        """rows (M, K) and scale (M, 1), as `quantise` gives them -> (M, N) in bfloat16."""
+        """rows (M, K) and scale (M, 1), as `quantize` gives them -> (M, N) in bfloat16."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
         if rows.device.type == "cpu":
             # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.

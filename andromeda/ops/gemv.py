@@ -19,7 +19,7 @@ TRITON = find_spec("triton") is not None
 ROWS = 8
 """Most rows."""
 ALONE = 2
-"""Up to here every program normalises the rows for itself; more rows are normalised once, by a kernel of their own."""
+"""Up to here every program normalizes the rows for itself; more rows are normalized once, by a kernel of their own."""
 TYPES = (torch.bfloat16, torch.float16, torch.float32)
 WIDEST = 1 << 15
 """Inputs."""
@@ -38,7 +38,7 @@ class Shift(NamedTuple):
     """Token shift by chunks: channels [i C, (i + 1) C) for C = K // (J + 1) are of i tokens before, zero across documents."""
 
     past: Tensor
-    """Normalised rows of the tokens before (M, J, K), the newest last; moved on by one token."""
+    """Normalized rows of the tokens before (M, J, K), the newest last; moved on by one token."""
     documents: tuple[Tensor, Tensor] | None = None
     """Numbers of the rows' documents (M, 1) and of those of all keys (M, S)."""
     at: Tensor | None = None
@@ -53,7 +53,7 @@ class Keep(NamedTuple):
 
     past: Tensor
     fresh: Tensor
-    """Normalised rows (M, K)."""
+    """Normalized rows (M, K)."""
 
 
 class Place(NamedTuple):
@@ -98,7 +98,7 @@ def product(
     activation: none, gelu, gelu_tanh, relu, relu2 or silu. What comes back beside it, if anything, is the `keep` of the next product.
     """
     if norm and len(x) > ALONE:
-        x, norm, shift = normalise(x, norm, shift), None, None
+        x, norm, shift = normalize(x, norm, shift), None, None
     kind, eps, gain = norm or ("none", 0.0, None)
     past, documents, at = shift or (None, None, None)
     own, numbers = documents or (None, None)
@@ -107,11 +107,11 @@ def product(
     return y, None if past is None else Keep(past, fresh)
 
 
-def normalise(x: Tensor, norm: Norm, shift: Shift | None = None) -> Tensor:
+def normalize(x: Tensor, norm: Norm, shift: Shift | None = None) -> Tensor:
     """x (M, K) normed and shifted; the shift's past is moved on."""
     past, documents, at = shift or (None, None, None)
     own, numbers = documents or (None, None)
-    return _normalise(x, norm.gain, past, own, numbers, at, norm.kind, norm.eps)
+    return _normalize(x, norm.gain, past, own, numbers, at, norm.kind, norm.eps)
 
 
 @torch.library.custom_op("andromeda::gemv", mutates_args=("old", "cache"))
@@ -134,7 +134,7 @@ def _product(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The product, and the normalised rows if `past` is given. old, row: what is kept for an earlier product."""
+    """The product, and the normalized rows if `past` is given. old, row: what is kept for an earlier product."""
     from andromeda.ops.triton import gemv as device
 
     y, fresh = _outputs(x, weight, past)
@@ -162,8 +162,8 @@ def _outputs(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor, Te
     return x.new_empty(len(x), len(weight)), x.new_empty(0) if past is None else torch.empty_like(x)
 
 
-@torch.library.custom_op("andromeda::gemv_normalise", mutates_args=("past",))
-def _normalise(
+@torch.library.custom_op("andromeda::gemv_normalize", mutates_args=("past",))
+def _normalize(
     x: Tensor,
     gain: Tensor | None,
     past: Tensor | None,
@@ -175,10 +175,10 @@ def _normalise(
 ) -> Tensor:
     from andromeda.ops.triton import gemv as device
 
-    return device.normalise(device.Input(x, kind, eps, gain, past, own, numbers, index))
+    return device.normalize(device.Input(x, kind, eps, gain, past, own, numbers, index))
 
 
-@_normalise.register_fake
+@_normalize.register_fake
 def _(
     x: Tensor, gain: Tensor | None, past: Tensor | None, own: Tensor | None, numbers: Tensor | None, index: Tensor | None,
     kind: str, eps: float,

@@ -23,7 +23,7 @@ WORTH_IT = 1 << 20
 Compile = Literal["auto", "on", "off"]
 
 
-def quantisable(parameter: Tensor) -> bool:
+def quantizable(parameter: Tensor) -> bool:
     """Whether torchao would store this parameter's moments in 8 bits."""
     return parameter.numel() >= SMALLEST and parameter.numel() % BLOCK == 0
 
@@ -61,12 +61,12 @@ def _worth_compiling(parameters: list[Tensor]) -> bool:
 
 
 def pack(state: Tensor) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """A quantised moment as plain tensors and what is needed to build it again."""
+    """A quantized moment as plain tensors and what is needed to build it again."""
     return {"codes": state.codes, "scale": state.scale, "qmap": state.qmap}, {"signed": state.signed}  # type: ignore[attr-defined]
 
 
 def unpack(tensors: dict[str, Tensor], signed: bool, dtype: torch.dtype) -> Tensor:
-    """The quantised moment that `pack` took apart; `dtype` is its parameter's."""
+    """The quantized moment that `pack` took apart; `dtype` is its parameter's."""
     from torchao.optim.subclass_8bit import OptimState8bit
 
     return OptimState8bit(tensors["codes"], tensors["scale"], tensors["qmap"], signed, dtype)

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from andromeda.config.train import Optim
+from andromeda.config.train import OptimizerConfig
 from andromeda.optim import state
-from andromeda.optim.adamw_8bit import Compile, adamw8bit, quantisable
+from andromeda.optim.adamw_8bit import Compile, adamw8bit, quantizable
 from andromeda.optim.muon import Muon
 from andromeda.optim.param_groups import ROLES, Role, roles
 
@@ -84,7 +84,7 @@ class Optimizer:
             yield from part.param_groups
 
 
-def build_optimizer(model: nn.Module, config: Optim, compile: Compile = "auto") -> Optimizer:
+def build_optimizer(model: nn.Module, config: OptimizerConfig, compile: Compile = "auto") -> Optimizer:
     """The optimizer that `config` names, over the trainable parameters of `model` (not of its compiled wrapper).
 
     - `adamw`: AdamW (arXiv 1711.05101) for everything.
@@ -101,7 +101,7 @@ def build_optimizer(model: nn.Module, config: Optim, compile: Compile = "auto") 
     for parameter, name in names.items():
         by_role[every_role[name]].append(parameter)
     groups = [_group(role, params, config) for role, params in by_role.items() if params]
-    makers: dict[str, Callable[[Groups, Optim], list[torch.optim.Optimizer]]] = {
+    makers: dict[str, Callable[[Groups, OptimizerConfig], list[torch.optim.Optimizer]]] = {
         "adamw": _adamw,
         "adamw8bit": partial(_adamw8bit, compile=compile),
         "muon": _muon,
@@ -109,7 +109,7 @@ def build_optimizer(model: nn.Module, config: Optim, compile: Compile = "auto") 
     return Optimizer(config.kind, makers[config.kind](groups, config), names, momentum_warmup(config))
 
 
-def momentum_warmup(config: Optim) -> Callable[[int], float]:
+def momentum_warmup(config: OptimizerConfig) -> Callable[[int], float]:
     """Muon's momentum at each step: linear from `momentum_start` at step 0 to `momentum` at step `momentum_warmup`."""
 
     def momentum(step: int) -> float:
@@ -119,7 +119,7 @@ def momentum_warmup(config: Optim) -> Callable[[int], float]:
     return momentum
 
 
-def _group(role: Role, params: list[nn.Parameter], config: Optim) -> dict[str, Any]:
+def _group(role: Role, params: list[nn.Parameter], config: OptimizerConfig) -> dict[str, Any]:
     """The rates beside Muon are those of the 2024-12-04 speedrun record, whose embeddings learn 75 times faster than its head."""
     muon = config.kind == "muon"
     rate = {
@@ -132,18 +132,18 @@ def _group(role: Role, params: list[nn.Parameter], config: Optim) -> dict[str, A
     return {"params": params, "role": role, "lr": rate, "base_lr": rate, "weight_decay": decay}
 
 
-def _adamw(groups: Groups, config: Optim) -> list[torch.optim.Optimizer]:
+def _adamw(groups: Groups, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     if not groups:
         return []
     fused = all(p.is_floating_point() and p.device.type in ("cpu", "cuda") for group in groups for p in group["params"])
     return [torch.optim.AdamW(groups, betas=config.betas, eps=config.eps, fused=fused)]
 
 
-def _adamw8bit(groups: Groups, config: Optim, compile: Compile) -> list[torch.optim.Optimizer]:
+def _adamw8bit(groups: Groups, config: OptimizerConfig, compile: Compile) -> list[torch.optim.Optimizer]:
     large: Groups = []
     small: Groups = []
     for group in groups:
-        fits = [group["role"] != "embedding" and quantisable(p) for p in group["params"]]
+        fits = [group["role"] != "embedding" and quantizable(p) for p in group["params"]]
         for target, wanted in ((large, True), (small, False)):
             params = [p for p, fit in zip(group["params"], fits, strict=True) if fit is wanted]
             if params:
@@ -152,7 +152,7 @@ def _adamw8bit(groups: Groups, config: Optim, compile: Compile) -> list[torch.op
     return [*eight, *_adamw(small, config)]
 
 
-def _muon(groups: Groups, config: Optim) -> list[torch.optim.Optimizer]:
+def _muon(groups: Groups, config: OptimizerConfig) -> list[torch.optim.Optimizer]:
     matrices = [group for group in groups if group["role"] == "matrix"]
     others = [group for group in groups if group["role"] != "matrix"]
     muon: list[torch.optim.Optimizer] = []

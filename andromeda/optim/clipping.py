@@ -11,13 +11,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from andromeda.config.train import Clip
+from andromeda.config.train import ClipConfig
 
 FLOOR = 1e-3
 """Adaptive clipping treats a unit whose weights are smaller than this as if they had this norm (arXiv 2102.06171, section 4)."""
 
 
-def clip(parameters: Iterable[nn.Parameter], config: Clip) -> Tensor:
+def clip(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Tensor:
     """Clip the gradients of `parameters` in place; returns their global l2 norm before clipping, shape (), on their device.
 
     - `norm`: every gradient times min(1, limit / (norm + 1e-6)).
@@ -40,7 +40,7 @@ def clip_units(parameters: Iterable[nn.Parameter], limit: float, floor: float = 
     its own unit) or one whole vector. Its gradient g with weights w is scaled to norm limit * max(|w|, floor) where it is
     longer.
 
-    Trap: the rows of a zero-initialised matrix have |w| = 0, so that only limit * floor (1e-5 at the paper's limit of 0.01)
+    Trap: the rows of a zero-initialized matrix have |w| = 0, so that only limit * floor (1e-5 at the paper's limit of 0.01)
     of their gradient passes until they have grown. AdamW and Muon do not see the scale of a gradient, and are not slowed
     by it; plain SGD is.
     """

@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalised (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
+"""Muon: momentum, orthogonalized (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/).
 
 With gradient g, momentum m and an R x C matrix w, one step is
     m <- mu m + g;  u = g + mu m (Nesterov);  w <- (1 - lr decay) w - lr sqrt(max(1, R / C)) NS5(u)
@@ -23,10 +23,10 @@ _BATCH = 1 << 26
 """Most elements of one batch, so that stacking equal shapes never doubles the memory of a large model."""
 
 
-def orthogonalise(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
+def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = None) -> Tensor:
     """Newton-Schulz: (..., R, C) to the same shape with all singular values near 1, the singular vectors kept.
 
-    Normalised by the Frobenius norm in at least float32, iterated in `dtype` (default: `iteration_dtype`), which is also
+    Normalized by the Frobenius norm in at least float32, iterated in `dtype` (default: `iteration_dtype`), which is also
     the dtype of the result.
     """
     dtype = dtype or iteration_dtype(matrices)
@@ -93,7 +93,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
         updates = torch.stack(torch._foreach_add(grads, buffers, alpha=momentum))
-        directions = orthogonalise(updates, group["steps"], group["dtype"]).to(parameters[0].dtype)
+        directions = orthogonalize(updates, group["steps"], group["dtype"]).to(parameters[0].dtype)
         rows, columns = parameters[0].shape[-2:]
         torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
         torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * max(1.0, rows / columns) ** 0.5)

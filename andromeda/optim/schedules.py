@@ -12,13 +12,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from andromeda.config.train import Schedule, Window
+from andromeda.config.train import ScheduleConfig, WindowWarmupConfig
 from andromeda.utils.errors import ConfigError
 
 Factor = Callable[[int], float]
 
 
-def build_schedule(config: Schedule, steps: int) -> Factor:
+def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
     """The factor of the learning rate at each step of a run of `steps` updates.
 
     Kinds: `constant` (1), `linear`, `cosine` (half a period, arXiv 1608.03983 eq. 5), `wsd` (warm-up, stable, linear
@@ -38,7 +38,7 @@ def build_schedule(config: Schedule, steps: int) -> Factor:
         "cosine": (config.warmup, _cosine),
         "wsd": (steps - cooldown, _linear),
     }[config.kind]
-    final = config.final
+    final = config.min_lr_ratio
 
     def factor(step: int) -> float:
         if step < config.warmup:
@@ -62,7 +62,7 @@ def _cosine(progress: float, final: float) -> float:
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_window(config: Window, steps: int) -> Callable[[int], int]:
+def build_window(config: WindowWarmupConfig, steps: int) -> Callable[[int], int]:
     """The window at each step, in tokens: linear from `start` at step 0 to `end` at the last step, rounded up to a multiple of
     `step`; always 0 (as configured) when `end` is 0."""
     if not config.end:

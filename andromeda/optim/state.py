@@ -1,6 +1,6 @@
 """Optimizer state as plain tensors and plain values, by parameter name: what safetensors and JSON can hold.
 
-An entry of a parameter is one tensor `<parameter>/<entry>` (`blocks.0.w/exp_avg`), or, when it is quantised, its pieces
+An entry of a parameter is one tensor `<parameter>/<entry>` (`blocks.0.w/exp_avg`), or, when it is quantized, its pieces
 `<parameter>/<entry>/<piece>`. The values describe every entry, so that a missing tensor is found before anything changes.
 """
 

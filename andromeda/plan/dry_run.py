@@ -71,22 +71,22 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
     """
     model = _as_fused(config.model) if gpu else config.model
     # Full checkpointing keeps the blocks' inputs, compiled or not.
-    compiled = compiled and config.train.checkpointing != "full"
+    compiled = compiled and config.train.activation_checkpointing != "full"
     shallow, deep = _depths(model)
 
     def at(depth: int, backend: str) -> Passing:
-        changed = config.model_copy(update={"model": model.model_copy(update={"depth": depth})})
+        changed = config.model_copy(update={"model": model.model_copy(update={"num_layers": depth})})
         return _measure(changed, rows, sequence, precision, gpu, backend)
 
-    if model.depth <= deep and not compiled:
-        return at(model.depth, EAGER)
+    if model.num_layers <= deep and not compiled:
+        return at(model.num_layers, EAGER)
     backend = COMPILED if compiled else EAGER
     a, b = at(shallow, backend), at(deep, backend)
     # A compiled kernel keeps its steps in registers: what is under way is that of operations one by one, not of the graph's.
     working = (at(deep, EAGER) if compiled else b).working
 
     def grown(first: int, second: int) -> int:
-        return second + (second - first) * (model.depth - deep) // (deep - shallow)
+        return second + (second - first) * (model.num_layers - deep) // (deep - shallow)
 
     return Passing(
         forward=grown(a.forward, b.forward),
@@ -101,27 +101,27 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
 
 def _depths(model: ModelConfig) -> tuple[int, int]:
     """Two depths that end where the model's own does in its cycle of windows and, with skips, of pairs."""
-    cycle = math.lcm(2 if model.skips.unet else 1, model.attention.global_every or 1)
-    shallow = model.depth % cycle or cycle
+    cycle = math.lcm(2 if model.skips.unet else 1, model.attention.full_attention_interval or 1)
+    shallow = model.num_layers % cycle or cycle
     return shallow, shallow + cycle
 
 
 def _as_fused(model: ModelConfig) -> ModelConfig:
     """The model with patterns left out that a fused kernel computes without saving anything for them."""
-    alibi = model.alibi if model.alibi.fold else model.alibi.model_copy(update={"heads": 0})
-    attention = model.attention.model_copy(update={"window": 0, "global_every": 0, "softcap": 0.0, "backend": "auto"})
+    alibi = model.alibi if model.alibi.fold_into_qk else model.alibi.model_copy(update={"num_heads": 0})
+    attention = model.attention.model_copy(update={"sliding_window": 0, "full_attention_interval": 0, "softcap": 0.0, "backend": "auto"})
     return model.model_copy(update={"alibi": alibi, "attention": attention})
 
 
 def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: bool, backend: str) -> Passing:
     """One forward and backward pass on fake tensors."""
-    with _pretence(rows * sequence * config.model.experts.active, gpu):
+    with _pretence(rows * sequence * config.model.experts.top_k, gpu):
         model = Transformer(config.model)
         products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
         # Layers in 8 bits hold their weights in two orders, which are as many bytes.
         layers = products.exchange(model) if gpu and isinstance(products, Half) else ()
         refresh(layers)
-        checkpoint_blocks(model, config.train.checkpointing)
+        checkpoint_blocks(model, config.train.activation_checkpointing)
         if backend != EAGER:
             for block in model.trunk.blocks:
                 block.compile(backend=backend)

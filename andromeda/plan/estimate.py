@@ -94,7 +94,7 @@ class Plan:
 def plan(name: str, config: RunConfig, place: Place, tokens: int = 0) -> Plan:
     """Everything about one run. tokens: of the whole run (0: as configured). Raises ConfigError."""
     train, mesh = config.train, place.mesh
-    sequence = train.sequence or config.model.context
+    sequence = train.seq_len or config.model.max_seq_len
     _, micro = rows_per_reader(config, mesh)
     precision = _precision(train.precision, place.gpu)
     compiled = train.compile != "off" if place.gpu else wants_compile(config, torch.device("cpu"))
@@ -107,17 +107,17 @@ def plan(name: str, config: RunConfig, place: Place, tokens: int = 0) -> Plan:
         precision=precision,
         compiled=compiled,
         sequence=sequence,
-        rows=train.batch,
+        rows=train.batch_size,
         micro_rows=micro,
-        checkpointing=train.checkpointing,
+        checkpointing=train.activation_checkpointing,
         optimizer=train.optim.kind,
         parameters=parameters,
         flops=_flops(config, sequence),
         memory=training(config, mesh, model, held, state, place.gpu),
         checkpoint=checkpoint(state, train.checkpoints.keep),
         cache_per_token=cache_bytes(config.model),
-        cache_full=cache_bytes(config.model, config.model.context),
-        context=config.model.context,
+        cache_full=cache_bytes(config.model, config.model.max_seq_len),
+        context=config.model.max_seq_len,
         step_floor=floor,
         serving=serving(config.model, parameters.active, place.hardware, precision),
         traffic=traffic(config, mesh, parameters.total, sequence),
@@ -136,12 +136,12 @@ def _flops(config: RunConfig, sequence: int) -> Flops:
         forward_flops_per_token(config.model, sequence),
         training_flops_per_token(config.model, sequence),
         training_flops_per_token(config.model, sequence, convention="full"),
-        hardware_flops_per_token(config.model, sequence, config.train.checkpointing),
+        hardware_flops_per_token(config.model, sequence, config.train.activation_checkpointing),
     )
 
 
 def _budget(config: RunConfig, sequence: int, place: Place, precision: str, floor: float | None, tokens: int) -> Budget:
-    per_step = config.train.batch * sequence
+    per_step = config.train.batch_size * sequence
     steps = -(-tokens // per_step) if tokens else config.train.steps
     peak = place.hardware.peak.get(precision)
     seconds = None

@@ -10,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.config.train import Optim
+from andromeda.config.train import OptimizerConfig
 from andromeda.model.transformer import Transformer
 from andromeda.optim import Muon, roles
 from andromeda.plan.dry_run import Passing
@@ -58,7 +58,7 @@ def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing
     block = sum(p.numel() for p in model.trunk.blocks[0].parameters())
     gathered = 2 * block * PRODUCTS // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
-    accumulated = (config.train.micro_batch or config.train.batch) < config.train.batch // mesh.readers
+    accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.readers
     kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return Training(own, moving, gathered, updating, peak)
@@ -73,7 +73,7 @@ def _divided(passing: Passing, mesh: Mesh) -> Passing:
     return Passing(**{name: value // mesh.tp for name, value in asdict(lean).items()})
 
 
-def update_bytes(model: nn.Module, optim: Optim, gpu: bool) -> int:
+def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
     """What an update takes for a moment. AdamW's kernels work in place (its 8-bit one too, once compiled); Muon's products do not."""
     if optim.kind != "muon":
         return 0
@@ -101,4 +101,4 @@ def checkpoint(state: State, keep: int) -> Checkpoint:
 def cache_bytes(model: ModelConfig, tokens: int = 1) -> int:
     """Keys and values of `tokens` tokens of one sequence in bfloat16. Windows do not shorten them: the cache keeps all."""
     a = model.attention
-    return 2 * model.depth * a.kv_heads * a.head_dim * HALF * tokens
+    return 2 * model.num_layers * a.num_kv_heads * a.head_dim * HALF * tokens

@@ -51,12 +51,14 @@ def read_mesh(text: str) -> Mesh:
 def rows_per_reader(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
     """Rows of one step that each group of GPUs reads, and rows of its micro-batch. Raises ConfigError when they do not divide."""
     train, a = config.train, config.model.attention
-    if train.batch % mesh.readers:
-        raise ConfigError(f"train.batch = {train.batch} rows do not divide over dp x fsdp = {mesh.readers} GPUs: make it a multiple.")
-    if a.heads % mesh.tp:
-        raise ConfigError(f"model.attention.heads = {a.heads} do not divide over tp = {mesh.tp} GPUs: give a divisor.")
-    own = train.batch // mesh.readers
-    return own, min(train.micro_batch or own, own)
+    if train.batch_size % mesh.readers:
+        raise ConfigError(
+            f"train.batch_size = {train.batch_size} rows do not divide over dp x fsdp = {mesh.readers} GPUs: make it a multiple."
+        )
+    if a.num_heads % mesh.tp:
+        raise ConfigError(f"model.attention.num_heads = {a.num_heads} do not divide over tp = {mesh.tp} GPUs: give a divisor.")
+    own = train.batch_size // mesh.readers
+    return own, min(train.micro_batch_size or own, own)
 
 
 @dataclass(frozen=True)
@@ -85,8 +87,8 @@ def traffic(config: RunConfig, mesh: Mesh, parameters: int, sequence: int) -> Tr
     scattered = _ring(mesh.fsdp) * share * GRADIENTS
     reduced = 2 * _ring(mesh.dp) * share / mesh.fsdp * GRADIENTS
     # Two branches a layer, each gathers its input and scatters its output, in both directions.
-    collectives = 2 * 2 * 2 * config.model.depth
-    activations = _ring(mesh.tp) * collectives * own * sequence * config.model.width * PRODUCTS
+    collectives = 2 * 2 * 2 * config.model.num_layers
+    activations = _ring(mesh.tp) * collectives * own * sequence * config.model.hidden_size * PRODUCTS
     return Traffic(gathering, scattered + reduced, activations)
 
 

@@ -60,4 +60,4 @@ def _idle_experts(model: Transformer) -> int:
     """Numbers of experts that a token is not sent to."""
     e = model.config.experts
     routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in f".{name}")
-    return routed // e.count * (e.count - e.active)
+    return routed // e.num_experts * (e.num_experts - e.top_k)

@@ -31,14 +31,14 @@ def seconds_per_step(config: RunConfig, sequence: int, hardware: Hardware, preci
     rate, eight = hardware.rate("bf16" if precision == "fp8" else precision), hardware.rate("fp8")
     if rate is None or (precision == "fp8" and eight is None):
         return None
-    per_token = hardware_flops_per_token(config.model, sequence, config.train.checkpointing)
+    per_token = hardware_flops_per_token(config.model, sequence, config.train.activation_checkpointing)
     seconds = per_token / rate
     if precision == "fp8" and eight:
         parts = forward_flops_per_token(config.model, sequence)
-        passes = 4 if config.train.checkpointing == "full" else 3
+        passes = 4 if config.train.activation_checkpointing == "full" else 3
         in_eight = passes * sum(parts.get(part, 0.0) for part in EIGHT_BITS)
         seconds += in_eight * (1 / eight - 1 / rate)
-    return seconds * config.train.batch * sequence / gpus
+    return seconds * config.train.batch_size * sequence / gpus
 
 
 def serving(model: ModelConfig, active: int, hardware: Hardware, precision: str) -> Serving | None:
@@ -46,12 +46,12 @@ def serving(model: ModelConfig, active: int, hardware: Hardware, precision: str)
     rate = hardware.rate("bf16" if precision == "fp8" else precision)
     if rate is None:
         return None
-    parts = forward_flops_per_token(model, model.context)
+    parts = forward_flops_per_token(model, model.max_seq_len)
     head = parts.pop("head")
     weights = active * HALF
-    one = sum(forward_flops(model, 1.0 * model.depth).values()) / rate
+    one = sum(forward_flops(model, 1.0 * model.num_layers).values()) / rate
     return Serving(
-        (sum(parts.values()) * model.context + head) / rate,
+        (sum(parts.values()) * model.max_seq_len + head) / rate,
         max(one, weights / hardware.bandwidth),
-        max(one, (weights + cache_bytes(model, model.context)) / hardware.bandwidth),
+        max(one, (weights + cache_bytes(model, model.max_seq_len)) / hardware.bandwidth),
     )

@@ -10,14 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-from andromeda.config.train import Optim, TrainConfig
+from andromeda.config.train import OptimizerConfig, TrainConfig
 from andromeda.optim import roles
-from andromeda.optim.adamw_8bit import BLOCK, quantisable
+from andromeda.optim.adamw_8bit import BLOCK, quantizable
 
 FLOAT = 4
 """Bytes of a float32, in which weights, gradients, moments and the optimizer's step counts are held."""
 CODEBOOK = 256 * FLOAT
-"""torchao keeps, with every quantised moment, the values that its 256 codes stand for."""
+"""torchao keeps, with every quantized moment, the values that its 256 codes stand for."""
 
 
 @dataclass(frozen=True)
@@ -45,18 +45,18 @@ def state_bytes(model: nn.Module, train: TrainConfig) -> State:
     return State(weights, _bytes(trained), optimizer_bytes(model, train.optim), average)
 
 
-def optimizer_bytes(model: nn.Module, optim: Optim) -> int:
+def optimizer_bytes(model: nn.Module, optim: OptimizerConfig) -> int:
     """State of the optimizer after its first step."""
     by_role = roles(model)
     return sum(_moments(p, by_role[name], optim) for name, p in model.named_parameters() if p.requires_grad)
 
 
-def _moments(parameter: Tensor, role: str, optim: Optim) -> int:
+def _moments(parameter: Tensor, role: str, optim: OptimizerConfig) -> int:
     """Bytes of one parameter's moments: one for Muon, two and a count of steps for AdamW, a byte an element each in 8 bits."""
     n = parameter.numel()
     if optim.kind == "muon" and role == "matrix":
         return n * FLOAT
-    if optim.kind == "adamw8bit" and role != "embedding" and quantisable(parameter):
+    if optim.kind == "adamw8bit" and role != "embedding" and quantizable(parameter):
         return 2 * (n + n // BLOCK * FLOAT + CODEBOOK) + FLOAT
     return 2 * n * FLOAT + FLOAT
 

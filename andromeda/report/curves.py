@@ -89,7 +89,7 @@ def _health(record: Record) -> Html:
     ratios = metrics.names("update_ratio/")
     if not ratios:
         text = "Health of updates, activations and attention logits was not measured; to measure it while training, set"
-        return el("p", text, " ", command("train.log.health=100"), ".", class_="note")
+        return el("p", text, " ", command("train.log.diagnostics_every=100"), ".", class_="note")
     series = [Series(name.partition("/")[2], metrics.points(name), i % 6 + 1, dots=True) for i, name in enumerate(ratios)]
     return join(
         el("h3", "Health"),

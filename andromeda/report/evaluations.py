@@ -65,7 +65,7 @@ def _reasoning(result: Result) -> Html:
 
 def _choices(result: Result) -> Html:
     r = result.result
-    row = [percent(r["accuracy"]), percent(r.get("normalised")), percent(r.get("chance")), f"{r['questions']:,}", str(r["shots"])]
+    row = [percent(r["accuracy"]), percent(r.get("normalized")), percent(r.get("chance")), f"{r['questions']:,}", str(r["shots"])]
     return table(["right", "right, by length", "guessing", "questions", "examples shown"], [row], text=0)
 
 

@@ -60,13 +60,11 @@ def _data(record: Record) -> str:
 
 def _training(record: Record) -> str:
     train, seconds = record.config.train, record.metrics.last("seconds")
-    rows = train.sequence or record.config.model.context
+    rows = train.seq_len or record.config.model.max_seq_len
     time = f", {duration(seconds)} in steps" if seconds else ""
     machine = _start(record, "machine").get("processor")
     where = f" on {machine}" if machine else ""
-    return (
-        f"{train.optim.kind}, {train.steps:,} steps of {train.batch} rows of {rows:,} tokens, {train.schedule.kind} schedule{time}{where}."
-    )
+    return f"{train.optim.kind}, {train.steps:,} steps of {train.batch_size} rows of {rows:,} tokens, {train.schedule.kind} schedule{time}{where}."
 
 
 def _measured(record: Record) -> str:

@@ -11,7 +11,7 @@ from andromeda.utils.html import Html, Section, el
 
 def samples(record: Record) -> Section:
     """The section."""
-    lead = "As they came, none left out; what was given is in colour."
+    lead = "As they came, none left out; what was given is in color."
     if not record.samples:
         fill = f'andromeda generate {quoted(record.path)} "Once" --json > {quoted(record.path / "samples" / "mine.jsonl")}'
         return Section("samples", "Samples", lead, empty("No samples are kept. To add some:", fill))

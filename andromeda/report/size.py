@@ -28,7 +28,7 @@ def size(record: Record, counted: Parameters | None) -> Section:
     if counted is None:
         return Section("size", "Parameters and FLOPs", lead, empty("The model names a class that is not installed here."))
     model, train = record.config.model, record.config.train
-    sequence = train.sequence or model.context
+    sequence = train.seq_len or model.max_seq_len
     forward = forward_flops_per_token(model, sequence)
     step = training_flops_per_token(model, sequence)
     tokens = record.metrics.last("tokens")
@@ -50,7 +50,7 @@ def size(record: Record, counted: Parameters | None) -> Section:
             ("Tokens per parameter", f"{tokens / total:.2f}" if tokens else ""),
             (
                 "Cache of one token",
-                f"{byte_size(cache_bytes(model))}, of a full context {byte_size(cache_bytes(model, model.context))}, in bf16",
+                f"{byte_size(cache_bytes(model))}, of a full context {byte_size(cache_bytes(model, model.max_seq_len))}, in bf16",
             ),
         ]
     )

@@ -56,6 +56,6 @@ def key_figures(record: Record, counted: Parameters | None) -> Html:
     if seconds and tokens:
         shown.append(("Time in steps", duration(seconds), f"{tokens / seconds:,.0f} tokens per second"))
         train = record.config.train
-        flops = training_flops_per_token(record.config.model, train.sequence or record.config.model.context) * tokens
+        flops = training_flops_per_token(record.config.model, train.seq_len or record.config.model.max_seq_len) * tokens
         shown.append(("Training FLOPs", short(flops).replace("B", "G"), "matrix products"))
     return tiles(shown)

@@ -41,6 +41,6 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
     compiler = shutil.which("g++") or shutil.which("clang++")
     if train.compile == "on" and not compiler:
         raise ConfigError("train.compile = 'on' needs a C++ compiler on this CPU: install g++, or set train.compile=off.")
-    sequence = train.sequence or config.model.context
-    work = train.steps * train.batch * sequence * training_flops_per_token(config.model, sequence)
+    sequence = train.seq_len or config.model.max_seq_len
+    work = train.steps * train.batch_size * sequence * training_flops_per_token(config.model, sequence)
     return train.compile == "on" or (bool(compiler) and work > WORTH_IT)

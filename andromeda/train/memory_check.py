@@ -5,7 +5,7 @@ from __future__ import annotations
 import psutil
 import torch
 
-from andromeda.config.derived import hidden_width
+from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import skeleton
@@ -34,12 +34,12 @@ def check_fits(config: ModelConfig, device: torch.device, copies: int, itemsize:
 
 def check_rows_fit(config: RunConfig, device: torch.device, precision: str) -> None:
     """Raise ConfigError when the blocks alone keep more of one micro-batch for the backward pass than the device's whole memory."""
-    rows, length = config.train.micro_batch or config.train.batch, config.train.sequence or config.model.context
+    rows, length = config.train.micro_batch_size or config.train.batch_size, config.train.seq_len or config.model.max_seq_len
     needed, held = rows * length * least_kept(config, precision), memory_of(device)
     if needed > held:
         raise ConfigError(
             f"{rows:,} rows of {length:,} tokens at once need at least {needed / 2**30:,.1f} GiB for the backward pass, and {device} has "
-            f"{held / 2**30:,.1f} GiB: give a smaller train.micro_batch, or shorter rows (`andromeda plan` says what a run needs)."
+            f"{held / 2**30:,.1f} GiB: give a smaller train.micro_batch_size, or shorter rows (`andromeda plan` says what a run needs)."
         )
 
 
@@ -49,10 +49,10 @@ def least_kept(config: RunConfig, precision: str) -> int:
     Queries, keys, values, attention's output and the feed-forward's inner activations; recomputing blocks keep their input alone.
     """
     model, attention = config.model, config.model.attention
-    numbers = model.width
-    if config.train.checkpointing == "none":
-        numbers += 2 * (attention.heads + attention.kv_heads) * attention.head_dim + hidden_width(model)
-    return model.depth * numbers * BYTES[precision]
+    numbers = model.hidden_size
+    if config.train.activation_checkpointing == "none":
+        numbers += 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim + intermediate_size(model)
+    return model.num_layers * numbers * BYTES[precision]
 
 
 def memory_of(device: torch.device) -> int:

@@ -18,7 +18,7 @@ class Sums(NamedTuple):
     """Sums over the targets of some rows, in nats."""
 
     total: Tensor
-    """What is minimised; the one with gradients."""
+    """What is minimized; the one with gradients."""
     nll: Tensor
     """Cross entropy alone."""
 

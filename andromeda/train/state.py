@@ -168,14 +168,14 @@ def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> 
     precision = build_precision(train.precision, device)
     check_rows_fit(config, device, precision.name)
     model = precision.prepare(Transformer(config.model, seed=config.seed).to(device))
-    checkpoint_blocks(model, train.checkpointing)
+    checkpoint_blocks(model, train.activation_checkpointing)
     compile_blocks(model, config, device)
     return Session(
         config,
         model,
         build_optimizer(model, train.optim, train.compile),
         precision,
-        BadSteps(train.guard),
+        BadSteps(train.spike_guard),
         build_average(model, train.ema),
         Meter(device),
         fingerprint,

@@ -1,4 +1,4 @@
-"""What a step minimises, as sums over tokens, so that any split of a batch adds up to the same number."""
+"""What a step minimizes, as sums over tokens, so that any split of a batch adds up to the same number."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Stepper:
 
     def __init__(self, session: Session, objective: Callable[[Rows, int], Sums], config: TrainConfig) -> None:
         self._session, self._objective, self._limits = session, objective, config.clip
-        self._micro_batch = config.micro_batch or config.batch
+        self._micro_batch = config.micro_batch_size or config.batch_size
         self._parameters = session.optimizer.parameters()
         self._routers = [module for module in session.model.modules() if isinstance(module, Router)]
 
@@ -66,7 +66,7 @@ class Stepper:
         return Outcome(nll, norm, bad)
 
     def _gradients(self, work: Work) -> tuple[Tensor, Tensor]:
-        """Leaves the scaled gradient in the weights; returns the mean of what is minimised, and of the cross entropy."""
+        """Leaves the scaled gradient in the weights; returns the mean of what is minimized, and of the cross entropy."""
         precision, targets = self._session.precision, max(1, work.targets)
         loss, nll = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
         several = len(work.rows.ids) > self._micro_batch

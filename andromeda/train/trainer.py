@@ -78,13 +78,13 @@ class Loop:
 
     def _advance(self) -> None:
         """One step of the run."""
-        session, cursor, size = self._session, self._session.cursor, self._train.batch
+        session, cursor, size = self._session, self._session.cursor, self._train.batch_size
         first = session.guard.next_row(cursor.rows)
         with self._around.speed.running(cursor):
             batch = self._around.stream.rows(first, size)
         work = Work(Rows.of(batch, self._config.data.document_mask), batch.tokens, (first, first + size), self._window(cursor.step))
         session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
-        watched = self._due(self._train.log.health, cursor.step + 1)
+        watched = self._due(self._train.log.diagnostics_every, cursor.step + 1)
         with self._health.watching(work.rows) if watched else nullcontext(), self._around.speed.running(cursor):
             outcome = self._step(work)
         self._around.speed.count(size, work.window)
@@ -100,7 +100,7 @@ class Loop:
         session, step, train = self._session, self._session.cursor.step, self._train
         if self._due(train.log.every, step):
             self._write(self._figures())
-        if self._due(train.log.health, step):
+        if self._due(train.log.diagnostics_every, step):
             self._write(self._health.figures)
         if self._due(train.eval_every, step):
             validate = partial(self._around.validation, session.model, self._objective, session.precision)
@@ -142,7 +142,7 @@ class Loop:
         step, (rollbacks, skips) = session.cursor.step, session.guard.pass_over()
         if session.guard.gives_up:
             raise TrainingFailed(
-                f"{self._train.guard.patience} steps in a row up to step {step} could not be taken, "
+                f"{self._train.spike_guard.patience} steps in a row up to step {step} could not be taken, "
                 f"after {session.guard.rollbacks} rollbacks: "
                 f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._around.folder.checkpoints}."
             )
@@ -169,8 +169,8 @@ FREE = (
     "data.workers",
     "train.device",
     "train.compile",
-    "train.checkpointing",
-    "train.micro_batch",
+    "train.activation_checkpointing",
+    "train.micro_batch_size",
     "train.eval_every",
     "train.eval_tokens",
     "train.checkpoints",
@@ -231,7 +231,7 @@ def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: S
 
 def stream_length(config: RunConfig) -> int:
     """Tokens of a row."""
-    return config.train.sequence or config.model.context
+    return config.train.seq_len or config.model.max_seq_len
 
 
 def open_data(config: RunConfig) -> tuple[Stream, NoValidation]:
@@ -278,7 +278,7 @@ def build_validation(config: RunConfig) -> Validation:
     train, sequence = config.train, stream_length(config)
     # Its rows lie apart, which reading ahead does not expect.
     held_out = open_stream(config.data.model_copy(update={"workers": 0}), sequence, config.seed, "val")
-    return Validation(held_out, train.eval_tokens, sequence, train.micro_batch or train.batch, config.data.document_mask)
+    return Validation(held_out, train.eval_tokens, sequence, train.micro_batch_size or train.batch_size, config.data.document_mask)
 
 
 def _restore(session: Session, folder: RunFolder, screen: Screen) -> int:

@@ -30,7 +30,7 @@ class Hardware:
     measured: dict[str, float] = field(default_factory=dict)
     """What a large matrix product reached, where it was measured."""
     link: float = 0.0
-    """Bytes per second that one device sends and receives in all, to its neighbours in one host; 0 is unknown."""
+    """Bytes per second that one device sends and receives in all, to its neighbors in one host; 0 is unknown."""
 
     def rate(self, precision: str) -> float | None:
         """The best rate that can be expected: measured if known, else the vendor's; None where it has no such units."""
@@ -72,7 +72,7 @@ def find_hardware(name: str) -> Hardware:
     return HARDWARE[key]
 
 
-def recognise(device_name: str) -> Hardware | None:
+def recognize(device_name: str) -> Hardware | None:
     """The entry for a device's own name ("NVIDIA H200"), or None."""
     return next((entry for key, entry in HARDWARE.items() if key in device_name.lower()), None)
 
@@ -90,7 +90,7 @@ def peak_flops(device: str, precision: str) -> float | None:
         import torch
 
         name = torch.cuda.get_device_name(name)
-    entry = recognise(name)
+    entry = recognize(name)
     return entry.peak.get(precision) if entry else None
 
 

@@ -35,14 +35,14 @@ CONFIG = """
 name = "tiny"
 [model]
 vocab_size = 257
-context = 32
-width = 16
-depth = 2
-attention = {heads = 2, kv_heads = 1, head_dim = 8}
+max_seq_len = 32
+hidden_size = 16
+num_layers = 2
+attention = {num_heads = 2, num_kv_heads = 1, head_dim = 8}
 rotary = {kind = "rope"}
 [train]
 steps = 20
-batch = 2
+batch_size = 2
 eval_every = 10
 eval_tokens = 256
 compile = "off"
@@ -73,9 +73,9 @@ def arms(*changes: str) -> tuple[Arm, ...]:
 
 
 def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
-    grid = Grid(budget="flops", arm=arms("model.feedforward.mult=8.0", "train.batch=4", "model.depth=4"))
+    grid = Grid(budget="flops", arm=arms("model.feedforward.mlp_ratio=8.0", "train.batch_size=4", "model.num_layers=4"))
     planned = with_budget(plan_arms(tiny, ["train.steps=2000"], grid), grid, {})
-    spent = [p.config.train.steps * p.config.train.batch * 32 * p.flops for p in planned]
+    spent = [p.config.train.steps * p.config.train.batch_size * 32 * p.flops for p in planned]
     assert spent == pytest.approx([spent[0]] * 4, rel=2e-3)
     wide, base = planned[1], planned[0]
     # 16 wide, 2 layers, 64 more inner units: two products, two operations a term, three passes
@@ -85,7 +85,7 @@ def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
 
 
 def test_equal_tokens_and_seconds_are_counted_in_steps(tiny: str) -> None:
-    config = load(tiny, ["train.batch=3"])
+    config = load(tiny, ["train.batch_size=3"])
     assert tokens_per_step(config) == 96
     assert steps_for("tokens", 9600, config) == 100
     assert steps_for("seconds", 12.0, config, 0.05) == 240
@@ -97,9 +97,9 @@ def test_equal_tokens_and_seconds_are_counted_in_steps(tiny: str) -> None:
 
 
 def test_a_growing_window_counts_as_it_grows(tiny: str) -> None:
-    flat = flops_per_token(load(tiny, ["model.attention.window=16"]))
-    grows = load(tiny, ["model.attention.window=16", "train.window.start=1", "train.window.end=16", "train.window.step=1"])
-    narrow = flops_per_token(load(tiny, ["model.attention.window=1"]))
+    flat = flops_per_token(load(tiny, ["model.attention.sliding_window=16"]))
+    grows = load(tiny, ["model.attention.sliding_window=16", "train.window.start=1", "train.window.end=16", "train.window.step=1"])
+    narrow = flops_per_token(load(tiny, ["model.attention.sliding_window=1"]))
     assert narrow < flops_per_token(grows) < flat
 
 
@@ -132,7 +132,7 @@ def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -
 def test_values_are_divided_at_commas_outside_brackets() -> None:
     assert split("1,2.5, x") == ["1", "2.5", "x"]
     assert split("[0.8, 0.9],[0.9,0.95]") == ["[0.8, 0.9]", "[0.9,0.95]"]
-    assert [arm.changes for arm in varied(["model.depth=1,2"])] == [("model.depth=1",), ("model.depth=2",)]
+    assert [arm.changes for arm in varied(["model.num_layers=1,2"])] == [("model.num_layers=1",), ("model.num_layers=2",)]
 
 
 def test_slots_are_one_for_the_cpu_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,7 +188,7 @@ def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int,
 
 def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert call("ablate", tiny, "--vary", "model.depth=4", "--seeds", "1", "--cost-steps", "2", "--out", out, "--lean", "--json") == 0
+    assert call("ablate", tiny, "--vary", "model.num_layers=4", "--seeds", "1", "--cost-steps", "2", "--out", out, "--lean", "--json") == 0
     results = json.loads(capfd.readouterr().out)
     base, deep = results["arms"]
     assert deep["verdict"] == "one seed: no verdict"
@@ -198,12 +198,12 @@ def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[
     assert deep["size_ratio"] == deep["parameters"] / base["parameters"] > 1
     assert deep["parameters"] > base["parameters"]
     assert not (tmp_path / "out" / "baseline-s0" / "checkpoints").exists()
-    assert page([results], "").count("| depth=4 | baseline |") == 1
+    assert page([results], "").count("| num_layers=4 | baseline |") == 1
 
 
 def test_a_run_that_diverges_is_no_matter_of_means(tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    wild = ["--vary", "train.optim.lr=1e18", "train.guard.enabled=false", "train.clip.kind=none"]
+    wild = ["--vary", "train.optim.lr=1e18", "train.spike_guard.enabled=false", "train.clip.kind=none"]
     assert call("ablate", tiny, *wild, "--seeds", "2", "--cost-steps", "0", "--out", str(out)) == 0
     arm = json.loads((out / "results.json").read_text())["arms"][1]
     assert (arm["verdict"], arm["effect"], arm["mean"]) == ("diverges: 2 of 2 runs", None, None)
@@ -213,18 +213,18 @@ REFUSED = [
     ([], "nothing to compare"),
     (["--vary", "model.block.kind"], "write key.path=value,value"),
     (["--vary", "model.block.kind=sideways"], "Arm 'block.kind=sideways' is refused: model.block.kind must be one of"),
-    (["--vary", "model.attention.kv_heads=3"], "is not a multiple"),
-    (["--vary", "train.batch=2"], "is the same run as 'baseline'"),
-    (["--vary", "model.depth=1,1"], "Two arms"),
-    (["--vary", "model.depth=1", "--budget", "money"], "budget must be one of tokens, flops, seconds"),
-    (["--vary", "model.depth=1", "--budget", "seconds"], "--amount"),
-    (["--vary", "model.depth=1", "--grid", "missing.toml"], "cannot be read"),
-    (["--vary", "model.depth=1", "data.corpus="], "data.corpus is empty"),
-    (["--vary", "model.depth=1", "data.corpus=nowhere"], "There is no corpus at nowhere"),
+    (["--vary", "model.attention.num_kv_heads=3"], "is not a multiple"),
+    (["--vary", "train.batch_size=2"], "is the same run as 'baseline'"),
+    (["--vary", "model.num_layers=1,1"], "Two arms"),
+    (["--vary", "model.num_layers=1", "--budget", "money"], "budget must be one of tokens, flops, seconds"),
+    (["--vary", "model.num_layers=1", "--budget", "seconds"], "--amount"),
+    (["--vary", "model.num_layers=1", "--grid", "missing.toml"], "cannot be read"),
+    (["--vary", "model.num_layers=1", "data.corpus="], "data.corpus is empty"),
+    (["--vary", "model.num_layers=1", "data.corpus=nowhere"], "There is no corpus at nowhere"),
     (["--vary", "model.vocab_size=100"], "Arm 'vocab_size=100' is refused: The corpus has 257 tokens"),
     (["--vary", "train.steps=10"], "sets train.steps, which follows from the budget"),
     (["--vary", "seed=5"], "sets seed, which follows from the grid's seeds"),
-    (["--vary", "model.depth=1", "--seeds", "0"], "--seeds"),
+    (["--vary", "model.num_layers=1", "--seeds", "0"], "--seeds"),
 ]
 
 
@@ -249,7 +249,7 @@ def test_wrong_inputs_are_one_sentence_and_nothing_runs(
         ({"arm": [{"name": "x"}], "seeds": [1, 1]}, "different whole numbers"),
         ({"arm": [{"name": "x"}], "seeds": []}, "one at least"),
         ({"arm": [{"name": " "}]}, "needs a name"),
-        ({"arm": [{"name": "x"}], "budget": "seconds", "amount": 9, "cost": ["train.batch=64"]}, "leave cost out"),
+        ({"arm": [{"name": "x"}], "budget": "seconds", "amount": 9, "cost": ["train.batch_size=64"]}, "leave cost out"),
     ],
 )
 def test_wrong_grids_are_refused(values: dict[str, Any], said: str) -> None:
@@ -260,12 +260,12 @@ def test_wrong_grids_are_refused(values: dict[str, Any], said: str) -> None:
 def test_another_study_in_the_same_folder_is_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out" / "baseline-s0").mkdir(parents=True)
     (tmp_path / "out" / "baseline-s0" / "config.toml").write_text(Path(tiny).read_text())
-    assert call("ablate", tiny, "model.width=32", "--vary", "model.depth=1", "--out", str(tmp_path / "out")) == 2
+    assert call("ablate", tiny, "model.hidden_size=32", "--vary", "model.num_layers=1", "--out", str(tmp_path / "out")) == 2
     assert "holds another run" in capsys.readouterr().err
 
 
 def test_runs_of_other_data_are_not_mixed(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = ["ablate", tiny, "train.steps=2", "train.schedule.cooldown=0", "train.schedule.warmup=0", "--vary", "model.depth=1"]
+    asked = ["ablate", tiny, "train.steps=2", "train.schedule.cooldown=0", "train.schedule.warmup=0", "--vary", "model.num_layers=1"]
     asked += ["--seeds", "1", "--cost-steps", "0", "--lean", "--out", str(tmp_path / "out")]
     assert call(*asked) == 0
     other = BuildConfig(tokenizer="bytes", include=(".py",), max_bytes=20_000, validation=0.2)

@@ -19,13 +19,13 @@ from tools import arithmetic_table, gpu_goals, performance_page
 
 CPU = torch.device("cpu")
 SMALL = [
-    "model.width=64",
-    "model.depth=2",
+    "model.hidden_size=64",
+    "model.num_layers=2",
     "model.vocab_size=512",
-    "model.context=64",
-    "model.attention.heads=4",
+    "model.max_seq_len=64",
+    "model.attention.num_heads=4",
     "model.attention.head_dim=32",
-    "model.alibi.heads=2",
+    "model.alibi.num_heads=2",
 ]
 TRAIN = ["train.device=cpu", "train.compile=off", "train.precision=fp32"]
 
@@ -49,7 +49,7 @@ def test_a_side_without_memory_says_so() -> None:
     def fails() -> Any:
         raise torch.OutOfMemoryError
 
-    config = load("andromeda", [*SMALL, *TRAIN, "train.batch=2", "train.micro_batch=1"])
+    config = load("andromeda", [*SMALL, *TRAIN, "train.batch_size=2", "train.micro_batch_size=1"])
     side = training._side(fails, config, CPU, 1)
     assert side == {"failed": "out of memory"}
     assert training.summary({"x": side}, config, CPU) == {"x": side}
@@ -57,7 +57,7 @@ def test_a_side_without_memory_says_so() -> None:
 
 def test_llama_has_our_products() -> None:
     """Parameters of its blocks are ours to 2 %: the same projections, and three matrices of two thirds the hidden width."""
-    config = load("andromeda", [*SMALL, "model.width=768", "model.feedforward.bias=false", "model.block.norm=rms"]).model
+    config = load("andromeda", [*SMALL, "model.hidden_size=768", "model.feedforward.bias=false", "model.block.norm=rms"]).model
     ours, peer = empty_model(config, torch.device("meta"), torch.bfloat16), llama(config, torch.device("meta"), torch.bfloat16)
     count = [sum(p.numel() for p in model.parameters() if p.ndim == 2) for model in (ours, peer)]
     assert count[1] == pytest.approx(count[0], rel=0.02)
@@ -128,7 +128,7 @@ def test_a_peer_that_does_not_exist_is_refused() -> None:
 def test_both_precisions_read_the_same_text() -> None:
     """Bytes of Python sources, targets one byte ahead; a precision that the device lacks says so."""
     run = [*SMALL, "train.device=cpu", "train.compile=off", "train.schedule.warmup=1"]
-    config = load("andromeda", [*run, "model.vocab_size=256", "train.batch=2", "train.micro_batch=2", "train.steps=3"])
+    config = load("andromeda", [*run, "model.vocab_size=256", "train.batch_size=2", "train.micro_batch_size=2", "train.steps=3"])
     drawn = list(precision.batches(config))
     assert len(drawn) == 3
     for ids, targets in drawn:

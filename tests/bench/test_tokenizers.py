@@ -16,14 +16,14 @@ from andromeda.data.tokenizer import Tokenizer, train_tokenizer
 from tests.command import call
 
 TINY = [
-    "model.width=16",
-    "model.depth=1",
-    "model.attention.heads=1",
+    "model.hidden_size=16",
+    "model.num_layers=1",
+    "model.attention.num_heads=1",
     "model.attention.head_dim=16",
-    "model.context=32",
+    "model.max_seq_len=32",
     "train.compile=off",
 ]
-SET = [word for change in [*TINY, "train.device=cpu", "train.batch=2", "train.compile=off"] for word in ("--set", change)]
+SET = [word for change in [*TINY, "train.device=cpu", "train.batch_size=2", "train.compile=off"] for word in ("--set", change)]
 
 
 @pytest.fixture(scope="module")
@@ -75,10 +75,10 @@ def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pyte
 
 def test_equal_operations_count_the_head() -> None:
     """A model whose head is its only product: tokens x width x vocabulary x 2, three times."""
-    small, large = (load("nano", ["model.depth=1", f"model.vocab_size={v}", "train.batch=1"]) for v in (512, 65536))
+    small, large = (load("nano", ["model.num_layers=1", f"model.vocab_size={v}", "train.batch_size=1"]) for v in (512, 65536))
     ratio = steps_for(small, 1e15) / steps_for(large, 1e15)
     assert 1 < ratio < 65536 / 512
-    head = 6 * small.model.width * (65536 - 512) * 512
+    head = 6 * small.model.hidden_size * (65536 - 512) * 512
     one, other = (1e15 / steps_for(c, 1e15) for c in (small, large))
     assert other - one == pytest.approx(head, rel=1e-3)
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.keys import table
 from andromeda.config.load import dumps, from_values, load, presets
 from andromeda.config.mistakes import LARGEST_NUMBER, read
@@ -28,7 +28,7 @@ NAMES = sorted(presets())
 def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     """Any value that the field's type allows."""
     kind = field.annotation
-    if isinstance(kind, type) and issubclass(kind, Part):
+    if isinstance(kind, type) and issubclass(kind, BaseConfig):
         return parts_of(kind)
     if inner := table(field):
         return st.lists(parts_of(inner), max_size=2).map(tuple)
@@ -53,7 +53,7 @@ def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="gt" in limits, exclude_max="lt" in limits)
 
 
-def parts_of(part: type[Part]) -> st.SearchStrategy[Any]:
+def parts_of(part: type[BaseConfig]) -> st.SearchStrategy[Any]:
     return st.fixed_dictionaries({name: values_of(field) for name, field in part.model_fields.items()}).map(lambda values: part(**values))
 
 
@@ -73,9 +73,9 @@ def test_a_preset_loads_fits_together_and_survives_a_run_folder(name: str, tmp_p
     resolved = resolve(config)
     check(resolved)
     assert resolve(resolved) == resolved
-    assert (resolved.train.sequence, resolved.train.micro_batch) == (
-        config.train.sequence or config.model.context,
-        config.train.micro_batch or config.train.batch,
+    assert (resolved.train.seq_len, resolved.train.micro_batch_size) == (
+        config.train.seq_len or config.model.max_seq_len,
+        config.train.micro_batch_size or config.train.batch_size,
     )
 
 
@@ -90,9 +90,9 @@ def test_every_preset_has_one_line_about_it() -> None:
 
 def test_a_file_changes_the_preset_it_names_and_overrides_change_both(tmp_path: Path) -> None:
     path = tmp_path / "mine.toml"
-    path.write_text('preset = "nano"\n[model]\ndepth = 3\nwidth = 128\n[model.attention]\nheads = 2\n')
-    nano, mine = load("nano"), load(path, ["model.width=192", "train.optim.kind=adamw"])
-    assert (mine.model.depth, mine.model.width, mine.model.attention.heads) == (3, 192, 2)
+    path.write_text('preset = "nano"\n[model]\nnum_layers = 3\nhidden_size = 128\n[model.attention]\nnum_heads = 2\n')
+    nano, mine = load("nano"), load(path, ["model.hidden_size=192", "train.optim.kind=adamw"])
+    assert (mine.model.num_layers, mine.model.hidden_size, mine.model.attention.num_heads) == (3, 192, 2)
     assert mine.train.optim.kind == "adamw"
     # What neither says is the preset's.
     assert mine.model.attention.qk_norm == nano.model.attention.qk_norm
@@ -115,8 +115,8 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ("train.optim.lr=.05", "train.optim.lr", 0.05),
         ("train.optim.lr=2.", "train.optim.lr", 2.0),
         ("train.optim.lr=1", "train.optim.lr", 1.0),
-        ("train.batch = 32", "train.batch", 32),
-        ("train.batch=1_024", "train.batch", 1024),
+        ("train.batch_size = 32", "train.batch_size", 32),
+        ("train.batch_size=1_024", "train.batch_size", 1024),
         ("model.attention.bias=true", "model.attention.bias", True),
         ("name=x", "name", "x"),
         ("name=12", "name", "12"),
@@ -128,7 +128,7 @@ def test_an_empty_file_is_the_default(tmp_path: Path) -> None:
         ("data.corpus=/a b/c", "data.corpus", "/a b/c"),
         ("train.optim.betas=[0.8, 0.9]", "train.optim.betas", (0.8, 0.9)),
         ('train.probes.tasks=["recall"]', "train.probes.tasks", ("recall",)),
-        ("model.dim=192", "model.width", 192),
+        ("model.dim=192", "model.hidden_size", 192),
     ],
 )
 def test_an_override_says_what_it_seems_to(override: str, path: str, value: Any) -> None:

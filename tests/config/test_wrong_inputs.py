@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from andromeda.config.keys import fields, place
 from andromeda.config.load import from_values, load, model_from_names
+from andromeda.config.mistakes import RENAMED
 from andromeda.config.rules import check_training
 from andromeda.utils.errors import ConfigError
 
@@ -30,23 +33,23 @@ def assert_one_sentence(message: str, *parts: str) -> None:
 # ` | ` stands between two overrides.
 OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     # Keys that do not exist
-    ("modle.width=64", ("modle", "did you mean model?")),
-    ("model.widht=64", ("model.widht", "did you mean model.width?")),
+    ("modle.hidden_size=64", ("modle", "did you mean model?")),
+    ("model.hiden_size=64", ("model.hiden_size", "did you mean model.hidden_size?")),
     ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
-    ("model.attention.kv_head=1", ("model.attention.kv_head", "model.attention.kv_heads?")),
-    ("model.kv_heads=1", ("model.kv_heads", "did you mean model.attention.kv_heads?")),
+    ("model.attention.kv_head=1", ("model.attention.kv_head", "model.attention.num_kv_heads?")),
+    ("model.num_kv_heads=1", ("model.num_kv_heads", "did you mean model.attention.num_kv_heads?")),
     ("dim=64", ("dim", "did you mean model.dim?")),
     ("steps=5", ("steps", "did you mean train.steps?")),
     ("lr=0.1", ("lr", "did you mean train.optim.lr?")),
     ("train.optim.learning_rate=0.1", ("train.optim.learning_rate",)),
-    ("model.attention.heads.count=4", ("model.attention.heads", "whole number", "a table")),
+    ("model.attention.num_heads.count=4", ("model.attention.num_heads", "whole number", "a table")),
     ("data.sources=[{path='x', wieght=1.0}]", ("data.sources[0].wieght", "data.sources[0].weight?")),
     ("zzz=1", ("zzz",)),
     # Values of the wrong type
-    ("model.depth=six", ("model.depth", "whole number", "'six'")),
-    ("model.depth=6.5", ("model.depth", "whole number", "6.5")),
-    ("model.depth=true", ("model.depth", "whole number", "true")),
-    ("model.depth=[6]", ("model.depth", "whole number", "[6]")),
+    ("model.num_layers=six", ("model.num_layers", "whole number", "'six'")),
+    ("model.num_layers=6.5", ("model.num_layers", "whole number", "6.5")),
+    ("model.num_layers=true", ("model.num_layers", "whole number", "true")),
+    ("model.num_layers=[6]", ("model.num_layers", "whole number", "[6]")),
     ("model.attention.bias=yes", ("model.attention.bias", "true or false", "'yes'")),
     ("model.attention.bias=1", ("model.attention.bias", "true or false")),
     ("model.rotary.theta=big", ("model.rotary.theta", "number", "'big'")),
@@ -60,7 +63,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("data.sources=[{weight=1.0}]", ("data.sources[0].path", "missing")),
     ("data.sources=[{path='x', weight=0.0}]", ("data.sources[0].weight", "above 0")),
     # Values out of range
-    ("model.depth=0", ("model.depth", "above 0")),
+    ("model.num_layers=0", ("model.num_layers", "above 0")),
     ("model.vocab_size=-1", ("model.vocab_size", "above 0", "-1")),
     ("model.rotary.fraction=1.5", ("model.rotary.fraction", "at most 1", "1.5")),
     ("model.rotary.scaling.factor=0.5", ("model.rotary.scaling.factor", "at least 1")),
@@ -76,25 +79,31 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("train.optim.kind=adam", ("train.optim.kind", "adamw8bit", "did you mean adamw")),
     ("train.precision=16", ("train.precision", "fp16")),
     ("model.attention.backend=flahs", ("model.attention.backend", "did you mean flash?", "eager")),
-    ("model.attention.mechanism=softmx", ("model.attention.mechanism", "did you mean softmax?")),
-    ("model.attention.mechanism=a b", ("model.attention.mechanism", "package.module:Class")),
-    ("model.attention.mechanism=no_such_module:X", ("model.attention.mechanism", "no_such_module")),
+    ("model.attention.mixer=softmx", ("model.attention.mixer", "did you mean softmax?")),
+    ("model.attention.mixer=a b", ("model.attention.mixer", "package.module:Class")),
+    ("model.attention.mixer=no_such_module:X", ("model.attention.mixer", "no_such_module")),
     ("train.device=gpu", ("train.device", "cuda")),
     # Parts that do not fit together
-    ("model.attention.heads=6 | model.attention.kv_heads=4", ("model.attention.heads = 6", "model.attention.kv_heads = 4")),
-    ("model.alibi.heads=5", ("model.alibi.heads = 5", "model.attention.heads = 4")),
-    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.head_dim=8", ("model.alibi.fold", "head_dim = 8")),
-    ("model.alibi.heads=2 | model.alibi.fold=true | model.context=16777217", ("model.alibi.fold", "model.context = 16777217")),
-    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.softcap=30.0", ("model.alibi.fold", "model.attention.softcap = 30")),
-    ("model.alibi.heads=2 | model.alibi.fold=true | model.attention.mechanism=sigmoid", ("model.alibi.fold", "sigmoid")),
-    ("model.alibi.heads=2 | model.alibi.fold=true | train.precision=fp16", ("train.precision", "model.alibi.fold")),
-    ("model.rotary.heads=unbiased", ("model.rotary.heads", "model.alibi.heads")),
-    ("model.alibi.heads=2 | model.rotary.kind=none | model.rotary.heads=unbiased", ("model.rotary.heads", "model.rotary.kind")),
+    ("model.attention.num_heads=6 | model.attention.num_kv_heads=4", ("model.attention.num_heads = 6", "model.attention.num_kv_heads = 4")),
+    ("model.alibi.num_heads=5", ("model.alibi.num_heads = 5", "model.attention.num_heads = 4")),
+    ("model.alibi.num_heads=2 | model.alibi.fold_into_qk=true | model.attention.head_dim=8", ("model.alibi.fold_into_qk", "head_dim = 8")),
     (
-        "model.alibi.heads=2 | model.rotary.heads=unbiased | model.attention.heads=4 | model.attention.kv_heads=1",
-        ("model.rotary.heads", "model.alibi.heads = 2", "multiple of the 4", "model.attention.kv_heads = 1"),
+        "model.alibi.num_heads=2 | model.alibi.fold_into_qk=true | model.max_seq_len=16777217",
+        ("model.alibi.fold_into_qk", "model.max_seq_len = 16777217"),
     ),
-    ("model.attention.mechanism=sigmoid | model.attention.backend=flash", ("model.attention.backend", "sigmoid")),
+    (
+        "model.alibi.num_heads=2 | model.alibi.fold_into_qk=true | model.attention.softcap=30.0",
+        ("model.alibi.fold_into_qk", "model.attention.softcap = 30"),
+    ),
+    ("model.alibi.num_heads=2 | model.alibi.fold_into_qk=true | model.attention.mixer=sigmoid", ("model.alibi.fold_into_qk", "sigmoid")),
+    ("model.alibi.num_heads=2 | model.alibi.fold_into_qk=true | train.precision=fp16", ("train.precision", "model.alibi.fold_into_qk")),
+    ("model.rotary.heads=non_alibi", ("model.rotary.heads", "model.alibi.num_heads")),
+    ("model.alibi.num_heads=2 | model.rotary.kind=none | model.rotary.heads=non_alibi", ("model.rotary.heads", "model.rotary.kind")),
+    (
+        "model.alibi.num_heads=2 | model.rotary.heads=non_alibi | model.attention.num_heads=4 | model.attention.num_kv_heads=1",
+        ("model.rotary.heads", "model.alibi.num_heads = 2", "multiple of the 4", "model.attention.num_kv_heads = 1"),
+    ),
+    ("model.attention.mixer=sigmoid | model.attention.backend=flash", ("model.attention.backend", "sigmoid")),
     ("model.head.tied=true", ("model.head.tied", "zero_projections")),
     ("model.rotary.fraction=0.52", ("model.rotary.fraction = 0.52", "pairs", "0.53125")),
     ("model.rotary.fraction=0.01", ("model.rotary.fraction = 0.01", "0.03125")),
@@ -104,25 +113,28 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ),
     ("model.rotary.scaling.factor=4.0", ("model.rotary.scaling.factor = 4", "linear")),
     ("model.rotary.scaling.beta_fast=1.0", ("beta_fast", "beta_slow")),
-    ("model.rotary.kind=xpos | model.context=131072", ("model.rotary.scale_base = 512", "float32", "988")),
-    ("model.rotary.kind=xpos | model.context=16384 | train.precision=fp16", ("model.rotary.scale_base = 512", "float16", "988")),
-    ("model.attention.window=256", ("model.attention.window = 256", "model.context = 256")),
-    ("model.attention.global_every=3", ("model.attention.global_every", "model.attention.window")),
-    ("model.attention.window=64 | model.attention.global_every=7", ("model.attention.global_every = 7", "model.depth = 6")),
-    ("model.feedforward.kind=moe | model.experts.active=9", ("model.experts.active = 9", "model.experts.count = 8")),
+    ("model.rotary.kind=xpos | model.max_seq_len=131072", ("model.rotary.scale_base = 512", "float32", "988")),
+    ("model.rotary.kind=xpos | model.max_seq_len=16384 | train.precision=fp16", ("model.rotary.scale_base = 512", "float16", "988")),
+    ("model.attention.sliding_window=256", ("model.attention.sliding_window = 256", "model.max_seq_len = 256")),
+    ("model.attention.full_attention_interval=3", ("model.attention.full_attention_interval", "model.attention.sliding_window")),
+    (
+        "model.attention.sliding_window=64 | model.attention.full_attention_interval=7",
+        ("model.attention.full_attention_interval = 7", "model.num_layers = 6"),
+    ),
+    ("model.feedforward.kind=moe | model.experts.top_k=9", ("model.experts.top_k = 9", "model.experts.num_experts = 8")),
     ("model.feedforward.kind=moe | model.feedforward.bias=true", ("model.feedforward.bias", "moe")),
     ("model.block.residual=deepnorm", ("model.init.kind", "model.block.residual")),
     ("model.block.residual=deepnorm | model.init.kind=deepnorm | model.skips.unet=true", ("model.skips", "deepnorm")),
     ("model.init.kind=deepnorm", ("model.init.kind", "model.block.residual")),
-    ("model.head.tied=true | model.embedding.kind=factorised", ("model.head.tied", "factorised")),
-    ("model.embedding.kind=factorised | model.embedding.rank=256", ("model.embedding.rank = 256", "model.width = 256")),
+    ("model.head.tied=true | model.embedding.kind=factorized", ("model.head.tied", "factorized")),
+    ("model.embedding.kind=factorized | model.embedding.rank=256", ("model.embedding.rank = 256", "model.hidden_size = 256")),
     ("model.embedding.kind=custom", ("model.embedding.provider", "package.module:Class")),
     ("model.embedding.kind=custom | model.embedding.provider=no_such_module:X", ("model.embedding.provider", "No module named")),
     ("model.embedding.kind=custom | model.embedding.provider=math:NoSuchClass", ("model.embedding.provider", "NoSuchClass")),
     ("model.embedding.provider=math:pi", ("model.embedding.provider", "custom")),
-    ("model.shift.kind=chunks | model.shift.tokens=256", ("model.shift.tokens = 256", "model.width = 256")),
-    ("train.batch=10 | train.micro_batch=4", ("train.batch = 10", "train.micro_batch = 4")),
-    ("train.sequence=512", ("train.sequence = 512", "model.context = 256")),
+    ("model.shift.kind=chunks | model.shift.tokens=256", ("model.shift.tokens = 256", "model.hidden_size = 256")),
+    ("train.batch_size=10 | train.micro_batch_size=4", ("train.batch_size = 10", "train.micro_batch_size = 4")),
+    ("train.seq_len=512", ("train.seq_len = 512", "model.max_seq_len = 256")),
     ("train.steps=100", ("train.schedule.cooldown = 400", "train.steps = 100")),
     ("train.schedule.kind=cosine | train.schedule.cooldown=10", ("train.schedule.cooldown", "wsd")),
     (
@@ -130,14 +142,17 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
         ("train.schedule.warmup = 5000", "train.steps"),
     ),
     ("train.window.start=64", ("train.window", "start and end")),
-    ("train.window.start=128 | train.window.end=64 | model.attention.window=64", ("train.window.start = 128", "train.window.end = 64")),
-    ("train.window.start=64 | train.window.end=128", ("train.window.end = 128", "model.attention.window = 0")),
+    (
+        "train.window.start=128 | train.window.end=64 | model.attention.sliding_window=64",
+        ("train.window.start = 128", "train.window.end = 64"),
+    ),
+    ("train.window.start=64 | train.window.end=128", ("train.window.end = 128", "model.attention.sliding_window = 0")),
     ("train.precision=fp8 | train.device=cpu", ("train.precision", "fp8", "train.device")),
-    ("train.precision=fp8 | model.width=250", ("train.precision", "multiples of 16", "250")),
+    ("train.precision=fp8 | model.hidden_size=250", ("train.precision", "multiples of 16", "250")),
     ("train.probes.every=10 | train.probes.tasks=[]", ("train.probes.every", "train.probes.tasks")),
     ("data.corpus=a | data.sources=[{path='b'}]", ("data.corpus", "data.sources")),
     # Flat names
-    ("model.heads=6 | model.attention.heads=4", ("model.heads", "model.attention.heads", "6", "4")),
+    ("model.heads=6 | model.attention.num_heads=4", ("model.heads", "model.attention.num_heads", "6", "4")),
     ("model.dim=64 | model.hidden_size=128", ("model.dim", "model.hidden_size")),
     ("model.hidden_act=selu", ("hidden_act", "'selu'", "swiglu")),
     ("model.attn_flash=maybe", ("attn_flash", "true or false")),
@@ -170,14 +185,14 @@ FILES: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("not text", b"\xff\xfe\x00name", ("run.toml", "UTF-8")),
     ("a preset that does not exist", b"preset = 'nono'\n", ("run.toml", "'nono'", "nano")),
     ("a preset that is no name", b"preset = 3\n", ("run.toml", "3")),
-    ("a table that does not exist", b"[modell]\nwidth = 3\n", ("modell", "model?")),
+    ("a table that does not exist", b"[modle]\nwidth = 3\n", ("modle", "model?")),
     ("a date", b"name = 2024-01-01\n", ("name", "text")),
     ("a key with a line's end", b'"a\\nb" = 1\n', ("a b",)),
-    ("two mistakes", b"seed = -1\n[model]\ndepth = 'x'\n", ("seed", "model.depth", ";")),
+    ("two mistakes", b"seed = -1\n[model]\nnum_layers = 'x'\n", ("seed", "model.num_layers", ";")),
     (
         "two rules",
-        b"[model.attention]\nheads = 3\nkv_heads = 2\n[train]\nbatch = 3\nmicro_batch = 2\n",
-        ("kv_heads = 2", "micro_batch = 2", ";"),
+        b"[model.attention]\nnum_heads = 3\nnum_kv_heads = 2\n[train]\nbatch_size = 3\nmicro_batch_size = 2\n",
+        ("kv_heads = 2", "micro_batch_size = 2", ";"),
     ),
 ]
 
@@ -220,15 +235,15 @@ ARGUMENTS: list[tuple[dict[str, Any], tuple[str, ...]]] = [
     ({"dimm": 512}, ("dimm", "did you mean dim?")),
     ({"hidden_size": 10**400}, ("hidden_size", "2^53")),
     ({"dim": "512"}, ("dim", "whole number", "'512'")),
-    ({"dim": 512, "width": 256}, ("dim", "width", "512", "256")),
+    ({"dim": 512, "hidden_size": 256}, ("dim", "hidden_size", "512", "256")),
     ({"num_tokens": 100, "vocab_size": 200}, ("num_tokens", "vocab_size")),
     ({"heads": 0}, ("heads", "above 0")),
     ({"heads": "a"}, ("heads", "'a'")),
-    ({"alibi_num_heads": 25}, ("alibi.heads = 25", "24")),
+    ({"alibi_num_heads": 25}, ("alibi.num_heads = 25", "24")),
     ({"alibi_num_heads": True}, ("alibi_num_heads", "whole number")),
     ({"alibi_pos_bias": 1}, ("alibi_pos_bias", "true or false")),
     ({"attention": 3, "heads": 8}, ("attention", "table")),
-    ({"attention": {"widow": 3}}, ("attention.widow", "window?")),
+    ({"attention": {"sliding_widow": 3}}, ("attention.sliding_widow", "sliding_window?")),
     ({"max_seq_len": 200_000}, ("scale_base", "200000", "1507")),
     ({"embedding_provider": 3}, ("embedding_provider", "3")),
     ({"embedding_provider": type("Local", (), {"__qualname__": "f.<locals>.Local"})}, ("embedding.provider", "function")),
@@ -244,8 +259,8 @@ def test_an_argument_that_is_wrong(names: dict[str, Any], parts: tuple[str, ...]
 
 
 def test_values_are_checked_like_a_file() -> None:
-    with pytest.raises(ConfigError, match=r"model\.depth must be above 0"):
-        from_values({"model": {"depth": 0}})
+    with pytest.raises(ConfigError, match=r"model\.num_layers must be above 0"):
+        from_values({"model": {"num_layers": 0}})
 
 
 def test_a_run_without_tokens_is_refused_only_when_it_starts() -> None:
@@ -254,3 +269,15 @@ def test_a_run_without_tokens_is_refused_only_when_it_starts() -> None:
         check_training(config)
     assert_one_sentence(str(caught.value), "data.corpus", "andromeda data build")
     check_training(load(SMALL, ["data.corpus=somewhere"]))
+
+
+@pytest.mark.parametrize("path", sorted(RENAMED))
+def test_a_key_of_the_last_version_is_refused_with_its_new_name(path: str) -> None:
+    value: Any = {"patience": 3} if path == "train.guard" else 1
+    values: dict[str, Any] = {}
+    place(values, path, value)
+    with pytest.raises(ConfigError) as caught:
+        from_values(values)
+    assert_one_sentence(str(caught.value), path, RENAMED[path])
+    for new in re.findall(r"[a-z]+(?:\.[a-z_]+)+", RENAMED[path]):
+        assert new in fields(), f"{new} is no key"

@@ -20,19 +20,19 @@ Choice = tuple[str, str]
 
 BASE: dict[str, Any] = {
     "vocab_size": 29,
-    "context": 16,
-    "width": 24,
-    "depth": 3,
+    "max_seq_len": 16,
+    "hidden_size": 24,
+    "num_layers": 3,
     "attention.head_dim": 16,
-    "feedforward.hidden": 16,
+    "feedforward.intermediate_size": 16,
     "rotary.scale_base": 8,
-    "experts.count": 4,
+    "experts.num_experts": 4,
 }
 
 ROPE: dict[str, Any] = {"rotary.kind": "rope"}
 NOPE: dict[str, Any] = {"rotary.kind": "none"}
 XPOS: dict[str, Any] = {"rotary.kind": "xpos"}
-STRETCH: dict[str, Any] = {"rotary.scaling.factor": 4.0, "rotary.scaling.original_context": 5}
+STRETCH: dict[str, Any] = {"rotary.scaling.factor": 4.0, "rotary.scaling.original_max_seq_len": 5}
 
 SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     "position": {
@@ -43,12 +43,12 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         "rope-partial": ROPE | {"rotary.fraction": 0.5},
         "xpos": XPOS,
         "xpos-partial": XPOS | {"rotary.layout": "interleaved", "rotary.fraction": 0.25},
-        "alibi": NOPE | {"alibi.heads": 3},
-        "alibi-folded": NOPE | {"alibi.heads": 3, "alibi.fold": True},
-        "rope+alibi": ROPE | {"alibi.heads": 2, "alibi.scale": 4.0},
-        "xpos+alibi": XPOS | {"alibi.heads": 2},
-        "xpos|alibi": XPOS | {"alibi.heads": 2, "rotary.heads": "unbiased"},
-        "xpos+alibi-folded": XPOS | {"alibi.heads": 2, "alibi.fold": True, "rotary.fraction": 0.5},
+        "alibi": NOPE | {"alibi.num_heads": 3},
+        "alibi-folded": NOPE | {"alibi.num_heads": 3, "alibi.fold_into_qk": True},
+        "rope+alibi": ROPE | {"alibi.num_heads": 2, "alibi.scale": 4.0},
+        "xpos+alibi": XPOS | {"alibi.num_heads": 2},
+        "xpos|alibi": XPOS | {"alibi.num_heads": 2, "rotary.heads": "non_alibi"},
+        "xpos+alibi-folded": XPOS | {"alibi.num_heads": 2, "alibi.fold_into_qk": True, "rotary.fraction": 0.5},
     },
     "scaling": {
         "unscaled": {},
@@ -60,11 +60,11 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "qk_norm": {kind: {"attention.qk_norm": kind} for kind in ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms")},
     "heads": {
-        "mha": {"attention.heads": 4, "attention.kv_heads": 4},
-        "gqa": {"attention.heads": 6, "attention.kv_heads": 3},
-        "mqa": {"attention.heads": 4, "attention.kv_heads": 1},
+        "mha": {"attention.num_heads": 4, "attention.num_kv_heads": 4},
+        "gqa": {"attention.num_heads": 6, "attention.num_kv_heads": 3},
+        "mqa": {"attention.num_heads": 4, "attention.num_kv_heads": 1},
     },
-    "mechanism": {"softmax": {}, "sigmoid": {"attention.mechanism": "sigmoid"}},
+    "mechanism": {"softmax": {}, "sigmoid": {"attention.mixer": "sigmoid"}},
     "block": {
         "serial": {},
         "parallel": {"block.kind": "parallel"},
@@ -76,8 +76,13 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         **{kind: {"feedforward.kind": kind} for kind in ("gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu")},
         "gelu-bias": {"feedforward.bias": True},
         "moe": {"feedforward.kind": "moe"},
-        "moe-shared": {"feedforward.kind": "moe", "experts.shared": 1, "experts.score": "softmax", "experts.balance": "loss"},
-        "moe-raw": {"feedforward.kind": "moe", "experts.normalise": False, "experts.kind": "relu2", "experts.balance": "none"},
+        "moe-shared": {
+            "feedforward.kind": "moe",
+            "experts.num_shared_experts": 1,
+            "experts.router_activation": "softmax",
+            "experts.balance": "loss",
+        },
+        "moe-raw": {"feedforward.kind": "moe", "experts.normalize": False, "experts.kind": "relu2", "experts.balance": "none"},
     },
     "shift": {
         "unshifted": {},
@@ -95,15 +100,15 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "reach": {
         "everything": {},
-        "window": {"attention.window": 4},
-        "window-global": {"attention.window": 3, "attention.global_every": 2},
+        "window": {"attention.sliding_window": 4},
+        "window-global": {"attention.sliding_window": 3, "attention.full_attention_interval": 2},
     },
     "softcap": {"uncapped": {}, "capped": {"attention.softcap": 2.0}},
     "scale": {"own-scale": {}, "scaled": {"attention.scale": 0.7}},
-    "bias": {"unbiased": {}, "biased": {"attention.bias": True}},
+    "bias": {"non_alibi": {}, "biased": {"attention.bias": True}},
     "embedding": {
         "plain": {},
-        "factorised": {"embedding.kind": "factorised", "embedding.rank": 5},
+        "factorized": {"embedding.kind": "factorized", "embedding.rank": 5},
         "normed": {"embedding.norm": True},
     },
     "head": {"untied": {}, "tied": {"head.tied": True}, "capped-head": {"head.softcap": 3.0, "head.bias": True}},

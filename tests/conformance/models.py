@@ -33,7 +33,7 @@ def shaken(config: ModelConfig) -> Transformer:
             parameter += 0.2 * torch.randn(parameter.shape, generator=noise, dtype=torch.float64)
         for router in (module for module in model.modules() if isinstance(module, Router)):
             router.votes.copy_(torch.tensor([150, -60, 0, 20]))
-    use_backend(model, "eager" if config.attention.mechanism == "softmax" else "auto")
+    use_backend(model, "eager" if config.attention.mixer == "softmax" else "auto")
     return model
 
 

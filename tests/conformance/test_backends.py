@@ -24,7 +24,15 @@ from tests.conformance.models import T, build, ids, use_backend
 def features(config: ModelConfig) -> tuple[Any, ...]:
     """What a backend can tell apart."""
     a = config.attention
-    return config.alibi, (a.heads, a.kv_heads), (a.window, a.global_every), a.softcap, a.scale, a.qk_norm, config.rotary.kind
+    return (
+        config.alibi,
+        (a.num_heads, a.num_kv_heads),
+        (a.sliding_window, a.full_attention_interval),
+        a.softcap,
+        a.scale,
+        a.qk_norm,
+        config.rotary.kind,
+    )
 
 
 def telling() -> list[str]:
@@ -32,7 +40,7 @@ def telling() -> list[str]:
     chosen, seen = [], set()
     for row, config in rows().items():
         pairs = set(combinations(enumerate(features(config)), 2))
-        if config.attention.mechanism == "softmax" and not pairs <= seen:
+        if config.attention.mixer == "softmax" and not pairs <= seen:
             chosen.append(row)
             seen |= pairs
     return chosen

@@ -10,12 +10,12 @@ from tests.conformance.covering import CHOICES, SLOTS, legal_pairs, model_config
 
 REFUSED = [
     ({"position": "nope", "scaling": "yarn"}, "rotary.scaling"),
-    ({"position": "alibi-folded", "softcap": "capped"}, "alibi.fold"),
-    ({"position": "xpos+alibi-folded", "mechanism": "sigmoid"}, "alibi.fold"),
+    ({"position": "alibi-folded", "softcap": "capped"}, "alibi.fold_into_qk"),
+    ({"position": "xpos+alibi-folded", "mechanism": "sigmoid"}, "alibi.fold_into_qk"),
     ({"position": "xpos|alibi", "heads": "mqa"}, "rotary.heads"),
     ({"block": "deepnorm", "skips": "unet"}, "skips"),
     ({"block": "deepnorm", "init": "zero"}, "zero_projections"),
-    ({"embedding": "factorised", "head": "tied"}, "tied"),
+    ({"embedding": "factorized", "head": "tied"}, "tied"),
     ({"head": "tied", "init": "zero"}, "tied"),
 ]
 
@@ -39,5 +39,5 @@ def test_pairs_left_out_are_refused_in_one_sentence(choices: dict[str, str], wor
 def test_rows_are_as_different_as_their_names_say() -> None:
     configs = list(rows().values())
     assert len({config.model_dump_json() for config in configs}) == len(configs)
-    assert {config.attention.kv_heads for config in configs} == {1, 3, 4}
+    assert {config.attention.num_kv_heads for config in configs} == {1, 3, 4}
     assert {rotated_dims(c) / content_dim(c) for c in configs if c.rotary.kind != "none"} == {0.25, 0.5, 1.0}

@@ -50,7 +50,7 @@ def test_gradcheck_of_a_layer(slot: str, value: str) -> None:
     model = shaken(model_config({slot: value}))
     tokens, documents = ids(batch=1, length=5), torch.tensor([[0, 0, 1, 1, 1]])
     ctx = model.context(tokens, documents=documents, span=T).at(1)
-    x = torch.randn(1, 5, model.config.width, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
+    x = torch.randn(1, 5, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
     layer = model.trunk.blocks[1]
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
@@ -61,9 +61,9 @@ def test_gradcheck_of_a_layer(slot: str, value: str) -> None:
 
 
 @pytest.mark.parametrize("value", ["untied", "tied", "capped-head"])
-@pytest.mark.parametrize("embedding", ["plain", "factorised", "normed"])
+@pytest.mark.parametrize("embedding", ["plain", "factorized", "normed"])
 def test_gradcheck_of_embedding_and_head(embedding: str, value: str) -> None:
-    if (embedding, value) == ("factorised", "tied"):
+    if (embedding, value) == ("factorized", "tied"):
         pytest.skip("refused")
     model = shaken(model_config({"embedding": embedding, "head": value, "shift": "smear", "position": "absolute"}))
     ctx = model.context(ids(batch=1, length=5))

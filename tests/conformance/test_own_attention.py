@@ -36,7 +36,7 @@ def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def model_with(mechanism: str, **choices: str) -> Transformer:
     config = model_config(choices)
-    config = config.model_copy(update={"attention": config.attention.model_copy(update={"mechanism": mechanism})})
+    config = config.model_copy(update={"attention": config.attention.model_copy(update={"mixer": mechanism})})
     check_model(config)
     return shaken(config)
 
@@ -63,7 +63,7 @@ def test_uniform_is_the_mean_of_what_a_token_sees() -> None:
 
 
 def test_a_class_that_cannot_be_imported_is_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"mechanism = 'nowhere:Attention' cannot be imported"):
+    with pytest.raises(ConfigError, match=r"mixer = 'nowhere:Attention' cannot be imported"):
         model_with("nowhere:Attention")
     with pytest.raises(ConfigError, match=r"not registered \(did you mean softmax\?\)"):
         model_with("sofmax")

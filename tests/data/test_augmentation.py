@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from andromeda.config.data import Augment, BuildConfig, DataConfig, Source
+from andromeda.config.data import AugmentationConfig, BuildConfig, DataConfig, SourceConfig
 from andromeda.data.augmentation import FIM, MASK
 from andromeda.data.build import build
 from andromeda.data.loader import Batch, open_stream
@@ -33,7 +33,7 @@ def reserved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def rows(path: Path, packing: str = "stream", split: str = "train", count: int = 40, **augment: object) -> Batch:
-    config = DataConfig(corpus=str(path), packing=packing, augment=Augment(**augment))  # type: ignore[arg-type]
+    config = DataConfig(corpus=str(path), packing=packing, augment=AugmentationConfig(**augment))  # type: ignore[arg-type]
     return open_stream(config, ROW, 5, split).rows(0, count)  # type: ignore[arg-type]
 
 
@@ -108,7 +108,7 @@ def test_masking_touches_inputs_alone(reserved: Path, instead: str) -> None:
 @given(start=st.integers(0, 300), counts=st.lists(st.integers(1, 7), min_size=1, max_size=4))
 @settings(max_examples=15, deadline=None)
 def test_a_row_depends_on_its_number_alone(reserved: Path, packing: str, start: int, counts: list[int]) -> None:
-    config = DataConfig(corpus=str(reserved), packing=packing, augment=Augment(fim=0.5, mask=0.1))
+    config = DataConfig(corpus=str(reserved), packing=packing, augment=AugmentationConfig(fim=0.5, mask=0.1))
     whole = open_stream(config, ROW, 5).rows(start, sum(counts))
     stream, at = open_stream(config.model_copy(update={"workers": 2}), ROW, 5), 0
     for count in counts:
@@ -120,7 +120,7 @@ def test_a_row_depends_on_its_number_alone(reserved: Path, packing: str, start: 
 
 def test_held_out_rows_and_old_fingerprints_stay(reserved: Path) -> None:
     off = DataConfig(corpus=str(reserved))
-    on = off.model_copy(update={"augment": Augment(fim=0.5, mask=0.1)})
+    on = off.model_copy(update={"augment": AugmentationConfig(fim=0.5, mask=0.1)})
     plain, augmented = (open_stream(config, ROW, 5, "val") for config in (off, on))
     assert plain.fingerprint == augmented.fingerprint
     assert torch.equal(plain.rows(0, 5).ids, augmented.rows(0, 5).ids)
@@ -128,7 +128,7 @@ def test_held_out_rows_and_old_fingerprints_stay(reserved: Path) -> None:
 
 
 def test_an_epoch_of_another_seed_is_augmented_otherwise(reserved: Path) -> None:
-    config = DataConfig(corpus=str(reserved), shuffle=False, augment=Augment(fim=1.0))
+    config = DataConfig(corpus=str(reserved), shuffle=False, augment=AugmentationConfig(fim=1.0))
     assert not torch.equal(open_stream(config, ROW, 1).rows(0, 5).ids, open_stream(config, ROW, 2).rows(0, 5).ids)
 
 
@@ -145,7 +145,7 @@ def test_sources_are_mixed_by_their_sizes_to_a_power(corpus: Path, second_corpus
     paths = (str(corpus), str(second_corpus))
     tokens = [Manifest.load(Path(path)).splits["train"].tokens for path in paths]
     # After 1,000 rows no share is further off than the schedule's bound, a row.
-    config = DataConfig(sources=tuple(Source(path=path) for path in paths), by_size=True, upsample=power)
+    config = DataConfig(sources=tuple(SourceConfig(path=path) for path in paths), by_size=True, upsample=power)
     stream = open_stream(config, 16, 0)
     first = tokens[0] ** power / (tokens[0] ** power + tokens[1] ** power)
     read = [stream.epochs(1000)[i] * -(-(tokens[i] - 1) // 16) for i in range(2)]

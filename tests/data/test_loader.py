@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from andromeda.config.data import BuildConfig, DataConfig, Source
+from andromeda.config.data import BuildConfig, DataConfig, SourceConfig
 from andromeda.data.build import build
 from andromeda.data.loader import Batch, Stream, open_stream
 from andromeda.data.manifest import Manifest
@@ -39,7 +39,7 @@ def joined(stream: Stream, start: int, counts: list[int]) -> Batch:
 
 @pytest.fixture(scope="module")
 def mixture(corpus: Path, second_corpus: Path) -> DataConfig:
-    return DataConfig(sources=(Source(path=str(corpus), weight=3.0), Source(path=str(second_corpus))))
+    return DataConfig(sources=(SourceConfig(path=str(corpus), weight=3.0), SourceConfig(path=str(second_corpus))))
 
 
 def test_shapes_types_and_the_shift(corpus: Path) -> None:
@@ -145,7 +145,7 @@ def test_the_seed_decides_the_order(corpus: Path, packing: str) -> None:
 
 
 def test_equal_sources_are_not_shuffled_alike(corpus: Path) -> None:
-    twice = DataConfig(sources=(Source(path=str(corpus)), Source(path=str(corpus))))
+    twice = DataConfig(sources=(SourceConfig(path=str(corpus)), SourceConfig(path=str(corpus))))
     rows = open_stream(twice, 24, 0).rows(0, 200).ids
     assert not torch.equal(rows[0::2], rows[1::2])
 
@@ -266,14 +266,14 @@ def test_mistakes_are_one_sentence(corpus: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     build([str(write_files(tmp_path / "raw", texts(30)))], other, BuildConfig(tokenizer="bytes"))
     (tmp_path / "empty").mkdir()
-    here = Source(path=str(corpus))
+    here = SourceConfig(path=str(corpus))
     cases: list[tuple[DataConfig, int, str]] = [
         (DataConfig(), 16, "neither is given"),
         (DataConfig(corpus=str(corpus), sources=(here,)), 16, "both are given"),
         (DataConfig(corpus=str(corpus)), 0, "at least one token"),
         (DataConfig(corpus=str(tmp_path / "missing")), 16, "There is no corpus"),
         (DataConfig(corpus=str(tmp_path / "empty")), 16, "is no corpus"),
-        (DataConfig(sources=(here, Source(path=str(other)))), 16, "different tokenizers"),
+        (DataConfig(sources=(here, SourceConfig(path=str(other)))), 16, "different tokenizers"),
     ]
     for config, sequence, sentence in cases:
         with pytest.raises(AndromedaError, match=sentence):

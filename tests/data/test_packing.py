@@ -66,8 +66,8 @@ def test_rows_of_one_document_are_spread_over_the_epoch() -> None:
     texts, _ = make([400] * 10)
     packing = StreamPacking(texts, 10, (0,), endless=True)
     firsts = [int(packing.row(r).ids[-1]) // 400 for r in range(int(packing.per_epoch))]
-    neighbours = sum(a == b for a, b in pairwise(firsts)) / len(firsts)
-    assert neighbours < 0.25  # 1/10 by chance, 39/40 in the text's order
+    neighbors = sum(a == b for a, b in pairwise(firsts)) / len(firsts)
+    assert neighbors < 0.25  # 1/10 by chance, 39/40 in the text's order
 
 
 @given(lengths=lengths_, T=st.integers(1, 40))

@@ -11,8 +11,15 @@ import torch
 
 from tests.command import call
 
-SHAPE = ["model.width=16", "model.depth=1", "model.context=256", "model.vocab_size=257", "train.steps=2", "train.batch=2"]
-SHAPE += ["model.attention.heads=2", "model.attention.kv_heads=1", "model.attention.head_dim=8", "train.schedule.cooldown=1"]
+SHAPE = [
+    "model.hidden_size=16",
+    "model.num_layers=1",
+    "model.max_seq_len=256",
+    "model.vocab_size=257",
+    "train.steps=2",
+    "train.batch_size=2",
+]
+SHAPE += ["model.attention.num_heads=2", "model.attention.num_kv_heads=1", "model.attention.head_dim=8", "train.schedule.cooldown=1"]
 SHAPE += [
     "train.schedule.warmup=0",
     "train.compile=off",

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig, DataConfig
-from andromeda.config.model import Attention, ModelConfig, Rotary
+from andromeda.config.model import AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.data.build import build
 from andromeda.data.loader import Stream, open_stream
 from andromeda.evaluate.bits import held_out_bits, windows
@@ -38,7 +38,12 @@ def stream(corpus: Path) -> Stream:
 
 def tiny() -> Transformer:
     config = ModelConfig(
-        vocab_size=257, context=CONTEXT, width=16, depth=1, rotary=Rotary(kind="rope"), attention=Attention(heads=2, kv_heads=1, head_dim=8)
+        vocab_size=257,
+        max_seq_len=CONTEXT,
+        hidden_size=16,
+        num_layers=1,
+        rotary=RotaryConfig(kind="rope"),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     )
     return Transformer(config).double()
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from andromeda.config.data import BuildConfig
-from andromeda.config.model import Attention, Block, FeedForward, Head, ModelConfig, Rotary
+from andromeda.config.model import AttentionConfig, BlockConfig, FeedForwardConfig, HeadConfig, ModelConfig, RotaryConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
 from andromeda.evaluate.likelihood import likelihoods
 from andromeda.evaluate.score import Prompts, token_nats
@@ -23,8 +23,8 @@ TEXT = "the cat sat on the mat, and the bird came to see it. " * 20
 
 
 def small(**changes: Any) -> Transformer:
-    settings: dict[str, Any] = {"rotary": Rotary(kind="rope"), "attention": Attention(heads=2, kv_heads=1, head_dim=8)}
-    config = ModelConfig(vocab_size=61, context=128, width=16, depth=2, **settings | changes)
+    settings: dict[str, Any] = {"rotary": RotaryConfig(kind="rope"), "attention": AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8)}
+    config = ModelConfig(vocab_size=61, max_seq_len=128, hidden_size=16, num_layers=2, **settings | changes)
     return Transformer(config, seed=1).double().eval()
 
 
@@ -106,14 +106,14 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Transforme
     ours = Transformer(
         ModelConfig(
             vocab_size=tokenizer.vocab_size,
-            context=64,
-            width=32,
-            depth=2,
-            attention=Attention(heads=4, kv_heads=2, head_dim=8),
-            rotary=Rotary(kind="rope"),
-            feedforward=FeedForward(kind="swiglu", hidden=48),
-            block=Block(norm="rms", eps=1e-6),
-            head=Head(tied=False),
+            max_seq_len=64,
+            hidden_size=32,
+            num_layers=2,
+            attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=8),
+            rotary=RotaryConfig(kind="rope"),
+            feedforward=FeedForwardConfig(kind="swiglu", intermediate_size=48),
+            block=BlockConfig(norm="rms", eps=1e-6),
+            head=HeadConfig(tied=False),
         )
     ).eval()
     ours.load_state_dict(translated(theirs.state_dict()))

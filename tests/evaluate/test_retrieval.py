@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from andromeda.config.data import BuildConfig
-from andromeda.config.model import Attention, ModelConfig, Rotary
+from andromeda.config.model import AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
 from andromeda.evaluate.retrieval import RETRIEVAL
 from andromeda.evaluate.retrieval.measure import Asked, build, grid, measure, ranked, room
@@ -85,7 +85,12 @@ def test_chance_is_the_share_of_all_rankings(name: str) -> None:
 
 def model_of_bytes() -> Transformer:
     config = ModelConfig(
-        vocab_size=257, context=4096, width=16, depth=2, rotary=Rotary(kind="rope"), attention=Attention(heads=2, kv_heads=1, head_dim=8)
+        vocab_size=257,
+        max_seq_len=4096,
+        hidden_size=16,
+        num_layers=2,
+        rotary=RotaryConfig(kind="rope"),
+        attention=AttentionConfig(num_heads=2, num_kv_heads=1, head_dim=8),
     )
     return Transformer(config, seed=3).double().eval()
 

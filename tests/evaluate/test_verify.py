@@ -217,7 +217,7 @@ def _remember(folder: Path, how: Callable[[Any], object]) -> None:
 
 def test_a_later_start_may_measure_otherwise(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was measured before is compared as it was measured."""
-    assert call("train", "run", "--out", "run", "--resume", "train.eval_tokens=300", "train.micro_batch=1") == 0
+    assert call("train", "run", "--out", "run", "--resume", "train.eval_tokens=300", "train.micro_batch_size=1") == 0
     code, checks = said(capsys)
     assert code == 0
     assert checks[HELD_OUT]["difference"] == 0.0

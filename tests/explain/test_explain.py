@@ -26,7 +26,13 @@ from tests.command import call
 from tests.html_pages import browse, parse
 
 SECTIONS = ["prediction", "lens", "attention", "direct", "gradients", "checks"]
-CONFIG = {"vocab_size": 257, "context": 48, "width": 16, "depth": 2, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8}}
+CONFIG = {
+    "vocab_size": 257,
+    "max_seq_len": 48,
+    "hidden_size": 16,
+    "num_layers": 2,
+    "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8},
+}
 TEXT = "if x < 3:\n    <b>&"
 
 
@@ -107,7 +113,7 @@ def test_a_mixture_keeps_all_views_but_one() -> None:
     "changes",
     [
         {"block": {"residual": "deepnorm"}, "init": {"kind": "deepnorm"}},
-        {"attention": CONFIG["attention"] | {"mechanism": "sigmoid"}},
+        {"attention": CONFIG["attention"] | {"mixer": "sigmoid"}},
         {"head": {"softcap": 2.0, "bias": True}},
         {"skips": {"unet": True, "first": True}, "value_embedding": {"kind": "layered"}},
     ],
@@ -128,7 +134,7 @@ class Squares(Attention):
 
 
 def test_views_that_cannot_be_are_told() -> None:
-    attention = CONFIG["attention"] | {"mechanism": f"{__name__}:Squares"}
+    attention = CONFIG["attention"] | {"mixer": f"{__name__}:Squares"}
     found = explain(Path("run"), model(attention=attention, feedforward={"kind": "moe"}), Wish("abc"))
     assert set(found.refused) == {"attention", "gradients"}
     assert found.maps == {}

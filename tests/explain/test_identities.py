@@ -18,7 +18,7 @@ from tests.conformance.models import ROWS, T, build, ids, shaken
 
 EXACT = 1e-9
 DOCUMENTS = torch.tensor([[0] * 5 + [1] * 4 + [2] * 3]).expand(2, -1)
-SMALL = {"vocab_size": 29, "context": 16, "width": 24, "depth": 3}
+SMALL = {"vocab_size": 29, "max_seq_len": 16, "hidden_size": 24, "num_layers": 3}
 
 
 @pytest.mark.parametrize("row", ROWS)
@@ -33,7 +33,7 @@ def test_every_architecture(row: str, documents: Tensor | None) -> None:
     for layer in seen.layers:
         assert layer.weights is not None
         assert layer.weights_error <= EXACT
-        if model.config.attention.mechanism == "softmax":
+        if model.config.attention.mixer == "softmax":
             torch.testing.assert_close(layer.weights.sum(-1), torch.ones_like(layer.weights[..., 0]), rtol=0, atol=EXACT)
         assert float(layer.weights.triu(1).abs().max()) == 0.0
     for position in (0, T // 2, T - 1):
@@ -59,7 +59,9 @@ def test_maps_do_not_cross_documents() -> None:
 
 def test_maps_are_the_textbooks_softmax() -> None:
     """Against the formula written out, on the projections' own outputs, for heads without positions."""
-    config = ModelConfig.model_validate({**SMALL, "rotary": {"kind": "none"}, "attention": {"heads": 2, "kv_heads": 2, "head_dim": 8}})
+    config = ModelConfig.model_validate(
+        {**SMALL, "rotary": {"kind": "none"}, "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8}}
+    )
     model = shaken(config)
     seen, block = trace(model, ids()), model.trunk.blocks[0]
     x = block.attention_norm(seen.embedded)
@@ -72,7 +74,7 @@ def test_maps_are_the_textbooks_softmax() -> None:
 
 def test_the_way_straight_to_the_head() -> None:
     """A part's share is what the logit loses when the part is taken out of the last sum and the norm keeps its statistics."""
-    heads = {"heads": 2, "kv_heads": 1, "head_dim": 8}
+    heads = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}
     model = shaken(ModelConfig.model_validate({**SMALL, "block": {"norm": "layer"}, "attention": heads})).requires_grad_(False)
     seen = trace(model, ids())
     at = seen.layers[-1].output[0, -1]
@@ -109,7 +111,10 @@ def test_integrated_gradients_are_complete(row: str) -> None:
 
 def test_without_corners_few_steps_are_exact() -> None:
     """GELU has none, so that quadrature converges faster than any power of the steps."""
-    model, text = shaken(ModelConfig.model_validate({**SMALL, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8}})), ids(batch=1)
+    model, text = (
+        shaken(ModelConfig.model_validate({**SMALL, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}})),
+        ids(batch=1),
+    )
     nothing = torch.full_like(text, 5)
     inputs = [_inputs(model, x) for x in (nothing, text)]
     with torch.no_grad():
@@ -120,8 +125,8 @@ def test_without_corners_few_steps_are_exact() -> None:
 
 
 def test_integrated_gradients_of_a_linear_model_are_its_weights() -> None:
-    """With no layer's output left, a hidden state is the normalised embedding: shares of earlier tokens are zero."""
-    config = ModelConfig.model_validate({**SMALL, "depth": 1, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8}})
+    """With no layer's output left, a hidden state is the normalized embedding: shares of earlier tokens are zero."""
+    config = ModelConfig.model_validate({**SMALL, "num_layers": 1, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}})
     model = shaken(config)
     with torch.no_grad():
         model.trunk.blocks[0].attention.out.weight.zero_()
@@ -146,7 +151,7 @@ class Squares(Attention):
 
 def test_attention_that_averages_no_values_has_no_map() -> None:
     mechanism = f"{__name__}:Squares"
-    config = ModelConfig.model_validate({**SMALL, "attention": {"heads": 2, "kv_heads": 1, "head_dim": 8, "mechanism": mechanism}})
+    config = ModelConfig.model_validate({**SMALL, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mixer": mechanism}})
     model = shaken(config)
     seen = trace(model, ids())
     assert all(layer.weights is None for layer in seen.layers)

@@ -62,7 +62,7 @@ def test_bins_hold_their_means() -> None:
 
 @torch.no_grad()
 def test_losses_are_those_of_each_context_alone(make: Make) -> None:
-    model = Transformer(make(context=64).model, seed=3).double()
+    model = Transformer(make(max_seq_len=64).model, seed=3).double()
     torch.manual_seed(0)
     rows = torch.randint(0, 257, (3, 41))
     found = measure(model, rows, [10, 20, 40], 5, build_precision("fp32", torch.device("cpu")))

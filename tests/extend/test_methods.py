@@ -70,7 +70,7 @@ def test_yarn_follows_the_paper(make: Make, tmp_path: Path) -> None:
 
 
 def test_dynamic_ntk_changes_nothing_up_to_the_trained_context_and_is_ntk_at_the_new_one(make: Make, tmp_path: Path) -> None:
-    old = make(alibi={"heads": 1})
+    old = make(alibi={"num_heads": 1})
     new = stretched(old, tmp_path, "dynamic-ntk")
     device = torch.device("cpu")
     assert torch.equal(build_rotary(new.model).scaled(32, device).inverse, build_rotary(old.model).scaled(32, device).inverse)
@@ -81,7 +81,7 @@ def test_dynamic_ntk_changes_nothing_up_to_the_trained_context_and_is_ntk_at_the
 
 @pytest.mark.parametrize("method", ["alibi-scale", "yarn", "pi"])
 def test_alibi_gives_every_distance_the_bias_of_the_distance_it_stands_for(method: str, make: Make, tmp_path: Path) -> None:
-    old = make(alibi={"heads": 2, "scale": 1.5})
+    old = make(alibi={"num_heads": 2, "scale": 1.5})
     new = stretched(old, tmp_path, method)
     before, after = (build_alibi(c.model)(0, 8, torch.device("cpu")).slopes for c in (old, new))
     assert before is not None
@@ -90,30 +90,30 @@ def test_alibi_gives_every_distance_the_bias_of_the_distance_it_stands_for(metho
 
 
 def test_alibi_alone_leaves_rotation(make: Make, tmp_path: Path) -> None:
-    old = make(alibi={"heads": 1})
+    old = make(alibi={"num_heads": 1})
     assert stretched(old, tmp_path, "alibi-scale").model.rotary == old.model.rotary
 
 
 def test_a_stretched_run_is_stretched_from_its_first_context(make: Make, tmp_path: Path) -> None:
-    old = make(alibi={"heads": 1})
+    old = make(alibi={"num_heads": 1})
     once = stretched(old, tmp_path, "yarn", 64)
-    once = once.model_copy(update={"train": once.train.model_copy(update={"sequence": 64})})
+    once = once.model_copy(update={"train": once.train.model_copy(update={"seq_len": 64})})
     twice, direct = stretched(once, tmp_path, "yarn"), stretched(old, tmp_path, "yarn")
     assert twice.model == direct.model
 
 
 def test_methods_that_apply(make: Make) -> None:
     assert applicable(make()) == ["yarn", "ntk", "pi", "dynamic-ntk", "none"]
-    assert applicable(make(rotary={"kind": "none"}, alibi={"heads": 2})) == ["alibi-scale", "none"]
+    assert applicable(make(rotary={"kind": "none"}, alibi={"num_heads": 2})) == ["alibi-scale", "none"]
     assert chosen("pi, ntk,pi", make()) == ["pi", "ntk"]
-    assert chosen("all", make(alibi={"heads": 1})) == ["yarn", "ntk", "pi", "dynamic-ntk", "alibi-scale", "none"]
+    assert chosen("all", make(alibi={"num_heads": 1})) == ["yarn", "ntk", "pi", "dynamic-ntk", "alibi-scale", "none"]
 
 
 @pytest.mark.parametrize(
     ("model", "to", "method", "told"),
     [
         ({}, 32, "yarn", "trained on 32 tokens already"),
-        ({"rotary": {"kind": "none"}, "alibi": {"heads": 1}}, 64, "ntk", "use alibi-scale or none"),
+        ({"rotary": {"kind": "none"}, "alibi": {"num_heads": 1}}, 64, "ntk", "use alibi-scale or none"),
         ({}, 64, "alibi-scale", "the model has none"),
         ({"embedding": {"absolute": True}}, 64, "none", "embedding.absolute"),
     ],
@@ -126,12 +126,12 @@ def test_what_cannot_be_stretched_is_refused(model: dict[str, object], to: int, 
 def test_the_continued_training_reads_as_many_tokens_a_step_at_a_share_of_the_rates(old: Path) -> None:
     before = load(str(old))
     new = configure(before, Wishes(str(old), 64, steps=20, rate=0.5), "yarn")
-    assert new.train.sequence * new.train.batch == 32 * before.train.batch
+    assert new.train.seq_len * new.train.batch_size == 32 * before.train.batch_size
     assert new.train.optim.lr == pytest.approx(0.5 * before.train.optim.lr)
     assert new.train.steps == 20
     assert not new.data.document_mask
     assert new.data.corpus == before.data.corpus
-    assert configure(before, Wishes(str(old), 64, overrides=("train.batch=6",)), "yarn").train.batch == 6
+    assert configure(before, Wishes(str(old), 64, overrides=("train.batch_size=6",)), "yarn").train.batch_size == 6
     with pytest.raises(ConfigError, match="--steps"):
         configure(before, Wishes(str(old), 64, overrides=("train.steps=7",)), "yarn")
 

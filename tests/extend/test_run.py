@@ -163,13 +163,13 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
         (["{old}", "--to", "64", "--out", "{old}"], "never changed"),
         (["{old}", "--to", "64", "--rate", "0"], "share of the old learning rates"),
         (["{old}", "--to", "100000"], "fewer than a context of 100,000"),
-        (["{old}", "model.context=128", "--to", "64"], "contradicts --to 64"),
+        (["{old}", "model.max_seq_len=128", "--to", "64"], "contradicts --to 64"),
         (["{old}", "train.sequense=64", "--to", "64"], "did you mean"),
         (["{old}", "--to", "64", "--held-out", "{tmp}/none"], "There is no corpus"),
         (["{old}", "--to", "64", "--samples", "0"], "--samples"),
         (["{old}", "--to", "64", "--tail", "33"], "more than the 32 tokens that the run was trained on"),
         (["{old}", "--to", "0"], "--to"),
-        (["{old}", "model.width=32", "--to", "64"], "of another model"),
+        (["{old}", "model.hidden_size=32", "--to", "64"], "of another model"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
@@ -209,7 +209,7 @@ def test_the_change_from_the_trained_length_is_paired_by_windows(extended: Any) 
 def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
     values = json.loads(json.dumps(extended[1]))
     values["methods"]["pi"]["after"]["retrieval"] = {"lengths": [32, 96], "accuracy": [[1.0, 0.5], [0.75, 1.0]]}
-    training = {"parameters": 125e6, "tokens": 2e6, "model": {"context": 32}}
+    training = {"parameters": 125e6, "tokens": 2e6, "model": {"max_seq_len": 32}}
     result = {"training": training, "extension": {"96": values}, "far": values, "machine": {"gpu": "H100", "cpu": ""}}
     lines = list(sections({**result, "date": "a day", "command": "python x.py"}))
     assert lines[0] == "## Extension of 125.0 M parameters"
@@ -224,7 +224,7 @@ def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
 def test_by_default_the_scored_targets_fit_the_trained_context(old: Path) -> None:
     config = load(str(old))
     assert scored(config, Wishes(str(old), 64)) == 16
-    assert scored(config.model_copy(update={"train": config.train.model_copy(update={"sequence": 2048})}), Wishes(str(old), 4096)) == 256
+    assert scored(config.model_copy(update={"train": config.train.model_copy(update={"seq_len": 2048})}), Wishes(str(old), 4096)) == 256
 
 
 def test_another_extension_in_the_folder_is_refused(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

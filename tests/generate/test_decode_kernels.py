@@ -13,7 +13,7 @@ from andromeda.generate import decode_kernels
 from andromeda.generate.decode_kernels import Stepped, SteppedHead
 from andromeda.generate.decode_step import FixedStep, GraphStep, PlainStep
 from andromeda.generate.fused_block import Fused
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
 from andromeda.ops import gemv, qk_preprocess
@@ -21,11 +21,11 @@ from tests.generate.test_fused_block import KINDS, model
 from tests.ops import interpreted
 
 PROMPT, WRITTEN = 9, 2
-SMALL = ["width=32", "depth=1", "attention.heads=2", "attention.head_dim=16", "feedforward.mult=1.5"]
+SMALL = ["width=32", "depth=1", "attention.num_heads=2", "attention.head_dim=16", "feedforward.mlp_ratio=1.5"]
 """What an interpreter can do in a second."""
 MORE = {
     "value embeddings": ["model.value_embedding.kind=layered"],
-    "xPos without ALiBi, layer norm": ["model.alibi.heads=0", "model.shift.tokens=3"],
+    "xPos without ALiBi, layer norm": ["model.alibi.num_heads=0", "model.shift.tokens=3"],
 }
 
 
@@ -68,7 +68,7 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
     if interpreted.INTERPRETED:
         monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
         monkeypatch.setattr(qk_preprocess, "accepts", lambda q, k, form: True)
-    made = optimise(made, compiled=False)
+    made = optimize_for_inference(made, compiled=False)
     decode_kernels.step_by_kernels(made)
     assert isinstance(made.head, SteppedHead)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
@@ -93,7 +93,7 @@ def test_it_is_the_same_layer(name: str, way: str, rows: int, numbered: bool, mo
 
 
 def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False)
+    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compiled=False)
     block = made.trunk.blocks[0]
     assert isinstance(block, Fused)
     monkeypatch.setattr(gemv, "_product", None)
@@ -103,7 +103,7 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
 
 
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
-    made = optimise(model(KINDS["preset andromeda"], torch.float32), compiled=False)
+    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compiled=False)
     decode_kernels.step_by_kernels(made)
     assert not any(isinstance(block, Stepped) for block in made.trunk.blocks)
 
@@ -121,7 +121,7 @@ def test_in_16_bits_on_a_gpu(changes: list[str], way: str, rows: int) -> None:
     ids, documents = tokens(rows, device), numbers(rows, device)
     wanted = exact(plain, ids, documents)
     own = (written(plain, ids, documents, "plain") - wanted).norm() / wanted.norm()
-    made = optimise(plain, compiled=False)
+    made = optimize_for_inference(plain, compiled=False)
     assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
     error = (written(made, ids, documents, way) - wanted).norm() / wanted.norm()
     assert error < 2 * own

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig, Shift
+from andromeda.config.model import AlibiConfig, AttentionConfig, FeedForwardConfig, ModelConfig, TokenShiftConfig
 from andromeda.generate import batch, decode_step
 from andromeda.generate.decode_step import recordable
 from andromeda.generate.engine import Engine
@@ -16,20 +16,20 @@ from andromeda.generate.sequence import Completion
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
-ATTENTION = Attention(heads=4, kv_heads=2, head_dim=16)
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16)
 VARIANTS: dict[str, dict[str, Any]] = {
     "xpos": {},
-    "alibi": {"alibi": Alibi(heads=2)},
-    "folded alibi, shift": {"alibi": Alibi(heads=2, fold=True), "shift": Shift(kind="lerp")},
-    "window": {"attention": ATTENTION.model_copy(update={"window": 7})},
+    "alibi": {"alibi": AlibiConfig(num_heads=2)},
+    "folded alibi, shift": {"alibi": AlibiConfig(num_heads=2, fold_into_qk=True), "shift": TokenShiftConfig(kind="lerp")},
+    "window": {"attention": ATTENTION.model_copy(update={"sliding_window": 7})},
 }
 PROMPTS = [[1], list(range(2, 25)), [5] * 9, list(range(40))]
 
 
 def build(device: str, **parts: Any) -> Transformer:
-    return Transformer(ModelConfig(**({"vocab_size": 61, "context": 300, "width": 64, "depth": 3, "attention": ATTENTION} | parts))).to(
-        device
-    )
+    return Transformer(
+        ModelConfig(**({"vocab_size": 61, "max_seq_len": 300, "hidden_size": 64, "num_layers": 3, "attention": ATTENTION} | parts))
+    ).to(device)
 
 
 def write(model: Transformer, **wishes: Any) -> list[Completion]:
@@ -67,8 +67,8 @@ def test_only_models_that_ask_the_device_for_nothing_are_recorded() -> None:
     cuda = torch.device("cuda")
     assert recordable(ModelConfig(), cuda)
     assert not recordable(ModelConfig(), torch.device("cpu"))
-    assert not recordable(ModelConfig(feedforward=FeedForward(kind="moe")), cuda)
-    assert not recordable(ModelConfig(attention=Attention(mechanism="mine:Own")), cuda)
+    assert not recordable(ModelConfig(feedforward=FeedForwardConfig(kind="moe")), cuda)
+    assert not recordable(ModelConfig(attention=AttentionConfig(mixer="mine:Own")), cuda)
 
 
 def test_no_room_on_the_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

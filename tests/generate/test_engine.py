@@ -12,19 +12,19 @@ from torch import nn
 
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import (
-    Alibi,
-    Attention,
-    Block,
-    Embedding,
-    Experts,
-    FeedForward,
-    Head,
+    AlibiConfig,
+    AttentionConfig,
+    BlockConfig,
+    EmbeddingConfig,
+    ExpertsConfig,
+    FeedForwardConfig,
+    HeadConfig,
     ModelConfig,
-    Rotary,
-    Scaling,
-    Shift,
-    Skips,
-    ValueEmbedding,
+    RopeScalingConfig,
+    RotaryConfig,
+    SkipsConfig,
+    TokenShiftConfig,
+    ValueEmbeddingConfig,
 )
 from andromeda.data.tokenizer import train_tokenizer
 from andromeda.generate import batch, decode_step
@@ -33,38 +33,44 @@ from andromeda.generate.sequence import Completion
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError, RequestError
 
-ATTENTION = Attention(heads=4, kv_heads=2, head_dim=16)
+ATTENTION = AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=16)
 VARIANTS: dict[str, dict[str, Any]] = {
-    "rope": {"rotary": Rotary(kind="rope")},
+    "rope": {"rotary": RotaryConfig(kind="rope")},
     "xpos": {},
-    "alibi": {"alibi": Alibi(heads=2)},
-    "alibi folded": {"alibi": Alibi(heads=2, fold=True), "shift": Shift(kind="lerp")},
-    "no positions, shift": {"rotary": Rotary(kind="none"), "shift": Shift(kind="chunks", tokens=2)},
-    "smear": {"shift": Shift(kind="smear")},
-    "absolute": {"embedding": Embedding(absolute=True), "rotary": Rotary(kind="none")},
-    "window": {"attention": ATTENTION.model_copy(update={"window": 7, "global_every": 2})},
-    "dynamic": {"context": 96, "rotary": Rotary(kind="rope", scaling=Scaling(kind="dynamic", factor=4.0))},
-    "yarn": {"rotary": Rotary(kind="xpos", scaling=Scaling(kind="yarn", factor=4.0))},
-    "parallel deepnorm": {"block": Block(kind="parallel", residual="deepnorm"), "attention": ATTENTION.model_copy(update={"kv_heads": 1})},
-    "speedrun": {
-        "value_embedding": ValueEmbedding(kind="layered"),
-        "skips": Skips(first=True, unet=True),
-        "attention": ATTENTION.model_copy(update={"qk_norm": "rms", "softcap": 5.0}),
-        "head": Head(softcap=15.0),
+    "alibi": {"alibi": AlibiConfig(num_heads=2)},
+    "alibi folded": {"alibi": AlibiConfig(num_heads=2, fold_into_qk=True), "shift": TokenShiftConfig(kind="lerp")},
+    "no positions, shift": {"rotary": RotaryConfig(kind="none"), "shift": TokenShiftConfig(kind="chunks", tokens=2)},
+    "smear": {"shift": TokenShiftConfig(kind="smear")},
+    "absolute": {"embedding": EmbeddingConfig(absolute=True), "rotary": RotaryConfig(kind="none")},
+    "window": {"attention": ATTENTION.model_copy(update={"sliding_window": 7, "full_attention_interval": 2})},
+    "dynamic": {"max_seq_len": 96, "rotary": RotaryConfig(kind="rope", scaling=RopeScalingConfig(kind="dynamic", factor=4.0))},
+    "yarn": {"rotary": RotaryConfig(kind="xpos", scaling=RopeScalingConfig(kind="yarn", factor=4.0))},
+    "parallel deepnorm": {
+        "block": BlockConfig(kind="parallel", residual="deepnorm"),
+        "attention": ATTENTION.model_copy(update={"num_kv_heads": 1}),
     },
-    "experts": {"feedforward": FeedForward(kind="moe", mult=1.0), "experts": Experts(count=4, active=2, shared=1)},
+    "speedrun": {
+        "value_embedding": ValueEmbeddingConfig(kind="layered"),
+        "skips": SkipsConfig(first=True, unet=True),
+        "attention": ATTENTION.model_copy(update={"qk_norm": "rms", "softcap": 5.0}),
+        "head": HeadConfig(softcap=15.0),
+    },
+    "experts": {
+        "feedforward": FeedForwardConfig(kind="moe", mlp_ratio=1.0),
+        "experts": ExpertsConfig(num_experts=4, top_k=2, num_shared_experts=1),
+    },
     "everything": {
-        "alibi": Alibi(heads=2),
-        "shift": Shift(kind="chunks"),
-        "attention": ATTENTION.model_copy(update={"qk_norm": "l2_dim_scale", "window": 9, "kv_heads": 1}),
-        "block": Block(kind="parallel"),
+        "alibi": AlibiConfig(num_heads=2),
+        "shift": TokenShiftConfig(kind="chunks"),
+        "attention": ATTENTION.model_copy(update={"qk_norm": "l2_dim_scale", "sliding_window": 9, "num_kv_heads": 1}),
+        "block": BlockConfig(kind="parallel"),
     },
 }
 
 
 def build(**parts: Any) -> Transformer:
     """A small model in float64 whose every parameter matters: nothing is left at zero or one."""
-    config = ModelConfig(**({"vocab_size": 61, "context": 128, "width": 32, "depth": 3, "attention": ATTENTION} | parts))
+    config = ModelConfig(**({"vocab_size": 61, "max_seq_len": 128, "hidden_size": 32, "num_layers": 3, "attention": ATTENTION} | parts))
     model = Transformer(config).double().eval()
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
@@ -111,7 +117,7 @@ def test_greedy_text_is_the_argmax_of_full_passes(name: str) -> None:
 @pytest.mark.parametrize("name", VARIANTS)
 def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
     """Sequences of one batch end at different times, by the separator or the context; those that stay must not notice."""
-    model, asked = build(**VARIANTS[name] | {"context": 48}), prompts(5, 31, 31, 2, 12)
+    model, asked = build(**VARIANTS[name] | {"max_seq_len": 48}), prompts(5, 31, 31, 2, 12)
     engine = Engine(model, eos=3, batch=4, chunk=1000)
     wishes = {"temperature": 1.5, "top_k": 0, "top_p": 0.95, "repetition_penalty": 1.1, "seed": 5}
     together = engine.generate(asked, **wishes)
@@ -124,7 +130,7 @@ def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
 @pytest.mark.usefixtures("_steps")
 def test_sequences_that_ended_leave_the_batch() -> None:
     """A short prompt with room for more tokens goes on after a long one has filled the context of learned positions."""
-    model = build(context=48, embedding=Embedding(absolute=True))
+    model = build(max_seq_len=48, embedding=EmbeddingConfig(absolute=True))
     long, short = Engine(model).generate(prompts(40, 4), temperature=0)
     assert (len(long.ids), len(short.ids)) == (8, 44)
     assert list(short.ids) == greedy(model, prompts(40, 4)[1], 44)
@@ -173,7 +179,7 @@ BYTES = train_tokenizer([], BuildConfig(tokenizer="bytes"))
 
 
 def writer(ids: list[int], **parts: Any) -> Engine:
-    model = build(vocab_size=300, context=200, **parts)
+    model = build(vocab_size=300, max_seq_len=200, **parts)
     model.head = Script(ids, 300)
     return Engine(model, BYTES)
 

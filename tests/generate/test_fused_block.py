@@ -12,23 +12,28 @@ from torch import Tensor, nn
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.generate import fused_block
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
 from andromeda.ops import add_norm_shift
 from tests.ops import interpreted
 
-SIZES = {"width": 64, "depth": 2, "vocab_size": 96, "context": 128}
+SIZES = {"hidden_size": 64, "num_layers": 2, "vocab_size": 96, "max_seq_len": 128}
 KINDS: dict[str, list[str]] = {
-    "preset andromeda": ["model.alibi.heads=2", "model.alibi.fold=true"],
-    "no shift, RMS norm": ["model.shift.kind=none", "model.block.norm=rms", "model.attention.kv_heads=2"],
-    "biases, windows": ["model.attention.bias=true", "model.attention.window=16", "model.block.norm=rms_plain", "model.alibi.heads=0"],
+    "preset andromeda": ["model.alibi.num_heads=2", "model.alibi.fold_into_qk=true"],
+    "no shift, RMS norm": ["model.shift.kind=none", "model.block.norm=rms", "model.attention.num_kv_heads=2"],
+    "biases, windows": [
+        "model.attention.bias=true",
+        "model.attention.sliding_window=16",
+        "model.block.norm=rms_plain",
+        "model.alibi.num_heads=0",
+    ],
     "two tokens back, relu2": ["model.shift.tokens=2", "model.feedforward.kind=relu2", "model.feedforward.bias=false"],
 }
 
 
 def configuration(changes: list[str]) -> ModelConfig:
-    heads = ["model.attention.heads=4", "model.attention.head_dim=32", "model.alibi.heads=2"]
+    heads = ["model.attention.num_heads=4", "model.attention.head_dim=32", "model.alibi.num_heads=2"]
     return load("andromeda", [*(f"model.{name}={size}" for name, size in SIZES.items()), *heads, *changes]).model
 
 
@@ -53,7 +58,7 @@ def read(made: Transformer, ids: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_it_is_the_same_layer(changes: list[str]) -> None:
     plain = model(changes)
-    rearranged = optimise(copy.deepcopy(plain), compiled=False)
+    rearranged = optimize_for_inference(copy.deepcopy(plain), compiled=False)
     assert all(isinstance(block, fused_block.Fused) for block in rearranged.trunk.blocks)
     ids = tokens()
     documents = (torch.arange(53) // 20).expand(2, -1)
@@ -81,7 +86,7 @@ def test_the_kernels_path_is_the_same_layer(changes: list[str], monkeypatch: pyt
     """In chunks, so that the shift's state passes from one to the next."""
     device = str(interpreted.device())
     plain = model(changes, torch.float32, device)
-    rearranged = optimise(copy.deepcopy(plain), compiled=False)
+    rearranged = optimize_for_inference(copy.deepcopy(plain), compiled=False)
     if interpreted.INTERPRETED:
         monkeypatch.setattr(add_norm_shift, "accepts", lambda x: True)
     ids, cache = tokens().to(device), Cache()
@@ -99,7 +104,7 @@ def test_in_16_and_8_bits_on_a_gpu(eight_bits: bool, compiled: bool) -> None:
     plain = model(KINDS["preset andromeda"], torch.bfloat16, "cuda")
     exact = read(copy.deepcopy(plain).double(), tokens().cuda())
     own = (read(plain, tokens().cuda()) - exact).norm() / exact.norm()
-    made = optimise(plain, eight_bits=eight_bits, compiled=compiled)
+    made = optimize_for_inference(plain, eight_bits=eight_bits, compiled=compiled)
     error = (read(made, tokens().cuda()) - exact).norm() / exact.norm()
     assert error < (0.15 if eight_bits else 2 * own)
 

@@ -1,4 +1,4 @@
-"""An optimised model is the same model: compiled it writes the same tokens; in 8 bits only blocks change, routers not."""
+"""An optimized model is the same model: compiled it writes the same tokens; in 8 bits only blocks change, routers not."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def model(**more: object) -> Andromeda:
 def test_compiled_it_writes_the_same() -> None:
     prompt = list(range(1, 40))
     plain = model().generate(prompt, max_new_tokens=12, temperature=0)
-    assert model().optimise().generate(prompt, max_new_tokens=12, temperature=0) == plain
+    assert model().optimize_for_inference().generate(prompt, max_new_tokens=12, temperature=0) == plain
 
 
 def test_only_the_blocks_are_in_8_bits() -> None:
-    eight = model().optimise(eight_bits=True, compiled=False)
+    eight = model().optimize_for_inference(eight_bits=True, compiled=False)
     inside = {name for name, part in eight.named_modules() if isinstance(part, Linear8)}
     assert inside
     assert all(name.startswith("trunk.blocks.") for name in inside)
@@ -31,6 +31,6 @@ def test_only_the_blocks_are_in_8_bits() -> None:
 
 
 def test_a_router_keeps_its_type() -> None:
-    mixture = model(feedforward={"kind": "moe", "bias": False}).optimise(eight_bits=True, compiled=False)
+    mixture = model(feedforward={"kind": "moe", "bias": False}).optimize_for_inference(eight_bits=True, compiled=False)
     assert not any("router" in name for name, part in mixture.named_modules() if isinstance(part, Linear8))
     assert mixture(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()

@@ -67,7 +67,7 @@ def test_min_p_is_that_of_transformers(share: float) -> None:
 def test_repetition_penalty_is_that_of_transformers(penalty: float) -> None:
     logits, ids = random_logits(), torch.randint(0, 97, (5, 30), generator=torch.Generator().manual_seed(1))
     seen = torch.zeros(5, 97, dtype=torch.bool).scatter_(1, ids, True)
-    ours = sampling.penalise_repetition(logits, seen, penalty)
+    ours = sampling.penalize_repetition(logits, seen, penalty)
     torch.testing.assert_close(ours, RepetitionPenaltyLogitsProcessor(penalty)(ids, logits.clone()), rtol=0, atol=0)
 
 

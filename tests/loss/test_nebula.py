@@ -1,4 +1,4 @@
-"""Nebula: declared tasks, their weights, masks and normalisers, against float64 sums worked apart from it."""
+"""Nebula: declared tasks, their weights, masks and normalizers, against float64 sums worked apart from it."""
 
 from __future__ import annotations
 
@@ -79,8 +79,8 @@ def test_any_split_of_a_step_has_the_gradient_of_the_whole(cuts: list[int]) -> N
     (reference(hidden, whole_head.weight, batch.targets, softcap=3.0).total / 14).backward()
     loss = Nebula([next_token()])
     pieces = [(hidden[a:b], batch.rows(a, b)) for a, b in itertools.pairwise(cuts)]
-    normaliser = {"next_token": sum(loss.counts(piece)["next_token"] for _, piece in pieces)}
-    results = [loss(head, h, piece, normaliser) for h, piece in pieces]
+    normalizer = {"next_token": sum(loss.counts(piece)["next_token"] for _, piece in pieces)}
+    results = [loss(head, h, piece, normalizer) for h, piece in pieces]
     for result in results:
         result.total.backward()
     torch.testing.assert_close(head.weight.grad, whole_head.weight.grad)

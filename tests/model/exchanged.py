@@ -7,17 +7,17 @@ from typing import Any
 
 from torch import nn
 
-from andromeda.config.model import Attention, FeedForward, ModelConfig, Rotary
+from andromeda.config.model import AttentionConfig, FeedForwardConfig, ModelConfig, RotaryConfig
 from andromeda.model.transformer import Transformer
 
 CONFIG = ModelConfig(
     vocab_size=64,
-    context=32,
-    width=32,
-    depth=2,
-    rotary=Rotary(kind="rope"),
-    attention=Attention(heads=4, kv_heads=1, head_dim=16),
-    feedforward=FeedForward(kind="gelu", hidden=64, bias=True),
+    max_seq_len=32,
+    hidden_size=32,
+    num_layers=2,
+    rotary=RotaryConfig(kind="rope"),
+    attention=AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=16),
+    feedforward=FeedForwardConfig(kind="gelu", intermediate_size=64, bias=True),
 )
 
 

@@ -15,13 +15,13 @@ from andromeda.ops import add_norm_shift
 from tests.ops import interpreted
 
 CHANGES = [
-    "model.width=64",
-    "model.depth=2",
+    "model.hidden_size=64",
+    "model.num_layers=2",
     "model.vocab_size=96",
-    "model.context=128",
-    "model.attention.heads=2",
+    "model.max_seq_len=128",
+    "model.attention.num_heads=2",
     "model.attention.head_dim=32",
-    "model.alibi.heads=1",
+    "model.alibi.num_heads=1",
 ]
 
 

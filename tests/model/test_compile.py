@@ -68,15 +68,23 @@ def recomputed(forward: Callable[..., Any]) -> Callable[..., Any]:
 
 def small(preset: str) -> ModelConfig:
     """A preset with twelve layers, more than torch compiles of one function before it gives up."""
-    sizes = ["vocab_size=64", "context=64", "width=48", "depth=12", "attention.heads=4", "attention.head_dim=16", "feedforward.hidden=32"]
-    changes = [f"model.{size}" for size in sizes] + (["model.alibi.heads=2"] if preset == "andromeda" else [])
+    sizes = [
+        "vocab_size=64",
+        "max_seq_len=64",
+        "hidden_size=48",
+        "num_layers=12",
+        "attention.num_heads=4",
+        "attention.head_dim=16",
+        "feedforward.intermediate_size=32",
+    ]
+    changes = [f"model.{size}" for size in sizes] + (["model.alibi.num_heads=2"] if preset == "andromeda" else [])
     if preset == "speedrun":
         changes += [
-            "model.attention.kv_heads=4",
-            "model.attention.window=8",
+            "model.attention.num_kv_heads=4",
+            "model.attention.sliding_window=8",
             "train.window.end=8",
             "train.window.start=4",
-            "train.sequence=64",
+            "train.seq_len=64",
         ]
     return load(preset, changes).model
 

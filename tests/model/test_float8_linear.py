@@ -13,8 +13,8 @@ from torch import Tensor
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from andromeda.config.model import Alibi, Attention, FeedForward, ModelConfig
-from andromeda.config.train import Optim
+from andromeda.config.model import AlibiConfig, AttentionConfig, FeedForwardConfig, ModelConfig
+from andromeda.config.train import OptimizerConfig
 from andromeda.model import fused_qkv
 from andromeda.model.cached_cast_linear import refresh
 from andromeda.model.float8_linear import Linear8
@@ -67,7 +67,7 @@ def test_parameters_and_what_is_saved_stay_the_same() -> None:
 def test_gradients_are_as_near_those_of_bfloat16_as_with_exact_maxima(kind: str) -> None:
     """torchao takes every scale from the largest value. A network with no kernel of its own takes its products one by one."""
     pytest.importorskip("torchao")
-    config = CONFIG.model_copy(update={"feedforward": FeedForward(kind=kind, hidden=64, bias=True)})  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     plain, ours = gradients(model(False, config)), gradients(model(True, config))
     theirs = gradients(Float8(torch.device("cpu")).prepare(model(False, config)))
     assert plain.keys() == ours.keys() == theirs.keys()
@@ -81,7 +81,7 @@ def test_gradients_are_as_near_those_of_bfloat16_as_with_exact_maxima(kind: str)
 
 def test_a_key_that_alone_is_too_narrow_for_8_bits_is_joined() -> None:
     """Folded ALiBi takes four of its columns. What is filled up around it is in no gradient."""
-    config = CONFIG.model_copy(update={"alibi": Alibi(heads=2, fold=True)})
+    config = CONFIG.model_copy(update={"alibi": AlibiConfig(num_heads=2, fold_into_qk=True)})
     plain, made = gradients(model(False, config)), model(True, config)
     key = made.trunk.blocks[0].attention.key
     assert isinstance(key, Linear8)
@@ -186,7 +186,7 @@ def test_each_weight_is_cast_once_for_a_step(monkeypatch: pytest.MonkeyPatch) ->
     for expected in (8, 8):
         gradients(made)
         assert count == expected
-    build_optimizer(made, Optim(kind="adamw", lr=1e-3)).step()
+    build_optimizer(made, OptimizerConfig(kind="adamw", lr=1e-3)).step()
     gradients(made)
     assert count == 16
 
@@ -196,7 +196,7 @@ def test_a_step_is_seen(kind: str) -> None:
     """Whatever the optimizer, the next pass is that of a model which never held another weight."""
     made = model()
     gradients(made)
-    build_optimizer(made, Optim(kind=kind, lr=1e-1), "off").step()  # type: ignore[arg-type]
+    build_optimizer(made, OptimizerConfig(kind=kind, lr=1e-1), "off").step()  # type: ignore[arg-type]
     fresh = model()
     fresh.load_state_dict(made.state_dict())
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
@@ -243,9 +243,9 @@ def test_a_block_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     config = CONFIG.model_copy(
         update={
-            "width": 256,
-            "attention": Attention(heads=4, kv_heads=1, head_dim=64),
-            "feedforward": FeedForward(kind="gelu", hidden=1024, bias=True),
+            "hidden_size": 256,
+            "attention": AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=64),
+            "feedforward": FeedForwardConfig(kind="gelu", intermediate_size=1024, bias=True),
         }
     )
 

@@ -32,12 +32,12 @@ def config(**changes: Any) -> ModelConfig:
     """A tiny model; tables are merged over the base."""
     base: dict[str, Any] = {
         "vocab_size": 96,
-        "context": T,
-        "width": 48,
-        "depth": 3,
+        "max_seq_len": T,
+        "hidden_size": 48,
+        "num_layers": 3,
         "rotary": {"kind": "rope"},
-        "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "backend": "sdpa"},
-        "feedforward": {"hidden": 80},
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "backend": "sdpa"},
+        "feedforward": {"intermediate_size": 80},
     }
     merged = {k: {**base[k], **v} if isinstance(v, dict) and k in base else v for k, v in changes.items()}
     return ModelConfig.model_validate(base | merged)
@@ -47,26 +47,26 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "gelu": {},
     "relu2, bias": {"feedforward": {"kind": "relu2", "bias": True}, "attention": {"bias": True}},
     "swiglu": {"feedforward": {"kind": "swiglu"}},
-    "swiglu, default width": {"feedforward": {"kind": "swiglu", "hidden": 0}},
-    "gelu, default width": {"feedforward": {"hidden": 0, "mult": 3.0}},
-    "multi-query": {"attention": {"kv_heads": 1}},
-    "full heads": {"attention": {"kv_heads": 4}},
-    "wide attention": {"attention": {"heads": 6, "kv_heads": 3}},
-    "alibi": {"alibi": {"heads": 2}},
-    "folded alibi": {"alibi": {"heads": 2, "fold": True}},
-    "window": {"attention": {"window": 5, "global_every": 2}},
+    "swiglu, default width": {"feedforward": {"kind": "swiglu", "intermediate_size": 0}},
+    "gelu, default width": {"feedforward": {"intermediate_size": 0, "mlp_ratio": 3.0}},
+    "multi-query": {"attention": {"num_kv_heads": 1}},
+    "full heads": {"attention": {"num_kv_heads": 4}},
+    "wide attention": {"attention": {"num_heads": 6, "num_kv_heads": 3}},
+    "alibi": {"alibi": {"num_heads": 2}},
+    "folded alibi": {"alibi": {"num_heads": 2, "fold_into_qk": True}},
+    "window": {"attention": {"sliding_window": 5, "full_attention_interval": 2}},
     "soft cap": {"attention": {"softcap": 20.0, "backend": "eager"}},
     "parallel": {"block": {"kind": "parallel"}},
     "deepnorm": {"block": {"residual": "deepnorm"}},
     "value embeddings": {"value_embedding": {"kind": "layered"}},
-    "factorised": {"embedding": {"kind": "factorised", "rank": 8}},
+    "factorized": {"embedding": {"kind": "factorized", "rank": 8}},
     "tied": {"head": {"tied": True, "softcap": 15.0}},
     "smear": {"shift": {"kind": "smear"}},
     "chunks": {"shift": {"kind": "chunks"}},
     "u-net": {"skips": {"first": True, "unet": True}, "embedding": {"norm": True, "absolute": True}},
     "qk norm": {"attention": {"qk_norm": "l2_dim_scale"}},
-    "moe": {"feedforward": {"kind": "moe"}, "experts": {"count": 4, "active": 2, "kind": "swiglu"}},
-    "moe, shared": {"feedforward": {"kind": "moe"}, "experts": {"count": 5, "active": 3, "shared": 2, "kind": "relu2"}},
+    "moe": {"feedforward": {"kind": "moe"}, "experts": {"num_experts": 4, "top_k": 2, "kind": "swiglu"}},
+    "moe, shared": {"feedforward": {"kind": "moe"}, "experts": {"num_experts": 5, "top_k": 3, "num_shared_experts": 2, "kind": "relu2"}},
 }
 
 
@@ -90,12 +90,12 @@ def test_agrees_with_torchs_counter(name: str) -> None:
 
 
 def test_prefill_and_decoding_agree_with_torchs_counter() -> None:
-    c = config(attention={"window": 5, "global_every": 2}, feedforward={"kind": "swiglu"})
+    c = config(attention={"sliding_window": 5, "full_attention_interval": 2}, feedforward={"kind": "swiglu"})
     model, ids = Transformer(c), torch.randint(0, c.vocab_size, (1, T))
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         model.head(model.hidden(ids)[:, -1:])
     assert prefill_flops(c, T, convention="full") == counter.get_total_flops()
-    assert sum(forward_flops(c, 17 * c.depth).values()) == pytest.approx(
+    assert sum(forward_flops(c, 17 * c.num_layers).values()) == pytest.approx(
         sum(forward_flops_per_token(c, 17, convention="full").values()), rel=1e-12
     )
 
@@ -122,7 +122,7 @@ def test_documents_must_fill_the_sequence() -> None:
 
 
 def test_a_warming_window_narrows_only_layers_that_have_one() -> None:
-    c = config(attention={"window": 8, "global_every": 3})
+    c = config(attention={"sliding_window": 8, "full_attention_interval": 3})
     narrowed = forward_flops_per_token(c, T, window=4)["scores"]
     per_key = 2 * 4 * 16
     assert narrowed == pytest.approx(per_key * (2 * attention_pairs(T, 4) + attention_pairs(T)) / T)
@@ -131,7 +131,13 @@ def test_a_warming_window_narrows_only_layers_that_have_one() -> None:
 def megatron(h: int, L: int, heads: int, s: int, V: int) -> ModelConfig:
     """GPT as Megatron counts it: full heads, feed-forward of four times the width, one head over V."""
     return ModelConfig.model_validate(
-        {"vocab_size": V, "context": s, "width": h, "depth": L, "attention": {"heads": heads, "kv_heads": heads, "head_dim": h // heads}}
+        {
+            "vocab_size": V,
+            "max_seq_len": s,
+            "hidden_size": h,
+            "num_layers": L,
+            "attention": {"num_heads": heads, "num_kv_heads": heads, "head_dim": h // heads},
+        }
     )
 
 
@@ -146,16 +152,16 @@ def test_megatrons_closed_form_for_gpt3() -> None:
     assert recomputed == pytest.approx(96 * L * h**2 * (1 + s / (6 * h) + V / (16 * L * h)), rel=1e-12)
 
 
-def test_palm_reached_the_published_utilisation() -> None:
+def test_palm_reached_the_published_utilization() -> None:
     """PaLM 540B: 238.3 k tokens/s on 6144 TPU v4 of 275 TFLOP/s was published as 46.2 % (arXiv 2204.02311, table 3)."""
     palm = ModelConfig.model_validate(
         {
             "vocab_size": 256000,
-            "context": 2048,
-            "width": 18432,
-            "depth": 118,
-            "attention": {"heads": 48, "kv_heads": 1, "head_dim": 256},
-            "feedforward": {"kind": "swiglu", "hidden": 4 * 18432},
+            "max_seq_len": 2048,
+            "hidden_size": 18432,
+            "num_layers": 118,
+            "attention": {"num_heads": 48, "num_kv_heads": 1, "head_dim": 256},
+            "feedforward": {"kind": "swiglu", "intermediate_size": 4 * 18432},
             "block": {"kind": "parallel"},
             "head": {"tied": True},
         }
@@ -168,6 +174,6 @@ def test_palm_reached_the_published_utilisation() -> None:
 def test_flash_attention_computes_three_and_a_half_forward_passes() -> None:
     """Its published benchmark counts 4 T^2 H D forward (half of it when causal) and 2.5 times that backward (arXiv 2307.08691)."""
     c = config()
-    forward = 4 * 4 * 16 * (T + 1) / 2 * c.depth
+    forward = 4 * 4 * 16 * (T + 1) / 2 * c.num_layers
     without = training_flops_per_token(c, T) - 3 * forward
     assert hardware_flops_per_token(c, T) - without == pytest.approx(3.5 * forward, rel=1e-12)

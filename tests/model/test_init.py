@@ -14,11 +14,11 @@ from tests.conformance.covering import CHOICES, DEFAULTS, model_config
 
 BIG: dict[str, Any] = {
     "vocab_size": 400,
-    "context": 300,
-    "width": 128,
-    "depth": 8,
-    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 32, "bias": True, "qk_norm": "l2_dim_scale"},
-    "feedforward": {"kind": "swiglu", "hidden": 192, "bias": True},
+    "max_seq_len": 300,
+    "hidden_size": 128,
+    "num_layers": 8,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 32, "bias": True, "qk_norm": "l2_dim_scale"},
+    "feedforward": {"kind": "swiglu", "intermediate_size": 192, "bias": True},
     "embedding": {"absolute": True},
     "value_embedding": {"kind": "layered"},
     "shift": {"kind": "smear"},
@@ -133,14 +133,14 @@ class Own(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self.shift = nn.Parameter(torch.rand(config.width))
+        self.shift = nn.Parameter(torch.rand(config.hidden_size))
 
     def forward(self, x: Tensor, ctx: object) -> Tensor:
         return x + self.shift
 
 
 def test_parts_of_a_users_own_draw_from_the_seed_too() -> None:
-    attention = BIG["attention"] | {"mechanism": f"{__name__}:Own"}
+    attention = BIG["attention"] | {"mixer": f"{__name__}:Own"}
     shifts = [build(seed=seed, attention=attention).trunk.blocks[2].attention.shift for seed in (1, 1, 2)]
     assert torch.equal(shifts[0], shifts[1])
     assert not torch.equal(shifts[0], shifts[2])

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from andromeda.config.model import FeedForward
-from andromeda.config.train import Optim
+from andromeda.config.model import FeedForwardConfig
+from andromeda.config.train import OptimizerConfig
 from andromeda.model.master_weight_linear import Linear16, exchange, summed
 from andromeda.model.transformer import Transformer
 from andromeda.ops import master_weight_linear, mlp
@@ -34,7 +34,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def model(kind: str = "gelu", dtype: torch.dtype | None = torch.bfloat16) -> tuple[Transformer, Sequence[Linear16]]:
     """A model in float32, or float64 for products of it, and its layers that were exchanged: none without a type."""
-    config = CONFIG.model_copy(update={"feedforward": FeedForward(kind=kind, hidden=64, bias=True)})  # type: ignore[arg-type]
+    config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     made = Transformer(config, seed=1)
     if dtype == torch.float64:
         made.double()
@@ -214,7 +214,7 @@ def test_a_step_is_seen(kind: str) -> None:
     with summed(layers):
         backward(made)
     places = [layer.rows.data_ptr() for layer in layers if layer.rows is not None]
-    build_optimizer(made, Optim(kind=kind, lr=1e-1), "off").step()  # type: ignore[arg-type]
+    build_optimizer(made, OptimizerConfig(kind=kind, lr=1e-1), "off").step()  # type: ignore[arg-type]
     made.zero_grad()
     fresh, _ = model()
     fresh.load_state_dict(made.state_dict())

@@ -24,7 +24,7 @@ def inputs(T: int, C: int) -> list[Tensor]:
 
 
 def reference(x: Tensor, weight: Tensor | None, past: Tensor, layer: bool, moved: tuple[int, int]) -> tuple[Tensor, Tensor]:
-    """y and the normalised last vector in float64."""
+    """y and the normalized last vector in float64."""
     x, w = x.double(), None if weight is None else weight.double()
     normal = F.layer_norm(x, x.shape[-1:], w, None, EPS) if layer else F.rms_norm(x, x.shape[-1:], w, EPS)
     before = torch.cat([past.double(), normal], 1)[:, :-1]
@@ -64,7 +64,7 @@ def test_eight_bits_are_those_of_the_shifted_rows() -> None:
     x, delta, weight, _, past = inputs(11, 64)
     plain = norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64))
     eight = norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64), eight_bits=True)
-    rows, scale = float8_inference.quantise(plain.y.flatten(0, 1))
+    rows, scale = float8_inference.quantize(plain.y.flatten(0, 1))
     assert torch.equal(eight.scale, scale)
     assert torch.equal(eight.total, plain.total)
     if not interpreted.INTERPRETED:  # whose rounding to 8 bits loses carries

@@ -71,9 +71,9 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
         ("sdpa", Pattern(1.0, softcap=2.0), 6, "it has no soft cap"),
         ("flash", Pattern(1.0), 6, "it runs on CUDA GPUs only"),
         ("flash", Pattern(1.0, window=2), 6, "it has no window"),
-        ("flash", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold = true needs none)"),
+        ("flash", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
         ("cudnn", Pattern(1.0), 3, "it aligns its mask to the first key, so that queries must be as many as keys"),
-        ("fa4", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold = true needs none)"),
+        ("fa4", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
         ("fa4", Pattern(1.0), 6, "it runs on CUDA GPUs only"),
     ],
 )

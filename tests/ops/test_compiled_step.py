@@ -54,7 +54,7 @@ def inner(M: int) -> None:
 
 
 def norm(M: int) -> None:
-    gemv.normalise(rows(M, WIDTH))
+    gemv.normalize(rows(M, WIDTH))
 
 
 def heads(M: int) -> None:
@@ -74,7 +74,7 @@ WORKS: dict[str, Callable[[], None]] = {
     "inner product, 8 rows": lambda: plain(8, 4 * WIDTH, WIDTH, "gelu"),
     "sizes that are not round": lambda: plain(3, 1001, 1100),
     "norm and shift": lambda: norm(8),
-    "norm and shift, no documents": lambda: gemv.normalise(gemv.Input(empty(8, WIDTH), "layer", 1e-5, empty(WIDTH), empty(8, 1, WIDTH))),
+    "norm and shift, no documents": lambda: gemv.normalize(gemv.Input(empty(8, WIDTH), "layer", 1e-5, empty(WIDTH), empty(8, 1, WIDTH))),
     "heads": lambda: heads(1),
     "one query": lambda: one_query(1, KEYS, 24, 1, 128, numbered=True),
 }

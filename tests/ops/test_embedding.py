@@ -11,8 +11,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.config.model import Attention, ModelConfig
-from andromeda.config.model import ValueEmbedding as ValueConfig
+from andromeda.config.model import AttentionConfig, ModelConfig
+from andromeda.config.model import ValueEmbeddingConfig as ValueConfig
 from andromeda.model.value_embedding import ValueEmbedding
 from andromeda.ops import embedding
 from andromeda.ops.embedding import embed, embed_parts
@@ -172,7 +172,11 @@ def test_a_cpu_has_pytorchs(dtype: torch.dtype | None) -> None:
 def test_value_embeddings_are_of_the_layers_type() -> None:
     """Under autocast each layer gets its own values in 16 bits: the columns of the row, layer by layer."""
     config = ModelConfig(
-        vocab_size=11, width=8, depth=3, attention=Attention(heads=4, kv_heads=2, head_dim=4), value_embedding=ValueConfig(kind="layered")
+        vocab_size=11,
+        hidden_size=8,
+        num_layers=3,
+        attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
+        value_embedding=ValueConfig(kind="layered"),
     )
     part = ValueEmbedding(config)
     torch.nn.init.normal_(part.table.weight)

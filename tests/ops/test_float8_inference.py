@@ -1,4 +1,4 @@
-"""Products in 8 bits against float64: quantised to half a unit in the last place, rows apart, within the bound of their rounding."""
+"""Products in 8 bits against float64: quantized to half a unit in the last place, rows apart, within the bound of their rounding."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ import torch.nn.functional as F
 from torch import nn
 
 from andromeda.config.load import load
-from andromeda.generate.optimize import optimise
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.feedforward.dense import ACTIVATIONS
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8_inference
 from tests.ops import interpreted
 
 
-def test_quantise_rounds_by_row() -> None:
+def test_quantize_rounds_by_row() -> None:
     """e4m3 has three bits of mantissa: every number is within 1/16 of itself, or within half of the smallest step; the largest is exact."""
     x = torch.randn(5, 64, generator=torch.Generator().manual_seed(0)) * torch.tensor([1e-3, 1.0, 1e3, 1.0, 0.0])[:, None]
-    rows, scale = float8_inference.quantise(x)
+    rows, scale = float8_inference.quantize(x)
     back = rows.double() * scale
     step = 2.0**-9 * scale.double()
     assert ((back - x.double()).abs() <= torch.maximum(x.double().abs() / 16, step / 2) * 1.0001).all()
@@ -27,12 +27,12 @@ def test_quantise_rounds_by_row() -> None:
     assert (back[4] == 0).all()
 
 
-def test_linear_layer_is_the_product_of_the_quantised_factors() -> None:
+def test_linear_layer_is_the_product_of_the_quantized_factors() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 32).bfloat16(), torch.randn(2, 5, 64).bfloat16()
     eight = float8_inference.Linear8(linear)
-    rows, scale = float8_inference.quantise(x.flatten(0, 1))
-    weight, weight_scale = float8_inference.quantise(linear.weight)
+    rows, scale = float8_inference.quantize(x.flatten(0, 1))
+    weight, weight_scale = float8_inference.quantize(linear.weight)
     exact = (rows.double() * scale) @ (weight.double() * weight_scale).T + linear.bias.double()
     assert ((eight(x).flatten(0, 1).double() - exact).abs() <= 2.0**-8 * exact.abs() + 1e-6).all()
     wanted = F.linear(x.double(), linear.weight.double(), linear.bias.double())
@@ -59,10 +59,10 @@ def test_any_number_of_rows_on_a_gpu(rows: int, outputs: int, width: int, bias: 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", float8_inference.ACTIVATIONS)
 @pytest.mark.parametrize("K", [16, 100])
-def test_activation_and_quantisation_at_once(name: str, K: int) -> None:
+def test_activation_and_quantization_at_once(name: str, K: int) -> None:
     """The kernel's scale and numbers are those of the activation in float64, rounded twice."""
     x = (3 * torch.randn(7, K, generator=torch.Generator().manual_seed(1))).bfloat16()
-    rows, scale = float8_inference.activate_quantise(x.to(interpreted.device()), name)
+    rows, scale = float8_inference.activate_quantize(x.to(interpreted.device()), name)
     wanted = ACTIVATIONS.get(name, nn.Identity())(x.double())
     largest = wanted.abs().amax(-1, keepdim=True)
     assert (scale.cpu().double() / (largest / float8_inference.LARGEST) - 1).abs().max() < 2.0**-7
@@ -80,7 +80,7 @@ def test_a_model_in_8_bits_predicts_nearly_the_same() -> None:
     ids = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         before = model.hidden(ids)
-        optimise(model, eight_bits=True, compiled=False)
+        optimize_for_inference(model, eight_bits=True, compiled=False)
         after = model.hidden(ids)
     assert 0 < (after - before).norm() / before.norm() < 0.1
     assert any(isinstance(part, float8_inference.Linear8) for part in model.modules())

@@ -143,7 +143,7 @@ def test_operators_keep_their_contract() -> None:
     torch.library.opcheck(torch.ops.andromeda.gemv.default, given)
     kept: tuple[Any, ...] = (x, weight, *nothing, None, *nothing, past, x.clone(), None, None, 0, "none", 0.0, "none")
     torch.library.opcheck(torch.ops.andromeda.gemv.default, kept)
-    torch.library.opcheck(torch.ops.andromeda.gemv_normalise.default, (x, None, past, *nothing, "rms", EPS))
+    torch.library.opcheck(torch.ops.andromeda.gemv_normalize.default, (x, None, past, *nothing, "rms", EPS))
 
 
 def test_what_the_kernels_cannot_compute_is_refused() -> None:

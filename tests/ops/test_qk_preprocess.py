@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.config.model import Alibi, Attention, ModelConfig, Rotary
+from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model import qk_preprocess as seam
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import NoBias
@@ -22,12 +22,12 @@ from tests.ops import interpreted
 
 NORMS = ("none", "rms", "l2", "l2_head_scale", "l2_dim_scale")
 ROTARIES = {
-    "none": Rotary(kind="none"),
-    "rope": Rotary(kind="rope"),
-    "interleaved": Rotary(kind="rope", layout="interleaved"),
-    "xpos": Rotary(kind="xpos", scale_base=8),
-    "xpos, part": Rotary(kind="xpos", scale_base=8, fraction=0.5),
-    "interleaved, part": Rotary(kind="xpos", scale_base=8, fraction=0.5, layout="interleaved"),
+    "none": RotaryConfig(kind="none"),
+    "rope": RotaryConfig(kind="rope"),
+    "interleaved": RotaryConfig(kind="rope", layout="interleaved"),
+    "xpos": RotaryConfig(kind="xpos", scale_base=8),
+    "xpos, part": RotaryConfig(kind="xpos", scale_base=8, fraction=0.5),
+    "interleaved, part": RotaryConfig(kind="xpos", scale_base=8, fraction=0.5, layout="interleaved"),
 }
 SCALE = 0.3
 
@@ -43,12 +43,12 @@ class Parts(NamedTuple):
 def configure(norm: str, rotary: str, fold: bool, head_dim: int = 16, heads: int = 3, kv_heads: int = 1) -> ModelConfig:
     return ModelConfig.model_validate(
         {
-            "context": 64,
-            "width": 32,
-            "depth": 1,
-            "attention": Attention(heads=heads, kv_heads=kv_heads, head_dim=head_dim, qk_norm=norm),  # type: ignore[arg-type]
+            "max_seq_len": 64,
+            "hidden_size": 32,
+            "num_layers": 1,
+            "attention": AttentionConfig(num_heads=heads, num_kv_heads=kv_heads, head_dim=head_dim, qk_norm=norm),  # type: ignore[arg-type]
             "rotary": ROTARIES[rotary],
-            "alibi": Alibi(heads=2 if fold else 0, fold=fold),
+            "alibi": AlibiConfig(num_heads=2 if fold else 0, fold_into_qk=fold),
         }
     )
 
@@ -68,13 +68,15 @@ def build(config: ModelConfig, positions: Tensor, start: int, wide: torch.dtype,
 def project(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: torch.device, seed: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     """One projection with gradients, and the queries and keys that are views of it; other columns lie around and between them."""
     a = config.attention
-    D = a.head_dim - (4 if config.alibi.fold else 0)
-    q_end, k_start = 2 + a.heads * D, 4 + a.heads * D
+    D = a.head_dim - (4 if config.alibi.fold_into_qk else 0)
+    q_end, k_start = 2 + a.num_heads * D, 4 + a.num_heads * D
     whole = (
-        torch.randn(B, T, k_start + a.kv_heads * D + 2, generator=torch.Generator().manual_seed(seed)).to(device, dtype).requires_grad_()
+        torch.randn(B, T, k_start + a.num_kv_heads * D + 2, generator=torch.Generator().manual_seed(seed))
+        .to(device, dtype)
+        .requires_grad_()
     )
-    q = whole[..., 2:q_end].unflatten(-1, (a.heads, D))
-    k = whole[..., k_start:-2].unflatten(-1, (a.kv_heads, D))
+    q = whole[..., 2:q_end].unflatten(-1, (a.num_heads, D))
+    k = whole[..., k_start:-2].unflatten(-1, (a.num_kv_heads, D))
     return whole, q, k
 
 

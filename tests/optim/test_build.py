@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load, save
 from torch import Tensor, nn
 
-from andromeda.config.train import Optim
+from andromeda.config.train import OptimizerConfig
 from andromeda.optim import Optimizer, adamw_8bit, build_optimizer
 from andromeda.utils.errors import CheckpointError, MissingExtra
 
@@ -23,7 +23,7 @@ KINDS = ["adamw", "adamw8bit", "muon"]
 
 
 class Tiny(nn.Module):
-    """Wide enough that its matrices are quantised (64 x 64 = 4096 elements)."""
+    """Wide enough that its matrices are quantized (64 x 64 = 4096 elements)."""
 
     def __init__(self, seed: int = 0) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ def through_bytes(optimizer: Optimizer, shuffle: bool) -> tuple[dict[str, Tensor
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, shuffle: bool) -> None:
-    config = Optim.model_validate({"kind": kind, "lr": 0.01})
+    config = OptimizerConfig.model_validate({"kind": kind, "lr": 0.01})
     whole = Tiny()
     straight = build_optimizer(whole, config)
     train(whole, straight, 3)
@@ -84,7 +84,7 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, shuffle: bool) -> No
 
 def test_adamw_equals_torch_with_decay_on_matrices_only() -> None:
     ours, theirs = Tiny(), Tiny()
-    optimizer = build_optimizer(ours, Optim(kind="adamw", lr=0.01, weight_decay=0.5, embedding_lr=0.02))
+    optimizer = build_optimizer(ours, OptimizerConfig(kind="adamw", lr=0.01, weight_decay=0.5, embedding_lr=0.02))
     decayed = [block.weight for block in theirs.blocks]
     others = [p for name, p in theirs.named_parameters() if p.ndim < 2 or name == "head.weight"]
     reference = torch.optim.AdamW(
@@ -111,11 +111,11 @@ def test_adamw_equals_torch_with_decay_on_matrices_only() -> None:
 
 def test_eight_bit_keeps_embeddings_and_small_tensors_in_32_bits() -> None:
     model = Tiny()
-    optimizer = build_optimizer(model, Optim(kind="adamw8bit"))
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw8bit"))
     train(model, optimizer, 1)
     tensors = optimizer.tensors()
-    quantised = {name.split("/")[0] for name in tensors if name.endswith("/codes")}
-    assert quantised == {"blocks.0.weight", "blocks.1.weight", "head.weight"}
+    quantized = {name.split("/")[0] for name in tensors if name.endswith("/codes")}
+    assert quantized == {"blocks.0.weight", "blocks.1.weight", "head.weight"}
     assert tensors["blocks.0.weight/exp_avg/codes"].dtype == torch.uint8
     assert tensors["embedding.weight/exp_avg"].dtype == torch.float32
 
@@ -124,7 +124,7 @@ def test_eight_bit_stays_near_32_bits() -> None:
     """From one start on equal gradients the two differ by rounding of the moments, well below what either moved."""
     start, wide, narrow = Tiny(), Tiny(), Tiny()
     for kind, model in (("adamw", wide), ("adamw8bit", narrow)):
-        optimizer = build_optimizer(model, Optim.model_validate({"kind": kind, "lr": 0.01, "weight_decay": 0.0}))
+        optimizer = build_optimizer(model, OptimizerConfig.model_validate({"kind": kind, "lr": 0.01, "weight_decay": 0.0}))
         for seed in range(10):
             generator = torch.Generator().manual_seed(seed)
             for p in model.parameters():
@@ -158,7 +158,7 @@ def test_eight_bit_compiles_where_it_pays(
     monkeypatch.setattr(adamw_8bit, "WORTH_IT", elements)
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     model = Tiny()
-    optimizer = build_optimizer(model, Optim(kind="adamw8bit"), compile)
+    optimizer = build_optimizer(model, OptimizerConfig(kind="adamw8bit"), compile)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     monkeypatch.setattr(torch.compiler, "set_stance", watched)
     train(model, optimizer, 1)
@@ -168,22 +168,22 @@ def test_eight_bit_compiles_where_it_pays(
 def test_eight_bit_without_torchao_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torchao.optim", None)
     with pytest.raises(MissingExtra, match=r"pip install 'andromeda\[eightbit\]'"):
-        build_optimizer(Tiny(), Optim(kind="adamw8bit"))
+        build_optimizer(Tiny(), OptimizerConfig(kind="adamw8bit"))
 
 
 def test_muon_updates_matrices_and_adamw_the_rest() -> None:
-    optimizer = build_optimizer(Tiny(), Optim(kind="muon", lr=0.05))
+    optimizer = build_optimizer(Tiny(), OptimizerConfig(kind="muon", lr=0.05))
     muon, adamw = optimizer.parts
     assert sorted(tuple(p.shape) for p in muon.param_groups[0]["params"]) == [(3, 64), (64, 3), (64, 64), (64, 64)]
     assert {group["role"] for group in adamw.param_groups} == {"embedding", "head", "scalar"}
     assert optimizer.learning_rates() == {"matrix": 0.05, "embedding": 0.3, "head": 0.004, "scalar": 0.04}
-    explicit = build_optimizer(Tiny(), Optim(kind="muon", embedding_lr=0.6, head_lr=0.008, scalar_lr=0.01))
+    explicit = build_optimizer(Tiny(), OptimizerConfig(kind="muon", embedding_lr=0.6, head_lr=0.008, scalar_lr=0.01))
     assert explicit.learning_rates() == {"matrix": 3e-4, "embedding": 0.6, "head": 0.008, "scalar": 0.01}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_factor_reaches_every_group(kind: str) -> None:
-    optimizer = build_optimizer(Tiny(), Optim.model_validate({"kind": kind, "lr": 0.5}))
+    optimizer = build_optimizer(Tiny(), OptimizerConfig.model_validate({"kind": kind, "lr": 0.5}))
     base = optimizer.learning_rates()
     for factor in (0.25, 1.0, 0.0):
         optimizer.set_factor(factor, 0)
@@ -191,21 +191,21 @@ def test_the_factor_reaches_every_group(kind: str) -> None:
 
 
 def test_the_momentum_warms_up_linearly() -> None:
-    optimizer = build_optimizer(Tiny(), Optim(kind="muon", momentum_start=0.85, momentum=0.95, momentum_warmup=300))
+    optimizer = build_optimizer(Tiny(), OptimizerConfig(kind="muon", momentum_start=0.85, momentum=0.95, momentum_warmup=300))
     for step, expected in ((0, 0.85), (150, 0.9), (300, 0.95), (9999, 0.95)):
         optimizer.set_factor(1.0, step)
         assert optimizer.parts[0].param_groups[0]["momentum"] == pytest.approx(expected)
 
 
 def test_state_before_the_first_step_is_empty_and_loads() -> None:
-    optimizer = build_optimizer(Tiny(), Optim())
+    optimizer = build_optimizer(Tiny(), OptimizerConfig())
     assert optimizer.tensors() == {}
-    build_optimizer(Tiny(), Optim()).load({}, json.loads(json.dumps(optimizer.values())))
+    build_optimizer(Tiny(), OptimizerConfig()).load({}, json.loads(json.dumps(optimizer.values())))
 
 
 def test_wrong_state_is_refused_and_changes_nothing() -> None:
     model = Tiny()
-    optimizer = build_optimizer(model, Optim())
+    optimizer = build_optimizer(model, OptimizerConfig())
     train(model, optimizer, 1)
     tensors, values = through_bytes(optimizer, shuffle=False)
     before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}

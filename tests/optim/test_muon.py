@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from andromeda.optim import Muon
-from andromeda.optim.muon import orthogonalise
+from andromeda.optim.muon import orthogonalize
 
 SHAPES = [(16, 16), (8, 24), (24, 8), (3, 12, 6)]
 
@@ -32,41 +32,41 @@ def test_keeps_singular_vectors_and_maps_values_by_the_polynomial(rows: int, col
     g = with_singular_values(rows, columns, values)
     u, s, vt = np.linalg.svd(g.numpy(), full_matrices=False)
     expected = u * polynomial(s / np.sqrt((s**2).sum())) @ vt
-    np.testing.assert_allclose(orthogonalise(g).numpy(), expected, atol=1e-9)
+    np.testing.assert_allclose(orthogonalize(g).numpy(), expected, atol=1e-9)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_singular_values_land_in_the_known_band(dtype: torch.dtype) -> None:
-    """Every normalised value of at least 0.01 ends in [0.68, 1.13]; bfloat16 adds its rounding."""
+    """Every normalized value of at least 0.01 ends in [0.68, 1.13]; bfloat16 adds its rounding."""
     values = np.concatenate([[1.0], np.geomspace(0.02, 0.9, 15)])
     g = with_singular_values(32, 16, values)
     assert values.min() / np.sqrt((values**2).sum()) >= 0.01
-    s = torch.linalg.svdvals(orthogonalise(g, dtype=dtype).double())
+    s = torch.linalg.svdvals(orthogonalize(g, dtype=dtype).double())
     slack = 0.03 if dtype == torch.bfloat16 else 0.005
     assert s.min() > 0.68 - slack
     assert s.max() < 1.13 + slack
 
 
 def test_reference_values() -> None:
-    """Published behaviour at single values: .001 -> .47, .003 -> 1.11, .01 -> .70, .1 -> .71, 1 -> .70."""
+    """Published behavior at single values: .001 -> .47, .003 -> 1.11, .01 -> .70, .1 -> .71, 1 -> .70."""
     known = {0.001: 0.47, 0.003: 1.11, 0.01: 0.70, 0.1: 0.71}
     for value, expected in known.items():
         rest = np.sqrt(1 - value**2)
-        s = torch.linalg.svdvals(orthogonalise(torch.diag(torch.tensor([rest, value], dtype=torch.float64))))
+        s = torch.linalg.svdvals(orthogonalize(torch.diag(torch.tensor([rest, value], dtype=torch.float64))))
         assert min(abs(s.numpy() - expected)) < 0.01
-    assert orthogonalise(torch.ones(1, 1)).item() == pytest.approx(0.70, abs=0.01)
+    assert orthogonalize(torch.ones(1, 1)).item() == pytest.approx(0.70, abs=0.01)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("scale", [1e-3, 1e3, 1e-8])
 def test_does_not_depend_on_the_scale(shape: tuple[int, ...], scale: float) -> None:
     g = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    change = orthogonalise(g * scale) - orthogonalise(g)
-    assert change.norm() / orthogonalise(g).norm() < 1e-5
+    change = orthogonalize(g * scale) - orthogonalize(g)
+    assert change.norm() / orthogonalize(g).norm() < 1e-5
 
 
 def test_no_gradient_no_direction() -> None:
-    assert torch.equal(orthogonalise(torch.zeros(2, 4, 3)), torch.zeros(2, 4, 3))
+    assert torch.equal(orthogonalize(torch.zeros(2, 4, 3)), torch.zeros(2, 4, 3))
 
 
 def float64_step(w: np.ndarray, m: np.ndarray, g: np.ndarray, lr: float, mu: float, decay: float) -> tuple[np.ndarray, np.ndarray]:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from andromeda.config.train import Optim
+from andromeda.config.train import OptimizerConfig
 from andromeda.optim import build_optimizer, roles
 from andromeda.utils.errors import ConfigError
 
@@ -54,7 +54,7 @@ def test_a_tied_head_counts_once_and_as_embedding(head_first: bool) -> None:
     shared = [name for name in ("embedding.weight", "head.weight") if name in found]
     assert len(shared) == 1
     assert found[shared[0]] == "embedding"
-    assert len(build_optimizer(model, Optim()).parameters()) == len(list(model.parameters()))
+    assert len(build_optimizer(model, OptimizerConfig()).parameters()) == len(list(model.parameters()))
 
 
 def test_a_parameter_overrides_its_module_and_a_module_its_place() -> None:
@@ -85,7 +85,7 @@ def test_every_trainable_parameter_is_updated_by_exactly_one_group(
     model = Tiny(tied)
     for index, shape in enumerate(shapes):
         model.register_parameter(f"extra{index}", nn.Parameter(torch.zeros(shape), requires_grad=index != frozen))
-    optimizer = build_optimizer(model, Optim.model_validate({"kind": kind}))
+    optimizer = build_optimizer(model, OptimizerConfig.model_validate({"kind": kind}))
     grouped = [id(p) for part in optimizer.parts for group in part.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}

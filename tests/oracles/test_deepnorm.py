@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.config.model import Attention, FeedForward, Init, ModelConfig, Rotary
+from andromeda.config.model import AttentionConfig, FeedForwardConfig, InitConfig, ModelConfig, RotaryConfig
 from andromeda.model.block import deepnorm_alpha, deepnorm_beta
 from andromeda.model.transformer import Transformer
 
@@ -28,14 +28,14 @@ def config(kind: str = "serial", depth: int = 3, width: int = 16) -> ModelConfig
     return ModelConfig.model_validate(
         {
             "vocab_size": 23,
-            "context": 32,
-            "width": width,
-            "depth": depth,
-            "attention": Attention(heads=2, kv_heads=2, head_dim=width // 2, backend="eager"),
-            "rotary": Rotary(kind="none"),
-            "feedforward": FeedForward(kind="relu", hidden=4 * width),
+            "max_seq_len": 32,
+            "hidden_size": width,
+            "num_layers": depth,
+            "attention": AttentionConfig(num_heads=2, num_kv_heads=2, head_dim=width // 2, backend="eager"),
+            "rotary": RotaryConfig(kind="none"),
+            "feedforward": FeedForwardConfig(kind="relu", intermediate_size=4 * width),
             "block": {"kind": kind, "residual": "deepnorm", "norm": "layer", "eps": 1e-5},
-            "init": Init(kind="deepnorm"),
+            "init": InitConfig(kind="deepnorm"),
         }
     )
 
@@ -56,8 +56,8 @@ def decoder(w: dict[str, Tensor], ids: Tensor, depth: int, parallel: bool) -> Te
             return (x @ p["feedforward.inner.weight"].T).clamp_min(0) @ p["feedforward.out.weight"].T
 
         def norm(x: Tensor, gain: Tensor) -> Tensor:
-            centred = x - x.mean(-1, keepdim=True)
-            return centred / torch.sqrt(centred.square().mean(-1, keepdim=True) + 1e-5) * gain
+            centered = x - x.mean(-1, keepdim=True)
+            return centered / torch.sqrt(centered.square().mean(-1, keepdim=True) + 1e-5) * gain
 
         if parallel:
             x = norm(alpha * x + attention(x) + network(x), p["norm.weight"])
@@ -108,7 +108,10 @@ def update(model: Transformer, ids: Tensor, rate: float) -> float:
 def test_one_step_moves_the_output_far_less_than_without_the_constants(depth: int) -> None:
     """What the constants are for: the first steps of a deep post-norm model are tamed. Without them alpha and all gains are one."""
     ids = torch.randint(0, 23, (8, 16), generator=torch.Generator().manual_seed(0))
-    plain, tamed = Transformer(config(depth=depth, width=32)).double(), Transformer(config(depth=depth, width=32)).double()
+    plain, tamed = (
+        Transformer(config(depth=depth, width=32)).double(),
+        Transformer(config(depth=depth, width=32)).double(),
+    )
     for block in plain.trunk.blocks:
         block.alpha = 1.0
         with torch.no_grad():

@@ -16,7 +16,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, modeling_rope_utils
 from transformers.models.llama import modeling_llama
 
-from andromeda.config.model import Attention, Block, FeedForward, Head, ModelConfig, Rotary, Scaling
+from andromeda.config.model import AttentionConfig, BlockConfig, FeedForwardConfig, HeadConfig, ModelConfig, RopeScalingConfig, RotaryConfig
 from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
 
@@ -90,17 +90,19 @@ def build_ours(theirs: LlamaForCausalLM, rope: dict[str, Any]) -> Transformer:
     c = theirs.config
     kind = rope.get("rope_type", "none")
     betas = {name: rope[name] for name in ("beta_fast", "beta_slow") if name in rope}
-    scaling = Scaling(kind=kind, factor=rope.get("factor", 1.0), original_context=ORIGINAL if kind != "none" else 0, **betas)
+    scaling = RopeScalingConfig(kind=kind, factor=rope.get("factor", 1.0), original_max_seq_len=ORIGINAL if kind != "none" else 0, **betas)
     config = ModelConfig(
         vocab_size=VOCABULARY,
-        context=LENGTH,
-        width=WIDTH,
-        depth=DEPTH,
-        attention=Attention(heads=HEADS, kv_heads=c.num_key_value_heads, head_dim=HEAD_DIM, bias=c.attention_bias, backend="eager"),
-        rotary=Rotary(kind="rope", theta=rope.get("rope_theta", 10000.0), scaling=scaling),
-        feedforward=FeedForward(kind="swiglu", hidden=HIDDEN),
-        block=Block(norm="rms", eps=1e-6),
-        head=Head(tied=c.tie_word_embeddings),
+        max_seq_len=LENGTH,
+        hidden_size=WIDTH,
+        num_layers=DEPTH,
+        attention=AttentionConfig(
+            num_heads=HEADS, num_kv_heads=c.num_key_value_heads, head_dim=HEAD_DIM, bias=c.attention_bias, backend="eager"
+        ),
+        rotary=RotaryConfig(kind="rope", theta=rope.get("rope_theta", 10000.0), scaling=scaling),
+        feedforward=FeedForwardConfig(kind="swiglu", intermediate_size=HIDDEN),
+        block=BlockConfig(norm="rms", eps=1e-6),
+        head=HeadConfig(tied=c.tie_word_embeddings),
     )
     model = Transformer(config).double().eval()
     model.load_state_dict(translated(theirs.state_dict()))

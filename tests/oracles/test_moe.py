@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from andromeda.config.model import Experts, FeedForward, ModelConfig
+from andromeda.config.model import ExpertsConfig, FeedForwardConfig, ModelConfig
 from andromeda.model.feedforward.dense import ACTIVATIONS, GATES
 from andromeda.model.feedforward.moe import AddGradient, MoE, balance_loss, grouped_linear
-from andromeda.model.init import initialise
+from andromeda.model.init import initialize
 from andromeda.model.transformer import Transformer
 
 WIDTH, HIDDEN = 16, 24
@@ -21,7 +21,9 @@ WIDTH, HIDDEN = 16, 24
 
 def build(**experts: Any) -> MoE:
     """A mixture with random weights, in float64."""
-    config = ModelConfig(width=WIDTH, feedforward=FeedForward(kind="moe", hidden=HIDDEN), experts=Experts(**experts))
+    config = ModelConfig(
+        hidden_size=WIDTH, feedforward=FeedForwardConfig(kind="moe", intermediate_size=HIDDEN), experts=ExpertsConfig(**experts)
+    )
     part = MoE(config).double()
     draw = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -34,7 +36,7 @@ def inputs(*shape: int) -> Tensor:
     return torch.randn(*shape, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
 
 
-def looped(part: MoE, x: Tensor, kind: str, score: str, normalise: bool) -> Tensor:
+def looped(part: MoE, x: Tensor, kind: str, score: str, normalize: bool) -> Tensor:
     """One token after the other, one expert after the other."""
     out = torch.zeros_like(x)
     experts, router = part.experts, part.router
@@ -42,8 +44,8 @@ def looped(part: MoE, x: Tensor, kind: str, score: str, normalise: bool) -> Tens
         z = router.project.weight @ token
         scores = torch.sigmoid(z) if score == "sigmoid" else torch.exp(z) / torch.exp(z).sum()
         votes = router.votes.double()
-        chosen = (scores + router.rate * (votes - votes.mean())).argsort(descending=True)[: router.active].tolist()
-        total = sum(scores[e] for e in chosen) if normalise else 1.0
+        chosen = (scores + router.bias_update_rate * (votes - votes.mean())).argsort(descending=True)[: router.active].tolist()
+        total = sum(scores[e] for e in chosen) if normalize else 1.0
         for e in chosen:
             inner = experts.inner[e] @ token
             hidden = GATES[kind](experts.gate[e] @ token) * inner if kind in GATES else ACTIVATIONS[kind](inner)
@@ -55,19 +57,21 @@ def looped(part: MoE, x: Tensor, kind: str, score: str, normalise: bool) -> Tens
 
 @pytest.mark.parametrize("kind", ["swiglu", "relu2"])
 @pytest.mark.parametrize("score", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("shared", [0, 2])
 @torch.no_grad()
-def test_the_mixture_is_the_loop(kind: str, score: str, normalise: bool, shared: int) -> None:
-    part = build(count=5, active=2, shared=shared, kind=kind, score=score, normalise=normalise, rate=0.01)
+def test_the_mixture_is_the_loop(kind: str, score: str, normalize: bool, shared: int) -> None:
+    part = build(
+        num_experts=5, top_k=2, num_shared_experts=shared, kind=kind, router_activation=score, normalize=normalize, bias_update_rate=0.01
+    )
     part.router.votes.copy_(torch.tensor([9, -4, 0, 30, 2]))
     x = inputs(3, 7)
-    torch.testing.assert_close(part(x).flatten(0, 1), looped(part, x.flatten(0, 1), kind, score, normalise), rtol=1e-11, atol=1e-11)
+    torch.testing.assert_close(part(x).flatten(0, 1), looped(part, x.flatten(0, 1), kind, score, normalize), rtol=1e-11, atol=1e-11)
 
 
 @torch.no_grad()
 def test_no_token_is_dropped_however_uneven_the_load() -> None:
-    part = build(count=4, active=1, rate=1.0)
+    part = build(num_experts=4, top_k=1, bias_update_rate=1.0)
     part.router.votes.copy_(torch.tensor([0, 100, 0, 0]))
     x = inputs(1, 50)
     part.train()
@@ -78,8 +82,8 @@ def test_no_token_is_dropped_however_uneven_the_load() -> None:
 
 
 @torch.no_grad()
-def test_identical_experts_with_normalised_gates_are_one_dense_network() -> None:
-    part = build(count=4, active=3, kind="swiglu")
+def test_identical_experts_with_normalized_gates_are_one_dense_network() -> None:
+    part = build(num_experts=4, top_k=3, kind="swiglu")
     for stacked in part.experts.parameters():
         stacked.copy_(stacked[:1].expand_as(stacked))
     x = inputs(2, 5)
@@ -113,7 +117,7 @@ def gradients(part: MoE, loss: Tensor) -> dict[str, Tensor]:
 
 def test_the_gradient_is_that_of_the_explicit_sum() -> None:
     x = inputs(30)
-    part = build(count=4, active=2, score="softmax", balance="loss", rate=0.3).train()
+    part = build(num_experts=4, top_k=2, router_activation="softmax", balance="loss", aux_loss_coef=0.3).train()
     attached = gradients(part, part(x).square().mean())
     part.router.balance = "none"
     explicit = gradients(part, part(x).square().mean() + 0.3 * auxiliary(part, x))
@@ -124,7 +128,7 @@ def test_the_gradient_is_that_of_the_explicit_sum() -> None:
 
 
 def test_the_loss_scale_scales_the_auxiliary_loss_alone() -> None:
-    x, part = inputs(30), build(count=4, active=2, score="softmax", balance="loss", rate=0.3).train()
+    x, part = inputs(30), build(num_experts=4, top_k=2, router_activation="softmax", balance="loss", aux_loss_coef=0.3).train()
     part.router.loss_scale.fill_(8.0)
     attached = gradients(part, 8.0 * part(x).square().mean())
     part.router.balance = "none"
@@ -134,7 +138,7 @@ def test_the_loss_scale_scales_the_auxiliary_loss_alone() -> None:
 
 
 def test_recomputed_activations_do_not_count_the_auxiliary_loss_twice() -> None:
-    x, part = inputs(30).requires_grad_(), build(count=4, active=2, balance="loss", rate=0.3).train()
+    x, part = inputs(30).requires_grad_(), build(num_experts=4, top_k=2, balance="loss", aux_loss_coef=0.3).train()
     plain = gradients(part, part(x).square().mean())
     recomputed = gradients(part, checkpoint(part, x, use_reentrant=False).square().mean())
     for name, expected in plain.items():
@@ -153,7 +157,7 @@ def test_added_gradients_leave_the_value_alone() -> None:
 
 @torch.no_grad()
 def test_the_bias_moves_against_the_load_until_it_is_even() -> None:
-    part = build(count=4, active=1, balance="bias", rate=0.02).train()
+    part = build(num_experts=4, top_k=1, balance="bias", bias_update_rate=0.02).train()
     x = inputs(500) + 0.5
     part.router.project.weight[2] += 0.2
     part(x)
@@ -173,7 +177,7 @@ def test_the_bias_moves_against_the_load_until_it_is_even() -> None:
 
 
 def test_the_bias_survives_a_change_of_precision() -> None:
-    part = build(count=4, active=2, rate=1e-3)
+    part = build(num_experts=4, top_k=2, bias_update_rate=1e-3)
     part.router.votes.copy_(torch.tensor([1001, 0, -2000, 3]))
     bias = part.router.bias.clone()
     part.bfloat16().float()
@@ -184,7 +188,7 @@ def test_the_bias_survives_a_change_of_precision() -> None:
 @pytest.mark.parametrize("cast", [True, False])
 def test_it_learns_in_bfloat16_with_checkpointing(cast: bool) -> None:
     """Weights in bf16, or in fp32 under autocast: near the float32 result, gradients for every expert, load counted."""
-    part = build(count=4, active=2, shared=1, balance="loss", rate=0.1).float().train()
+    part = build(num_experts=4, top_k=2, num_shared_experts=1, balance="loss", aux_loss_coef=0.1).float().train()
     x = inputs(2, 64).float()
     expected = part(x).detach()
     if cast:
@@ -217,16 +221,16 @@ def test_the_grouped_product_is_the_loop_and_so_is_its_gradient(dtype: torch.dty
         assert (a - b).norm() <= tolerance * b.norm()
 
 
-def test_initialise_fills_every_expert() -> None:
+def test_initialize_fills_every_expert() -> None:
     config = ModelConfig(
         vocab_size=31,
-        width=WIDTH,
-        depth=2,
-        feedforward=FeedForward(kind="moe", hidden=HIDDEN),
-        experts=Experts(count=4, active=2, shared=1),
+        hidden_size=WIDTH,
+        num_layers=2,
+        feedforward=FeedForwardConfig(kind="moe", intermediate_size=HIDDEN),
+        experts=ExpertsConfig(num_experts=4, top_k=2, num_shared_experts=1),
     )
     model = Transformer(config)
-    initialise(model, config, seed=3)
+    initialize(model, config, seed=3)
     for name, parameter in model.trunk.blocks[0].feedforward.named_parameters():
         fan_in = parameter.shape[-1]
         expected = fan_in**-0.5 / (2.0 if ".out" in name else 1.0)

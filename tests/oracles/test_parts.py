@@ -19,11 +19,11 @@ WIDTH, V, T = 24, 31, 9
 def config(**tables: dict[str, Any]) -> ModelConfig:
     values: dict[str, Any] = {
         "vocab_size": V,
-        "context": 32,
-        "width": WIDTH,
-        "depth": 2,
-        "attention": {"heads": 4, "kv_heads": 4, "head_dim": 8, "backend": "eager"},
-        "feedforward": {"hidden": 20},
+        "max_seq_len": 32,
+        "hidden_size": WIDTH,
+        "num_layers": 2,
+        "attention": {"num_heads": 4, "num_kv_heads": 4, "head_dim": 8, "backend": "eager"},
+        "feedforward": {"intermediate_size": 20},
         "rotary": {"kind": "rope"},
     }
     for name, table in tables.items():
@@ -68,7 +68,7 @@ def before(x: Tensor, b: int, t: int, distance: int) -> Tensor:
 @pytest.mark.parametrize("kv_heads", [1, 2])
 @torch.no_grad()
 def test_shared_heads_are_full_attention_with_repeated_heads(kv_heads: int) -> None:
-    shared, full = (build(attention={"kv_heads": n, "qk_norm": "l2_dim_scale", "bias": True}) for n in (kv_heads, 4))
+    shared, full = (build(attention={"num_kv_heads": n, "qk_norm": "l2_dim_scale", "bias": True}) for n in (kv_heads, 4))
     state = shared.state_dict()
     for name, value in state.items():
         if ".key." in name or ".value." in name:
@@ -81,8 +81,8 @@ def test_shared_heads_are_full_attention_with_repeated_heads(kv_heads: int) -> N
 
 @torch.no_grad()
 def test_windows_reach_as_far_as_they_say_and_every_nth_layer_sees_everything() -> None:
-    model = build(attention={"window": 4, "global_every": 3})
-    model = Transformer(model.config.model_copy(update={"depth": 6})).double()
+    model = build(attention={"sliding_window": 4, "full_attention_interval": 3})
+    model = Transformer(model.config.model_copy(update={"num_layers": 6})).double()
     ctx, x, t = model.context(ids()), stream(), 7
     for layer, reach in enumerate((4, 4, 99, 4, 4, 99)):
         attention = model.trunk.blocks[layer].attention
@@ -96,7 +96,7 @@ def test_windows_reach_as_far_as_they_say_and_every_nth_layer_sees_everything() 
 
 @torch.no_grad()
 def test_a_pass_narrows_windows_but_not_layers_without_one() -> None:
-    wide, narrow = (build(attention={"window": n, "global_every": 2}) for n in (6, 3))
+    wide, narrow = (build(attention={"sliding_window": n, "full_attention_interval": 2}) for n in (6, 3))
     narrow.load_state_dict(wide.state_dict())
     agree(wide(ids(), window=3), narrow(ids()))
     agree(narrow(ids(), window=6), narrow(ids()))
@@ -135,7 +135,7 @@ def test_a_parallel_block_is_the_sum_of_both_branches() -> None:
 @torch.no_grad()
 def test_u_net_skips_are_last_in_first_out_and_an_odd_middle_has_none() -> None:
     model = build(skips={"unet": True, "first": True})
-    model = Transformer(model.config.model_copy(update={"depth": 5})).double()
+    model = Transformer(model.config.model_copy(update={"num_layers": 5})).double()
     weights, mixes = torch.tensor([0.3, 0.7]), torch.arange(10).view(5, 2) / 7 + 0.1
     model.trunk.skip_weights.copy_(weights)
     for mix, values in zip(model.trunk.mixes, mixes, strict=True):
@@ -219,8 +219,8 @@ def test_smear_adds_a_gated_share_of_the_embedding_before() -> None:
 
 
 @torch.no_grad()
-def test_a_factorised_embedding_is_the_product_of_its_tables() -> None:
-    embedder = build(embedding={"kind": "factorised", "rank": 5}).embedder.tokens
+def test_a_factorized_embedding_is_the_product_of_its_tables() -> None:
+    embedder = build(embedding={"kind": "factorized", "rank": 5}).embedder.tokens
     agree(embedder(ids()), (embedder.table.weight @ embedder.project.weight.T)[ids()])
 
 
@@ -237,7 +237,7 @@ class Waves(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.width = config.width
+        self.width = config.hidden_size
 
     def forward(self, tokens: Tensor) -> Tensor:
         return torch.sin(tokens[..., None] * torch.arange(1, self.width + 1) / 7).double()
@@ -267,7 +267,7 @@ def test_the_head_caps_its_logits() -> None:
 
 @torch.no_grad()
 def test_values_are_mixed_with_the_layers_share_of_the_token_s_row() -> None:
-    model = build(attention={"kv_heads": 2}, value_embedding={"kind": "layered"}, shift={"kind": "chunks"})
+    model = build(attention={"num_kv_heads": 2}, value_embedding={"kind": "layered"}, shift={"kind": "chunks"})
     table = model.value_embedding.table.weight.view(V, 2, 2, 8)
     for layer in range(2):
         mix = model.trunk.blocks[layer].attention.value_mix
@@ -281,12 +281,12 @@ def test_values_are_mixed_with_the_layers_share_of_the_token_s_row() -> None:
 @torch.no_grad()
 def test_sigmoid_attention_weighs_each_key_by_itself() -> None:
     part = (
-        build(attention={"mechanism": "sigmoid", "kv_heads": 2, "window": 4, "backend": "auto"}, alibi={"heads": 2})
+        build(attention={"mixer": "sigmoid", "num_kv_heads": 2, "sliding_window": 4, "backend": "auto"}, alibi={"num_heads": 2})
         .trunk.blocks[0]
         .attention
     )
     q, k, v = stream()[..., :16].unflatten(-1, (4, 4)), stream()[..., :8].unflatten(-1, (2, 4)), stream()[..., 8:20].unflatten(-1, (2, 6))
-    ctx = build(alibi={"heads": 2}).context(ids(), documents=DOCUMENTS)
+    ctx = build(alibi={"num_heads": 2}).context(ids(), documents=DOCUMENTS)
     found, slopes = part.mix(q, k, v, part.pattern(ctx)), (2**-4, 2**-8, 0.0, 0.0)
     expected = torch.zeros_like(found)
     for b in range(2):

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.config.model import LONGEST, Alibi, Attention, ModelConfig, Rotary, Scaling
+from andromeda.config.model import LONGEST, AlibiConfig, AttentionConfig, ModelConfig, RopeScalingConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import slopes
 from andromeda.model.position.rotary import Rotary as RotaryPart
@@ -20,9 +20,9 @@ from andromeda.ops.attention.eager import attend as eager
 CPU = torch.device("cpu")
 
 
-def config(context: int = 4096, head_dim: int = 128, alibi: Alibi | None = None, **rotary: Any) -> ModelConfig:
-    attention = Attention(heads=4, kv_heads=1, head_dim=head_dim)
-    return ModelConfig(context=context, attention=attention, rotary=Rotary(**rotary), alibi=alibi or Alibi())
+def config(context: int = 4096, head_dim: int = 128, alibi: AlibiConfig | None = None, **rotary: Any) -> ModelConfig:
+    attention = AttentionConfig(num_heads=4, num_kv_heads=1, head_dim=head_dim)
+    return ModelConfig(max_seq_len=context, attention=attention, rotary=RotaryConfig(**rotary), alibi=alibi or AlibiConfig())
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -59,7 +59,7 @@ def test_slopes_of_powers_of_two_are_exact() -> None:
 
 
 def test_only_the_first_heads_are_biased_and_stretching_divides() -> None:
-    c = ModelConfig(attention=Attention(heads=24, kv_heads=1), alibi=Alibi(heads=12, scale=4.0))
+    c = ModelConfig(attention=AttentionConfig(num_heads=24, num_kv_heads=1), alibi=AlibiConfig(num_heads=12, scale=4.0))
     found = build_alibi(c)(0, 1, CPU).slopes
     assert found is not None
     assert found.tolist() == pytest.approx([slope / 4 for slope in TWELVE] + [0.0] * 12, rel=1e-15)
@@ -70,24 +70,24 @@ def folded(c: ModelConfig, q: Tensor, k: Tensor, scale: float, start: int = 0) -
 
 
 def test_folded_alibi_is_the_bias_up_to_262144_positions() -> None:
-    c, S, T, scale = config(head_dim=12, alibi=Alibi(heads=3, fold=True)), 262144, 3, 0.3
+    c, S, T, scale = config(head_dim=12, alibi=AlibiConfig(num_heads=3, fold_into_qk=True)), 262144, 3, 0.3
     q, k, v = normal(1, T, 4, 8), normal(1, S, 1, 8, seed=1), normal(1, S, 1, 6, seed=2)
     q_folded, _ = folded(c, q, k[:, :T], scale)
     _, k_folded = folded(c, q, k, scale)
-    bias = build_alibi(c.model_copy(update={"alibi": Alibi(heads=3)}))(0, S, CPU).slopes
+    bias = build_alibi(c.model_copy(update={"alibi": AlibiConfig(num_heads=3)}))(0, S, CPU).slopes
     plain, biased = eager(q_folded, k_folded, v, Pattern(scale)), eager(q, k, v, Pattern(scale, slopes=bias))
     torch.testing.assert_close(plain, biased, rtol=1e-9, atol=1e-9)
 
 
 def test_folded_keys_of_a_later_pass_have_later_digits() -> None:
-    c = config(head_dim=12, alibi=Alibi(heads=3, fold=True))
+    c = config(head_dim=12, alibi=AlibiConfig(num_heads=3, fold_into_qk=True))
     _, k = folded(c, normal(1, 3, 4, 8), normal(1, 3, 1, 8), 1.0, start=3 * 65536 + 2 * 256 + 254)
     assert k[0, :, 0, 8:].tolist() == [[3, 2, 254, 0], [3, 2, 255, 0], [3, 3, 0, 0]]
 
 
 def test_folded_alibi_in_bfloat16_is_within_the_kernels_own_error() -> None:
     """Error against float64 of a plain bf16 kernel on folded operands, beside that of bf16 operands with a float32 bias."""
-    c, S, T, D = config(head_dim=64, alibi=Alibi(heads=4, fold=True)), 20000, 32, 60
+    c, S, T, D = config(head_dim=64, alibi=AlibiConfig(num_heads=4, fold_into_qk=True)), 20000, 32, 60
     scale = D**-0.5
     q, k, v = (x.bfloat16() for x in (normal(1, T, 4, D), normal(1, S, 1, D, seed=1), normal(1, S, 1, 64, seed=2)))
     seen = (slopes(4) / scale).bfloat16().double() * scale
@@ -139,13 +139,13 @@ def test_xpos_keeps_what_the_formula_says(distance: int) -> None:
     assert kept == pytest.approx([z ** (distance / 512) for z in zeta], rel=1e-9)
 
 
-def test_xpos_depends_on_the_distance_alone_and_not_on_the_centre() -> None:
+def test_xpos_depends_on_the_distance_alone_and_not_on_the_center() -> None:
     q, k = normal(3, 128), normal(3, 128, seed=1)
     keys = [0, 40, 99]
     first = turned(config(), q, k, [100] * 3, keys)
     moved = turned(config(), q, k, [2600] * 3, [key + 2500 for key in keys])
-    other_centre = turned(config(context=1000), q, k, [100] * 3, keys)
-    for found in (moved, other_centre):
+    other_center = turned(config(context=1000), q, k, [100] * 3, keys)
+    for found in (moved, other_center):
         torch.testing.assert_close(found, first, rtol=1e-9, atol=1e-9)
 
 
@@ -162,9 +162,11 @@ def test_xpos_with_a_long_base_is_rope_but_for_what_decays_on_the_way(base: int)
 
 
 def test_heads_with_alibi_can_stay_unturned_while_the_others_turn_as_ever() -> None:
-    attention = Attention(heads=6, kv_heads=3, head_dim=16)
-    whole = ModelConfig(context=64, attention=attention, rotary=Rotary(kind="xpos"), alibi=Alibi(heads=2))
-    shared = ModelConfig(context=64, attention=attention, rotary=Rotary(kind="xpos", heads="unbiased"), alibi=Alibi(heads=2))
+    attention = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=16)
+    whole = ModelConfig(max_seq_len=64, attention=attention, rotary=RotaryConfig(kind="xpos"), alibi=AlibiConfig(num_heads=2))
+    shared = ModelConfig(
+        max_seq_len=64, attention=attention, rotary=RotaryConfig(kind="xpos", heads="non_alibi"), alibi=AlibiConfig(num_heads=2)
+    )
     q, k, places = normal(1, 9, 6, 16), normal(1, 9, 3, 16, seed=1), torch.arange(9)[None]
     every_q, every_k = build_rotary(whole)(places, 9, torch.float64)(q, k)
     some_q, some_k = build_rotary(shared)(places, 9, torch.float64)(q, k)
@@ -203,7 +205,7 @@ def test_xpos_factors_stay_below_12_3_with_a_base_of_a_quarter() -> None:
 
 
 def scaled(kind: str, span: int = 64, dim: int = 64, **scaling: Any) -> Tensor:
-    c = config(context=4096, head_dim=dim, kind="rope", scaling=Scaling(kind=kind, **scaling))
+    c = config(context=4096, head_dim=dim, kind="rope", scaling=RopeScalingConfig(kind=kind, **scaling))
     part = build_rotary(c)
     assert isinstance(part, RotaryPart)
     return part.scaled(span, CPU).inverse
@@ -224,14 +226,14 @@ def test_ntk_stretches_the_slowest_pair_by_the_factor_and_the_fastest_not_at_all
 
 
 def test_dynamic_scaling_begins_beyond_the_original_context() -> None:
-    short, long = (scaled("dynamic", span=span, factor=4.0, original_context=1024) for span in (1024, 2048))
+    short, long = (scaled("dynamic", span=span, factor=4.0, original_max_seq_len=1024) for span in (1024, 2048))
     torch.testing.assert_close(short, PLAIN, rtol=1e-14, atol=0)
     # factor x length / original - (factor - 1) = 4 x 2 - 3
     torch.testing.assert_close(long, scaled("ntk", factor=5.0), rtol=1e-12, atol=0)
 
 
 def test_yarn_over_rotations_is_the_papers_formula() -> None:
-    found = scaled("yarn", factor=8.0, original_context=2048, ramp="rotations")
+    found = scaled("yarn", factor=8.0, original_max_seq_len=2048, ramp="rotations")
     for inverse, plain in zip(found.tolist(), PLAIN.tolist(), strict=True):
         rotations = 2048 * plain / (2 * math.pi)
         gamma = min(max((rotations - 1) / (32 - 1), 0.0), 1.0)
@@ -239,14 +241,14 @@ def test_yarn_over_rotations_is_the_papers_formula() -> None:
 
 
 def test_yarn_sharpens_the_logits_once() -> None:
-    assert build_rotary(config(kind="rope", scaling=Scaling(kind="yarn", factor=16.0))).logit_factor == pytest.approx(
+    assert build_rotary(config(kind="rope", scaling=RopeScalingConfig(kind="yarn", factor=16.0))).logit_factor == pytest.approx(
         (0.1 * math.log(16) + 1) ** 2
     )
 
 
 @pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn"])
 def test_interpolation_stretches_the_decay_of_xpos(kind: str) -> None:
-    c = config(context=4096, scaling=Scaling(kind=kind, factor=4.0, original_context=1024))
+    c = config(context=4096, scaling=RopeScalingConfig(kind=kind, factor=4.0, original_max_seq_len=1024))
     stretched = 4.0 * 4096 / 1024 - 3 if kind == "dynamic" else 4.0
     q = torch.zeros(1, 128, dtype=torch.float64)
     q[0, 0] = q[0, 64] = 1.0
@@ -258,6 +260,6 @@ def test_interpolation_stretches_the_decay_of_xpos(kind: str) -> None:
 
 
 def test_dynamic_scaling_leaves_xpos_alone_within_the_original_context() -> None:
-    scaling = Scaling(kind="dynamic", factor=4.0, original_context=1024)
+    scaling = RopeScalingConfig(kind="dynamic", factor=4.0, original_max_seq_len=1024)
     q, k = normal(2, 128), normal(2, 128, seed=1)
     assert torch.equal(turned(config(scaling=scaling), q, k, [900, 30], [5, 29]), turned(config(), q, k, [900, 30], [5, 29]))

@@ -21,15 +21,15 @@ from andromeda.model.transformer import Transformer
 VOCABULARY, WIDTH, DEPTH, HEADS, HEAD_DIM, WINDOW = 41, 24, 4, 3, 8, 5
 SMALL = [
     f"model.vocab_size={VOCABULARY}",
-    "model.context=32",
-    f"model.width={WIDTH}",
-    f"model.depth={DEPTH}",
-    f"model.attention.heads={HEADS}",
-    f"model.attention.kv_heads={HEADS}",
+    "model.max_seq_len=32",
+    f"model.hidden_size={WIDTH}",
+    f"model.num_layers={DEPTH}",
+    f"model.attention.num_heads={HEADS}",
+    f"model.attention.num_kv_heads={HEADS}",
     f"model.attention.head_dim={HEAD_DIM}",
-    f"model.attention.window={WINDOW}",
+    f"model.attention.sliding_window={WINDOW}",
     "model.attention.backend=eager",
-    "train.sequence=32",
+    "train.seq_len=32",
     f"train.window.end={WINDOW}",
     "train.window.start=1",
 ]
@@ -100,7 +100,9 @@ def test_the_model_is_the_record_s() -> None:
 def test_the_first_loss_is_that_of_a_guess() -> None:
     """A zero head gives every token the same probability, whatever the rest of the model does."""
     model = Transformer(
-        load("speedrun", ["model.width=16", "model.depth=2", "model.attention.heads=1", "model.attention.kv_heads=1"]).model
+        load(
+            "speedrun", ["model.hidden_size=16", "model.num_layers=2", "model.attention.num_heads=1", "model.attention.num_kv_heads=1"]
+        ).model
     )
     ids = torch.randint(0, 50304, (1, 16), generator=torch.Generator().manual_seed(0))
     loss = F.cross_entropy(model(ids).double()[0, :-1], ids[0, 1:])

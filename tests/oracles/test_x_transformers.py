@@ -27,13 +27,13 @@ from andromeda.model.transformer import Transformer
 VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS, HEAD_DIM = 61, 48, 36, 3, 6, 16
 SMALL = (
     f"vocab_size={VOCABULARY}",
-    f"context={CONTEXT}",
-    f"width={WIDTH}",
-    f"depth={DEPTH}",
-    f"attention.heads={HEADS}",
+    f"max_seq_len={CONTEXT}",
+    f"hidden_size={WIDTH}",
+    f"num_layers={DEPTH}",
+    f"attention.num_heads={HEADS}",
     f"attention.head_dim={HEAD_DIM}",
     "attention.backend=eager",
-    "alibi.heads=3",
+    "alibi.num_heads=3",
 )
 
 PRESET: dict[str, Any] = {
@@ -47,7 +47,7 @@ PRESET: dict[str, Any] = {
 }
 """The settings of preset `andromeda`, with 3 of 6 heads under ALiBi for its 12 of 24."""
 ROPE: dict[str, Any] = {"rotary_pos_emb": True}
-PLAIN = ["alibi.heads=0", "shift.kind=none", "attention.qk_norm=none", f"attention.kv_heads={HEADS}", "rotary.kind=rope"]
+PLAIN = ["alibi.num_heads=0", "shift.kind=none", "attention.qk_norm=none", f"attention.num_kv_heads={HEADS}", "rotary.kind=rope"]
 
 CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "preset": (PRESET, []),
@@ -58,12 +58,12 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "plain": (ROPE, PLAIN),
     "whole heads turned": (ROPE | {"rotary_emb_dim": HEAD_DIM}, [*PLAIN, "rotary.fraction=1.0"]),
     "qk norm": (ROPE | {"attn_qk_norm": True}, [*PLAIN, "attention.qk_norm=l2"]),
-    "grouped heads": (ROPE | {"attn_kv_heads": 2}, [*PLAIN, "attention.kv_heads=2"]),
+    "grouped heads": (ROPE | {"attn_kv_heads": 2}, [*PLAIN, "attention.num_kv_heads=2"]),
     "grouped heads, scaled": (
         ROPE | {"attn_kv_heads": 3, "attn_qk_norm": True, "attn_qk_norm_dim_scale": True},
-        [*PLAIN, "attention.kv_heads=3", "attention.qk_norm=l2_dim_scale"],
+        [*PLAIN, "attention.num_kv_heads=3", "attention.qk_norm=l2_dim_scale"],
     ),
-    "alibi on all heads": ({"alibi_pos_bias": True}, [*PLAIN, "rotary.kind=none", f"alibi.heads={HEADS}"]),
+    "alibi on all heads": ({"alibi_pos_bias": True}, [*PLAIN, "rotary.kind=none", f"alibi.num_heads={HEADS}"]),
     "absolute": ({"use_abs_pos_emb": True}, [*PLAIN, "rotary.kind=none", "embedding.absolute=true"]),
     "no positions": ({}, [*PLAIN, "rotary.kind=none"]),
     "two tokens shifted": (ROPE | {"shift_tokens": 2}, [*PLAIN, "shift.kind=chunks", "shift.tokens=2"]),
@@ -73,13 +73,16 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
         [*PLAIN, "rotary.scaling.kind=linear", "rotary.scaling.factor=3.0"],
     ),
     "ntk": (ROPE | {"rotary_base_rescale_factor": 3.0}, [*PLAIN, "rotary.scaling.kind=ntk", "rotary.scaling.factor=3.0"]),
-    "swiglu": (ROPE | {"ff_glu": True, "ff_swish": True}, [*PLAIN, "feedforward.kind=swiglu", f"feedforward.hidden={4 * WIDTH}"]),
-    "geglu": (ROPE | {"ff_glu": True}, [*PLAIN, "feedforward.kind=geglu", f"feedforward.hidden={4 * WIDTH}"]),
+    "swiglu": (
+        ROPE | {"ff_glu": True, "ff_swish": True},
+        [*PLAIN, "feedforward.kind=swiglu", f"feedforward.intermediate_size={4 * WIDTH}"],
+    ),
+    "geglu": (ROPE | {"ff_glu": True}, [*PLAIN, "feedforward.kind=geglu", f"feedforward.intermediate_size={4 * WIDTH}"]),
     "relu squared": (ROPE | {"ff_relu_squared": True, "ff_no_bias": True}, [*PLAIN, "feedforward.kind=relu2", "feedforward.bias=false"]),
     "rms": (ROPE | {"use_rmsnorm": True}, [*PLAIN, "block.norm=rms", "block.eps=1e-20"]),
     "soft cap": (ROPE | {"attn_softclamp_logits": True, "attn_logit_softclamp_value": 2.0}, [*PLAIN, "attention.softcap=2.0"]),
     "tied": (ROPE | {"tie_embedding": True, "tie_embedding_scale": 1.0}, [*PLAIN, "head.tied=true"]),
-    "sigmoid": (PRESET | {"attn_sigmoid": True}, ["attention.mechanism=sigmoid", "attention.backend=auto"]),
+    "sigmoid": (PRESET | {"attn_sigmoid": True}, ["attention.mixer=sigmoid", "attention.backend=auto"]),
 }
 
 
@@ -132,7 +135,7 @@ def translated(theirs: TransformerWrapper, config: ModelConfig) -> dict[str, Ten
         ours["embedder.absolute.table.weight"] = state["pos_emb.emb.weight"] * WIDTH**-0.5
     if config.block.residual == "pre":
         ours["norm.weight"] = state[f"attn_layers.final_norm.{gain}"] + 1.0
-    for layer in range(config.depth):
+    for layer in range(config.num_layers):
         ours |= {f"trunk.blocks.{layer}.{name}": value for name, value in layer_weights(state, layer, gain, config).items()}
     return ours
 
@@ -141,7 +144,7 @@ def layer_weights(state: dict[str, Tensor], layer: int, gain: str, config: Model
     """One of our layers is two of theirs; post-norm gains are the third of a layer's norms."""
     a, f = (f"attn_layers.layers.{2 * layer + i}" for i in (0, 1))
     place = 0 if config.block.residual == "pre" else 2
-    G = config.attention.kv_heads
+    G = config.attention.num_kv_heads
     ours = {
         "attention_norm.weight": state[f"{a}.0.{place}.{gain}"] + 1.0,
         "feedforward_norm.weight": state[f"{f}.0.{place}.{gain}"] + 1.0,
@@ -200,8 +203,8 @@ def test_decoding_with_a_cache_is_their_full_pass(name: str) -> None:
 
 def test_the_preset_has_their_settings_at_full_size() -> None:
     model = load("andromeda").model
-    assert (model.vocab_size, model.context, model.width, model.depth) == (50432, 8192, 2560, 32)
-    assert (model.attention.heads, model.attention.head_dim, model.attention.kv_heads, model.alibi.heads) == (24, 128, 1, 12)
+    assert (model.vocab_size, model.max_seq_len, model.hidden_size, model.num_layers) == (50432, 8192, 2560, 32)
+    assert (model.attention.num_heads, model.attention.head_dim, model.attention.num_kv_heads, model.alibi.num_heads) == (24, 128, 1, 12)
     with torch.device("meta"):
         ours = sum(p.numel() for p in Transformer(model).parameters())
         decoder = Decoder(dim=2560, depth=32, heads=24, attn_dim_head=128, verbose=False, **(PRESET | {"alibi_num_heads": 12}))

@@ -23,20 +23,20 @@ pytestmark = pytest.mark.usefixtures("still_heap")
 
 TINY: dict[str, Any] = {
     "vocab_size": 256,
-    "context": 32,
-    "width": 64,
-    "depth": 2,
-    "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16},
+    "max_seq_len": 32,
+    "hidden_size": 64,
+    "num_layers": 2,
+    "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16},
     "rotary": {"kind": "rope"},
-    "feedforward": {"kind": "gelu", "hidden": 128},
+    "feedforward": {"kind": "gelu", "intermediate_size": 128},
 }
 
 VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "biases": {"feedforward": {"kind": "swiglu", "bias": True}, "head": {"bias": True}},
     "tied": {"head": {"tied": True}},
-    "factorised": {"embedding": {"kind": "factorised", "rank": 16, "absolute": True}},
-    "moe": {"feedforward": {"kind": "moe", "hidden": 96}, "experts": {"count": 5, "active": 2, "shared": 1}},
+    "factorized": {"embedding": {"kind": "factorized", "rank": 16, "absolute": True}},
+    "moe": {"feedforward": {"kind": "moe", "intermediate_size": 96}, "experts": {"num_experts": 5, "top_k": 2, "num_shared_experts": 1}},
     "speedrun": {"value_embedding": {"kind": "layered"}, "skips": {"first": True, "unet": True}, "shift": {"kind": "smear"}},
 }
 

@@ -35,9 +35,9 @@ ROWS, T = 2, 64
 
 MODELS: dict[str, dict[str, Any]] = {
     "plain": {},
-    "swiglu, window": {"feedforward": {"kind": "swiglu"}, "attention": {"window": 16, "global_every": 2}},
-    "parallel, alibi, shift": {"block": {"kind": "parallel"}, "alibi": {"heads": 2}, "shift": {"kind": "chunks"}},
-    "moe": {"feedforward": {"kind": "moe", "hidden": 96}, "experts": {"count": 4, "active": 2, "shared": 1}},
+    "swiglu, window": {"feedforward": {"kind": "swiglu"}, "attention": {"sliding_window": 16, "full_attention_interval": 2}},
+    "parallel, alibi, shift": {"block": {"kind": "parallel"}, "alibi": {"num_heads": 2}, "shift": {"kind": "chunks"}},
+    "moe": {"feedforward": {"kind": "moe", "intermediate_size": 96}, "experts": {"num_experts": 4, "top_k": 2, "num_shared_experts": 1}},
     "speedrun": {"value_embedding": {"kind": "layered"}, "skips": {"first": True, "unet": True}},
 }
 
@@ -45,16 +45,16 @@ MODELS: dict[str, dict[str, Any]] = {
 def config(checkpointing: str, **changes: Any) -> RunConfig:
     model: dict[str, Any] = {
         "vocab_size": 512,
-        "context": T,
-        "width": 64,
-        "depth": 4,
-        "attention": {"heads": 4, "kv_heads": 2, "head_dim": 16, "qk_norm": "rms"},
+        "max_seq_len": T,
+        "hidden_size": 64,
+        "num_layers": 4,
+        "attention": {"num_heads": 4, "num_kv_heads": 2, "head_dim": 16, "qk_norm": "rms"},
         "rotary": {"kind": "rope"},
-        "feedforward": {"kind": "relu2", "hidden": 256},
+        "feedforward": {"kind": "relu2", "intermediate_size": 256},
     }
     for key, value in changes.items():
         model[key] = {**model.get(key, {}), **value} if isinstance(value, dict) else value
-    return from_values({"model": model, "train": {"checkpointing": checkpointing}})
+    return from_values({"model": model, "train": {"activation_checkpointing": checkpointing}})
 
 
 class Real:
@@ -62,7 +62,7 @@ class Real:
 
     def __init__(self, run: RunConfig, precision: str, compiled: bool = False) -> None:
         self.model = Transformer(run.model)
-        checkpoint_blocks(self.model, run.train.checkpointing)
+        checkpoint_blocks(self.model, run.train.activation_checkpointing)
         if compiled:
             for block in self.model.trunk.blocks:
                 block.compile()
@@ -161,7 +161,7 @@ def test_saved_is_what_autograds_hooks_see() -> None:
 
 def test_a_deep_model_is_planned_from_shallow_ones() -> None:
     """Depth 9 with a cycle of 2: measured at 1 and 3, and compared with the real thing."""
-    run = config("none", depth=9, attention={"window": 16, "global_every": 2})
+    run = config("none", num_layers=9, attention={"sliding_window": 16, "full_attention_interval": 2})
     planned = passing(run, ROWS, T, "fp32", gpu=False, compiled=False)
     real = Real(run, "fp32")
     real.step()
@@ -171,7 +171,7 @@ def test_a_deep_model_is_planned_from_shallow_ones() -> None:
 
 
 def test_a_plan_leaves_nothing_behind_that_a_run_could_meet() -> None:
-    run = config("none", attention={"window": 16})
+    run = config("none", attention={"sliding_window": 16})
     passing(run, ROWS, T, "fp32", gpu=False, compiled=False)
     Real(run, "fp32").step()
 
@@ -189,7 +189,7 @@ def test_compiled_blocks_save_what_was_planned(checkpointing: str) -> None:
 
 
 def test_a_fused_kernel_saves_the_same_whatever_the_pattern() -> None:
-    window = config("none", attention={"window": 16}, alibi={"heads": 2})
+    window = config("none", attention={"sliding_window": 16}, alibi={"num_heads": 2})
     plain = passing(config("none"), ROWS, T, "bf16", gpu=True, compiled=False)
     assert passing(window, ROWS, T, "bf16", gpu=True, compiled=False) == plain
 
@@ -208,7 +208,7 @@ def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: bool) -> None:
     """Two bytes a number, all the time, and not among what is saved; with fsdp, which gathers them, there are none."""
-    run = config("none", depth=5)
+    run = config("none", num_layers=5)
     planned = passing(run, ROWS, T, precision, gpu=True, compiled=compiled)
     matrices = [p for name, p in Transformer(run.model).named_parameters() if "trunk" in name and p.ndim == 2]
     assert planned.casts == 2 * sum(p.numel() for p in matrices)
@@ -226,7 +226,12 @@ def test_a_gpu_saves_one_wide_vector_of_a_gelu_network(compiled: bool) -> None:
     """Two bytes for each inner feature of a token and layer: what GELU is taken of, not GELU."""
     saved = [
         passing(
-            config("none", feedforward={"kind": "gelu", "bias": True, "hidden": hidden}), ROWS, T, "bf16", gpu=True, compiled=compiled
+            config("none", feedforward={"kind": "gelu", "bias": True, "intermediate_size": hidden}),
+            ROWS,
+            T,
+            "bf16",
+            gpu=True,
+            compiled=compiled,
         ).saved
         for hidden in (256, 320)
     ]
@@ -234,7 +239,7 @@ def test_a_gpu_saves_one_wide_vector_of_a_gelu_network(compiled: bool) -> None:
 
 
 def test_what_muons_update_takes() -> None:
-    run = from_values({"model": {"width": 64, "depth": 3, "vocab_size": 64, "attention": {"heads": 4, "head_dim": 16}}})
+    run = from_values({"model": {"hidden_size": 64, "num_layers": 3, "vocab_size": 64, "attention": {"num_heads": 4, "head_dim": 16}}})
     optim = run.train.optim.model_copy(update={"kind": "muon"})
     model = Transformer(run.model)
     muon = Muon(

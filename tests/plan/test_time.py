@@ -17,21 +17,21 @@ from andromeda.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
 from andromeda.plan.parameters import count
 from andromeda.plan.roofline import seconds_per_step, serving
 from andromeda.utils.errors import ConfigError
-from andromeda.utils.hardware import HARDWARE, Hardware, find_hardware, peak_flops, recognise
+from andromeda.utils.hardware import HARDWARE, Hardware, find_hardware, peak_flops, recognize
 
 pytestmark = pytest.mark.usefixtures("still_heap")
 
 SMALL = """
 [model]
 vocab_size = 256
-context = 64
-width = 64
-depth = 2
-attention = {heads = 4, kv_heads = 1, head_dim = 16}
+max_seq_len = 64
+hidden_size = 64
+num_layers = 2
+attention = {num_heads = 4, num_kv_heads = 1, head_dim = 16}
 rotary = {kind = "rope"}
 
 [train]
-batch = 8
+batch_size = 8
 steps = 100
 compile = "off"
 """
@@ -47,7 +47,7 @@ def small(tmp_path: Path) -> str:
 
 def test_floors_of_the_long_context_model_on_an_h200() -> None:
     """3.55e14 operations for 32,768 tokens at 735 TFLOP/s take 483 ms; 2.33 B weights at 4.27 TB/s take 1.09 ms a token."""
-    config = load("andromeda", ["model.context=32768"])
+    config = load("andromeda", ["model.max_seq_len=32768"])
     served = serving(config.model, count(skeleton(config.model)).active, HARDWARE["h200"], "bf16")
     assert served is not None
     assert served.prefill == pytest.approx(0.483, rel=0.01)
@@ -56,7 +56,7 @@ def test_floors_of_the_long_context_model_on_an_h200() -> None:
 
 
 def test_a_step_takes_its_operations_over_the_rate() -> None:
-    config = load("andromeda", ["train.checkpointing=none", "train.batch=1"])
+    config = load("andromeda", ["train.activation_checkpointing=none", "train.batch_size=1"])
     slow = Hardware("slow", 1e9, 1e9, {"bf16": 1e12}, "invented")
     parameters = count(skeleton(config.model)).active
     # 6 N T of the projections, 12 L H D (T + 1) / 2 T of attention and once more its scores.
@@ -68,7 +68,7 @@ def test_a_step_takes_its_operations_over_the_rate() -> None:
 
 
 def test_eight_bits_speed_up_projections_alone() -> None:
-    config = load("andromeda", ["train.checkpointing=none", "train.batch=1"])
+    config = load("andromeda", ["train.activation_checkpointing=none", "train.batch_size=1"])
     twice = Hardware("twice", 1e9, 1e9, {"bf16": 1e12, "fp8": 2e12}, "invented")
     sixteen, eight = (seconds_per_step(config, 8192, twice, precision, 1) for precision in ("bf16", "fp8"))
     assert sixteen is not None
@@ -111,7 +111,7 @@ def test_tensor_parallelism_divides_memory_and_sends_activations(small: str) -> 
 
 
 def test_rows_of_each_gpu(small: str) -> None:
-    config = load(small, ["train.batch=16", "train.micro_batch=4"])
+    config = load(small, ["train.batch_size=16", "train.micro_batch_size=4"])
     assert rows_per_reader(config, Mesh(dp=2)) == (8, 4)
     assert rows_per_reader(config, Mesh(dp=4, fsdp=2)) == (2, 2)
     with pytest.raises(ConfigError, match="do not divide"):
@@ -130,7 +130,7 @@ def test_reading_a_mesh() -> None:
 
 
 def test_devices() -> None:
-    assert recognise("NVIDIA H100 80GB HBM3") is HARDWARE["h100"]
+    assert recognize("NVIDIA H100 80GB HBM3") is HARDWARE["h100"]
     assert peak_flops("NVIDIA H200", "bf16") == 989.4e12
     assert peak_flops("Voodoo 2", "bf16") is None
     assert HARDWARE["a100"].peak["bf16"] == 312e12
@@ -175,9 +175,9 @@ def test_the_table_names_every_section(small: str) -> None:
     ("words", "sentence"),
     [
         (["nanoo"], "did you mean nano"),
-        (["nano", "model.widht=3"], "did you mean model.width"),
+        (["nano", "model.hiden_size=3"], "did you mean model.hidden_size"),
         (["nano", "--gpu", "h1000"], "did you mean h100"),
-        (["model.width=64"], "names no configuration"),
+        (["model.hidden_size=64"], "names no configuration"),
     ],
 )
 def test_bad_input_is_one_sentence(words: list[str], sentence: str) -> None:

@@ -40,17 +40,17 @@ def tiny(corpus: Path) -> Callable[..., RunConfig]:
         values: dict[str, object] = {
             "model": {
                 "vocab_size": 257,
-                "context": 32,
-                "width": 32,
-                "depth": 2,
-                "attention": {"heads": 2, "kv_heads": 1, "head_dim": 16, "qk_norm": "rms"},
+                "max_seq_len": 32,
+                "hidden_size": 32,
+                "num_layers": 2,
+                "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "qk_norm": "rms"},
                 "rotary": {"kind": "rope"},
-                "feedforward": {"kind": "relu2", "mult": 2.0},
+                "feedforward": {"kind": "relu2", "mlp_ratio": 2.0},
             },
             "data": {"corpus": str(corpus)},
             "train": {
                 "steps": 12,
-                "batch": 4,
+                "batch_size": 4,
                 "precision": "fp32",
                 "compile": "off",
                 "device": "cpu",

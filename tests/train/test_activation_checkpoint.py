@@ -28,8 +28,8 @@ MODELS = {
     "serial": {},
     "parallel": {"model__block": {"kind": "parallel"}, "model__skips": {"first": True, "unet": True}},
     "moe": {
-        "model__feedforward": {"kind": "moe", "mult": 1.0},
-        "model__experts": {"count": 4, "active": 2, "balance": "loss", "rate": 0.1},
+        "model__feedforward": {"kind": "moe", "mlp_ratio": 1.0},
+        "model__experts": {"num_experts": 4, "top_k": 2, "balance": "loss", "aux_loss_coef": 0.1},
         "model__value_embedding": {"kind": "layered"},
     },
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from andromeda.config.model import Experts, FeedForward
+from andromeda.config.model import ExpertsConfig, FeedForwardConfig
 from andromeda.model.float8_linear import Linear8
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8
@@ -29,7 +29,12 @@ def test_parameters_and_names_stay_the_same_tensors() -> None:
 
 
 def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
-    odd = CONFIG.model_copy(update={"feedforward": FeedForward(kind="moe", hidden=24), "experts": Experts(shared=1, count=16)})
+    odd = CONFIG.model_copy(
+        update={
+            "feedforward": FeedForwardConfig(kind="moe", intermediate_size=24),
+            "experts": ExpertsConfig(num_shared_experts=1, num_experts=16),
+        }
+    )
     kinds = {name: type(module).__name__ for name, module in Float8(CPU).prepare(Transformer(odd)).named_modules()}
     exchanged = {name for name, kind in kinds.items() if kind == "Float8Linear"}
     assert exchanged == {f"trunk.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
@@ -46,7 +51,12 @@ def test_our_own_layers_where_they_can_run(triton: bool, kind: str, monkeypatch:
 
 def test_a_router_is_left_alone() -> None:
     """The shared expert's first two layers, 24 wide, are filled up together; its last one reads 24."""
-    mixture = CONFIG.model_copy(update={"feedforward": FeedForward(kind="moe", hidden=24), "experts": Experts(shared=1, count=16)})
+    mixture = CONFIG.model_copy(
+        update={
+            "feedforward": FeedForwardConfig(kind="moe", intermediate_size=24),
+            "experts": ExpertsConfig(num_shared_experts=1, num_experts=16),
+        }
+    )
     model = Transformer(mixture)
     convert_float8.exchange(model.trunk, precision._chosen)
     exchanged = {name for name, module in model.trunk.named_modules() if isinstance(module, Linear8)}

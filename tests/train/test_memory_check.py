@@ -43,7 +43,7 @@ def test_every_preset_is_counted_without_memory(name: str) -> None:
 
 
 def test_sizes_that_overflow_are_refused_too() -> None:
-    huge = ModelConfig(vocab_size=2_000_000_000, width=1_000_000, depth=1)
+    huge = ModelConfig(vocab_size=2_000_000_000, hidden_size=1_000_000, num_layers=1)
     with pytest.raises(ConfigError, match="GiB"):
         check_fits(huge, torch.device("cpu"), 1)
 
@@ -53,7 +53,7 @@ def test_sizes_that_overflow_are_refused_too() -> None:
 )
 def test_no_more_is_said_to_be_kept_than_is(name: str, checkpointing: Literal["none", "selective", "full"]) -> None:
     model = rows()[name]
-    config = RunConfig(model=model, train=TrainConfig(checkpointing=checkpointing))
+    config = RunConfig(model=model, train=TrainConfig(activation_checkpointing=checkpointing))
     live = Transformer(model)
     checkpoint_blocks(live, checkpointing)
     own, kept = {weight.untyped_storage().data_ptr() for weight in live.parameters()}, {}
@@ -72,7 +72,7 @@ def test_no_more_is_said_to_be_kept_than_is(name: str, checkpointing: Literal["n
 
 
 def test_rows_that_cannot_fit_are_refused_before_anything_is_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    config = load("nano", ["train.batch=3", "model.context=1000"])
+    config = load("nano", ["train.batch_size=3", "model.max_seq_len=1000"])
     needed = 3 * 1000 * least_kept(config, "bf16")
     for total, fits in ((needed, True), (needed - 1, False)):
         monkeypatch.setattr(psutil, "virtual_memory", lambda total=total: type("Memory", (), {"total": total}))

@@ -45,7 +45,7 @@ def test_no_peak_no_mfu(tiny: Callable[..., RunConfig], monkeypatch: pytest.Monk
 
 def test_a_narrow_window_counts_less(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: 1e9)
-    config = tiny(model__attention={"heads": 2, "kv_heads": 1, "head_dim": 16, "window": 24})
+    config = tiny(model__attention={"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "sliding_window": 24})
     watch = Speed(config.model, 32, Precision(torch.device("cpu")))
     found = []
     for window in (0, 8):

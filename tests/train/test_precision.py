@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from andromeda.config.model import Attention, FeedForward, ModelConfig
+from andromeda.config.model import AttentionConfig, FeedForwardConfig, ModelConfig
 from andromeda.model.master_weight_linear import Linear16
 from andromeda.model.transformer import Transformer
 from andromeda.train.precision import Float16, build_precision
@@ -96,7 +96,12 @@ def test_state_round_trip() -> None:
 def test_layers_of_the_blocks_are_exchanged_on_a_gpu(name: str, dtype: torch.dtype) -> None:
     """All but the router, whose scores decide by small differences; nowhere else."""
     config = ModelConfig(
-        vocab_size=64, context=16, width=32, depth=1, attention=Attention(heads=2, head_dim=16), feedforward=FeedForward(kind="moe")
+        vocab_size=64,
+        max_seq_len=16,
+        hidden_size=32,
+        num_layers=1,
+        attention=AttentionConfig(num_heads=2, head_dim=16),
+        feedforward=FeedForwardConfig(kind="moe"),
     )
     made = build_precision(name, CPU)
     plain = made.prepare(Transformer(config))

@@ -50,9 +50,9 @@ def settings(tiny: Callable[..., RunConfig], steps: int) -> RunConfig:
         train__checkpoints={"every": 1, "keep": 2},
         train__optim={"kind": "muon", "lr": 0.01},
         train__ema=0.9,
-        train__micro_batch=2,
-        model__feedforward={"kind": "moe", "mult": 1.0},
-        model__experts={"count": 4, "active": 2},
+        train__micro_batch_size=2,
+        model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
+        model__experts={"num_experts": 4, "top_k": 2},
     )
 
 

@@ -65,7 +65,7 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     assert "loss" in lines[0]
     assert "tok/s" in lines[0]
     assert "validation loss" in lines[1]
-    assert "\x1b" not in out, "no colours when piped"
+    assert "\x1b" not in out, "no colors when piped"
     assert {"config.toml", "manifest.json", "metrics.jsonl", "checkpoints", "samples"} <= {path.name for path in run.iterdir()}
     code, out, _ = command("train", "--out", run, "--resume")
     assert (code, out) == (0, f"going on from step 6\n{report}\n")
@@ -118,7 +118,7 @@ def test_nothing_to_resume(command: Command, settings: Path, tmp_path: Path) -> 
     ("change", "told"),
     [
         ("seed=1", "seed was 0 and is now 1"),
-        ("model.width=48", "model.width was 32 and is now 48"),
+        ("model.hidden_size=48", "model.hidden_size was 32 and is now 48"),
         ("train.optim.lr=0.1", "train.optim.lr was 0.003 and is now 0.1"),
         ("train.steps=7", "train.steps was 6 and is now 7"),
     ],
@@ -132,10 +132,10 @@ def test_resume_with_another_configuration(command: Command, settings: Path, tmp
 def test_resume_may_change_what_is_not_learned(command: Command, settings: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     command("train", settings, "--out", run)
-    code, _, err = command("train", "train.log.every=2", "train.micro_batch=2", "name=other", "--out", run, "--resume")
+    code, _, err = command("train", "train.log.every=2", "train.micro_batch_size=2", "name=other", "--out", run, "--resume")
     assert (code, err) == (0, "")
     starts = json.loads((run / "manifest.json").read_text())["starts"]
-    assert starts[-1]["changes"] == ["name", "train.log.every", "train.micro_batch"]
+    assert starts[-1]["changes"] == ["name", "train.log.every", "train.micro_batch_size"]
 
 
 def test_all_checkpoints_truncated(command: Command, settings: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""One step against plain PyTorch in float64: gradients, normalisation, scaling, and steps that are not taken."""
+"""One step against plain PyTorch in float64: gradients, normalization, scaling, and steps that are not taken."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def reference(session: Session, rows: Rows, z_loss: float) -> tuple[float, dict[
 @pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
 def test_gradient_is_that_of_the_whole_batch(tiny: Callable[..., RunConfig], micro_batch: int) -> None:
     """Six rows with very different numbers of targets, in micro-batches of 6, 1, 2 and 3."""
-    config = tiny(train__batch=6, train__micro_batch=micro_batch, train__z_loss=0.01, train__clip={"kind": "none"})
+    config = tiny(train__batch_size=6, train__micro_batch_size=micro_batch, train__z_loss=0.01, train__clip={"kind": "none"})
     step = Kept(config)
     loss, gradients = reference(step.session, batch(), 0.01)
     outcome = step(batch())
@@ -85,7 +85,7 @@ def test_gradient_is_that_of_the_whole_batch(tiny: Callable[..., RunConfig], mic
 @pytest.mark.parametrize("micro_batch", [0, 2, 3])
 def test_gradient_that_products_add_up(tiny: Callable[..., RunConfig], micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As layers in 16 bits do it, and only where there is something to add: one micro-batch takes no memory for it beforehand."""
-    step, used = Kept(tiny(train__batch=6, train__micro_batch=micro_batch, train__clip={"kind": "none"})), []
+    step, used = Kept(tiny(train__batch_size=6, train__micro_batch_size=micro_batch, train__clip={"kind": "none"})), []
     layers = exchange(step.session.model.trunk, lambda path: True, torch.float64)
 
     def summing() -> contextlib.AbstractContextManager[None]:
@@ -124,11 +124,11 @@ def test_router_loss_has_its_weight(tiny: Callable[..., RunConfig], precision: t
 
     def config(rate: float) -> RunConfig:
         return tiny(
-            train__batch=6,
-            train__micro_batch=2,
+            train__batch_size=6,
+            train__micro_batch_size=2,
             train__clip={"kind": "none"},
-            model__feedforward={"kind": "moe", "mult": 1.0},
-            model__experts={"count": 4, "active": 2, "balance": "loss", "rate": rate},
+            model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
+            model__experts={"num_experts": 4, "top_k": 2, "balance": "loss", "aux_loss_coef": rate},
         )
 
     step = Kept(config(0.5))
@@ -168,12 +168,12 @@ class Poisoned:
 def test_step_that_is_not_finite_changes_nothing(tiny: Callable[..., RunConfig], value: float, precision: str) -> None:
     """The second micro-batch of the second of four steps breaks: weights, optimizer, average and router stay as they were."""
     config = tiny(
-        train__batch=6,
-        train__micro_batch=2,
+        train__batch_size=6,
+        train__micro_batch_size=2,
         train__precision=precision,
         train__ema=0.9,
-        model__feedforward={"kind": "moe", "mult": 1.0},
-        model__experts={"count": 4, "active": 2, "rate": 0.1},
+        model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
+        model__experts={"num_experts": 4, "top_k": 2, "bias_update_rate": 0.1},
     )
     session = build_session(config, CPU, "data")
     stepper = Stepper(session, Poisoned(NextToken(session.model), {5}, value), config.train)
@@ -192,7 +192,7 @@ def test_step_that_is_not_finite_changes_nothing(tiny: Callable[..., RunConfig],
 
 def test_fp16_overflow_halves_the_scale_and_is_no_fault(tiny: Callable[..., RunConfig]) -> None:
     """Gradients that overflow below a finite loss are no bad step of the guard: the scale falls until they fit."""
-    config = tiny(train__batch=6, train__precision="fp16", train__guard={"patience": 1})
+    config = tiny(train__batch_size=6, train__precision="fp16", train__spike_guard={"patience": 1})
     session = build_session(config, CPU, "data")
     inner = NextToken(session.model)
 
@@ -213,7 +213,7 @@ def test_fp16_overflow_halves_the_scale_and_is_no_fault(tiny: Callable[..., RunC
 def test_fp16_learns_what_fp32_learns(tiny: Callable[..., RunConfig]) -> None:
     losses = {}
     for precision in ("fp32", "fp16", "bf16"):
-        config = tiny(train__batch=6, train__precision=precision)
+        config = tiny(train__batch_size=6, train__precision=precision)
         session = build_session(config, CPU, "data")
         stepper = Stepper(session, NextToken(session.model), config.train)
         losses[precision] = [float(stepper(work(batch())).nll) for _ in range(12)]

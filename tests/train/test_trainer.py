@@ -42,7 +42,7 @@ def learned(config: RunConfig, out: Path, metrics: Metrics) -> float:
     return next(line["validation/loss"] for line in reversed(metrics(out)) if "validation/loss" in line)
 
 
-LEARNING = {"train__batch": 16, "train__eval_tokens": 4096, "train__optim": {"lr": 1e-2}, "train__log": {"every": 50}}
+LEARNING = {"train__batch_size": 16, "train__eval_tokens": 4096, "train__optim": {"lr": 1e-2}, "train__log": {"every": 50}}
 
 
 def test_learns_a_cycle(tiny: Tiny, tmp_path: Path, metrics: Metrics) -> None:
@@ -77,7 +77,7 @@ def test_micro_batches_see_the_same_order_and_loss(tiny: Tiny, tmp_path: Path, m
     runs = {}
     for micro, workers in ((4, 0), (1, 0), (2, 3)):
         out = tmp_path / f"{micro}-{workers}"
-        train(tiny(train__micro_batch=micro, data__workers=workers, train__log={"every": 1}), out)
+        train(tiny(train__micro_batch_size=micro, data__workers=workers, train__log={"every": 1}), out)
         runs[micro] = [line for line in metrics(out) if "loss" in line]
     for other in (1, 2):
         assert [line["rows"] for line in runs[other]] == [line["rows"] for line in runs[4]]
@@ -162,7 +162,7 @@ def test_rollback_ends_as_if_the_rows_had_never_been(
     poison: Callable[[int, int], None],
 ) -> None:
     """Three bad batches in a row (steps 6 to 8): back to step 4, on with step 5, and past the bad rows."""
-    config = tiny(train__steps=14, train__guard={"patience": 3}, train__ema=0.9, train__optim={"kind": "muon", "lr": 0.01})
+    config = tiny(train__steps=14, train__spike_guard={"patience": 3}, train__ema=0.9, train__optim={"kind": "muon", "lr": 0.01})
     with monkeypatch.context() as patch:
         without(patch, 20, 32)
         train(config, tmp_path / "never")
@@ -184,7 +184,7 @@ def test_rollback_after_an_interruption(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_run: Same, poison: Callable[[int, int], None], stop_at: int
 ) -> None:
     """Stopped in the middle of bad steps or after going back, and resumed: the same run."""
-    config = tiny(train__steps=14, train__guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 1})
+    config = tiny(train__steps=14, train__spike_guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 1})
     poison(20, 32)
     train(config, tmp_path / "whole")
     real = trainer.Loop._observe
@@ -210,7 +210,7 @@ def test_what_a_rollback_left_behind_is_not_gone_on_with(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_run: Same, poison: Callable[[int, int], None]
 ) -> None:
     """Stopped among bad steps, which saves step 7, and again at step 5 after going back: the newer checkpoint is of no use any more."""
-    config = tiny(train__steps=14, train__guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 2})
+    config = tiny(train__steps=14, train__spike_guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 2})
     poison(20, 32)
     train(config, tmp_path / "whole")
     real = trainer.Loop._observe
@@ -238,7 +238,7 @@ def test_what_a_rollback_left_behind_is_not_gone_on_with(
 def test_gives_up_with_a_sentence(tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, poison: Callable[[int, int], None]) -> None:
     """Everything from row 20 on is bad: two rollbacks, then an error; the healthy checkpoint is still there and whole."""
     poison(20, 200)
-    config = tiny(train__steps=40, train__guard={"patience": 2, "rollbacks": 2}, train__checkpoints={"every": 4})
+    config = tiny(train__steps=40, train__spike_guard={"patience": 2, "rollbacks": 2}, train__checkpoints={"every": 4})
     with pytest.raises(TrainingFailed, match=r"2 steps in a row up to step 7 could not be taken, after 2 rollbacks: lower .*optim\.lr"):
         train(config, tmp_path / "run")
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Part, Strings
+from andromeda.config.base import BaseConfig, Strings
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
@@ -19,7 +19,7 @@ from andromeda.evaluate.result import file_name
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
 
 
-class HarnessSettings(Part):
+class HarnessSettings(BaseConfig):
     """Tasks by their names there; None leaves examples and number of questions to each task."""
 
     tasks: Strings
@@ -34,7 +34,7 @@ class Harness:
 
     kind = "harness"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """The tasks that are named."""
         _check_extra()
         subject.tokenizer("The evaluation harness")

@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.evaluate.likelihood import likelihoods
@@ -26,7 +26,7 @@ FINAL = re.compile(r"#### (-?[0-9.,]+)")
 """Of GSM8K's answers (arXiv 2110.14168)."""
 
 
-class QuestionSettings(Part):
+class QuestionSettings(BaseConfig):
     """A file of questions; None asks all."""
 
     file: str
@@ -39,7 +39,7 @@ class FewShot:
 
     kind = "fewshot"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """Without examples by default."""
         subject.tokenizer("Multiple choice")
         path = existing(options.file, "fewshot")
@@ -59,16 +59,16 @@ class FewShot:
         pairs = [([tokenizer.eos, *tokenizer.encode(head + shown(one))], tokenizer.encode(f" {c}")) for one in asked for c in one.choices]
         _refuse_long(max(len(a) + len(b) for a, b in pairs), settings.shots, subject)
         logs = iter(likelihoods(subject.model, pairs, report))
-        plain = normalised = 0
+        plain = normalized = 0
         for one in asked:
             found = [next(logs).log for _ in one.choices]
             lengths = [len(choice.encode()) for choice in one.choices]
             plain += _best(found) == one.right
-            normalised += _best([log / max(1, size) for log, size in zip(found, lengths, strict=True)]) == one.right
+            normalized += _best([log / max(1, size) for log, size in zip(found, lengths, strict=True)]) == one.right
         count = len(asked)
         result = {
             "accuracy": plain / count,
-            "normalised": normalised / count,
+            "normalized": normalized / count,
             "chance": sum(1 / len(one.choices) for one in asked) / count,
             "questions": count,
             "shots": settings.shots,
@@ -90,7 +90,7 @@ class Gsm8k:
 
     kind = "gsm8k"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """Four examples and at most 100 questions by default."""
         subject.tokenizer("GSM8K")
         path, shots = existing(options.file, "gsm8k"), 4 if options.shots is None else options.shots

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
@@ -21,7 +21,7 @@ from andromeda.train.callbacks.probes.task import Task
 from andromeda.train.precision import Precision
 
 
-class ReasoningSettings(Part):
+class ReasoningSettings(BaseConfig):
     """`samples` problems of each task."""
 
     samples: PositiveInt
@@ -33,7 +33,7 @@ class Reasoning:
 
     kind = "reasoning"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """200 problems of each task by default."""
         subject.tokenizer("Reasoning")
         return [ReasoningSettings(samples=options.samples or 200, seed=options.seed)]

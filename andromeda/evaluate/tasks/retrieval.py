@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.data.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ SAMPLES, DEPTHS = 20, 5
 log = logging.getLogger("andromeda")
 
 
-class RetrievalSettings(Part):
+class RetrievalSettings(BaseConfig):
     """`samples` problems for each length and depth."""
 
     task: str
@@ -45,12 +45,12 @@ class Retrieval:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """A grid for each task. By default the model's context, a half and a quarter of it, where the task fits."""
         tokenizer = subject.tokenizer("Retrieval")
         if options.lengths:
             check_lengths(subject, options.lengths, options.beyond)
-        found: list[Part] = []
+        found: list[BaseConfig] = []
         missing: list[str] = []
         for name in self._names:
             for length in options.lengths:

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import PositiveInt
 from torch import Tensor
 
-from andromeda.config.base import Part
+from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
 from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import Bits, text_nats
@@ -23,7 +23,7 @@ SHORTEST_CONTEXT = 64
 TARGETS = 16
 
 
-class OnText(Part):
+class OnText(BaseConfig):
     """Where the text is; the run's own held-out documents when both are empty."""
 
     text: str = ""
@@ -42,7 +42,7 @@ class BitsPerByte:
 
     kind = "bits"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """One measurement with windows of the longest length, the model's context by default, and strides of a half."""
         context = max(options.lengths, default=subject.context)
         check_lengths(subject, (context,), options.beyond)
@@ -86,7 +86,7 @@ class Position:
 
     kind = "position"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """Windows of the longest length, the model's context by default."""
         length = max(options.lengths, default=subject.context)
         check_lengths(subject, (length,), options.beyond)
@@ -118,7 +118,7 @@ class VariedContext:
 
     kind = "context"
 
-    def settings(self, options: Options, subject: Subject) -> list[Part]:
+    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
         """Contexts of 64, 128, ... tokens, up to what leaves room for the targets."""
         contexts = options.lengths or self._doubling(subject.context - TARGETS)
         check_lengths(subject, tuple(length + TARGETS - 1 for length in contexts), options.beyond)

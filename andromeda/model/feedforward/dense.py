@@ -8,7 +8,7 @@ from functools import partial
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.config.derived import hidden_width
+from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model import fused_qkv
 from andromeda.model.cached_cast_linear import CastLinear
@@ -78,4 +78,4 @@ class Gated(nn.Module):
 
 def build_dense(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
     """A dense or gated network of the configured inner width."""
-    return (Gated if kind in GATES else Dense)(config.width, hidden_width(config), kind, bias)
+    return (Gated if kind in GATES else Dense)(config.hidden_size, intermediate_size(config), kind, bias)

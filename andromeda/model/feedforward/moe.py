@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.config.derived import hidden_width
+from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_dense
 from andromeda.model.layers import Linear
@@ -71,19 +71,20 @@ class Router(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e = config.experts
-        self.count, self.active, self.normalise, self.balance, self.rate = e.count, e.active, e.normalise, e.balance, e.rate
-        self.score = SCORES[e.score]
-        self.project = Linear(config.width, e.count, bias=False)
+        self.count, self.active, self.normalize, self.balance = e.num_experts, e.top_k, e.normalize, e.balance
+        self.bias_update_rate, self.aux_loss_coef = e.bias_update_rate, e.aux_loss_coef
+        self.score = SCORES[e.router_activation]
+        self.project = Linear(config.hidden_size, e.num_experts, bias=False)
         # Both are whole numbers, which no change of the model's precision rounds.
-        self.register_buffer("votes", torch.zeros(e.count, dtype=torch.int64))
-        self.register_buffer("load", torch.zeros(e.count, dtype=torch.int64))
+        self.register_buffer("votes", torch.zeros(e.num_experts, dtype=torch.int64))
+        self.register_buffer("load", torch.zeros(e.num_experts, dtype=torch.int64))
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
 
     @property
     def bias(self) -> Tensor:
         """What is added to the scores (E,) before experts are chosen: `rate` for each vote, with a mean of zero."""
         votes = self.votes.float()
-        return self.rate * (votes - votes.mean())
+        return self.bias_update_rate * (votes - votes.mean())
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """x (N, C) -> gates (N, k) and the experts chosen (N, k)."""
@@ -93,7 +94,7 @@ class Router(nn.Module):
             scores = self.score(F.linear(x.to(wide), self.project.weight.to(wide)))
         chosen = (scores + self.bias).topk(self.active, -1).indices
         gates = scores.gather(-1, chosen)
-        if self.normalise:
+        if self.normalize:
             gates = gates / gates.sum(-1, keepdim=True).clamp_min(torch.finfo(gates.dtype).tiny)
         if self.training:
             gates = self._account(gates, scores, chosen)
@@ -106,7 +107,7 @@ class Router(nn.Module):
         self.load.add_(load)
         if self.balance != "loss":
             return gates
-        loss = self.rate * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
+        loss = self.aux_loss_coef * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
         return AddGradient.apply(gates, loss, self.loss_scale.to(loss.dtype))
 
     @torch.no_grad()
@@ -128,11 +129,11 @@ class Experts(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        e, width, hidden = config.experts, config.width, hidden_width(config)
+        e, width, hidden = config.experts, config.hidden_size, intermediate_size(config)
         self.activation = {**ACTIVATIONS, **GATES}[e.kind]
-        self.inner = nn.Parameter(torch.empty(e.count, hidden, width))
-        self.gate = nn.Parameter(torch.empty(e.count, hidden, width)) if e.kind in GATES else None
-        self.out = nn.Parameter(torch.empty(e.count, width, hidden))
+        self.inner = nn.Parameter(torch.empty(e.num_experts, hidden, width))
+        self.gate = nn.Parameter(torch.empty(e.num_experts, hidden, width)) if e.kind in GATES else None
+        self.out = nn.Parameter(torch.empty(e.num_experts, width, hidden))
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, C), rows sorted by expert; rows of expert i end at ends[i]."""
@@ -148,7 +149,7 @@ class MoE(nn.Module):
         super().__init__()
         e = config.experts
         self.router, self.experts = Router(config), Experts(config)
-        self.shared = nn.ModuleList(build_dense(config, e.kind, bias=False) for _ in range(e.shared))
+        self.shared = nn.ModuleList(build_dense(config, e.kind, bias=False) for _ in range(e.num_shared_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C)."""

@@ -9,9 +9,9 @@ from andromeda.model.position.rotary import NoRotary, Rotary, XPos
 
 def build_alibi(config: ModelConfig) -> NoAlibi:
     """The ALiBi part that the configuration asks for."""
-    if not config.alibi.heads:
+    if not config.alibi.num_heads:
         return NoAlibi()
-    return FoldedAlibi(config) if config.alibi.fold else Alibi(config)
+    return FoldedAlibi(config) if config.alibi.fold_into_qk else Alibi(config)
 
 
 def build_rotary(config: ModelConfig) -> NoRotary:

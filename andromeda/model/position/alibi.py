@@ -84,11 +84,15 @@ class NoAlibi(nn.Module):
 
 
 class Alibi(NoAlibi):
-    """A bias on the first `alibi.heads` heads, which the kernel adds."""
+    """A bias on the first `alibi.num_heads` heads, which the kernel adds."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.biased, self.plain, self.scale = config.alibi.heads, config.attention.heads - config.alibi.heads, config.alibi.scale
+        self.biased, self.plain, self.scale = (
+            config.alibi.num_heads,
+            config.attention.num_heads - config.alibi.num_heads,
+            config.alibi.scale,
+        )
 
     def head_slopes(self, device: torch.device) -> Tensor:
         """Slope of every query head (H,) in float64, zero where there is no bias."""

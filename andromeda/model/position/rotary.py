@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from andromeda.config.derived import original_context, rotated_dims
+from andromeda.config.derived import original_max_seq_len, rotated_dims
 from andromeda.config.model import ModelConfig
 from andromeda.model.position.scaling import RULES, Scaled, Span
 
@@ -90,12 +90,12 @@ class Rotary(NoRotary):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
-        self.config, self.context, self.dim = config.rotary, config.context, rotated_dims(config)
-        self.original = original_context(config)
+        self.config, self.context, self.dim = config.rotary, config.max_seq_len, rotated_dims(config)
+        self.original = original_max_seq_len(config)
         self.rule = RULES[config.rotary.scaling.kind]
         self.turn = TURNS[config.rotary.layout]
-        a, biased = config.attention, config.alibi.heads
-        self.still = (biased, biased * a.kv_heads // a.heads) if config.rotary.heads == "unbiased" else None
+        a, biased = config.attention, config.alibi.num_heads
+        self.still = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
 
     def scaled(self, span: int, device: torch.device) -> Scaled:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from andromeda.config.model import Rotary
+from andromeda.config.model import RotaryConfig
 
 
 @dataclass(frozen=True)
@@ -43,22 +43,22 @@ class Scaled:
     """Multiplies the softmax scale; it does not depend on the length."""
 
 
-def unscaled(rotary: Rotary, span: Span) -> Scaled:
+def unscaled(rotary: RotaryConfig, span: Span) -> Scaled:
     """The frequencies as trained."""
     return Scaled(span.frequencies(rotary.theta))
 
 
-def linear(rotary: Rotary, span: Span) -> Scaled:
+def linear(rotary: RotaryConfig, span: Span) -> Scaled:
     """Positions divided by the factor."""
     return Scaled(span.frequencies(rotary.theta) / rotary.scaling.factor, rotary.scaling.factor)
 
 
-def ntk(rotary: Rotary, span: Span) -> Scaled:
+def ntk(rotary: RotaryConfig, span: Span) -> Scaled:
     """A larger base: the slowest pair is stretched by the whole factor, the fastest not at all."""
     return _larger_base(rotary, span, rotary.scaling.factor)
 
 
-def dynamic(rotary: Rotary, span: Span) -> Scaled:
+def dynamic(rotary: RotaryConfig, span: Span) -> Scaled:
     """NTK whose factor follows the length: nothing changes for a sequence of at most the original context.
 
     The length must be the same for all passes over one sequence, or cached keys would be turned by other frequencies.
@@ -67,7 +67,7 @@ def dynamic(rotary: Rotary, span: Span) -> Scaled:
     return _larger_base(rotary, span, rotary.scaling.factor * grown - (rotary.scaling.factor - 1))
 
 
-def yarn(rotary: Rotary, span: Span) -> Scaled:
+def yarn(rotary: RotaryConfig, span: Span) -> Scaled:
     """Fast pairs stay, slow pairs are interpolated, a ramp between; logits grow by (0.1 ln factor + 1)^2."""
     factor, inverse = rotary.scaling.factor, span.frequencies(rotary.theta)
     ramp = {"index": _index_ramp, "rotations": _rotation_ramp}[rotary.scaling.ramp]
@@ -75,13 +75,13 @@ def yarn(rotary: Rotary, span: Span) -> Scaled:
     return Scaled(inverse / factor * (1 - kept) + inverse * kept, factor, (0.1 * math.log(factor) + 1) ** 2)
 
 
-def _larger_base(rotary: Rotary, span: Span, factor: float) -> Scaled:
+def _larger_base(rotary: RotaryConfig, span: Span, factor: float) -> Scaled:
     # A single pair has frequency one whatever the base.
     exponent = span.dim / max(span.dim - 2, 1)
     return Scaled(span.frequencies(rotary.theta * factor**exponent), factor)
 
 
-def _index_ramp(rotary: Rotary, span: Span) -> Tensor:
+def _index_ramp(rotary: RotaryConfig, span: Span) -> Tensor:
     """Linear in the pair's index between the pairs that turn beta_fast and beta_slow times over the original context."""
 
     def index(rotations: float) -> float:
@@ -93,14 +93,14 @@ def _index_ramp(rotary: Rotary, span: Span) -> Tensor:
     return 1 - ((torch.arange(span.dim // 2, dtype=torch.float64, device=span.device) - low) / width).clamp(0, 1)
 
 
-def _rotation_ramp(rotary: Rotary, span: Span) -> Tensor:
+def _rotation_ramp(rotary: RotaryConfig, span: Span) -> Tensor:
     """Linear in the number of rotations over the original context, as the paper's equation 23 has it."""
     rotations = span.original * span.frequencies(rotary.theta) / (2 * math.pi)
     slow, fast = rotary.scaling.beta_slow, rotary.scaling.beta_fast
     return ((rotations - slow) / (fast - slow)).clamp(0, 1)
 
 
-RULES: dict[str, Callable[[Rotary, Span], Scaled]] = {
+RULES: dict[str, Callable[[RotaryConfig, Span], Scaled]] = {
     "none": unscaled,
     "linear": linear,
     "ntk": ntk,

@@ -8,7 +8,7 @@ from torch import Tensor
 from andromeda.ops.attention.spec import Pattern
 from andromeda.ops.compute_dtype import HALF
 
-FOLD = "it has no ALiBi slopes (alibi.fold = true needs none)"
+FOLD = "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"
 
 
 def queries_last(pattern: Pattern) -> str | None:

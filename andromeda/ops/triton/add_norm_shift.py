@@ -1,6 +1,6 @@
 """A Triton kernel for what lies between two products of a layer: add, norm, token shift, 8 bits, in one read and one write.
 
-A program takes some tokens of one sequence, one after the other, and keeps the last one's normalised vector in registers for
+A program takes some tokens of one sequence, one after the other, and keeps the last one's normalized vector in registers for
 the channels that come from the token before. A vector is held in two parts, as `fp8` does it.
 """
 
@@ -49,7 +49,7 @@ class Given(NamedTuple):
     bias: Any
     """What is added to the sum that is stored (C,)."""
     past: Any
-    """Normalised vector before the first token (B, C)."""
+    """Normalized vector before the first token (B, C)."""
     documents: Any
     """Document numbers (B, T): a token that begins one gets zeros from before."""
 
@@ -64,7 +64,7 @@ class Made(NamedTuple):
     total: Any
     """x + delta + bias (B, T, C)."""
     last: Any
-    """Normalised last vector (B, C)."""
+    """Normalized last vector (B, C)."""
 
 
 @triton.jit
@@ -85,7 +85,7 @@ def _sum(given, made, row, column, exists, STORE: tl.constexpr, form: tl.constex
 
 @triton.jit
 def _statistics(a, b, a_exists, b_exists, eps, form: tl.constexpr):
-    """Both parts normalised without the gain, and what they were multiplied with."""
+    """Both parts normalized without the gain, and what they were multiplied with."""
     if form.layer:
         mean = (tl.sum(a, 0) + tl.sum(b, 0)) / form.C
         a, b = tl.where(a_exists, a - mean, 0.0), tl.where(b_exists, b - mean, 0.0)
@@ -108,7 +108,7 @@ def _rounded(given, value, column, exists):
 
 @triton.jit
 def _normal(given, made, row, eps, first, second, STORE: tl.constexpr, form: tl.constexpr):
-    """Both parts of a row's normalised vector."""
+    """Both parts of a row's normalized vector."""
     a_exists, b_exists = first < form.C, second < form.C
     a = _sum(given, made, row, first, a_exists, STORE, form)
     b = _sum(given, made, row, second, b_exists, STORE, form)
@@ -180,7 +180,7 @@ class Back(NamedTuple):
     """What the backward pass reads and writes; None where there is nothing."""
 
     x: Any
-    """What was normalised (B, T, C)."""
+    """What was normalized (B, T, C)."""
     weight: Any
     documents: Any
     dy: Any

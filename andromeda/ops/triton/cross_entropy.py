@@ -20,7 +20,7 @@ BLOCK = 8192
 PER_WARP = 256
 """Columns of those that a warp takes: 16 bytes of logits a thread."""
 GROUP = 8
-"""Neighbouring logits of one thread that share a running maximum, so that a sum is brought to a new one once for all of them."""
+"""Neighboring logits of one thread that share a running maximum, so that a sum is brought to a new one once for all of them."""
 SCALE_BLOCK, SCALE_WARPS = 4096, 8
 """Elements of a gradient that a program scales."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)

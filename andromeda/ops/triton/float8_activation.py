@@ -1,4 +1,4 @@
-"""A Triton kernel that applies an activation to rows and quantises them to 8 bits, a row a program, held in registers.
+"""A Triton kernel that applies an activation to rows and quantizes them to 8 bits, a row a program, held in registers.
 
 A row is held in two parts, the first a power of two: most widths are the sum of two, and nothing is computed for columns that
 are not there.
@@ -59,7 +59,7 @@ def parts(K: int) -> tuple[int, int]:
     return first, triton.next_power_of_2(K - first) if first < K else 0
 
 
-def activate_quantise(x: Tensor, activation: str, largest: float) -> tuple[Tensor, Tensor]:
+def activate_quantize(x: Tensor, activation: str, largest: float) -> tuple[Tensor, Tensor]:
     """x (N, K) -> its activation in e4m3 (N, K) and what each row was divided by (N, 1)."""
     x = x if x.stride(-1) == 1 else x.contiguous()
     N, K = x.shape

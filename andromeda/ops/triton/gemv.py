@@ -79,7 +79,7 @@ class Shift(NamedTuple):
     """What a token shift reads; None where there is nothing."""
 
     past: Any = None
-    """Normalised rows of the tokens before (M, J, K), the newest last."""
+    """Normalized rows of the tokens before (M, J, K), the newest last."""
     own: Any = None
     """Document number of each row (M, 1)."""
     numbers: Any = None
@@ -129,8 +129,8 @@ def _moments(x, eps, form: tl.constexpr):
 
 
 @triton.jit
-def _normalised(x, gain, block: tl.constexpr, mean, factor, form: tl.constexpr):
-    """A block of a row, normalised (n,). What it is where nothing is meets weights that are zero."""
+def _normalized(x, gain, block: tl.constexpr, mean, factor, form: tl.constexpr):
+    """A block of a row, normalized (n,). What it is where nothing is meets weights that are zero."""
     value = _read(x, block, form)
     if form.norm != "none":
         value = (value - mean) * factor
@@ -153,7 +153,7 @@ def _same(shift, m, distance: tl.constexpr, form: tl.constexpr):
 
 @triton.jit
 def _shifted(value, shift, same, m, first: tl.constexpr, block: tl.constexpr, form: tl.constexpr):
-    """A block of a normalised row with its channels from tokens before (n,); `same` has a factor for each distance, from `first` on."""
+    """A block of a normalized row with its channels from tokens before (n,); `same` has a factor for each distance, from `first` on."""
     size: tl.constexpr = form.K // (form.tokens + 1)
     column, _ = _columns(block, form)
     for distance in tl.static_range(1, tl.constexpr(form.tokens + 1)):
@@ -168,7 +168,7 @@ def _shifted(value, shift, same, m, first: tl.constexpr, block: tl.constexpr, fo
 
 @triton.jit
 def _keep(past, column, exists, value, WIDTH: tl.constexpr, TOKENS: tl.constexpr):
-    """Move a row's past (J, WIDTH) on by one token, whose normalised vector is `value`."""
+    """Move a row's past (J, WIDTH) on by one token, whose normalized vector is `value`."""
     for token in tl.static_range(tl.constexpr(TOKENS - 1)):
         older = tl.load(past + (token + 1) * WIDTH + column, mask=exists, other=0.0)
         tl.store(past + token * WIDTH + column, older, mask=exists)
@@ -184,7 +184,7 @@ def _factors(same, shift, m, form: tl.constexpr):
 
 
 @triton.jit
-def _normalise(x, gain, shift, y, eps, form: tl.constexpr):
+def _normalize(x, gain, shift, y, eps, form: tl.constexpr):
     """One row: norm and token shift; the row's past is moved on."""
     m = tl.program_id(0)
     begin(form)
@@ -194,7 +194,7 @@ def _normalise(x, gain, shift, y, eps, form: tl.constexpr):
     same = _factors((), shift, m, form)
     for block in tl.static_range(tl.constexpr(form.blocks)):
         column, exists = _columns(block, form)
-        value = _normalised(row, gain, block, mean, factor, form)
+        value = _normalized(row, gain, block, mean, factor, form)
         moved = _shifted(value, shift, same, m, 0, block, form)
         tl.store(y + m * form.K + column, moved.to(y.dtype.element_ty), mask=exists)
         if form.tokens > 0:
@@ -270,7 +270,7 @@ def _has_before(start, end, K, tokens):
 
 
 @triton.jit
-def _centred(row, pivot, block: tl.constexpr, form: tl.constexpr):
+def _centered(row, pivot, block: tl.constexpr, form: tl.constexpr):
     """A block of a row less its pivot (n,), zero where nothing is."""
     value = _read(row, block, form) - pivot
     if (block + 1) * form.block > form.K:
@@ -296,7 +296,7 @@ def _gain(gain, block: tl.constexpr, form: tl.constexpr):
 
 @triton.jit
 def _before(shift, same, m, first: tl.constexpr, block: tl.constexpr, form: tl.constexpr):
-    """A block's channels from tokens before (n,), which are normalised already, and zero for its own."""
+    """A block's channels from tokens before (n,), which are normalized already, and zero for its own."""
     BLOCK: tl.constexpr = form.block
     return _shifted(tl.zeros((BLOCK,), tl.float32), shift, same, m, first, block, form)
 
@@ -332,7 +332,7 @@ def _add(x, held, gain, shift, pivots, same, sums, block: tl.constexpr, own: tl.
     gains_here = _gain(gain, block, form) if form.norm != "none" and own else 0.0
     grown, grown_others, grown_totals, grown_squares = (), (), (), ()
     for m in tl.static_range(tl.constexpr(form.M)):
-        value = _centred(x + m * form.K, pivots[m], block, form)
+        value = _centered(x + m * form.K, pivots[m], block, form)
         if form.norm != "none":
             grown_totals = appended(grown_totals, totals[m] + _within(value, form))
             grown_squares = appended(grown_squares, squares[m] + _within(value * value, form))
@@ -400,7 +400,7 @@ def _product(x, weight, after, before, shift, keep, place, y, N, eps, form: tl.c
 
 @triton.jit
 def _keep_all(keep, form: tl.constexpr):
-    """Move the past of all rows on by what an earlier product has normalised."""
+    """Move the past of all rows on by what an earlier product has normalized."""
     for m in tl.static_range(tl.constexpr(form.M)):
         for block in tl.static_range(tl.constexpr((form.width + form.block - 1) // form.block)):
             column = block * form.block + tl.arange(0, form.block)
@@ -414,7 +414,7 @@ class Before(NamedTuple):
 
     gain: Any = None
     fresh: Any = None
-    """Where the normalised rows are written (M, K)."""
+    """Where the normalized rows are written (M, K)."""
 
 
 class After(NamedTuple):
@@ -425,7 +425,7 @@ class After(NamedTuple):
 
 
 class Keep(NamedTuple):
-    """What an earlier product has normalised, and the past that it belongs to; None where there is nothing."""
+    """What an earlier product has normalized, and the past that it belongs to; None where there is nothing."""
 
     past: Any = None
     fresh: Any = None
@@ -469,7 +469,7 @@ class Input(NamedTuple):
     eps: float = 0.0
     gain: Tensor | None = None
     past: Tensor | None = None
-    """Normalised rows before (M, J, K)."""
+    """Normalized rows before (M, J, K)."""
     own: Tensor | None = None
     numbers: Tensor | None = None
     at: Tensor | None = None
@@ -483,13 +483,13 @@ class Input(NamedTuple):
         return Shift(self.past, self.own, self.numbers, self.at, *strides)
 
 
-def normalise(given: Input) -> Tensor:
+def normalize(given: Input) -> Tensor:
     """Rows (M, K) after norm and token shift; `past` is moved on."""
     x, y = given.x, torch.empty_like(given.x)
     cut = Launch(1, 8, 1)
     form = _form(given, x.element_size(), cut)
     with torch.cuda.device_of(x):
-        _normalise[(x.shape[0],)](x, given.gain, given.shift(), y, given.eps, form=form, num_warps=cut.warps, **options(form.early))
+        _normalize[(x.shape[0],)](x, given.gain, given.shift(), y, given.eps, form=form, num_warps=cut.warps, **options(form.early))
     return y
 
 

@@ -335,7 +335,7 @@ def _block(index, N, T, shape: tl.constexpr):
 def _program(q, k, shape: tl.constexpr):
     """Whether this program is of the queries, its first head and the number of its tokens' block or walk.
 
-    Neighbours share tokens, whose tables are cached then.
+    Neighbors share tokens, whose tables are cached then.
     """
     q_groups: tl.constexpr = (q.count + shape.heads - 1) // shape.heads
     groups: tl.constexpr = q_groups + (k.count + shape.heads - 1) // shape.heads
@@ -476,7 +476,7 @@ def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: 
     half = tables[0].shape[-1] if tables else 0
     interleaved = layout == "interleaved"
     unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
-    # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbours end there.
+    # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbors end there.
     width = gcd(unit // 2, D // 2) if interleaved else gcd(unit, half, D // 2)
     return Shape(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, launch.tokens, launch.heads)
 

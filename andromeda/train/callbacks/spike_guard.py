@@ -12,7 +12,7 @@ import math
 import statistics
 from typing import Any
 
-from andromeda.config.train import Guard
+from andromeda.config.train import SpikeGuardConfig
 
 MINIMUM = 8
 """Norms that must be known before one can be called a spike."""
@@ -24,7 +24,7 @@ Span = tuple[int, int]
 class BadSteps:
     """Judges steps and remembers enough to judge the next."""
 
-    def __init__(self, config: Guard) -> None:
+    def __init__(self, config: SpikeGuardConfig) -> None:
         self._config = config
         self._norms: list[float] = []
         self._suspects: list[Span] = []

@@ -1,6 +1,6 @@
 """Pages that are one file: text, tables and charts that need no network, no library and no fonts of their own.
 
-Charts are SVG written here rather than by a plotting library: they take the page's colours in light and in dark, their text
+Charts are SVG written here rather than by a plotting library: they take the page's colors in light and in dark, their text
 stays text that can be read aloud and searched, and a script of a few lines tells the figures under the pointer.
 """
 

@@ -110,11 +110,11 @@ def details(title: str, *inner: Child) -> Html:
 
 @dataclass(frozen=True)
 class Bar:
-    """One of them. colour: number of one of the page's colours; 0 takes that of its sign."""
+    """One of them. color: number of one of the page's colors; 0 takes that of its sign."""
 
     name: str
     value: float
-    colour: int = 0
+    color: int = 0
     tip: str = ""
 
 
@@ -152,7 +152,7 @@ def bars(
 
 
 def _class(row: Bar) -> str:
-    return f"c{row.colour}" if row.colour else "minus" if row.value < 0 else "plus"
+    return f"c{row.color}" if row.color else "minus" if row.value < 0 else "plus"
 
 
 def _place(value: float, zero: float, width: float) -> str:
@@ -174,7 +174,7 @@ def heat(
     low: float = 0.0,
     note: str = "",
 ) -> Html:
-    """A table with a row of `values` for each of `rows`, shaded from `low` (nothing) to `full`; negative figures in another colour."""
+    """A table with a row of `values` for each of `rows`, shaded from `low` (nothing) to `full`; negative figures in another color."""
     head = el("tr", el("th", corner, scope="col"), [el("th", column, scope="col") for column in columns])
     body = [
         el(

@@ -87,11 +87,11 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 8, 34
 
 @dataclass(frozen=True)
 class Series:
-    """A line. colour: number of one of the page's colours, from 1."""
+    """A line. color: number of one of the page's colors, from 1."""
 
     name: str
     points: Sequence[Point]
-    colour: int = 1
+    color: int = 1
     dots: bool = False
     """Show each point, where they are few."""
     band: Sequence[tuple[float, float, float]] = ()
@@ -151,7 +151,7 @@ def lines(
     known = [s for s in known if s.points]
     sizes = ((380, 232, "narrow"), (1080, 300, "broad")) if wide else ((290, 200, "") if narrow else (380, 232, ""),)
     drawn = [_draw(title, known, x, y, rules, marks, *size) for size in sizes]
-    keys = [el("span", el("i", class_=f"key c{s.colour}"), s.name, class_="legend") for s in known] if len(known) > 1 else []
+    keys = [el("span", el("i", class_=f"key c{s.color}"), s.name, class_="legend") for s in known] if len(known) > 1 else []
     caption = el("figcaption", el("b", title), el("span", y.label, class_="unit") if y.label else None, keys)
     return el("figure", caption, drawn, el("p", note, class_="note") if note else None, class_="chart wide" if wide else "chart")
 
@@ -159,11 +159,11 @@ def lines(
 def clean(series: Series, *, log_x: bool = False, log_y: bool = False) -> Series:
     """Without points that an axis cannot show."""
     points = [(a, b) for a, b in series.points if math.isfinite(a) and math.isfinite(b) and (a > 0 or not log_x) and (b > 0 or not log_y)]
-    return Series(series.name, points, series.colour, series.dots, series.band)
+    return Series(series.name, points, series.color, series.dots, series.band)
 
 
 def thinned(series: Series, most: int = MOST) -> Series:
-    """At most `most` points: means of neighbours, with a band from their least to their greatest."""
+    """At most `most` points: means of neighbors, with a band from their least to their greatest."""
     points = series.points
     if len(points) <= most:
         return series
@@ -171,7 +171,7 @@ def thinned(series: Series, most: int = MOST) -> Series:
     groups = [points[i : i + size] for i in range(0, len(points), size)]
     means = [(sum(a for a, _ in g) / len(g), sum(b for _, b in g) / len(g)) for g in groups]
     band = [(mean[0], min(b for _, b in g), max(b for _, b in g)) for mean, g in zip(means, groups, strict=True)]
-    return Series(series.name, means, series.colour, series.dots, series.band or band)
+    return Series(series.name, means, series.color, series.dots, series.band or band)
 
 
 def _draw(
@@ -193,7 +193,7 @@ def _draw(
         "series": [
             {
                 "name": s.name,
-                "colour": s.colour,
+                "color": s.color,
                 "points": [[_round(a), _round(b)] for a, b in s.points],
                 "shown": [[x.show(a), _told(y, b)] for a, b in s.points],
             }
@@ -268,15 +268,13 @@ def _line(series: Series, plot: Plot) -> Html:
     if series.band:
         above = [f"{plot.x(a):.1f},{_inside(high, plot):.1f}" for a, _, high in series.band]
         below = [f"{plot.x(a):.1f},{_inside(low, plot):.1f}" for a, low, _ in reversed(series.band)]
-        parts.append(el("path", class_=f"band c{series.colour}", d="M" + "L".join([*above, *below]) + "Z"))
+        parts.append(el("path", class_=f"band c{series.color}", d="M" + "L".join([*above, *below]) + "Z"))
     # Above the frame nothing is drawn: a line that begins higher enters from there.
     box = f"inset({plot.y.end - 4}px 0 0 0)"
     shape = "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in places)
-    parts.append(
-        el("path", class_=f"line c{series.colour}", d=shape, style=f"clip-path:{box}" if min(b for _, b in places) < TOP else None)
-    )
+    parts.append(el("path", class_=f"line c{series.color}", d=shape, style=f"clip-path:{box}" if min(b for _, b in places) < TOP else None))
     if (series.dots and len(places) <= MOST_DOTS) or len(places) == 1:
-        parts += [el("circle", class_=f"dot c{series.colour}", cx=f"{a:.1f}", cy=f"{b:.1f}", r=2.6) for a, b in places]
+        parts += [el("circle", class_=f"dot c{series.color}", cx=f"{a:.1f}", cy=f"{b:.1f}", r=2.6) for a, b in places]
     return join(parts)
 
 

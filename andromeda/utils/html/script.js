@@ -52,10 +52,10 @@
       dot.setAttribute("cx", where);
       dot.setAttribute("cy", place(chart.y, series.points[i][1]));
       dot.setAttribute("r", 3.5);
-      dot.setAttribute("class", `dot c${series.colour}`);
+      dot.setAttribute("class", `dot c${series.color}`);
       marks.push(dot);
       const row = make("span", "", "row");
-      row.append(make("i", "", `key c${series.colour}`), `${series.name} `, make("em", series.shown[i][1]));
+      row.append(make("i", "", `key c${series.color}`), `${series.name} `, make("em", series.shown[i][1]));
       parts.push(row);
     }
     cursor.replaceChildren(...marks);

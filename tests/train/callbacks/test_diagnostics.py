@@ -23,7 +23,7 @@ IDS = torch.randint(0, 257, (3, 20), generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("qk_norm", ["none", "l2_dim_scale", "rms"])
 def test_figures(tiny: Callable[..., RunConfig], qk_norm: str) -> None:
     """Activations from block to block; no logit is above its bound, and with a single pair of heads and tokens it is reached."""
-    config = tiny(model__attention={"heads": 2, "kv_heads": 1, "head_dim": 16, "qk_norm": qk_norm}, model__rotary={"kind": "none"})
+    config = tiny(model__attention={"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "qk_norm": qk_norm}, model__rotary={"kind": "none"})
     model = Transformer(config.model)
     health = Health(model, build_precision("fp32", torch.device("cpu")))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
@@ -62,9 +62,12 @@ def test_watching_changes_nothing(
     final_tensors: Callable[[Path], dict[str, torch.Tensor]],
 ) -> None:
     """Health figures and probes at every step, and a run without them: the same weights, bit by bit, also with a mixture."""
-    mixture = {"model__feedforward": {"kind": "moe", "mult": 1.0}, "model__experts": {"count": 4, "active": 2, "rate": 0.1}}
+    mixture = {
+        "model__feedforward": {"kind": "moe", "mlp_ratio": 1.0},
+        "model__experts": {"num_experts": 4, "top_k": 2, "bias_update_rate": 0.1},
+    }
     probes = {"every": 2, "samples": 8, "tasks": ["recall"]}
-    watched = tiny(train__log={"every": 3, "health": 1}, train__probes=probes, **mixture)
+    watched = tiny(train__log={"every": 3, "diagnostics_every": 1}, train__probes=probes, **mixture)
     train(watched, tmp_path / "watched")
     train(tiny(train__eval_every=0, **mixture), tmp_path / "plain")
     a, b = final_tensors(tmp_path / "watched"), final_tensors(tmp_path / "plain")

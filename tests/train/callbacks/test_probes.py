@@ -107,7 +107,7 @@ def test_one_pass_scores_what_greedy_decoding_would(seed: int) -> None:
 
 
 def test_a_run_scores_the_same_problems_and_draws_nothing_global(tiny: Callable[..., RunConfig]) -> None:
-    config = tiny(model__context=160, train__sequence=32, train__probes={"every": 1, "samples": 16})
+    config = tiny(model__max_seq_len=160, train__seq_len=32, train__probes={"every": 1, "samples": 16})
     stream = open_stream(config.data, 32, config.seed)
     torch.manual_seed(0)
     random.seed(0)
@@ -123,7 +123,7 @@ def test_a_run_scores_the_same_problems_and_draws_nothing_global(tiny: Callable[
 
 def test_text_problems_read_as_text(tiny: Callable[..., RunConfig]) -> None:
     """Decoded by the tokenizer, prompt and answer are the problem, after the separator that begins a document."""
-    config = tiny(model__context=160, train__sequence=32, train__probes={"every": 1, "samples": 3})
+    config = tiny(model__max_seq_len=160, train__seq_len=32, train__probes={"every": 1, "samples": 3})
     stream = open_stream(config.data, 32, config.seed)
     assert stream.tokenizer is not None
     batch = build_probes(config, stream)._batches["arithmetic"]
@@ -145,7 +145,7 @@ def test_text_probes_need_a_tokenizer(tiny: Callable[..., RunConfig]) -> None:
     bare: Any = SimpleNamespace(tokenizer=None, vocab_size=300)
     with pytest.raises(ConfigError, match=r"no tokenizer to spell text probes with: set train\.probes\.tasks to recall and induction"):
         build_probes(tiny(train__probes={"every": 1}), bare)
-    build_probes(tiny(model__context=64, train__probes={"every": 1, "tasks": ["recall", "induction"]}), bare)
+    build_probes(tiny(model__max_seq_len=64, train__probes={"every": 1, "tasks": ["recall", "induction"]}), bare)
 
 
 @pytest.mark.slow
@@ -154,7 +154,7 @@ def test_a_trained_model_beats_chance_on_recall(tiny: Callable[..., RunConfig]) 
     from andromeda.model.transformer import Transformer
     from andromeda.train.callbacks.probes.recall import Recall
 
-    config = tiny(model__context=64, model__width=64, model__shift={"kind": "chunks"})
+    config = tiny(model__max_seq_len=64, model__hidden_size=64, model__shift={"kind": "chunks"})
     model, draw = Transformer(config.model), Random(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
     batches = [Batch([(list(p.prompt), list(p.answer)) for p in (Recall().draw(draw, range(64)) for _ in range(64))]) for _ in range(600)]

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from andromeda.config.train import Guard
+from andromeda.config.train import SpikeGuardConfig
 from andromeda.train.callbacks.spike_guard import MINIMUM, BadSteps
 
 numbers = st.one_of(st.floats(0.01, 100.0), st.sampled_from([math.nan, math.inf, 0.0, 1e30]))
@@ -19,7 +19,7 @@ numbers = st.one_of(st.floats(0.01, 100.0), st.sampled_from([math.nan, math.inf,
 @given(st.lists(st.tuples(numbers, numbers), max_size=40), st.integers(1, 12), st.floats(1.5, 30.0))
 def test_verdicts_follow_the_definition(steps: list[tuple[float, float]], history: int, spike: float) -> None:
     """Bad is: not finite, or above `spike` times the median of the last `history` good norms, once enough are known."""
-    guard = BadSteps(Guard(history=history, spike=spike))
+    guard = BadSteps(SpikeGuardConfig(history=history, spike=spike))
     good: list[float] = []
     for number, (loss, norm) in enumerate(steps):
         recent = good[-history:]
@@ -35,9 +35,9 @@ def test_verdicts_follow_the_definition(steps: list[tuple[float, float]], histor
 @given(st.lists(st.tuples(numbers, numbers), min_size=1, max_size=40), st.data())
 def test_state_survives_json(steps: list[tuple[float, float]], data: st.DataObject) -> None:
     cut = data.draw(st.integers(0, len(steps)))
-    whole = BadSteps(Guard(history=9))
+    whole = BadSteps(SpikeGuardConfig(history=9))
     verdicts = [whole.judge(loss, norm, (i, i + 1)) for i, (loss, norm) in enumerate(steps)]
-    first, second = BadSteps(Guard(history=9)), BadSteps(Guard(history=9))
+    first, second = BadSteps(SpikeGuardConfig(history=9)), BadSteps(SpikeGuardConfig(history=9))
     parts = [first.judge(loss, norm, (i, i + 1)) for i, (loss, norm) in enumerate(steps[:cut])]
     second.load(json.loads(json.dumps(first.values())))
     parts += [second.judge(loss, norm, (i, i + 1)) for i, (loss, norm) in enumerate(steps[cut:], cut)]
@@ -47,13 +47,13 @@ def test_state_survives_json(steps: list[tuple[float, float]], data: st.DataObje
 
 
 def test_off_judges_nothing() -> None:
-    guard = BadSteps(Guard(enabled=False))
+    guard = BadSteps(SpikeGuardConfig(enabled=False))
     assert [guard.judge(math.nan, math.inf, (0, 1)) for _ in range(10)] == [None] * 10
     assert not guard.exhausted
 
 
 def test_patience_and_rows_passed_over() -> None:
-    guard = BadSteps(Guard(patience=3, rollbacks=2))
+    guard = BadSteps(SpikeGuardConfig(patience=3, rollbacks=2))
     guard.judge(1.0, 1.0, (0, 4))
     for first in (4, 8, 12):
         assert not guard.exhausted
@@ -69,7 +69,7 @@ def test_patience_and_rows_passed_over() -> None:
 
 @pytest.mark.parametrize("patience", [1, 2])
 def test_a_good_step_ends_the_streak(patience: int) -> None:
-    guard = BadSteps(Guard(patience=patience + 1))
+    guard = BadSteps(SpikeGuardConfig(patience=patience + 1))
     for _ in range(5):
         for _ in range(patience):
             guard.judge(math.inf, 1.0, (0, 1))

@@ -84,9 +84,9 @@ def _batch(name: str, config: RunConfig, stream: Stream) -> Batch:
     random, alphabet = Random(f"{config.seed} {name}"), ordinary_tokens(stream)
     problems = [TASKS[name].draw(random, alphabet) for _ in range(config.train.probes.samples)]
     batch = Batch([(_begin(stream) + _spell(prompt, stream.tokenizer), _spell(answer, stream.tokenizer)) for prompt, answer in problems])
-    if batch.ids.shape[1] > config.model.context:
+    if batch.ids.shape[1] > config.model.max_seq_len:
         raise ConfigError(
-            f"Probe {name} has problems of {batch.ids.shape[1]} tokens and the model's context is {config.model.context}: "
+            f"Probe {name} has problems of {batch.ids.shape[1]} tokens and the model's context is {config.model.max_seq_len}: "
             "leave it out of train.probes.tasks."
         )
     return batch
