@@ -156,11 +156,12 @@ class Andromeda(Transformer):
         c, a, rotary, weight = self.config, self.config.attention, self.config.rotary, self.head.weight
         dtype = str(weight.dtype).removeprefix("torch.")
         parts = [f"feed-forward {c.feedforward.kind}", f"QK norm {a.qk_norm}", f"shift {c.shift.kind}"]
+        heads = f"{a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} of keys and values"
         positions = [rotary.kind] * (rotary.kind != "none") + [f"ALiBi on {c.alibi.num_heads} heads"] * bool(c.alibi.num_heads)
         return "\n".join(
             [
                 f"Andromeda with {_rounded(self.num_parameters())} parameters, {dtype} on {weight.device}",
-                f"  {c.num_layers} layers of width {c.hidden_size}, {c.block.kind}, {a.num_heads} heads of {a.head_dim}, {a.num_kv_heads} of keys and values",
+                f"  {c.num_layers} layers of width {c.hidden_size}, {c.block.kind}, {heads}",
                 f"  positions: {' and '.join(positions) or 'none'}; {', '.join(parts)}",
                 f"  context {c.max_seq_len:,}, vocabulary {c.vocab_size:,}, {self.tokenizer.kind if self.tokenizer else 'no'} tokenizer",
             ]

@@ -30,7 +30,8 @@ WINDOWS = "model.attention.sliding_window=1024 model.attention.full_attention_in
 LONG = f"andromeda {FOLD} model.max_seq_len=32768"
 ENDLESS = f"andromeda {FOLD} model.max_seq_len=200704 model.rotary.scale_base=65536"
 SMALL = (
-    "model.hidden_size=64 model.num_layers=2 model.vocab_size=512 model.max_seq_len=256 model.attention.num_heads=4 model.attention.num_kv_heads=1 "
+    "model.hidden_size=64 model.num_layers=2 model.vocab_size=512 model.max_seq_len=256 "
+    "model.attention.num_heads=4 model.attention.num_kv_heads=1 "
     "model.attention.head_dim=32 model.feedforward.intermediate_size=128 train.micro_batch_size=1"
 )
 SMALL_ALIBI = f"andromeda {SMALL} model.alibi.num_heads=2 {FOLD}"
@@ -89,7 +90,8 @@ JOBS = {
         f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --rows 2",
     ),
     "train-flash": Job(
-        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=1 train.activation_checkpointing=full --rows 2 --steps 4 --unfused",
+        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=1 train.activation_checkpointing=full "
+        "--rows 2 --steps 4 --unfused",
         100,
         f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1 --unfused",
     ),

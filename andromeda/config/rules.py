@@ -35,7 +35,8 @@ MODEL: tuple[Rule, ...] = (
     # Heads
     (
         lambda m: m.attention.num_heads % m.attention.num_kv_heads != 0,
-        "model.attention.num_heads = {m.attention.num_heads} is not a multiple of model.attention.num_kv_heads = {m.attention.num_kv_heads}: "
+        "model.attention.num_heads = {m.attention.num_heads} is not a multiple of "
+        "model.attention.num_kv_heads = {m.attention.num_kv_heads}: "
         "every key/value head serves the same number of query heads",
     ),
     (
@@ -62,7 +63,8 @@ MODEL: tuple[Rule, ...] = (
     ),
     (
         lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.max_seq_len > FOLDED_REACH,
-        "model.alibi.fold_into_qk reaches {reach} positions, fewer than model.max_seq_len = {m.max_seq_len}: set model.alibi.fold_into_qk = false",
+        "model.alibi.fold_into_qk reaches {reach} positions, fewer than model.max_seq_len = {m.max_seq_len}: "
+        "set model.alibi.fold_into_qk = false",
     ),
     (
         lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.softcap,
@@ -100,21 +102,25 @@ MODEL: tuple[Rule, ...] = (
     ),
     (
         lambda m: _divides_heads(m) and m.alibi.num_heads * m.attention.num_kv_heads % m.attention.num_heads != 0,
-        "model.rotary.heads = 'non_alibi' needs key/value heads that serve heads of one kind, but model.alibi.num_heads = {m.alibi.num_heads} "
-        "is not a multiple of the {served} query heads of each: change it, or model.attention.num_kv_heads = {m.attention.num_kv_heads}",
+        "model.rotary.heads = 'non_alibi' needs key/value heads that serve heads of one kind, but "
+        "model.alibi.num_heads = {m.alibi.num_heads} is not a multiple of the {served} query heads of each: "
+        "change it, or model.attention.num_kv_heads = {m.attention.num_kv_heads}",
     ),
     # Reach
     (
         lambda m: m.attention.sliding_window >= m.max_seq_len,
-        "model.attention.sliding_window = {m.attention.sliding_window} covers the whole model.max_seq_len = {m.max_seq_len}: set it lower, or to 0 for no window",
+        "model.attention.sliding_window = {m.attention.sliding_window} covers the whole model.max_seq_len = {m.max_seq_len}: "
+        "set it lower, or to 0 for no window",
     ),
     (
         lambda m: m.attention.full_attention_interval and not m.attention.sliding_window,
-        "model.attention.full_attention_interval = {m.attention.full_attention_interval} has no effect without model.attention.sliding_window",
+        "model.attention.full_attention_interval = {m.attention.full_attention_interval} has no effect "
+        "without model.attention.sliding_window",
     ),
     (
         lambda m: m.attention.full_attention_interval > m.num_layers,
-        "model.attention.full_attention_interval = {m.attention.full_attention_interval} is more than model.num_layers = {m.num_layers}: no layer would see everything",
+        "model.attention.full_attention_interval = {m.attention.full_attention_interval} is more than "
+        "model.num_layers = {m.num_layers}: no layer would see everything",
     ),
     # Feed-forward
     (
@@ -151,7 +157,8 @@ MODEL: tuple[Rule, ...] = (
     ),
     (
         lambda m: m.embedding.kind == "factorized" and m.embedding.rank >= m.hidden_size,
-        "model.embedding.rank = {m.embedding.rank} must be below model.hidden_size = {m.hidden_size}: a factorized table saves nothing otherwise",
+        "model.embedding.rank = {m.embedding.rank} must be below model.hidden_size = {m.hidden_size}: "
+        "a factorized table saves nothing otherwise",
     ),
     (
         lambda m: m.embedding.kind == "custom" and not re.fullmatch(r"[\w.]+:[\w.]+", m.embedding.provider),
@@ -233,8 +240,8 @@ RUN: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.train.precision == "fp8" and any(size % 16 for size in _matrix_sizes(c.model)),
-        "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.hidden_size, model.attention.head_dim and the inner width of "
-        "model.feedforward are {sizes}",
+        "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.hidden_size, model.attention.head_dim and "
+        "the inner width of model.feedforward are {sizes}",
     ),
     (
         lambda c: c.train.probes.every and not c.train.probes.tasks,
@@ -260,8 +267,8 @@ NOTES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.model.rotary.kind == "xpos" and _retention(c.model) < 0.1,
-        "At a distance of model.max_seq_len xPos leaves {retention:.1%} of a rotated pair's weight on average: raise model.rotary.scale_base "
-        "(a quarter of the context leaves {quarter:.1%}) where far tokens matter.",
+        "At a distance of model.max_seq_len xPos leaves {retention:.1%} of a rotated pair's weight on average: "
+        "raise model.rotary.scale_base (a quarter of the context leaves {quarter:.1%}) where far tokens matter.",
     ),
     (
         lambda c: c.model.rotary.scaling.kind != "none" and c.model.alibi.num_heads and c.model.alibi.scale == 1.0,

@@ -14,7 +14,8 @@ BLOCKS = {
 
 def architecture(c: ModelConfig) -> str:
     """One sentence of what the model is made of."""
-    return f"{c.num_layers} {BLOCKS[c.block.kind, c.block.residual]} of width {c.hidden_size}, {_heads(c)}, {_network(c)}; {', '.join(_parts(c))}"
+    layers = f"{c.num_layers} {BLOCKS[c.block.kind, c.block.residual]} of width {c.hidden_size}"
+    return f"{layers}, {_heads(c)}, {_network(c)}; {', '.join(_parts(c))}"
 
 
 def _heads(c: ModelConfig) -> str:

@@ -64,7 +64,8 @@ def _training(record: Record) -> str:
     time = f", {duration(seconds)} in steps" if seconds else ""
     machine = _start(record, "machine").get("processor")
     where = f" on {machine}" if machine else ""
-    return f"{train.optim.kind}, {train.steps:,} steps of {train.batch_size} rows of {rows:,} tokens, {train.schedule.kind} schedule{time}{where}."
+    batch = f"{train.steps:,} steps of {train.batch_size} rows of {rows:,} tokens"
+    return f"{train.optim.kind}, {batch}, {train.schedule.kind} schedule{time}{where}."
 
 
 def _measured(record: Record) -> str:

@@ -214,7 +214,8 @@ def test_names_in_a_file_say_the_same_as_structured_keys(tmp_path: Path) -> None
     flat, structured = tmp_path / "flat.toml", tmp_path / "structured.toml"
     flat.write_text('preset = "nano"\n[model]\ndim = 128\nheads = 2\nmax_seq_len = 512\nattn_one_kv_head = false\ndim_head = 32\n')
     structured.write_text(
-        'preset = "nano"\n[model]\nhidden_size = 128\nmax_seq_len = 512\n[model.attention]\nnum_heads = 2\nnum_kv_heads = 2\nhead_dim = 32\n'
+        'preset = "nano"\n[model]\nhidden_size = 128\nmax_seq_len = 512\n'
+        "[model.attention]\nnum_heads = 2\nnum_kv_heads = 2\nhead_dim = 32\n"
     )
     assert load(flat) == load(structured)
 
