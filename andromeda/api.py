@@ -22,7 +22,7 @@ from andromeda.data.tokenizer import Tokenizer
 from andromeda.generate.engine import Engine
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.generate.prompts import Prompt
-from andromeda.generate.sequence import Completion, Piece
+from andromeda.generate.sequence import Completion, StreamChunk
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
 from andromeda.train.memory_check import check_fits
@@ -138,13 +138,13 @@ class Andromeda(Transformer):
         answers = [_answer(*pair) for pair in zip(engine.generate(prompts, **settings), prompts, strict=True)]
         return answers if several else answers[0]
 
-    def optimize_for_inference(self, *, eight_bits: bool = False, compiled: bool = True, kernels: bool = True) -> Self:
+    def optimize_for_inference(self, *, fp8: bool = False, compile: bool = True, decode_kernels: bool = True) -> Self:
         """Make this model faster for inference, in place; it can be trained no more.
 
         eight_bits: linear layers of the blocks in 8 bits. compiled: torch.compile. kernels: steps of one token by
         kernels of their own. Details in `andromeda.generate.optimize`.
         """
-        optimize_for_inference(self, eight_bits=eight_bits, compiled=compiled, kernels=kernels)
+        optimize_for_inference(self, fp8=fp8, compile=compile, decode_kernels=decode_kernels)
         return self
 
     def num_parameters(self) -> int:
@@ -191,7 +191,7 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype | str) -> N
     model.to(device)
 
 
-def _shown(pieces: Iterator[Piece], text: bool) -> Iterator[str | int]:
+def _shown(pieces: Iterator[StreamChunk], text: bool) -> Iterator[str | int]:
     for piece in pieces:
         if not text and not (piece.completion and piece.completion.finish == "eos"):
             yield piece.token

@@ -17,7 +17,7 @@ import torch
 
 from andromeda import Andromeda
 from andromeda.generate import batch
-from andromeda.generate.decode_step import recordable
+from andromeda.generate.decode_step import supports_cuda_graph
 from andromeda.generate.engine import Engine
 
 NEW, ROUNDS = 128, 2
@@ -42,9 +42,9 @@ def main() -> None:
         "milliseconds a token without a cache": {length: without_cache(model, length) for length in lengths},
     }
     if gpu:
-        batch.recordable = lambda config, device: False  # type: ignore[assignment]
+        batch.supports_cuda_graph = lambda config, device: False  # type: ignore[assignment]
         figures["without a CUDA graph"] = measure(model, 64, 1)
-        batch.recordable = recordable
+        batch.supports_cuda_graph = supports_cuda_graph
     print(json.dumps(figures, indent=1))
 
 

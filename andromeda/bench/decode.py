@@ -13,7 +13,7 @@ from andromeda.bench.ceilings import ceilings
 from andromeda.bench.models import empty_model
 from andromeda.bench.timing import device_ms
 from andromeda.config.load import load
-from andromeda.generate.decode_step import FixedStep, GraphStep
+from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
@@ -40,7 +40,7 @@ def measure(
     model = empty_model(config, device, DTYPE)
     # Only the recorded pass is compiled: what reads the context is not measured here.
     caches = [_read(model, tokens, rows) for tokens in contexts]
-    optimize_for_inference(model, eight_bits=eight_bits, compiled=compiled and device.type == "cuda", tuned=tuned, kernels=kernels)
+    optimize_for_inference(model, fp8=eight_bits, compile=compiled and device.type == "cuda", autotune=tuned, decode_kernels=kernels)
     way = {"compiled": compiled, "tuned": tuned, "kernels": kernels, "linear_layers": "fp8" if eight_bits else "bf16"}
     return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **way, "rows": [_measured(model, c, rep) for c in caches]}
 
@@ -62,7 +62,7 @@ def _measured(model: Transformer, cache: Cache, rep: int) -> dict[str, Any]:
         return model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
 
     start = time.perf_counter()
-    step = (GraphStep if device.type == "cuda" else FixedStep)(read, cache, most=256)
+    step = (CudaGraphDecodeStep if device.type == "cuda" else StaticDecodeStep)(read, cache, most=256)
     first = time.perf_counter() - start
     held_weights = (x for part in (model.parameters(), model.buffers()) for x in part)
     weights = sum(x.numel() * x.element_size() for x in held_weights) - _table(model)

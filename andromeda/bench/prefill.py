@@ -131,7 +131,7 @@ def _timed(way: Read, ids: Tensor, rep: int) -> tuple[dict[str, Any], Tensor]:
 
 
 def _andromeda(config: ModelConfig, device: torch.device, eight_bits: bool, chunks: list[int]) -> list[Read]:
-    model = optimize_for_inference(empty_model(config, device, DTYPE), eight_bits=eight_bits, compiled=device.type == "cuda")
+    model = optimize_for_inference(empty_model(config, device, DTYPE), fp8=eight_bits, compile=device.type == "cuda")
     return [Read(partial(read_prompt, model, chunk=chunk), chunk) for chunk in chunks]
 
 

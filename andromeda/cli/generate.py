@@ -13,7 +13,7 @@ import typer
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
-    from andromeda.generate.sequence import Completion, Piece
+    from andromeda.generate.sequence import Completion, StreamChunk
 
 FLAGS = {name: "--" + name.replace("_", "-") for name in ("stop", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")}
 FLAGS["max_new_tokens"] = "--max-tokens"
@@ -66,7 +66,7 @@ def generate(
     from andromeda.generate.engine import Engine
 
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
-    model.optimize_for_inference(eight_bits=eight_bits, compiled=compiled)
+    model.optimize_for_inference(fp8=eight_bits, compile=compiled)
     pieces = Engine(model, model.tokenizer, batch=batch).stream(prompts, **wishes)
     if as_json:
         _print_json(pieces, prompts)
@@ -78,10 +78,10 @@ def generate(
 
 def _prompts(prompt: str, file: Path | None, wishes: dict[str, Any]) -> Sequence[str | list[int]]:
     """The prompts; they and the wishes are checked before anything slow is imported."""
+    from andromeda.generate.generation_config import parse_generation_config
     from andromeda.generate.prompts import read_prompts, read_stdin
-    from andromeda.generate.settings import settings
 
-    settings(FLAGS, **wishes)
+    parse_generation_config(FLAGS, **wishes)
     if file and prompt:
         raise RequestError("Give a prompt or --file, not both.")
     if file:
@@ -89,7 +89,7 @@ def _prompts(prompt: str, file: Path | None, wishes: dict[str, Any]) -> Sequence
     return [read_stdin() if prompt == "-" else prompt]
 
 
-def _print_stream(pieces: Iterator[Piece]) -> None:
+def _print_stream(pieces: Iterator[StreamChunk]) -> None:
     """Text as it comes on stdout, figures on stderr."""
     for piece in pieces:
         sys.stdout.write(_printable(piece.text))
@@ -100,7 +100,7 @@ def _print_stream(pieces: Iterator[Piece]) -> None:
             _print_figures(piece.completion)
 
 
-def _print_blocks(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> None:
+def _print_blocks(pieces: Iterator[StreamChunk], prompts: Sequence[str | list[int]]) -> None:
     """A heading and an answer for each prompt, in their order."""
     for completion in _in_order(pieces, len(prompts)):
         prompt = prompts[completion.index]
@@ -109,7 +109,7 @@ def _print_blocks(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -
         print(_printable(completion.text) or completion.ids, end="\n\n", flush=True)
 
 
-def _print_json(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> None:
+def _print_json(pieces: Iterator[StreamChunk], prompts: Sequence[str | list[int]]) -> None:
     from dataclasses import asdict
 
     for completion in _in_order(pieces, len(prompts)):
@@ -118,7 +118,7 @@ def _print_json(pieces: Iterator[Piece], prompts: Sequence[str | list[int]]) -> 
         print(json.dumps({"prompt": prompts[completion.index], **answer, **figures}, ensure_ascii=False), flush=True)
 
 
-def _in_order(pieces: Iterator[Piece], count: int) -> Iterator[Completion]:
+def _in_order(pieces: Iterator[StreamChunk], count: int) -> Iterator[Completion]:
     """Answers in the order of their prompts, each as soon as those before it are there; a bar on stderr counts them."""
     from rich.console import Console
     from rich.progress import Progress

@@ -16,7 +16,7 @@ from torch import Tensor
 from andromeda.data.ingest import Report
 from andromeda.data.loader import Stream
 from andromeda.evaluate.score import rows_at_once, token_nats
-from andromeda.generate.engine import evaluating
+from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import DataError
 
@@ -74,7 +74,7 @@ def text_nats(
     todo = list(windows(len(ids), context, stride))
     batch = batch or rows_at_once(model, context)
     nats = 0.0
-    with evaluating(model):
+    with eval_mode(model):
         # The first window alone may be shorter than the others.
         for group in [todo[:1], *(todo[i : i + batch] for i in range(1, len(todo), batch))]:
             rows, wanted = (torch.stack([x[begin:end] for begin, _, end in group]) for x in (ids, targets))

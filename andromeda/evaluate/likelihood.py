@@ -10,7 +10,7 @@ import torch
 from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.score import padded, rows_at_once
-from andromeda.generate.engine import evaluating
+from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORED
 
@@ -31,7 +31,7 @@ def likelihoods(model: Transformer, pairs: Sequence[Pair], report: Report = quie
     """The likelihood of each continuation, in the order given. Long ones are read first, so that a lack of memory shows at once."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     found: dict[int, Likelihood] = {}
-    with evaluating(model):
+    with eval_mode(model):
         while len(found) < len(order):
             length = sum(map(len, pairs[order[len(found)]]))
             group = order[len(found) : len(found) + rows_at_once(model, length)]

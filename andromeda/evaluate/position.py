@@ -18,7 +18,7 @@ from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.held_out_text import Text
 from andromeda.evaluate.score import rows_at_once, token_nats
-from andromeda.generate.engine import evaluating
+from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -45,7 +45,7 @@ def loss_by_position(model: Transformer, text: Text, *, length: int, windows: in
     begins = spread(begins, windows)
     total = torch.zeros(length, dtype=torch.float64)
     batch = rows_at_once(model, length)
-    with evaluating(model):
+    with eval_mode(model):
         for start in range(0, len(begins), batch):
             rows = torch.stack([text.ids[begin : begin + length + 1] for begin in begins[start : start + batch]])
             total += token_nats(model, rows[:, :-1], rows[:, 1:]).sum(0)
@@ -84,7 +84,7 @@ def loss_by_context(
         )
     begins = spread(begins, places)
     found = torch.zeros(len(contexts), len(begins), dtype=torch.float64)
-    with evaluating(model):
+    with eval_mode(model):
         for row, count in enumerate(contexts):
             _fill(model, text, begins, count, targets, found[row])
             report("loss by context", row + 1, len(contexts))

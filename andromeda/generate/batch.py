@@ -15,9 +15,9 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from andromeda.generate.decode_step import GraphStep, PlainStep, Step, recordable
+from andromeda.generate.decode_step import CudaGraphDecodeStep, DecodeStep, DynamicDecodeStep, supports_cuda_graph
 from andromeda.generate.sampling import Sampler
-from andromeda.generate.sequence import Completion, Finish, Piece, Row
+from andromeda.generate.sequence import Completion, FinishReason, GeneratedSequence, StreamChunk
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError
@@ -27,14 +27,16 @@ log = logging.getLogger(__name__)
 PADDING, CONTENT = 0, 1
 """Document numbers."""
 
-SHORT = 16
+MIN_TOKENS_FOR_CUDA_GRAPH = 16
 """Tokens that are written before recording a step pays."""
 
 
-class Batch:
+class GenerationBatch:
     """Sequences that are written together."""
 
-    def __init__(self, model: Transformer, rows: Sequence[Row], sampler: Sampler, *, span: int, eos: int | None, tokens: int) -> None:
+    def __init__(
+        self, model: Transformer, rows: Sequence[GeneratedSequence], sampler: Sampler, *, span: int, eos: int | None, tokens: int
+    ) -> None:
         """span: length for dynamic frequency scaling. tokens: ids from this one on are never chosen."""
         self.model, self.rows, self.sampler = model, list(rows), sampler
         self.span, self.eos, self.tokens = span, eos, tokens
@@ -45,11 +47,11 @@ class Batch:
 
     # Not inference_mode: kernels share masks among the layers only of tensors that count their changes.
     @torch.no_grad()
-    def run(self, chunk: int) -> Iterator[Piece]:
+    def run(self, chunk: int) -> Iterator[StreamChunk]:
         """Every piece of every sequence, in the order in which they come. chunk: tokens of a row that prefill reads at once."""
         start = time.perf_counter()
         documents = self._documents()
-        record = self.most > SHORT and recordable(self.model.config, self.device)
+        record = self.most > MIN_TOKENS_FOR_CUDA_GRAPH and supports_cuda_graph(self.model.config, self.device)
         cache = Cache(capacity=self.longest + (0 if record else self.most))
         ids, chosen = self._choose(self._prefill(documents, cache, chunk))
         self.prefill_seconds = time.perf_counter() - start
@@ -78,15 +80,15 @@ class Batch:
             raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
         return logits
 
-    def _step(self, documents: Tensor | None, cache: Cache, record: bool) -> Step:
+    def _step(self, documents: Tensor | None, cache: Cache, record: bool) -> DecodeStep:
         """What writes on from the cache: a recorded step, or, with a word where recording fails, a plain one."""
         if record:
             try:
-                return GraphStep(self._read, cache, self.most)
+                return CudaGraphDecodeStep(self._read, cache, self.most)
             except RuntimeError as error:
                 reason = str(error).partition("\n")[0]
                 log.warning("Writing without a CUDA graph, several times slower: recording a step failed (%s).", reason)
-        return PlainStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
+        return DynamicDecodeStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
 
     def _documents(self) -> Tensor | None:
         """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""
@@ -106,7 +108,7 @@ class Batch:
         ids = self.sampler(logits)
         return ids, ids.tolist()
 
-    def _leave(self, stay: list[int], ids: Tensor, step: Step) -> Tensor:
+    def _leave(self, stay: list[int], ids: Tensor, step: DecodeStep) -> Tensor:
         """Let the other sequences go; ids (B,) of those that stay."""
         self.rows = [self.rows[i] for i in stay]
         rows = torch.tensor(stay, device=self.device)
@@ -114,11 +116,11 @@ class Batch:
         self.sampler.keep(rows)
         return ids[rows]
 
-    def _piece(self, row: Row, token: int, size: int) -> Piece:
+    def _piece(self, row: GeneratedSequence, token: int, size: int) -> StreamChunk:
         text = row.take(token, self.eos)
-        return Piece(row.index, token, text, self._completion(row, row.finish, size) if row.finish else None)
+        return StreamChunk(row.index, token, text, self._completion(row, row.finish, size) if row.finish else None)
 
-    def _completion(self, row: Row, finish: Finish, size: int) -> Completion:
+    def _completion(self, row: GeneratedSequence, finish: FinishReason, size: int) -> Completion:
         return Completion(
             index=row.index,
             text=row.text,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from andromeda.generate.fused_block import Fused, JoinedAttention
+from andromeda.generate.fused_block import FusedBlock, FusedQKVAttention
 from andromeda.model.forward_context import Context
 from andromeda.model.head import Head
 from andromeda.model.kv_cache.static import FixedState
@@ -27,17 +27,17 @@ from andromeda.model.value_embedding import NoValueMix
 from andromeda.ops import gemv, qk_preprocess
 
 
-def step_by_kernels(model: Transformer) -> None:
+def use_decode_kernels(model: Transformer) -> None:
     """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
     blocks = model.trunk.blocks
     for index, block in enumerate(blocks):
-        if isinstance(block, Fused) and not block.eight_bits and gemv.refuse(_probe(block), *_weights(block)) is None:
-            blocks[index] = Stepped(block)
+        if isinstance(block, FusedBlock) and not block.fp8 and gemv.refuse(_probe(block), *_weights(block)) is None:
+            blocks[index] = DecodeKernelBlock(block)
     if type(model.head) is Head:
-        model.head = SteppedHead(model.head)
+        model.head = DecodeKernelHead(model.head)
 
 
-class SteppedHead(Head):
+class DecodeKernelHead(Head):
     """A head that reads its weight as the layers do where it is asked for few rows."""
 
     def __init__(self, head: Head) -> None:
@@ -52,10 +52,10 @@ class SteppedHead(Head):
         return gemv.product(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
 
 
-class Stepped(nn.Module):
+class DecodeKernelBlock(nn.Module):
     """A `Fused` layer; passes over longer texts or more sequences are its own."""
 
-    def __init__(self, layer: Fused) -> None:
+    def __init__(self, layer: FusedBlock) -> None:
         super().__init__()
         self.layer = layer
         self._slopes: Tensor | None = None
@@ -109,7 +109,7 @@ class Stepped(nn.Module):
         return held, bias.digits
 
 
-def _place(attention: JoinedAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
+def _place(attention: FusedQKVAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
     """Where the values go, if there is a place for them yet and nothing is mixed into them."""
     state = ctx.state
     if not (isinstance(state, FixedState) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix):
@@ -140,12 +140,12 @@ def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
     return gemv.Shift(past, ctx.documents, ctx.index)
 
 
-def _weights(layer: Fused) -> tuple[Tensor, ...]:
+def _weights(layer: FusedBlock) -> tuple[Tensor, ...]:
     feedforward = layer.feedforward
     return layer.attention.joined.weight, layer.attention.out.weight, feedforward.inner.weight, feedforward.out.weight
 
 
-def _probe(layer: Fused) -> Tensor:
+def _probe(layer: FusedBlock) -> Tensor:
     """A row as the layer is given them."""
     weight = layer.attention.joined.weight
     return weight.new_empty(1, weight.shape[1])

@@ -18,14 +18,14 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.kv_cache.static import FixedCache
 
-Read = Callable[[Tensor, Tensor | None, Nothing], Tensor]
+ForwardLastLogits = Callable[[Tensor, Tensor | None, Nothing], Tensor]
 """Logits (B, V) at the last of ids (B, T) with document numbers (B, T), after what a cache holds."""
 
-ROOM = 256
+MIN_FREE_SLOTS = 256
 """Tokens that a recorded step has room for before it is recorded anew, at least."""
 
 
-class Step(Protocol):
+class DecodeStep(Protocol):
     """Writes on after a prompt has been read."""
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -41,10 +41,10 @@ class Step(Protocol):
         ...
 
 
-class PlainStep:
+class DynamicDecodeStep:
     """A forward pass with the cache that the prompt has filled; sequences that end leave it."""
 
-    def __init__(self, read: Read, cache: Cache, rows: int, document: Tensor | None) -> None:
+    def __init__(self, read: ForwardLastLogits, cache: Cache, rows: int, document: Tensor | None) -> None:
         """rows: sequences, B. document: number (B, 1) of the documents that are written, None where none were given."""
         self._read, self._cache, self._rows, self._document = read, cache, rows, document
 
@@ -63,10 +63,10 @@ class PlainStep:
         return self._cache.bytes() // self._rows
 
 
-class FixedStep:
+class StaticDecodeStep:
     """A forward pass over tensors that stay where they are; sequences that end run on unseen, so that no shape changes."""
 
-    def __init__(self, read: Read, cache: Cache, most: int) -> None:
+    def __init__(self, read: ForwardLastLogits, cache: Cache, most: int) -> None:
         """most: tokens that any sequence may still be given."""
         contents = cache.contents()
         rows, device = contents.documents.shape[0], contents.documents.device
@@ -80,7 +80,7 @@ class FixedStep:
         """Make a cache with room for more, and go on from what `past` holds."""
         contents = past.contents()
         rows, length = contents.documents.shape
-        self._room = min(self._most, max(ROOM, length))
+        self._room = min(self._most, max(MIN_FREE_SLOTS, length))
         self._cache = FixedCache(rows, length + self._room, self._ids.device)
         self._prepare()
         self._cache.load(contents)
@@ -115,7 +115,7 @@ class FixedStep:
         return self._cache.bytes() // len(self._ids)
 
 
-class GraphStep(FixedStep):
+class CudaGraphDecodeStep(StaticDecodeStep):
     """The same pass, recorded as a CUDA graph and replayed."""
 
     def _prepare(self) -> None:
@@ -135,7 +135,7 @@ class GraphStep(FixedStep):
         return self._logits
 
 
-def recordable(config: ModelConfig, device: torch.device) -> bool:
+def supports_cuda_graph(config: ModelConfig, device: torch.device) -> bool:
     """Whether a step of this model can be a CUDA graph: nothing in it may ask the device for a number.
 
     Experts do, and parts of a user's own may.

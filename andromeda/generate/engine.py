@@ -17,11 +17,11 @@ from torch import nn
 
 from andromeda.config.derived import original_max_seq_len
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.generate.batch import Batch
-from andromeda.generate.prompts import Prompt, encode, room
+from andromeda.generate.batch import GenerationBatch
+from andromeda.generate.generation_config import GenerationConfig, parse_generation_config
+from andromeda.generate.prompts import Prompt, encode, max_completion_tokens
 from andromeda.generate.sampling import Sampler
-from andromeda.generate.sequence import Completion, NoText, Piece, Row
-from andromeda.generate.settings import Settings, settings
+from andromeda.generate.sequence import Completion, GeneratedSequence, NullTokenDecoder, StreamChunk
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError, RequestError
 
@@ -47,51 +47,51 @@ class Engine:
         self.tokens = tokenizer.vocab_size if tokenizer else vocab
         self.batch, self.chunk = batch, chunk
 
-    def generate(self, prompts: Sequence[Prompt], **wishes: Any) -> list[Completion]:
+    def generate(self, prompts: Sequence[Prompt], **options: Any) -> list[Completion]:
         """The answer to each prompt, in their order; settings as in `Settings`. Raises RequestError."""
-        done = [piece.completion for piece in self.stream(prompts, **wishes) if piece.completion]
+        done = [piece.completion for piece in self.stream(prompts, **options) if piece.completion]
         return sorted(done, key=lambda completion: completion.index)
 
-    def stream(self, prompts: Sequence[Prompt], **wishes: Any) -> Iterator[Piece]:
+    def stream(self, prompts: Sequence[Prompt], **options: Any) -> Iterator[StreamChunk]:
         """Pieces as they are written; those of one batch alternate. Raises RequestError at once, before any work."""
-        wish = settings(**wishes)
+        config = parse_generation_config(**options)
         rows = []
         for index, prompt in enumerate(prompts):
             try:
-                rows.append(self._row(index, prompt, wish))
+                rows.append(self._row(index, prompt, config))
             except RequestError as error:
                 raise error if len(prompts) == 1 else RequestError(f"Prompt {index + 1} of {len(prompts)}: {error}") from None
-        return self._run(rows, wish)
+        return self._run(rows, config)
 
-    def _row(self, index: int, prompt: Prompt, wish: Settings) -> Row:
+    def _row(self, index: int, prompt: Prompt, config: GenerationConfig) -> GeneratedSequence:
         ids = encode(prompt, self.tokenizer, self.eos, self.model.config.vocab_size)
-        seed = secrets.randbits(32) if wish.seed is None else wish.seed
-        decoder = self.tokenizer.stream() if self.tokenizer else NoText()
-        return Row(index, ids, room(ids, self.model.config, wish.max_new_tokens), seed, decoder, wish)
+        seed = secrets.randbits(32) if config.seed is None else config.seed
+        decoder = self.tokenizer.stream() if self.tokenizer else NullTokenDecoder()
+        return GeneratedSequence(index, ids, max_completion_tokens(ids, self.model.config, config.max_new_tokens), seed, decoder, config)
 
-    def _run(self, rows: list[Row], wish: Settings) -> Iterator[Piece]:
-        with evaluating(self.model):
+    def _run(self, rows: list[GeneratedSequence], config: GenerationConfig) -> Iterator[StreamChunk]:
+        with eval_mode(self.model):
             for span, group in self._groups(rows):
                 seeds, prompts = [row.seed for row in group], [row.prompt for row in group]
-                sampler = Sampler(wish, prompts, seeds, self.tokens, self.model.head.weight.device)
+                sampler = Sampler(config, prompts, seeds, self.tokens, self.model.head.weight.device)
                 try:
-                    yield from Batch(self.model, group, sampler, span=span, eos=self.eos, tokens=self.tokens).run(self.chunk)
+                    yield from GenerationBatch(self.model, group, sampler, span=span, eos=self.eos, tokens=self.tokens).run(self.chunk)
                 except torch.OutOfMemoryError:
                     size = max(len(row.prompt) + row.limit for row in group)
                     raise RequestError(
                         f"The device has no room for {len(group)} x {size} tokens: write fewer prompts at once, or shorter ones."
                     ) from None
 
-    def _groups(self, rows: list[Row]) -> Iterator[tuple[int, list[Row]]]:
+    def _groups(self, rows: list[GeneratedSequence]) -> Iterator[tuple[int, list[GeneratedSequence]]]:
         """Rows that can be written together, with their span: dynamic scaling turns by the length, so there it must agree."""
-        spans: dict[int, list[Row]] = {}
+        spans: dict[int, list[GeneratedSequence]] = {}
         for row in rows:
             spans.setdefault(self._span(row), []).append(row)
         for span, same in spans.items():
             for start in range(0, len(same), self.batch):
                 yield span, same[start : start + self.batch]
 
-    def _span(self, row: Row) -> int:
+    def _span(self, row: GeneratedSequence) -> int:
         if self.model.config.rotary.scaling.kind != "dynamic":
             return self.model.config.max_seq_len
         # Up to the length it was trained at, all lengths turn alike.
@@ -99,7 +99,7 @@ class Engine:
 
 
 @contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
+def eval_mode(model: nn.Module) -> Iterator[None]:
     """The model in evaluation mode, and afterwards as it was."""
     before = model.training
     model.eval()

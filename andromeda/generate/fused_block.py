@@ -28,7 +28,7 @@ from andromeda.ops import float8_inference
 from andromeda.ops.activation import activate, add_product
 
 
-class Rows(NamedTuple):
+class MatmulInput(NamedTuple):
     """Vectors on their way into a product."""
 
     values: Tensor
@@ -37,7 +37,7 @@ class Rows(NamedTuple):
     """What each row was divided by (B T, 1); of use in 8 bits only."""
 
 
-def fuses(block: nn.Module) -> TypeGuard[Serial]:
+def can_fuse(block: nn.Module) -> TypeGuard[Serial]:
     """Whether `Fused` knows this layer and all of its parts."""
     return (
         type(block) is Serial
@@ -48,24 +48,24 @@ def fuses(block: nn.Module) -> TypeGuard[Serial]:
     )
 
 
-class Fused(nn.Module):
+class FusedBlock(nn.Module):
     """x + A(N1 x), then + F(N2 x), as `Serial`; takes over the block's parts."""
 
-    def __init__(self, block: Serial, *, eight_bits: bool = False) -> None:
+    def __init__(self, block: Serial, *, fp8: bool = False) -> None:
         super().__init__()
         feedforward = block.feedforward
         assert isinstance(block.attention, Attention)
         assert isinstance(feedforward, Dense)
-        self.eight_bits = (
-            eight_bits
+        self.fp8 = (
+            fp8
             and float8_inference.fits(feedforward.inner)
             and float8_inference.fits(feedforward.out)
             and float8_inference.fits(block.attention.out)
         )
-        self.first = Between(block.attention_norm, block.attention_shift, self.eight_bits)
-        self.second = Between(block.feedforward_norm, block.feedforward_shift, self.eight_bits)
-        self.attention = JoinedAttention(block.attention, self.eight_bits)
-        self.feedforward = (FeedForward8 if self.eight_bits else FeedForward)(feedforward)
+        self.first = FusedAddNormShift(block.attention_norm, block.attention_shift, self.fp8)
+        self.second = FusedAddNormShift(block.feedforward_norm, block.feedforward_shift, self.fp8)
+        self.attention = FusedQKVAttention(block.attention, self.fp8)
+        self.feedforward = (Float8FeedForward if self.fp8 else FusedFeedForward)(feedforward)
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
@@ -74,34 +74,34 @@ class Fused(nn.Module):
         return self.feedforward(rows, x)
 
 
-class Between(nn.Module):
+class FusedAddNormShift(nn.Module):
     """Sum, norm, shift and 8 bits."""
 
-    def __init__(self, norm: nn.Module, shift: nn.Module, eight_bits: bool) -> None:
+    def __init__(self, norm: nn.Module, shift: nn.Module, fp8: bool) -> None:
         super().__init__()
-        self.norm, self.shift, self.eight_bits = norm, shift, eight_bits
+        self.norm, self.shift, self.fp8 = norm, shift, fp8
 
-    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[Rows, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[MatmulInput, Tensor]:
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
         if accepts(x, self.norm, self.shift, ctx):
-            made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.eight_bits)
-            return Rows(made.y, made.scale), made.total
+            made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.fp8)
+            return MatmulInput(made.y, made.scale), made.total
         x = x if delta is None else x + delta
-        return as_rows(self.shift(self.norm(x), ctx), self.eight_bits), x if bias is None else x + bias
+        return to_matmul_input(self.shift(self.norm(x), ctx), self.fp8), x if bias is None else x + bias
 
 
-def as_rows(x: Tensor, eight_bits: bool) -> Rows:
+def to_matmul_input(x: Tensor, fp8: bool) -> MatmulInput:
     """x (B, T, K), in 8 bits if asked for."""
-    if not eight_bits:
-        return Rows(x, x.new_empty(0))
+    if not fp8:
+        return MatmulInput(x, x.new_empty(0))
     flat = x.flatten(0, -2)
     values, scale = (
         float8_inference.activate_quantize(flat, "none") if float8_inference.activates(flat, "none") else float8_inference.quantize(flat)
     )
-    return Rows(values.unflatten(0, x.shape[:-1]), scale)
+    return MatmulInput(values.unflatten(0, x.shape[:-1]), scale)
 
 
-def product(linear: nn.Module, rows: Rows) -> Tensor:
+def apply_linear(linear: nn.Module, rows: MatmulInput) -> Tensor:
     """(B, T, N) from (B, T, K)."""
     if isinstance(linear, float8_inference.Linear8):
         return linear.product(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
@@ -109,24 +109,24 @@ def product(linear: nn.Module, rows: Rows) -> Tensor:
     return out
 
 
-class JoinedAttention(nn.Module):
+class FusedQKVAttention(nn.Module):
     """`Attention` whose queries, values and keys come from one product, in this order: so values begin where fast reads may."""
 
-    def __init__(self, attention: Attention, eight_bits: bool) -> None:
+    def __init__(self, attention: Attention, fp8: bool) -> None:
         super().__init__()
         linears = (attention.query, attention.value, attention.key)
         self.sizes = [linear.out_features for linear in linears]
-        joined = join(linears)
-        self.eight_bits = eight_bits
-        self.joined = float8_inference.Linear8(joined) if eight_bits else joined
-        self.out = float8_inference.Linear8(attention.out) if eight_bits else attention.out
+        joined = concat_linears(linears)
+        self.fp8 = fp8
+        self.joined = float8_inference.Linear8(joined) if fp8 else joined
+        self.out = float8_inference.Linear8(attention.out) if fp8 else attention.out
         del attention.query, attention.value, attention.key, attention.out
         self.inner = attention
 
-    def forward(self, rows: Rows, ctx: Context) -> Tensor:
+    def forward(self, rows: MatmulInput, ctx: Context) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        q, v, k, _ = product(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
-        return product(self.out, as_rows(self.inner.read(q, k, v.contiguous(), ctx), self.eight_bits))
+        q, v, k, _ = apply_linear(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
+        return apply_linear(self.out, to_matmul_input(self.inner.read(q, k, v.contiguous(), ctx), self.fp8))
 
     @property
     def joined_width(self) -> int:
@@ -134,7 +134,7 @@ class JoinedAttention(nn.Module):
         return int(self.joined.weight.shape[0])
 
 
-def join(linears: Sequence[nn.Linear]) -> nn.Linear:
+def concat_linears(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One layer that computes what all of these do, side by side."""
     with torch.no_grad():
         weight, bias = side_by_side(linears)
@@ -144,7 +144,7 @@ def join(linears: Sequence[nn.Linear]) -> nn.Linear:
     return made
 
 
-class FeedForward(nn.Module):
+class FusedFeedForward(nn.Module):
     """x + `Dense`."""
 
     def __init__(self, dense: Dense) -> None:
@@ -157,7 +157,7 @@ class FeedForward(nn.Module):
         """The last bias (C,), which must be in the sum that `forward` is given."""
         return self.out.bias
 
-    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+    def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
         hidden = self.inner(rows.values)
         hidden = activate(hidden, self.name) if float8_inference.activates(hidden, self.name) else self.activation(hidden)
@@ -168,7 +168,7 @@ class FeedForward(nn.Module):
         return total.view(x.shape)
 
 
-class FeedForward8(nn.Module):
+class Float8FeedForward(nn.Module):
     """The same with both products in 8 bits, the activation quantized as it is computed."""
 
     late = None
@@ -178,16 +178,16 @@ class FeedForward8(nn.Module):
         self.inner, self.out, self.activation = float8_inference.Linear8(dense.inner), float8_inference.Linear8(dense.out), dense.activation
         self.name = activation_name(dense)
 
-    def forward(self, rows: Rows, x: Tensor) -> Tensor:
+    def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
-        hidden = product(self.inner, rows)
+        hidden = apply_linear(self.inner, rows)
         flat = hidden.flatten(0, -2)
         if float8_inference.activates(flat, self.name):
             values, scale = float8_inference.activate_quantize(flat, self.name)
-            rows = Rows(values.unflatten(0, hidden.shape[:-1]), scale)
+            rows = MatmulInput(values.unflatten(0, hidden.shape[:-1]), scale)
         else:
-            rows = as_rows(self.activation(hidden), True)
-        return x + product(self.out, rows).to(x.dtype)
+            rows = to_matmul_input(self.activation(hidden), True)
+        return x + apply_linear(self.out, rows).to(x.dtype)
 
 
 def activation_name(dense: Dense) -> str:

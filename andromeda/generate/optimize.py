@@ -7,8 +7,8 @@ import warnings
 import torch
 from torch import nn
 
-from andromeda.generate.decode_kernels import step_by_kernels
-from andromeda.generate.fused_block import Fused, fuses
+from andromeda.generate.decode_kernels import use_decode_kernels
+from andromeda.generate.fused_block import FusedBlock, can_fuse
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8_inference
 from andromeda.utils.errors import ConfigError
@@ -20,7 +20,7 @@ VARIANTS = 64
 
 
 def optimize_for_inference(
-    model: Transformer, *, eight_bits: bool = False, compiled: bool = True, tuned: bool = False, kernels: bool = True
+    model: Transformer, *, fp8: bool = False, compile: bool = True, autotune: bool = False, decode_kernels: bool = True
 ) -> Transformer:
     """Exchange parts of `model` in place and return it; it can be trained no more.
 
@@ -32,22 +32,22 @@ def optimize_for_inference(
     kernels of their own (`infer.fused_step`), which nothing compiles.
     Raises ConfigError where the device has no products of 8 bits.
     """
-    if eight_bits:
+    if fp8:
         _check(model.head.weight.device)
     blocks = model.requires_grad_(False).trunk.blocks
     for index, block in enumerate(blocks):
-        if fuses(block):
-            blocks[index] = Fused(block, eight_bits=eight_bits)
-        elif eight_bits:
+        if can_fuse(block):
+            blocks[index] = FusedBlock(block, fp8=fp8)
+        elif fp8:
             _quantize(block)
-    if compiled:
+    if compile:
         torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         warnings.filterwarnings("ignore", module="torch._inductor")
         # Of positions and bias a pass makes two dozen small kernels otherwise, a fortieth of a step's time.
         for part in (*blocks, model.rotary, model.alibi):
-            part.compile(options={**UNPADDED, "coordinate_descent_tuning": tuned})
-    if kernels:
-        step_by_kernels(model)
+            part.compile(options={**UNPADDED, "coordinate_descent_tuning": autotune})
+    if decode_kernels:
+        use_decode_kernels(model)
     return model
 
 

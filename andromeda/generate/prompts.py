@@ -12,7 +12,7 @@ import torch
 
 from andromeda.config.model import ModelConfig
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.generate.settings import DEFAULT_NEW_TOKENS
+from andromeda.generate.generation_config import DEFAULT_NEW_TOKENS
 from andromeda.utils.errors import DataError, RequestError
 
 Prompt = str | Sequence[int] | torch.Tensor
@@ -32,7 +32,7 @@ def encode(prompt: Prompt, tokenizer: Tokenizer | None, eos: int | None, vocab: 
     return ids
 
 
-def room(prompt: Sequence[int], config: ModelConfig, max_new_tokens: int | None) -> int:
+def max_completion_tokens(prompt: Sequence[int], config: ModelConfig, max_new_tokens: int | None) -> int:
     """How many tokens may follow a prompt. Raises RequestError when it, or it with the tokens asked for, exceeds the context."""
     length, context = len(prompt), config.max_seq_len
     if length >= context:

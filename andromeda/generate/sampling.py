@@ -14,7 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from andromeda.generate.settings import Settings
+from andromeda.generate.generation_config import GenerationConfig
 
 EXCLUDED = float("-inf")
 
@@ -24,7 +24,7 @@ def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
 
 
-def temper(logits: Tensor, temperature: float) -> Tensor:
+def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
     """Logits over the temperature (> 0), shifted so that the largest is 0 and nothing overflows."""
     return (logits - logits.amax(-1, keepdim=True)) / temperature
 
@@ -56,7 +56,7 @@ def greedy(logits: Tensor, uniform: Tensor) -> Tensor:
     return logits.argmax(-1)
 
 
-def draw(logits: Tensor, uniform: Tensor) -> Tensor:
+def sample(logits: Tensor, uniform: Tensor) -> Tensor:
     """A token (B,) by its probability: where the cumulative distribution passes `uniform` (B,) in [0, 1).
 
     One number a token, drawn elsewhere, so that a sequence's text depends neither on its neighbors nor on the device.
@@ -66,12 +66,12 @@ def draw(logits: Tensor, uniform: Tensor) -> Tensor:
     return torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=logits.shape[-1] - 1)
 
 
-def chain(settings: Settings) -> list[Callable[[Tensor], Tensor]]:
+def logits_processors(settings: GenerationConfig) -> list[Callable[[Tensor], Tensor]]:
     """The steps between penalty and draw that the settings switch on, in order. A greedy choice needs none."""
     if settings.temperature == 0:
         return []
     steps = [
-        (settings.temperature != 1, partial(temper, temperature=settings.temperature)),
+        (settings.temperature != 1, partial(apply_temperature, temperature=settings.temperature)),
         (settings.top_k > 0, partial(top_k, k=settings.top_k)),
         (settings.top_p < 1, partial(top_p, p=settings.top_p)),
         (settings.min_p > 0, partial(min_p, share=settings.min_p)),
@@ -79,7 +79,7 @@ def chain(settings: Settings) -> list[Callable[[Tensor], Tensor]]:
     return [step for on, step in steps if on]
 
 
-class NoPenalty:
+class NoRepetitionPenalty:
     """Tokens may repeat freely."""
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -93,7 +93,7 @@ class NoPenalty:
         """Nothing to drop."""
 
 
-class Penalty(NoPenalty):
+class RepetitionPenalty(NoRepetitionPenalty):
     """Remembers which tokens each sequence holds, its prompt included, and penalizes them."""
 
     def __init__(self, penalty: float, prompts: Sequence[Sequence[int]], vocab: int, device: torch.device) -> None:
@@ -120,12 +120,12 @@ class Sampler:
     """Chooses the next token of every sequence of a batch, each with a generator of its own, seeded by its own seed."""
 
     def __init__(
-        self, settings: Settings, prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab: int, device: torch.device
+        self, settings: GenerationConfig, prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab: int, device: torch.device
     ) -> None:
         off = settings.repetition_penalty == 1
-        self._penalty = NoPenalty() if off else Penalty(settings.repetition_penalty, prompts, vocab, device)
-        self._steps = chain(settings)
-        self._choose = draw if settings.temperature else greedy
+        self._penalty = NoRepetitionPenalty() if off else RepetitionPenalty(settings.repetition_penalty, prompts, vocab, device)
+        self._steps = logits_processors(settings)
+        self._choose = sample if settings.temperature else greedy
         self._generators = [torch.Generator().manual_seed(seed) for seed in seeds]
 
     def __call__(self, logits: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
-from andromeda.generate.settings import Settings
+from andromeda.generate.generation_config import GenerationConfig
 
 
 class StopMatcher:
@@ -39,7 +39,7 @@ def overlap(text: str, stop: str) -> int:
     return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)
 
 
-Finish = Literal["eos", "stop", "length"]
+FinishReason = Literal["eos", "stop", "length"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Completion:
     """Without the stop text; empty for a model without a tokenizer."""
     ids: tuple[int, ...]
     """The tokens chosen, without the separator that ended them."""
-    finish: Finish
+    finish: FinishReason
     """The separator was chosen, a stop text was written, or the longest answer was reached."""
     prompt_tokens: int
     seed: int
@@ -71,7 +71,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Piece:
+class StreamChunk:
     """What one step adds to one sequence."""
 
     index: int
@@ -83,7 +83,7 @@ class Piece:
     """The whole answer, with its last piece."""
 
 
-class Decoder(Protocol):
+class TokenDecoder(Protocol):
     """Tokens to text, as they come."""
 
     def push(self, *ids: int) -> str:
@@ -95,7 +95,7 @@ class Decoder(Protocol):
         ...
 
 
-class NoText:
+class NullTokenDecoder:
     """The decoder of a model without a tokenizer."""
 
     def push(self, *ids: int) -> str:
@@ -107,14 +107,14 @@ class NoText:
         return ""
 
 
-class Row:
+class GeneratedSequence:
     """A sequence being written."""
 
-    def __init__(self, index: int, prompt: list[int], limit: int, seed: int, decoder: Decoder, settings: Settings) -> None:
+    def __init__(self, index: int, prompt: list[int], limit: int, seed: int, decoder: TokenDecoder, settings: GenerationConfig) -> None:
         self.index, self.prompt, self.limit, self.seed = index, prompt, limit, seed
         self.ids: list[int] = []
         self.text = ""
-        self.finish: Finish | None = None
+        self.finish: FinishReason | None = None
         self._decoder = decoder
         self._stops = StopMatcher(settings.stop)
 

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.generate import decode_kernels
-from andromeda.generate.decode_kernels import Stepped, SteppedHead
-from andromeda.generate.decode_step import FixedStep, GraphStep, PlainStep
-from andromeda.generate.fused_block import Fused
+from andromeda.generate.decode_kernels import DecodeKernelBlock, DecodeKernelHead
+from andromeda.generate.decode_step import CudaGraphDecodeStep, DynamicDecodeStep, StaticDecodeStep
+from andromeda.generate.fused_block import FusedBlock
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
@@ -48,9 +48,9 @@ def written(made: Transformer, ids: Tensor, documents: Tensor | None, way: str) 
         cache = Cache()
         read(ids[:, :PROMPT], documents, cache)
         if way == "plain":
-            step: Any = PlainStep(read, cache, len(ids), None if documents is None else documents[:, -1:])
+            step: Any = DynamicDecodeStep(read, cache, len(ids), None if documents is None else documents[:, -1:])
         else:
-            step = (FixedStep if way == "fixed" else GraphStep)(read, cache, WRITTEN)
+            step = (StaticDecodeStep if way == "fixed" else CudaGraphDecodeStep)(read, cache, WRITTEN)
         return torch.stack([step(token).clone() for token in ids[:, PROMPT:].T], 1)
 
 
@@ -68,10 +68,10 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
     if interpreted.INTERPRETED:
         monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
         monkeypatch.setattr(qk_preprocess, "accepts", lambda q, k, form: True)
-    made = optimize_for_inference(made, compiled=False)
-    decode_kernels.step_by_kernels(made)
-    assert isinstance(made.head, SteppedHead)
-    assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
+    made = optimize_for_inference(made, compile=False)
+    decode_kernels.use_decode_kernels(made)
+    assert isinstance(made.head, DecodeKernelHead)
+    assert all(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
     return made
 
 
@@ -93,19 +93,19 @@ def test_it_is_the_same_layer(name: str, way: str, rows: int, numbered: bool, mo
 
 
 def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compiled=False)
+    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compile=False)
     block = made.trunk.blocks[0]
-    assert isinstance(block, Fused)
+    assert isinstance(block, FusedBlock)
     monkeypatch.setattr(gemv, "_product", None)
-    made.trunk.blocks[0] = Stepped(block)
+    made.trunk.blocks[0] = DecodeKernelBlock(block)
     with torch.no_grad():
         assert made.hidden(torch.ones(9, 1, dtype=torch.long)).isfinite().all()
 
 
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
-    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compiled=False)
-    decode_kernels.step_by_kernels(made)
-    assert not any(isinstance(block, Stepped) for block in made.trunk.blocks)
+    made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compile=False)
+    decode_kernels.use_decode_kernels(made)
+    assert not any(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
 
 
 @pytest.mark.gpu
@@ -121,8 +121,8 @@ def test_in_16_bits_on_a_gpu(changes: list[str], way: str, rows: int) -> None:
     ids, documents = tokens(rows, device), numbers(rows, device)
     wanted = exact(plain, ids, documents)
     own = (written(plain, ids, documents, "plain") - wanted).norm() / wanted.norm()
-    made = optimize_for_inference(plain, compiled=False)
-    assert all(isinstance(block, Stepped) for block in made.trunk.blocks)
+    made = optimize_for_inference(plain, compile=False)
+    assert all(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
     error = (written(made, ids, documents, way) - wanted).norm() / wanted.norm()
     assert error < 2 * own
 

@@ -10,7 +10,7 @@ import torch
 
 from andromeda.config.model import AlibiConfig, AttentionConfig, FeedForwardConfig, ModelConfig, TokenShiftConfig
 from andromeda.generate import batch, decode_step
-from andromeda.generate.decode_step import recordable
+from andromeda.generate.decode_step import supports_cuda_graph
 from andromeda.generate.engine import Engine
 from andromeda.generate.sequence import Completion
 from andromeda.model.transformer import Transformer
@@ -41,9 +41,9 @@ def write(model: Transformer, **wishes: Any) -> list[Completion]:
 def test_a_recorded_step_writes_what_a_plain_one_writes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recorded several times over, for sequences that end at different times."""
     model = build("cuda", **VARIANTS[name])
-    monkeypatch.setattr(decode_step, "ROOM", 32)
+    monkeypatch.setattr(decode_step, "MIN_FREE_SLOTS", 32)
     recorded = write(model)
-    monkeypatch.setattr(batch, "recordable", lambda config, device: False)
+    monkeypatch.setattr(batch, "supports_cuda_graph", lambda config, device: False)
     assert [answer.ids for answer in recorded] == [answer.ids for answer in write(model)]
 
 
@@ -55,8 +55,8 @@ def test_a_step_that_cannot_be_recorded_is_taken_plainly_and_said(
 
     model = build("cpu")
     plain = write(model)
-    monkeypatch.setattr(batch, "recordable", lambda config, device: True)
-    monkeypatch.setattr(batch, "GraphStep", fail)
+    monkeypatch.setattr(batch, "supports_cuda_graph", lambda config, device: True)
+    monkeypatch.setattr(batch, "CudaGraphDecodeStep", fail)
     with caplog.at_level(logging.WARNING):
         assert [answer.ids for answer in write(model)] == [answer.ids for answer in plain]
     assert "without a CUDA graph" in caplog.text
@@ -65,16 +65,16 @@ def test_a_step_that_cannot_be_recorded_is_taken_plainly_and_said(
 
 def test_only_models_that_ask_the_device_for_nothing_are_recorded() -> None:
     cuda = torch.device("cuda")
-    assert recordable(ModelConfig(), cuda)
-    assert not recordable(ModelConfig(), torch.device("cpu"))
-    assert not recordable(ModelConfig(feedforward=FeedForwardConfig(kind="moe")), cuda)
-    assert not recordable(ModelConfig(attention=AttentionConfig(mixer="mine:Own")), cuda)
+    assert supports_cuda_graph(ModelConfig(), cuda)
+    assert not supports_cuda_graph(ModelConfig(), torch.device("cpu"))
+    assert not supports_cuda_graph(ModelConfig(feedforward=FeedForwardConfig(kind="moe")), cuda)
+    assert not supports_cuda_graph(ModelConfig(attention=AttentionConfig(mixer="mine:Own")), cuda)
 
 
 def test_no_room_on_the_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*args: Any) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(batch.Batch, "_prefill", fail)
+    monkeypatch.setattr(batch.GenerationBatch, "_prefill", fail)
     with pytest.raises(RequestError, match="no room for 4 x 60 tokens"):
         write(build("cpu"), max_new_tokens=20)

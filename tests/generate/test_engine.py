@@ -98,9 +98,9 @@ def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
 def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of writing on: with a growing cache, and as it is recorded for a GPU, grown anew every few tokens."""
     if request.param == "fixed":
-        monkeypatch.setattr(batch, "recordable", lambda config, device: True)
-        monkeypatch.setattr(batch, "GraphStep", decode_step.FixedStep)
-        monkeypatch.setattr(decode_step, "ROOM", 3)
+        monkeypatch.setattr(batch, "supports_cuda_graph", lambda config, device: True)
+        monkeypatch.setattr(batch, "CudaGraphDecodeStep", decode_step.StaticDecodeStep)
+        monkeypatch.setattr(decode_step, "MIN_FREE_SLOTS", 3)
 
 
 @pytest.mark.usefixtures("_steps")

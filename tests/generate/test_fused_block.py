@@ -58,8 +58,8 @@ def read(made: Transformer, ids: Tensor, **options: Any) -> Tensor:
 @pytest.mark.parametrize("changes", KINDS.values(), ids=KINDS)
 def test_it_is_the_same_layer(changes: list[str]) -> None:
     plain = model(changes)
-    rearranged = optimize_for_inference(copy.deepcopy(plain), compiled=False)
-    assert all(isinstance(block, fused_block.Fused) for block in rearranged.trunk.blocks)
+    rearranged = optimize_for_inference(copy.deepcopy(plain), compile=False)
+    assert all(isinstance(block, fused_block.FusedBlock) for block in rearranged.trunk.blocks)
     ids = tokens()
     documents = (torch.arange(53) // 20).expand(2, -1)
     wanted = read(plain, ids)
@@ -77,7 +77,7 @@ def test_other_layers_stay_as_they_are() -> None:
         ["model.feedforward.kind=swiglu"],
         ["model.shift.kind=lerp"],
     ):
-        assert not any(fused_block.fuses(block) for block in model(changes).trunk.blocks)
+        assert not any(fused_block.can_fuse(block) for block in model(changes).trunk.blocks)
 
 
 @pytest.mark.gpu
@@ -86,7 +86,7 @@ def test_the_kernels_path_is_the_same_layer(changes: list[str], monkeypatch: pyt
     """In chunks, so that the shift's state passes from one to the next."""
     device = str(interpreted.device())
     plain = model(changes, torch.float32, device)
-    rearranged = optimize_for_inference(copy.deepcopy(plain), compiled=False)
+    rearranged = optimize_for_inference(copy.deepcopy(plain), compile=False)
     if interpreted.INTERPRETED:
         monkeypatch.setattr(add_norm_shift, "accepts", lambda x: True)
     ids, cache = tokens().to(device), Cache()
@@ -97,16 +97,16 @@ def test_the_kernels_path_is_the_same_layer(changes: list[str], monkeypatch: pyt
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@pytest.mark.parametrize("eight_bits", [False, True])
-@pytest.mark.parametrize("compiled", [False, True])
-def test_in_16_and_8_bits_on_a_gpu(eight_bits: bool, compiled: bool) -> None:
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("compile", [False, True])
+def test_in_16_and_8_bits_on_a_gpu(fp8: bool, compile: bool) -> None:
     """As near to float64 as the layer's own parts in bfloat16, twice over; in 8 bits within the error of their rounding."""
     plain = model(KINDS["preset andromeda"], torch.bfloat16, "cuda")
     exact = read(copy.deepcopy(plain).double(), tokens().cuda())
     own = (read(plain, tokens().cuda()) - exact).norm() / exact.norm()
-    made = optimize_for_inference(plain, eight_bits=eight_bits, compiled=compiled)
+    made = optimize_for_inference(plain, fp8=fp8, compile=compile)
     error = (read(made, tokens().cuda()) - exact).norm() / exact.norm()
-    assert error < (0.15 if eight_bits else 2 * own)
+    assert error < (0.15 if fp8 else 2 * own)
 
 
 def test_under_the_interpreter() -> None:

@@ -23,7 +23,7 @@ def test_compiled_it_writes_the_same() -> None:
 
 
 def test_only_the_blocks_are_in_8_bits() -> None:
-    eight = model().optimize_for_inference(eight_bits=True, compiled=False)
+    eight = model().optimize_for_inference(fp8=True, compile=False)
     inside = {name for name, part in eight.named_modules() if isinstance(part, Linear8)}
     assert inside
     assert all(name.startswith("trunk.blocks.") for name in inside)
@@ -31,6 +31,6 @@ def test_only_the_blocks_are_in_8_bits() -> None:
 
 
 def test_a_router_keeps_its_type() -> None:
-    mixture = model(feedforward={"kind": "moe", "bias": False}).optimize_for_inference(eight_bits=True, compiled=False)
+    mixture = model(feedforward={"kind": "moe", "bias": False}).optimize_for_inference(fp8=True, compile=False)
     assert not any("router" in name for name, part in mixture.named_modules() if isinstance(part, Linear8))
     assert mixture(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()

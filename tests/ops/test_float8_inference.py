@@ -80,7 +80,7 @@ def test_a_model_in_8_bits_predicts_nearly_the_same() -> None:
     ids = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():
         before = model.hidden(ids)
-        optimize_for_inference(model, eight_bits=True, compiled=False)
+        optimize_for_inference(model, fp8=True, compile=False)
         after = model.hidden(ids)
     assert 0 < (after - before).norm() / before.norm() < 0.1
     assert any(isinstance(part, float8_inference.Linear8) for part in model.modules())

@@ -20,7 +20,7 @@ from andromeda.evaluate.retrieval.problem import Problem, Task
 from andromeda.evaluate.retrieval.prompt import TooShort, build_prompt, joined
 from andromeda.evaluate.retrieval.style import Style
 from andromeda.evaluate.score import Prompts, rows_at_once
-from andromeda.generate.engine import evaluating
+from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -115,7 +115,7 @@ def grid(
 ) -> list[list[Cell]]:
     """Scores by length and depth. Raises RequestError for a length that is too short."""
     found: list[list[Cell]] = []
-    with evaluating(model):
+    with eval_mode(model):
         for row, length in enumerate(lengths):
             found.append([])
             for column, depth in enumerate(depths):

@@ -15,7 +15,7 @@ from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.request import Options, Outcome
 from andromeda.evaluate.score import rows_at_once
-from andromeda.generate.engine import evaluating
+from andromeda.generate.engine import eval_mode
 from andromeda.train.callbacks.probes.score import Batch
 from andromeda.train.callbacks.probes.task import Task
 from andromeda.train.precision import Precision
@@ -68,7 +68,7 @@ def _score(subject: Subject, task: Task[Any], seed: str, samples: int) -> float 
     if longest > subject.context:
         return None
     count, right = rows_at_once(subject.model, longest), 0.0
-    with evaluating(subject.model):
+    with eval_mode(subject.model):
         for start in range(0, samples, count):
             group = rows[start : start + count]
             right += float(Batch(group).score(subject.model, Precision(subject.device))) * len(group)

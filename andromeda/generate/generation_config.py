@@ -12,7 +12,7 @@ from andromeda.config.mistakes import read
 from andromeda.utils.errors import ConfigError, RequestError, nearest
 
 
-class Settings(BaseConfig):
+class GenerationConfig(BaseConfig):
     """How much text to write, and how each token is chosen. Applied in the order of the fields from `repetition_penalty` on."""
 
     max_new_tokens: PositiveInt | None = None
@@ -37,18 +37,18 @@ DEFAULT_NEW_TOKENS = 256
 NO_OTHER_NAMES: Mapping[str, str] = {}
 
 
-def settings(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> Settings:
+def parse_generation_config(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> GenerationConfig:
     """The settings that a request names. Raises RequestError, one sentence for all mistakes.
 
     spelled: for a setting, the name by which the user gave it.
     """
-    unknown = [name for name in values if name not in Settings.model_fields]
+    unknown = [name for name in values if name not in GenerationConfig.model_fields]
     if unknown:
-        raise RequestError(f"There is no generation setting {unknown[0]!r}{nearest(unknown[0], Settings.model_fields)}.")
+        raise RequestError(f"There is no generation setting {unknown[0]!r}{nearest(unknown[0], GenerationConfig.model_fields)}.")
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     try:
-        checked = read(Settings, values, spelled=spelled)
+        checked = read(GenerationConfig, values, spelled=spelled)
     except ConfigError as error:
         raise RequestError(str(error)) from None
     if "" in checked.stop:
