@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.bench.record import record
-from andromeda.ops.attention import Pattern, eager, sdpa
+from andromeda.ops.attention import AttentionSpec, eager, sdpa
 
 SHAPES = ((32, 256), (16, 512), (4, 2048))
 """Rows and tokens of each."""
@@ -50,9 +50,9 @@ def variants(B: int, T: int) -> Iterator[tuple[str, Callable[[], object]]]:
     half = [x.detach().bfloat16().requires_grad_() for x in leaves]
     grad = torch.randn(B, T, 2, 64, generator=g)
     numbers = (torch.rand(B, T, generator=g) < 3 / T).cumsum(1)
-    causal, packed = Pattern(0.125), Pattern(0.125, documents=(numbers, numbers))
+    causal, packed = AttentionSpec(0.125), AttentionSpec(0.125, documents=(numbers, numbers))
 
-    def both(attend: Callable[..., Tensor], inputs: list[Tensor], pattern: Pattern) -> object:
+    def both(attend: Callable[..., Tensor], inputs: list[Tensor], pattern: AttentionSpec) -> object:
         return torch.autograd.grad(attend(*inputs, pattern), inputs, grad.to(inputs[0].dtype))
 
     yield "causal", partial(both, sdpa.attend, leaves, causal)
@@ -63,14 +63,14 @@ def variants(B: int, T: int) -> Iterator[tuple[str, Callable[[], object]]]:
     yield "causal, bfloat16", partial(both, native, half, causal)
 
 
-def whole(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def whole(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
     """PyTorch's function with the whole boolean mask, made for this call."""
     mask = pattern.visible(q.shape[1], k.shape[1], q.device)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=pattern.scale, enable_gqa=True).transpose(1, 2)
 
 
-def native(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def native(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
     """PyTorch's function in the queries' own type."""
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, is_causal=True, scale=pattern.scale, enable_gqa=True).transpose(1, 2)

@@ -27,7 +27,7 @@ from andromeda.bench.record import command_line, record, save
 from andromeda.model.flops import attention_pairs
 from andromeda.model.position.alibi import FoldedBias, slopes
 from andromeda.model.qk_preprocess import prepare
-from andromeda.ops.attention import Pattern, backends, eager, flex
+from andromeda.ops.attention import AttentionSpec, backends, eager, flex
 
 HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
 WINDOW, DOCUMENT = 1024, 2000
@@ -103,7 +103,7 @@ Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Queries and keys as they are given -> as attention takes them."""
 
 
-def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Pattern]:
+def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
     """q, k, v in bfloat16 and the pattern, normalized; as they were before, if the work prepares them."""
     g = torch.Generator(device).manual_seed(0)
     content = HEAD_DIM - 4 * (work.alibi == "folded")
@@ -124,7 +124,7 @@ def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Te
         numbers = (torch.rand(rows, tokens, device=device, generator=g) < 1 / DOCUMENT).cumsum(1)
     queries = work.queries or tokens
     documents = None if numbers is None else (numbers if queries == tokens else numbers[:, -queries:].contiguous(), numbers)
-    pattern = Pattern(scale, work.window, documents, heads if work.alibi == "slopes" else None)
+    pattern = AttentionSpec(scale, work.window, documents, heads if work.alibi == "slopes" else None)
     return q[:, -queries:].contiguous(), k, v, pattern
 
 
@@ -136,7 +136,7 @@ def preparation(work: Work, tokens: int, device: torch.device) -> tuple[Ready, l
     return (lambda q, k: prepare(q, k, *arguments[2:])), leaves[2:], arguments[-1]
 
 
-def pairs(pattern: Pattern, queries: int, tokens: int, rows: int) -> int:
+def pairs(pattern: AttentionSpec, queries: int, tokens: int, rows: int) -> int:
     """Pairs of query and key that are let through, in all rows and one head."""
     if queries < tokens:
         return rows * (attention_pairs(tokens) - attention_pairs(tokens - queries))
@@ -211,7 +211,7 @@ def _seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 
 @torch.no_grad()
-def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> tuple[float, float]:
+def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> tuple[float, float]:
     """Relative errors of the last queries of the first row, of a backend and of the reference in the same type."""
     few = min(CHECKED, q.shape[1])
     q, k, v = q[:1, -few:], k[:1], v[:1]
@@ -229,7 +229,7 @@ def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> 
     for tokens in lengths:
         # What was compiled for one length must not be asked to serve another, as in training, where the length is fixed.
         torch._dynamo.reset()
-        flex._compiled.cache_clear()
+        flex._compiled_flex_attention.cache_clear()
         for work in WORKS:
             for backend in work.backends:
                 if time.perf_counter() - start > budget:

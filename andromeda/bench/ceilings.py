@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from andromeda.bench.timing import device_ms
-from andromeda.ops.float8_inference import FORMAT
+from andromeda.ops.float8_inference import FLOAT8_DTYPE
 from andromeda.utils.hardware import Hardware, recognize
 
 SIDE, COPIED, REP = 8192, 4 << 30, 200
@@ -52,7 +52,7 @@ def _product(device: torch.device) -> float:
 
 
 def _product8(device: torch.device) -> float:
-    a, b = (torch.randn(SIDE, SIDE, device=device).to(FORMAT) for _ in range(2))
+    a, b = (torch.randn(SIDE, SIDE, device=device).to(FLOAT8_DTYPE) for _ in range(2))
     one = torch.ones((), device=device)
 
     def product() -> Tensor:

@@ -27,7 +27,7 @@ from andromeda.bench.arguments import Parser
 from andromeda.bench.ceilings import ceilings
 from andromeda.bench.record import command_line, record, save
 from andromeda.bench.timing import device_ms
-from andromeda.ops.embedding import accepts, table_gradient
+from andromeda.ops.embedding import is_supported, embedding_weight_grad
 
 TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
 
@@ -93,8 +93,8 @@ def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> I
     whole = torch.randn(tokens, LAYERS * WIDTH, device=device, generator=generator, dtype=torch.bfloat16)
     cuts = {"gradient": [whole], "gradient, by layers": [part.contiguous() for part in whole.chunk(LAYERS, 1)]}
     sides: dict[str, Callable[[Tensor, list[Tensor], int, torch.dtype], Tensor]] = {"pytorch": pytorch}
-    if accepts(torch.empty(0, device=device)):
-        sides["kernel"] = table_gradient
+    if is_supported(torch.empty(0, device=device)):
+        sides["kernel"] = embedding_weight_grad
     for kind in ("uniform", "zipf"):
         ids = draw(kind, tokens, vocabulary, device)
         for work, dys in cuts.items():

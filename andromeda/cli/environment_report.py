@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from andromeda.ops.attention import Pattern, backends, ranking
+from andromeda.ops.attention import AttentionSpec, backends, backend_ranking
 from andromeda.train.precision import build_precision
 from andromeda.utils.hardware import recognize
 
@@ -155,7 +155,7 @@ def attention(device: torch.device) -> Iterator[Choice]:
     k = v = torch.zeros(1, TOKENS, KV_HEADS, HEAD_DIM, device=device, dtype=dtype)
     for name, pattern, queries in patterns(device):
         refusals: dict[str, str] = {}
-        ranked = ranking(pattern, q[:, -queries:])
+        ranked = backend_ranking(pattern, q[:, -queries:])
         for backend in ranked.order:
             reason = backends()[backend].refuse(pattern, q[:, -queries:], k, v)
             if reason is None:
@@ -164,21 +164,21 @@ def attention(device: torch.device) -> Iterator[Choice]:
             refusals[backend] = reason
 
 
-def patterns(device: torch.device) -> Iterator[tuple[str, Pattern, int]]:
+def patterns(device: torch.device) -> Iterator[tuple[str, AttentionSpec, int]]:
     """Every kind of attention that a model can ask for, with the number of queries."""
     documents = torch.zeros(1, TOKENS, dtype=torch.long, device=device)
     slopes = torch.full((HEADS,), 0.5, device=device)
     scale = HEAD_DIM**-0.5
-    yield "causal", Pattern(scale), TOKENS
-    yield "window", Pattern(scale, window=64), TOKENS
-    yield "documents", Pattern(scale, documents=(documents, documents)), TOKENS
-    yield "window and documents", Pattern(scale, window=64, documents=(documents, documents)), TOKENS
-    yield "ALiBi as a bias", Pattern(scale, slopes=slopes), TOKENS
+    yield "causal", AttentionSpec(scale), TOKENS
+    yield "window", AttentionSpec(scale, window=64), TOKENS
+    yield "documents", AttentionSpec(scale, documents=(documents, documents)), TOKENS
+    yield "window and documents", AttentionSpec(scale, window=64, documents=(documents, documents)), TOKENS
+    yield "ALiBi as a bias", AttentionSpec(scale, slopes=slopes), TOKENS
     # Folded, the bias is in the queries and keys: what remains to compute is plain causal attention.
-    yield "ALiBi folded", Pattern(scale), TOKENS
-    yield "soft cap", Pattern(scale, softcap=30.0), TOKENS
-    yield "decoding one token", Pattern(scale), 1
-    yield "decoding, ALiBi as a bias", Pattern(scale, slopes=slopes), 1
+    yield "ALiBi folded", AttentionSpec(scale), TOKENS
+    yield "soft cap", AttentionSpec(scale, softcap=30.0), TOKENS
+    yield "decoding one token", AttentionSpec(scale), 1
+    yield "decoding, ALiBi as a bias", AttentionSpec(scale, slopes=slopes), 1
 
 
 def _version(name: str) -> str | None:

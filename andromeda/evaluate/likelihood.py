@@ -12,7 +12,7 @@ from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.score import padded, rows_at_once
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
-from andromeda.ops.cross_entropy import IGNORED
+from andromeda.ops.cross_entropy import IGNORE_INDEX
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Context, at least one token, and continuation."""
@@ -45,9 +45,9 @@ def _group(model: Transformer, pairs: list[Pair]) -> list[Likelihood]:
     whole = [[*context, *continuation] for context, continuation in pairs]
     ids, targets = padded(whole)
     for row, (context, _) in enumerate(pairs):
-        targets[row, : len(context)] = IGNORED
+        targets[row, : len(context)] = IGNORE_INDEX
     ids, targets = ids[:, :-1], targets[:, 1:].to(model.head.weight.device)
-    asked = targets != IGNORED
+    asked = targets != IGNORE_INDEX
     # Only what is asked for goes through the head.
     logits = model.head(model.hidden(ids.to(targets.device))[asked])
     logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

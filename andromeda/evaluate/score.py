@@ -16,7 +16,7 @@ from torch import Tensor
 from andromeda.config.derived import original_max_seq_len
 from andromeda.model.kv_cache.dynamic import Cache, Nothing
 from andromeda.model.transformer import Transformer
-from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy
+from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
 CHUNK = {"cpu": 1024, "cuda": 8192}
 """Tokens of a row that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""
@@ -79,7 +79,7 @@ class Prompts:
         """Loss of one continuation of each prompt, without its first `skip` tokens: float64 (B,)."""
         ids, targets = padded(continuations)
         for row, count in enumerate(skip):
-            targets[row, :count] = IGNORED
+            targets[row, :count] = IGNORE_INDEX
         hidden = self.last
         if ids.shape[1] > 1:
             more = self.model.hidden(ids[:, :-1].to(self.device), cache=self.cache, span=self.span)
@@ -104,7 +104,7 @@ class Prompts:
 def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as ids and targets (B, longest), padded at the right, where no earlier token sees it."""
     length = max(map(len, rows))
-    ids, targets = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORED)
+    ids, targets = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORE_INDEX)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
     return ids, targets

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.model.transformer import Transformer
-from andromeda.ops.attention import Pattern
-from andromeda.ops.attention.eager import average
+from andromeda.ops.attention import AttentionSpec
+from andromeda.ops.attention.eager import weighted_values
 
 SAME = 1e-6
 """Relative difference up to which two ways to compute a branch are the same one."""
@@ -83,13 +83,13 @@ def _layer(block: Any, kept: dict[str, Any], i: int) -> Layer:
     return layer
 
 
-def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, mixed: Tensor) -> tuple[Tensor | None, float]:
+def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec, mixed: Tensor) -> tuple[Tensor | None, float]:
     """Weights (B, H, T, S) and how well they give what attention gave; None where it is no average of values."""
     B, S, G = k.shape[:3]
     units = torch.eye(S, dtype=v.dtype, device=v.device)[None, :, None].expand(B, S, G, S)
     with _reference(attention):
         weights = type(attention).mix(attention, q, k, units, pattern).transpose(1, 2)
-    error = float((average(weights, v) - mixed).abs().max())
+    error = float((weighted_values(weights, v) - mixed).abs().max())
     return (weights, error) if error <= SAME * max(1.0, float(mixed.abs().max())) else (None, error)
 
 
@@ -130,7 +130,7 @@ def _watched(attention: Any, kept: dict[str, Any], name: str) -> Iterator[None]:
         return
     own = attention.mix
 
-    def mix(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def mix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         mixed = own(q, k, v, pattern)
         kept[name] = (q, k, v, pattern, mixed)
         return mixed

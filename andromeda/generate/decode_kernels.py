@@ -31,7 +31,7 @@ def use_decode_kernels(model: Transformer) -> None:
     """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
     blocks = model.trunk.blocks
     for index, block in enumerate(blocks):
-        if isinstance(block, FusedBlock) and not block.fp8 and gemv.refuse(_probe(block), *_weights(block)) is None:
+        if isinstance(block, FusedBlock) and not block.fp8 and gemv.unsupported_reason(_probe(block), *_weights(block)) is None:
             blocks[index] = DecodeKernelBlock(block)
     if type(model.head) is Head:
         model.head = DecodeKernelHead(model.head)
@@ -47,9 +47,9 @@ class DecodeKernelHead(Head):
     def product(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., V)."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
-        if torch.is_autocast_enabled(x.device.type) or gemv.refuse(rows, self.weight):
+        if torch.is_autocast_enabled(x.device.type) or gemv.unsupported_reason(rows, self.weight):
             return super().product(x)
-        return gemv.product(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
+        return gemv.gemv(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
 
 
 class DecodeKernelBlock(nn.Module):
@@ -62,7 +62,7 @@ class DecodeKernelBlock(nn.Module):
 
     def forward(self, x: Tensor, ctx: Context) -> Tensor:
         """x (B, T, C)."""
-        if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.refuse(x[:, 0], *_weights(self.layer)):
+        if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.unsupported_reason(x[:, 0], *_weights(self.layer)):
             out: Tensor = self.layer(x, ctx)
             return out
         return self.step(x[:, 0].contiguous(), ctx)[:, None]
@@ -75,12 +75,12 @@ class DecodeKernelBlock(nn.Module):
         outputs = sum(attention.sizes)
         weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
         norm, shift, place = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx), _place(attention, ctx, x)
-        rows, keep = gemv.product(x, weight, bias, norm=norm, shift=shift, place=place)
+        rows, keep = gemv.gemv(x, weight, bias, norm=norm, shift=shift, place=place)
         mixed = self._mix(rows, ctx, placed=place is not None)
-        x, _ = gemv.product(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
+        x, _ = gemv.gemv(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
         norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
-        hidden, keep = gemv.product(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
-        return gemv.product(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
+        hidden, keep = gemv.gemv(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
+        return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
 
     def _mix(self, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
         """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
@@ -92,7 +92,7 @@ class DecodeKernelBlock(nn.Module):
             form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
             if form is not None:
                 form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
-                queries = qk_preprocess.prepare_into(q_heads, k_heads, form, keys, ctx.index)
+                queries = qk_preprocess.preprocess_qk_into_cache(q_heads, k_heads, form, keys, ctx.index)
                 return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
         return attention.read(q, k, v.contiguous(), ctx).flatten(1)
 
@@ -109,22 +109,22 @@ class DecodeKernelBlock(nn.Module):
         return held, bias.digits
 
 
-def _place(attention: FusedQKVAttention, ctx: Context, x: Tensor) -> gemv.Place | None:
+def _place(attention: FusedQKVAttention, ctx: Context, x: Tensor) -> gemv.CacheSlot | None:
     """Where the values go, if there is a place for them yet and nothing is mixed into them."""
     state = ctx.state
     if not (isinstance(state, FixedState) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix):
         return None
     values = state.buffers[1]
-    return gemv.Place(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
+    return gemv.CacheSlot(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
 
 
-def _norm(norm: nn.Module) -> gemv.Norm:
+def _norm(norm: nn.Module) -> gemv.GemvNorm:
     assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
     kind = "layer" if isinstance(norm, LayerNorm) else "rms"
-    return gemv.Norm(kind, norm.eps, None if isinstance(norm, PlainRMSNorm) else norm.weight)
+    return gemv.GemvNorm(kind, norm.eps, None if isinstance(norm, PlainRMSNorm) else norm.weight)
 
 
-def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
+def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.GemvTokenShift | None:
     """What the shift reads, with a past that the kernels may write to."""
     if not isinstance(shift, ChunkShift):
         return None
@@ -137,7 +137,7 @@ def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.Shift | None:
         state.put(shift.slot, past)
         if isinstance(state, FixedState):
             past = state.recent[shift.slot]
-    return gemv.Shift(past, ctx.documents, ctx.index)
+    return gemv.GemvTokenShift(past, ctx.documents, ctx.index)
 
 
 def _weights(layer: FusedBlock) -> tuple[Tensor, ...]:

@@ -25,7 +25,7 @@ from andromeda.model.layers import side_by_side
 from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
 from andromeda.model.token_shift import ChunkShift, NoShift
 from andromeda.ops import float8_inference
-from andromeda.ops.activation import activate, add_product
+from andromeda.ops.activation import activate, residual_addmm
 
 
 class MatmulInput(NamedTuple):
@@ -58,9 +58,9 @@ class FusedBlock(nn.Module):
         assert isinstance(feedforward, Dense)
         self.fp8 = (
             fp8
-            and float8_inference.fits(feedforward.inner)
-            and float8_inference.fits(feedforward.out)
-            and float8_inference.fits(block.attention.out)
+            and float8_inference.has_aligned_shape(feedforward.inner)
+            and float8_inference.has_aligned_shape(feedforward.out)
+            and float8_inference.has_aligned_shape(block.attention.out)
         )
         self.first = FusedAddNormShift(block.attention_norm, block.attention_shift, self.fp8)
         self.second = FusedAddNormShift(block.feedforward_norm, block.feedforward_shift, self.fp8)
@@ -96,14 +96,14 @@ def to_matmul_input(x: Tensor, fp8: bool) -> MatmulInput:
         return MatmulInput(x, x.new_empty(0))
     flat = x.flatten(0, -2)
     values, scale = (
-        float8_inference.activate_quantize(flat, "none") if float8_inference.activates(flat, "none") else float8_inference.quantize(flat)
+        float8_inference.activate_quantize(flat, "none") if float8_inference.is_supported(flat, "none") else float8_inference.quantize(flat)
     )
     return MatmulInput(values.unflatten(0, x.shape[:-1]), scale)
 
 
 def apply_linear(linear: nn.Module, rows: MatmulInput) -> Tensor:
     """(B, T, N) from (B, T, K)."""
-    if isinstance(linear, float8_inference.Linear8):
+    if isinstance(linear, float8_inference.Float8DynamicLinear):
         return linear.product(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
     out: Tensor = linear(rows.values)
     return out
@@ -118,8 +118,8 @@ class FusedQKVAttention(nn.Module):
         self.sizes = [linear.out_features for linear in linears]
         joined = concat_linears(linears)
         self.fp8 = fp8
-        self.joined = float8_inference.Linear8(joined) if fp8 else joined
-        self.out = float8_inference.Linear8(attention.out) if fp8 else attention.out
+        self.joined = float8_inference.Float8DynamicLinear(joined) if fp8 else joined
+        self.out = float8_inference.Float8DynamicLinear(attention.out) if fp8 else attention.out
         del attention.query, attention.value, attention.key, attention.out
         self.inner = attention
 
@@ -160,11 +160,11 @@ class FusedFeedForward(nn.Module):
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
         hidden = self.inner(rows.values)
-        hidden = activate(hidden, self.name) if float8_inference.activates(hidden, self.name) else self.activation(hidden)
+        hidden = activate(hidden, self.name) if float8_inference.is_supported(hidden, self.name) else self.activation(hidden)
         if not x.is_cuda:
             return x + F.linear(hidden, self.out.weight)
         total = x.flatten(0, -2)
-        add_product(total, hidden.flatten(0, -2), self.out.weight)
+        residual_addmm(total, hidden.flatten(0, -2), self.out.weight)
         return total.view(x.shape)
 
 
@@ -175,14 +175,18 @@ class Float8FeedForward(nn.Module):
 
     def __init__(self, dense: Dense) -> None:
         super().__init__()
-        self.inner, self.out, self.activation = float8_inference.Linear8(dense.inner), float8_inference.Linear8(dense.out), dense.activation
+        self.inner, self.out, self.activation = (
+            float8_inference.Float8DynamicLinear(dense.inner),
+            float8_inference.Float8DynamicLinear(dense.out),
+            dense.activation,
+        )
         self.name = activation_name(dense)
 
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
         hidden = apply_linear(self.inner, rows)
         flat = hidden.flatten(0, -2)
-        if float8_inference.activates(flat, self.name):
+        if float8_inference.is_supported(flat, self.name):
             values, scale = float8_inference.activate_quantize(flat, self.name)
             rows = MatmulInput(values.unflatten(0, hidden.shape[:-1]), scale)
         else:

@@ -59,7 +59,7 @@ def _check(device: torch.device) -> None:
 def _quantize(module: nn.Module) -> None:
     """Exchange the linear layers below `module`. A router's scores decide by small differences and are kept exact."""
     for name, child in module.named_children():
-        if isinstance(child, nn.Linear) and float8_inference.fits(child):
-            setattr(module, name, float8_inference.Linear8(child))
+        if isinstance(child, nn.Linear) and float8_inference.has_aligned_shape(child):
+            setattr(module, name, float8_inference.Float8DynamicLinear(child))
         elif name != "router":
             _quantize(child)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
-from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy
+from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from andromeda.utils.errors import ConfigError, nearest
 
 
@@ -80,7 +80,7 @@ class Categorical:
 
     def count(self, target: Tensor) -> Tensor:
         """Targets other than -100."""
-        return (target != IGNORED).sum()
+        return (target != IGNORE_INDEX).sum()
 
     def __call__(self, head: Head, hidden: Tensor, target: Tensor) -> Sums:
         """Cross entropy plus z-loss of every target that counts."""

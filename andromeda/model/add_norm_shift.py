@@ -33,7 +33,7 @@ def accepts(x: Tensor, norm: nn.Module, shift: nn.Module, ctx: Context) -> bool:
     known = type(norm) in (LayerNorm, RMSNorm, PlainRMSNorm) and moved(shift, x.shape[-1]) is not None
     # A step of a recorded graph keeps its own state. Packed tokens after a cache are seldom.
     plain = ctx.index is None and (ctx.documents is None or ctx.documents[0].shape == ctx.documents[1].shape)
-    return known and plain and kernel.accepts(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
+    return known and plain and kernel.is_supported(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
 
 
 def moved(shift: nn.Module, width: int) -> tuple[int, int] | None:
@@ -54,7 +54,7 @@ def fused(
     bias: Tensor | None = None,
     *,
     eight_bits: bool = False,
-) -> kernel.Shifted:
+) -> kernel.AddNormShiftOutput:
     """The kernel on these parts, which must be accepted; bias and eight_bits as it has them."""
     assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
     channels = moved(shift, x.shape[-1])
@@ -64,7 +64,7 @@ def fused(
     weight = None if isinstance(norm, PlainRMSNorm) else norm.weight.to(x.dtype)
     documents = ctx.documents[0] if ctx.documents and slot is not None else None
     layer = isinstance(norm, LayerNorm)
-    made = kernel.norm_shift(x, delta, weight, bias, past, documents, layer=layer, eps=norm.eps, moved=channels, eight_bits=eight_bits)
+    made = kernel.add_norm_shift(x, delta, weight, bias, past, documents, layer=layer, eps=norm.eps, moved=channels, eight_bits=eight_bits)
     if slot is not None:
         ctx.state.put(slot, made.last)
     return made

@@ -16,8 +16,8 @@ from andromeda.model.position import build_rotary
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.model.qk_preprocess import prepare, prepare_joined
 from andromeda.model.value_embedding import build_value_mix
-from andromeda.ops.attention import Pattern, attend
-from andromeda.ops.qk_preprocess import Sizes
+from andromeda.ops.attention import AttentionSpec, attend
+from andromeda.ops.qk_preprocess import QKVLayout
 
 
 def layer_window(config: ModelConfig, layer: int) -> int:
@@ -36,7 +36,7 @@ class Attention(nn.Module):
         super().__init__()
         a, D = config.attention, content_dim(config)
         self.heads, self.kv_heads = a.num_heads, a.num_kv_heads
-        self.sizes = Sizes(a.num_heads, a.num_kv_heads, D, a.head_dim)
+        self.sizes = QKVLayout(a.num_heads, a.num_kv_heads, D, a.head_dim)
         self.query = Linear(config.hidden_size, a.num_heads * D, bias=a.bias)
         self.key = Linear(config.hidden_size, a.num_kv_heads * D, bias=a.bias)
         self.value = Linear(config.hidden_size, a.num_kv_heads * a.head_dim, bias=a.bias)
@@ -66,10 +66,10 @@ class Attention(nn.Module):
         k, v = ctx.state.extend(k, self.value_mix(v, ctx.value))
         return self.mix(q, k, v, self.pattern(ctx)).flatten(-2)
 
-    def pattern(self, ctx: Context) -> Pattern:
+    def pattern(self, ctx: Context) -> AttentionSpec:
         """What this layer computes in this pass."""
-        return Pattern(self.scale, ctx.narrow(self.window), ctx.documents, ctx.bias.slopes, self.softcap, ctx.index)
+        return AttentionSpec(self.scale, ctx.narrow(self.window), ctx.documents, ctx.bias.slopes, self.softcap, ctx.index)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv): what another mechanism does otherwise."""
         return attend(q, k, v, pattern, self.backend)

@@ -11,7 +11,7 @@ from andromeda.model.forward_context import Context
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import PlainRMSNorm
 from andromeda.model.token_shift import build_smear
-from andromeda.ops.compute_dtype import stream_dtype
+from andromeda.ops.compute_dtype import residual_dtype
 from andromeda.ops.embedding import embed
 
 
@@ -68,7 +68,7 @@ class Embedder(nn.Module):
     def forward(self, ctx: Context) -> Tensor:
         """(B, T, C) for the context's ids (B, T)."""
         x = self.tokens(ctx.ids)
-        return self.smear(self.norm(self.absolute(x.to(stream_dtype(x)), ctx)), ctx)
+        return self.smear(self.norm(self.absolute(x.to(residual_dtype(x)), ctx)), ctx)
 
 
 def build_provider(config: ModelConfig) -> nn.Module:

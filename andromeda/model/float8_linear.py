@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from andromeda.model.cached_cast_linear import CastLinear
 from andromeda.model.layers import Linear, biases_side_by_side
 from andromeda.ops import float8, float8_inference
-from andromeda.ops.float8 import Weight8, linear8
+from andromeda.ops.float8 import Float8Weight, float8_linear
 
 ROUNDING = 1.02
 """What roundings to bfloat16 add to a vector's norm at most, and more."""
@@ -20,7 +20,7 @@ ROUNDING = 1.02
 class Linear8(CastLinear):
     """x W^T + b in 8-bit products, forward and backward, where they may be; elsewhere as it was."""
 
-    FIELDS = (*Weight8._fields, "bound")
+    FIELDS = (*Float8Weight._fields, "bound")
     rows: Tensor | None
     columns: Tensor
     scale: Tensor
@@ -34,27 +34,29 @@ class Linear8(CastLinear):
 
     def accepts(self, x: Tensor) -> bool:
         """As many vectors as products in 8 bits can have, on a GPU."""
-        return float8.accepts(x)
+        return float8.is_supported(x)
 
     def can_cast(self) -> bool:
         """On a GPU."""
-        return float8.on_device(self.weight)
+        return float8.has_kernels(self.weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., O)."""
-        if not (self.accepts(x) and float8_inference.fits(self)):
+        if not (self.accepts(x) and float8_inference.has_aligned_shape(self)):
             return super().forward(x)
-        return linear8(x, float8.cast_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound)
+        return float8_linear(
+            x, float8.quantize_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound
+        )
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        return linear8(x, self.cast(), self.weights, biases_side_by_side(self.together), self.bound)
+        return float8_linear(x, self.cast(), self.weights, biases_side_by_side(self.together), self.bound)
 
-    def cast(self) -> Weight8:
+    def cast(self) -> Float8Weight:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
         if self.rows is None:
-            return float8.cast_weight(self.joined())
-        return Weight8(self.rows, self.columns, self.scale, self.norms)
+            return float8.quantize_weight(self.joined())
+        return Float8Weight(self.rows, self.columns, self.scale, self.norms)
 
     def reads(self) -> Sequence[Tensor]:
         """Weights, and the gain that bounds their input."""
@@ -66,10 +68,10 @@ class Linear8(CastLinear):
         """Cast the weights of all, and take new bounds of inputs."""
         for layer in layers:
             # Their memory is taken again.
-            for name in Weight8._fields:
+            for name in Float8Weight._fields:
                 setattr(layer, name, None)
-        for layer, held in zip(layers, float8.cast_weights([layer.joined() for layer in layers]), strict=True):
-            for name, tensor in zip(Weight8._fields, held, strict=True):
+        for layer, held in zip(layers, float8.quantize_weights([layer.joined() for layer in layers]), strict=True):
+            for name, tensor in zip(Float8Weight._fields, held, strict=True):
                 setattr(layer, name, tensor)
         _bound_inputs(layers)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from andromeda.model.cached_cast_linear import CastLinear
 from andromeda.model.layers import Linear, side_by_side
-from andromeda.ops.master_weight_linear import apart
+from andromeda.ops.master_weight_linear import split_parts
 
 
 def worth(x: Tensor, linears: Sequence[nn.Module]) -> bool:
@@ -33,4 +33,4 @@ def project(x: Tensor, linears: Sequence[nn.Linear]) -> Tensor:
 
 def parts(whole: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:
     """What each linear layer gives: views (..., N_i) of what `project` does."""
-    return apart(whole, [linear.out_features for linear in linears], -1)
+    return split_parts(whole, [linear.out_features for linear in linears], -1)

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from andromeda.model.cached_cast_linear import CastLinear, exchange_linears
 from andromeda.model.layers import Linear, aligned, biases_side_by_side
-from andromeda.ops.compute_dtype import product_dtype
-from andromeda.ops.master_weight_linear import Weight16, apart, linear16
+from andromeda.ops.compute_dtype import compute_dtype
+from andromeda.ops.master_weight_linear import CastWeight, split_parts, cast_linear
 
 
 class Linear16(CastLinear):
     """x W^T + b where products are of this type; elsewhere as it was."""
 
-    FIELDS = Weight16._fields
+    FIELDS = CastWeight._fields
     rows: Tensor | None
     total: Tensor | None
 
@@ -29,21 +29,21 @@ class Linear16(CastLinear):
 
     def accepts(self, x: Tensor) -> bool:
         """Where products are of the type that was cast into."""
-        return product_dtype(x) == self.dtype
+        return compute_dtype(x) == self.dtype
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., O)."""
         if self.beside or not self.accepts(x):
             return super().forward(x)
-        return linear16(x, self.cast(), [self.weight], self.bias)
+        return cast_linear(x, self.cast(), [self.weight], self.bias)
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        return linear16(x, self.cast(), self.weights, biases_side_by_side(self.together))
+        return cast_linear(x, self.cast(), self.weights, biases_side_by_side(self.together))
 
-    def cast(self) -> Weight16:
+    def cast(self) -> CastWeight:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
-        return Weight16(self.joined().to(self.dtype) if self.rows is None else self.rows, self.total)
+        return CastWeight(self.joined().to(self.dtype) if self.rows is None else self.rows, self.total)
 
     @classmethod
     def fill(cls, layers: Sequence[Self]) -> None:
@@ -62,7 +62,7 @@ class Linear16(CastLinear):
 
     def apart(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The rows that belong to each layer's weight."""
-        return apart(whole, [linear.out_features for linear in self.together])
+        return split_parts(whole, [linear.out_features for linear in self.together])
 
     def begin(self) -> None:
         """Gradients of zeros, to which products add."""
@@ -93,8 +93,8 @@ def exchange(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype)
     return exchange_linears(root, partial(Linear16, dtype=dtype), chosen, lambda linear: True)
 
 
-def weight16(linear: nn.Linear, x: Tensor) -> Weight16:
+def weight16(linear: nn.Linear, x: Tensor) -> CastWeight:
     """A layer's weight for products of x: as it was cast before, or cast now."""
     if isinstance(linear, Linear16) and linear.accepts(x):
         return linear.cast()
-    return Weight16(linear.weight.detach().to(product_dtype(x)), None)
+    return CastWeight(linear.weight.detach().to(compute_dtype(x)), None)

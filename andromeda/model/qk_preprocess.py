@@ -26,28 +26,28 @@ LAYOUTS: dict[Callable[[Tensor, Table], Tensor], qk_preprocess.Layout] = {
 def prepare(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D) as projected -> normalized, turned, and with `bias` folded in for the softmax scale `scale`."""
     form = known(q, k, norm, rotation, bias, scale)
-    return plain(q, k, norm, rotation, bias, scale) if form is None else qk_preprocess.prepare(q, k, form)
+    return plain(q, k, norm, rotation, bias, scale) if form is None else qk_preprocess.preprocess_qk(q, k, form)
 
 
 def prepare_joined(
-    whole: Tensor, sizes: qk_preprocess.Sizes, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float
+    whole: Tensor, sizes: qk_preprocess.QKVLayout, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same for the queries and keys of a joined projection (B, T, N), and its values (B, T, G, Dv)."""
     q, k, v, _ = sizes.views(whole)
     form = known(q, k, norm, rotation, bias, scale)
     if form is None or sizes.value % 2:
         return *prepare(q, k, norm, rotation, bias, scale), v.contiguous()
-    return qk_preprocess.prepare_joined(whole, sizes, form)
+    return qk_preprocess.preprocess_qkv(whole, sizes, form)
 
 
-def known(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> qk_preprocess.Form | None:
+def known(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> qk_preprocess.QKPreprocessSpec | None:
     """What the kernel is to do, None where it cannot."""
     if not (type(norm) in NORMS and type(rotation) is Rotation and rotation.turn in LAYOUTS):
         return None
     layout = LAYOUTS[rotation.turn]
     tables = () if layout == "none" else (*rotation.query, *rotation.key)
-    form = qk_preprocess.Form(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
-    return form if qk_preprocess.accepts(q, k, form) else None
+    form = qk_preprocess.QKPreprocessSpec(NORMS[type(norm)], layout, tables, *norm.scales, bias.tails(scale, q.dtype))
+    return form if qk_preprocess.is_supported(q, k, form) else None
 
 
 def plain(q: Tensor, k: Tensor, norm: NoNorm, rotation: Rotation, bias: NoBias, scale: float) -> tuple[Tensor, Tensor]:

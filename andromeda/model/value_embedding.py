@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.layers import Embedding
-from andromeda.ops.compute_dtype import product_dtype
-from andromeda.ops.embedding import embed_parts
+from andromeda.ops.compute_dtype import compute_dtype
+from andromeda.ops.embedding import embed_split
 
 
 class NoValueEmbedding(nn.Module):
@@ -39,7 +39,7 @@ class ValueEmbedding(nn.Module):
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids (B, T) -> for each layer (B, T, G, D)."""
         # In the type that the layers compute in, and apart: the gradients of all layers together are the largest of a step.
-        parts = embed_parts(ids, self.table.weight, self.depth, product_dtype(self.table.weight))
+        parts = embed_split(ids, self.table.weight, self.depth, compute_dtype(self.table.weight))
         return tuple(v.unflatten(-1, self.shape) for v in parts)
 
 

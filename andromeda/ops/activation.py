@@ -15,9 +15,9 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
     `fp8.activates` says whether it can.
     """
-    from andromeda.ops.triton import activation as device
+    from andromeda.ops.triton import activation as kernels
 
-    return device.activate(x.contiguous(), activation)
+    return kernels.activate(x.contiguous(), activation)
 
 
 @activate.register_fake
@@ -26,11 +26,11 @@ def _(x: Tensor, activation: str) -> Tensor:
 
 
 @torch.library.custom_op("andromeda::add_product", mutates_args=("total",))
-def add_product(total: Tensor, x: Tensor, weight: Tensor) -> None:
+def residual_addmm(total: Tensor, x: Tensor, weight: Tensor) -> None:
     """total (M, N) += x (M, K) weight^T, weight (N, K): the sum is part of the product, and costs no pass of its own."""
     total.addmm_(x, weight.T)
 
 
-@add_product.register_fake
+@residual_addmm.register_fake
 def _(total: Tensor, x: Tensor, weight: Tensor) -> None:
     return None

@@ -14,33 +14,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.float8_inference import FORMAT, LARGEST
+from andromeda.ops.float8_inference import FLOAT8_DTYPE, FLOAT8_MAX
 
 TRITON = find_spec("triton") is not None
-WIDEST = 8192
+MAX_CHANNELS = 8192
 """Channels that a program can hold."""
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
-class Shifted(NamedTuple):
+class AddNormShiftOutput(NamedTuple):
     """What comes out."""
 
     y: Tensor
     """(B, T, C) in the type of x, or in 8 bits."""
     scale: Tensor
     """What each row of y was divided by (B T, 1) in float32; empty without 8 bits."""
-    total: Tensor
+    residual: Tensor
     """x + delta + bias (B, T, C); x itself where neither was given."""
     last: Tensor
     """Normalized last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
 
 
-def accepts(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether the kernel takes this: on a GPU, in 32 or 16 bits."""
-    return TRITON and x.is_cuda and type(x) is Tensor and x.shape[-1] <= WIDEST and x.dtype in TYPES
+    return TRITON and x.is_cuda and type(x) is Tensor and x.shape[-1] <= MAX_CHANNELS and x.dtype in DTYPES
 
 
-def norm_shift(
+def add_norm_shift(
     x: Tensor,
     delta: Tensor | None,
     weight: Tensor | None,
@@ -48,25 +48,25 @@ def norm_shift(
     past: Tensor | None,
     documents: Tensor | None = None,
     *,
-    layer: bool,
+    layer_norm: bool,
     eps: float,
-    moved: tuple[int, int] = (0, 0),
-    eight_bits: bool = False,
-) -> Shifted:
+    shift_channels: tuple[int, int] = (0, 0),
+    fp8: bool = False,
+) -> AddNormShiftOutput:
     """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
 
     layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
     normalized. past (B, 1, C): the normalized vector before the first token; must be given where channels move. documents (B, T):
     numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
     """
-    if delta is None and bias is None and not eight_bits and torch.is_grad_enabled() and x.requires_grad:
-        y, total, last = _Through.apply(x, weight, past, documents, layer, eps, *moved)
-        return Shifted(y, x.new_empty(0, 1, dtype=torch.float32), total, last)
-    made = Shifted(*_norm_shift(x, delta, weight, bias, past, documents, layer, eps, *moved, eight_bits))
-    return made._replace(total=x) if delta is None and bias is None else made
+    if delta is None and bias is None and not fp8 and torch.is_grad_enabled() and x.requires_grad:
+        y, residual, last = _NormShiftPassThrough.apply(x, weight, past, documents, layer_norm, eps, *shift_channels)
+        return AddNormShiftOutput(y, x.new_empty(0, 1, dtype=torch.float32), residual, last)
+    output = AddNormShiftOutput(*_add_norm_shift_op(x, delta, weight, bias, past, documents, layer_norm, eps, *shift_channels, fp8))
+    return output._replace(residual=x) if delta is None and bias is None else output
 
 
-class _Through(torch.autograd.Function):
+class _NormShiftPassThrough(torch.autograd.Function):
     """The norm of x, and x once more: the gradient of whoever reads x besides is added where the norm's own is written.
 
     Autograd would read and write all of x's gradient once more for their sum.
@@ -74,12 +74,12 @@ class _Through(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer: bool, eps: float, begin: int,
-        end: int,
+        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer_norm: bool, eps: float, shift_begin: int,
+        shift_end: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-        y, _, _, last = _norm_shift(x, None, weight, None, past, documents, layer, eps, begin, end, False)
+        y, _, _, last = _add_norm_shift_op(x, None, weight, None, past, documents, layer_norm, eps, shift_begin, shift_end, False)
         ctx.save_for_backward(x, weight, documents)
-        ctx.form = layer, eps, begin, end
+        ctx.form = layer_norm, eps, shift_begin, shift_end
         return y, x.view_as(x), last
 
     @staticmethod
@@ -91,77 +91,77 @@ class _Through(torch.autograd.Function):
 
 
 @torch.library.custom_op("andromeda::norm_shift", mutates_args=())
-def _norm_shift(
+def _add_norm_shift_op(
     x: Tensor,
     delta: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
     past: Tensor | None,
     documents: Tensor | None,
-    layer: bool,
+    layer_norm: bool,
     eps: float,
-    begin: int,
-    end: int,
-    eight_bits: bool,
+    shift_begin: int,
+    shift_end: int,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from andromeda.ops.triton import add_norm_shift as device
+    from andromeda.ops.triton import add_norm_shift as kernels
 
-    given = device.Given(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past, documents)))
-    made = _made(x, delta, bias, begin, end, eight_bits)
-    filled = device.Made(*(t if t.numel() else None for t in made))
-    device.norm_shift(given, filled, layer, eps, (begin, end), LARGEST if eight_bits else 0.0)
-    return made.y, made.scale, made.total, made.last
+    inputs = kernels.NormShiftInputs(*(None if t is None else t.contiguous() for t in (x, delta, weight, bias, past, documents)))
+    output = _empty_output(x, delta, bias, shift_begin, shift_end, fp8)
+    outputs = kernels.NormShiftOutputs(*(t if t.numel() else None for t in output))
+    kernels.add_norm_shift(inputs, outputs, layer_norm, eps, (shift_begin, shift_end), FLOAT8_MAX if fp8 else 0.0)
+    return output.y, output.scale, output.residual, output.last
 
 
-def _made(x: Tensor, delta: Tensor | None, bias: Tensor | None, begin: int, end: int, eight_bits: bool) -> Shifted:
+def _empty_output(x: Tensor, delta: Tensor | None, bias: Tensor | None, shift_begin: int, shift_end: int, fp8: bool) -> AddNormShiftOutput:
     B, T, C = x.shape
-    y = x.new_empty(B, T, C, dtype=FORMAT if eight_bits else x.dtype)
-    scale = x.new_empty(B * T if eight_bits else 0, 1, dtype=torch.float32)
-    total = x.new_empty(0) if delta is None and bias is None else x.new_empty(B, T, C)
-    return Shifted(y, scale, total, x.new_empty(B, 1, C) if end > begin else x.new_empty(0))
+    y = x.new_empty(B, T, C, dtype=FLOAT8_DTYPE if fp8 else x.dtype)
+    scale = x.new_empty(B * T if fp8 else 0, 1, dtype=torch.float32)
+    residual = x.new_empty(0) if delta is None and bias is None else x.new_empty(B, T, C)
+    return AddNormShiftOutput(y, scale, residual, x.new_empty(B, 1, C) if shift_end > shift_begin else x.new_empty(0))
 
 
-@_norm_shift.register_fake
+@_add_norm_shift_op.register_fake
 def _(
-    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer: bool, eps: float, begin: int, end: int,
-    eight_bits: bool,
+    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer_norm: bool, eps: float, shift_begin: int, shift_end: int,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    made = _made(x, delta, bias, begin, end, eight_bits)
-    return made.y, made.scale, made.total, made.last
+    output = _empty_output(x, delta, bias, shift_begin, shift_end, fp8)
+    return output.y, output.scale, output.residual, output.last
 
 
 @torch.library.custom_op("andromeda::norm_shift_backward", mutates_args=())
 def _gradients(
-    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dtotal: Tensor | None, layer: bool, eps: float, begin: int,
-    end: int,
+    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float, shift_begin: int,
+    shift_end: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of what was normalized (B, T, C) and of the gain (C,), empty where there is none."""
-    from andromeda.ops.triton import add_norm_shift as device
+    from andromeda.ops.triton import add_norm_shift as kernels
 
     x, dy = x.contiguous(), dy.contiguous()
-    dtotal = None if dtotal is None else dtotal.contiguous()
+    dresidual = None if dresidual is None else dresidual.contiguous()
     documents = None if documents is None else documents.contiguous()
-    dx, dweight = device.backward(x, weight, documents, dy, dtotal, layer, eps, (begin, end))
+    dx, dweight = kernels.add_norm_shift_backward(x, weight, documents, dy, dresidual, layer_norm, eps, (shift_begin, shift_end))
     return dx, x.new_empty(0) if dweight is None else dweight
 
 
 @_gradients.register_fake
-def _(x: Tensor, weight: Any, documents: Any, dy: Any, dtotal: Any, layer: bool, eps: float, begin: int, end: int) -> tuple[Tensor, Tensor]:
+def _(x: Tensor, weight: Any, documents: Any, dy: Any, dresidual: Any, layer_norm: bool, eps: float, shift_begin: int, shift_end: int) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    x, delta, weight, bias, _, documents, ctx.layer, ctx.eps, ctx.begin, ctx.end, eight_bits = inputs
-    if eight_bits or bias is not None:
+    x, delta, weight, bias, _, documents, ctx.layer_norm, ctx.eps, ctx.shift_begin, ctx.shift_end, fp8 = inputs
+    if fp8 or bias is not None:
         raise NotImplementedError("norm_shift has no gradients with a bias or in 8 bits")
     ctx.added = delta is not None
     ctx.save_for_backward(output[2] if ctx.added else x, weight, documents)
 
 
-def _backward(ctx: Any, dy: Tensor, _: Any, dtotal: Tensor, last: Any) -> tuple[Any, ...]:
+def _backward(ctx: Any, dy: Tensor, _: Any, dresidual: Tensor, last: Any) -> tuple[Any, ...]:
     x, weight, documents = ctx.saved_tensors
-    dx, dweight = _gradients(x, weight, documents, dy, dtotal if ctx.added else None, ctx.layer, ctx.eps, ctx.begin, ctx.end)
+    dx, dweight = _gradients(x, weight, documents, dy, dresidual if ctx.added else None, ctx.layer_norm, ctx.eps, ctx.shift_begin, ctx.shift_end)
     return (dx, dx if ctx.added else None, None if weight is None else dweight, *[None] * 8)
 
 
-_norm_shift.register_autograd(_backward, setup_context=_save)
+_add_norm_shift_op.register_autograd(_backward, setup_context=_save)

@@ -5,11 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-HALF = (torch.bfloat16, torch.float16)
+HALF_DTYPES = (torch.bfloat16, torch.float16)
 """Of 16 bits."""
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
     """What a linear layer would compute in with x: autocast's dtype where that is on (it leaves float64 alone), else that of x."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
@@ -17,9 +17,9 @@ def product_dtype(x: Tensor) -> torch.dtype:
     return x.dtype
 
 
-def stream_dtype(x: Tensor) -> torch.dtype:
+def residual_dtype(x: Tensor) -> torch.dtype:
     """What the residual stream is carried in: bfloat16 where products are, which has float32's range and half its traffic, else x's own.
 
     Not float16, whose range a sum over many layers can leave.
     """
-    return torch.bfloat16 if product_dtype(x) == torch.bfloat16 else x.dtype
+    return torch.bfloat16 if compute_dtype(x) == torch.bfloat16 else x.dtype

@@ -16,9 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.compute_dtype import product_dtype
+from andromeda.ops.compute_dtype import compute_dtype
 
-IGNORED = -100
+IGNORE_INDEX = -100
 """The target of a token that does not count."""
 
 TRITON = find_spec("triton") is not None
@@ -29,7 +29,7 @@ _CHUNK_TOKENS = 256
 """Least tokens of one chunk, below which its products are too thin."""
 _TILE = 128
 """Chunks are multiples of it: tokens that a matrix product takes as one tile, whole or not, so that a part of one costs as much."""
-_SCALED = 4096
+_SCALE_ROWS = 4096
 """Rows of a gradient that are scaled at once on a CPU."""
 
 
@@ -63,13 +63,13 @@ def linear_cross_entropy(
     on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    rule = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, len(flat), weight.shape[0]), product_dtype(x))
-    tokens = (labels != IGNORED).sum()
+    options = (softcap, z_loss, chunk or _chunk_tokens(x.kernels.type, len(flat), weight.shape[0]), compute_dtype(x))
+    tokens = (labels != IGNORE_INDEX).sum()
     if reduction == "sum" and torch.is_grad_enabled():
-        total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, rule)
+        total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, options)
         return CrossEntropy(total, nll, tokens)
     with torch.no_grad():
-        total, nll, _ = _run(flat, weight, bias, labels, rule, (False, False, False))
+        total, nll, _ = _chunked_loss(flat, weight, bias, labels, options, (False, False, False))
     if reduction == "sum":
         return CrossEntropy(total.sum(), nll.sum(), tokens)
     return CrossEntropy(total.view(targets.shape), nll.view(targets.shape), tokens)
@@ -83,12 +83,12 @@ def reference(
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
     labels = targets.flatten()
-    counted = labels != IGNORED
-    nll = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
-    return CrossEntropy(nll + z_loss * logits.logsumexp(-1)[counted].square().sum(), nll.detach(), counted.sum())
+    valid = labels != IGNORE_INDEX
+    nll = F.cross_entropy(logits, labels, ignore_index=IGNORE_INDEX, reduction="sum")
+    return CrossEntropy(nll + z_loss * logits.logsumexp(-1)[valid].square().sum(), nll.detach(), valid.sum())
 
 
-Rule = tuple[float, float, int, torch.dtype]
+LossOptions = tuple[float, float, int, torch.dtype]
 """softcap, z_loss, tokens of a chunk, dtype of the products: plain values, so that torch.compile can trace them."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -97,8 +97,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """The sums, with the gradients of x, weight and bias already taken in the forward pass."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule) -> tuple[Tensor, Tensor]:
-        total, nll, gradients = _run(x, weight, bias, labels, rule, ctx.needs_input_grad[:3])
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
+        total, nll, gradients = _chunked_loss(x, weight, bias, labels, options, ctx.needs_input_grad[:3])
         ctx.save_for_backward(*gradients)
         ctx.dtypes = (x.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype)
         nll_sum = nll.sum()
@@ -108,34 +108,34 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_total: Tensor, _grad_nll: Tensor) -> tuple[Tensor | None, ...]:
-        last = _last_backward()
+        last = _is_last_backward()
         pairs = zip(ctx.saved_tensors, ctx.dtypes, strict=True)
-        return (*(None if g is None else _scaled(g, grad_total, dtype, last) for g, dtype in pairs), None, None)
+        return (*(None if g is None else _scale_grad(g, grad_total, dtype, last) for g, dtype in pairs), None, None)
 
 
-def _run(
-    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, rule: Rule, needed: tuple[bool, bool, bool]
+def _chunked_loss(
+    x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions, needs_grad: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses of x (N, C), each (N,), and those gradients of their sum that are needed: that of x in its dtype, the others as summed."""
-    softcap, z_loss, chunk, dtype = rule
-    wide, head = _wide(dtype), weight.to(dtype)
+    softcap, z_loss, chunk, dtype = options
+    accumulate_dtype, head = _accumulate_dtype(dtype), weight.to(dtype)
     totals, nlls = [], []
-    d_x = torch.empty_like(x) if needed[0] else None
+    d_x = torch.empty_like(x) if needs_grad[0] else None
     d_weight: Tensor | None = None
-    d_bias = torch.zeros_like(bias, dtype=wide) if bias is not None and needed[2] else None
+    d_bias = torch.zeros_like(bias, dtype=accumulate_dtype) if bias is not None and needs_grad[2] else None
     for start in range(0, max(1, len(x)), chunk):
         tokens = slice(start, start + chunk)
         x_n = x[tokens].to(dtype)
-        total, nll, d_logits = _rows(_logits(x_n, head, bias), labels[tokens], softcap, z_loss, any(needed))
+        total, nll, d_logits = _logits_loss(_logits(x_n, head, bias), labels[tokens], softcap, z_loss, any(needs_grad))
         totals.append(total)
         nlls.append(nll)
         if d_bias is not None:
-            d_bias += d_logits.sum(0, dtype=wide)
+            d_bias += d_logits.sum(0, dtype=accumulate_dtype)
         d_logits = d_logits.to(dtype)
         if d_x is not None:
-            _product_into(d_x[tokens], d_logits, head)
-        if needed[1]:
-            d_weight = _accumulated(d_weight, d_logits, x_n, wide)
+            _matmul_into(d_x[tokens], d_logits, head)
+        if needs_grad[1]:
+            d_weight = _accumulate_weight_grad(d_weight, d_logits, x_n, accumulate_dtype)
         # Before the next chunk takes as much again.
         del d_logits
     return torch.cat(totals), torch.cat(nlls), (d_x, d_weight, d_bias)
@@ -145,23 +145,23 @@ def _logits(x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     return x @ head.T if bias is None else torch.addmm(bias.to(x.dtype), x, head.T)
 
 
-def _rows(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _logits_loss(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """As `_chunk`; on a GPU by one kernel that reads the logits in their own type and leaves the gradient in their place."""
     if TRITON and logits.is_cuda and logits.dtype != torch.float64:
-        from andromeda.ops.triton import cross_entropy as device
+        from andromeda.ops.triton import cross_entropy as kernels
 
-        return device.rows(logits, labels, softcap, z_loss, gradient, IGNORED)
-    return _chunk(logits.to(_wide(logits.dtype)), labels, softcap, z_loss, gradient)
+        return kernels.logits_loss(logits, labels, softcap, z_loss, gradient, IGNORE_INDEX)
+    return _logits_loss_reference(logits.to(_accumulate_dtype(logits.dtype)), labels, softcap, z_loss, gradient)
 
 
-def _chunk(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _logits_loss_reference(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
     """logits (n, V), labels (n,) -> total and cross entropy, each (n,), and the total's gradient by the logits (n, V).
 
     Without `gradient` the last is not meaningful. In-place steps keep at most two tensors of the logits' size.
     """
     z = softcap * torch.tanh(logits / softcap) if softcap else logits
-    counted = labels != IGNORED
-    index = torch.where(counted, labels, 0)[:, None]
+    valid = labels != IGNORE_INDEX
+    index = torch.where(valid, labels, 0)[:, None]
     p = F.log_softmax(z, dim=-1)
     nll = -p.gather(1, index)[:, 0]
     log_z = z.gather(1, index)[:, 0] + nll
@@ -173,11 +173,11 @@ def _chunk(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradie
         p = p.scatter_add_(1, index, torch.full_like(nll, -1.0)[:, None])
         if softcap:
             p = p.mul_(1.0 - (z / softcap).square())
-        p = p.masked_fill_(~counted[:, None], 0.0)
-    return torch.where(counted, total, 0.0), torch.where(counted, nll, 0.0), p
+        p = p.masked_fill_(~valid[:, None], 0.0)
+    return torch.where(valid, total, 0.0), torch.where(valid, nll, 0.0), p
 
 
-def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
+def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
     """out = a b, without memory of its own where the types agree."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
@@ -185,45 +185,45 @@ def _product_into(out: Tensor, a: Tensor, b: Tensor) -> None:
         out.copy_(a @ b)
 
 
-def _accumulated(d_weight: Tensor | None, d_logits: Tensor, x: Tensor, wide: torch.dtype) -> Tensor:
+def _accumulate_weight_grad(d_weight: Tensor | None, d_logits: Tensor, x: Tensor, accumulate_dtype: torch.dtype) -> Tensor:
     """d_weight, or nothing yet, plus d_logits^T x: always summed over chunks in at least float32."""
-    exact = d_logits.is_cuda and d_logits.dtype != wide
+    mixed = d_logits.is_cuda and d_logits.dtype != accumulate_dtype
     if d_weight is None:
-        return torch.mm(d_logits.T, x, out_dtype=wide) if exact else (d_logits.T @ x).to(wide)
-    if exact:
+        return torch.mm(d_logits.T, x, out_dtype=accumulate_dtype) if mixed else (d_logits.T @ x).to(accumulate_dtype)
+    if mixed:
         # The product is added to the sum before it is ever rounded, and takes no memory of its own.
-        return torch.addmm(d_weight, d_logits.T, x, out_dtype=wide, out=d_weight)
-    return d_weight.addmm_(d_logits.T, x) if d_logits.dtype == wide else d_weight.add_(d_logits.T @ x)
+        return torch.addmm(d_weight, d_logits.T, x, out_dtype=accumulate_dtype, out=d_weight)
+    return d_weight.addmm_(d_logits.T, x) if d_logits.dtype == accumulate_dtype else d_weight.add_(d_logits.T @ x)
 
 
-def _last_backward() -> bool:
+def _is_last_backward() -> bool:
     """Whether the backward pass that is running frees the graph, so that what was saved for it is read for the last time."""
     return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
-def _scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
+def _scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
     """gradient * factor in `dtype`, multiplied in float32 at least: 1 / tokens rounded to bfloat16 would scale it all by up to 0.4 %.
 
     When `last`, nobody reads `gradient` again, and the product may take its place.
     """
     if TRITON and gradient.is_cuda and gradient.dtype != torch.float64:
-        from andromeda.ops.triton import cross_entropy as device
+        from andromeda.ops.triton import cross_entropy as kernels
 
-        return device.scaled(gradient, factor, dtype, last and gradient.dtype == dtype)
+        return kernels.scale_grad(gradient, factor, dtype, last and gradient.dtype == dtype)
     out = torch.empty_like(gradient, dtype=dtype)
-    for part, to in zip(gradient.split(_SCALED), out.split(_SCALED), strict=True):
+    for part, to in zip(gradient.split(_SCALE_ROWS), out.split(_SCALE_ROWS), strict=True):
         # A factor without dimensions would be rounded to the type of the gradient first.
         torch.mul(part, factor.reshape(1), out=to)
     return out
 
 
-def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
+def _chunk_tokens(kernels: str, tokens: int, vocabulary: int) -> int:
     """Tokens of a chunk: chunks as equal as whole tiles are, none of which has more logits than the device is given (to a tile)."""
-    given = _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) / vocabulary
+    given = _CHUNK_LOGITS.get(kernels, _CHUNK_LOGITS["cuda"]) / vocabulary
     most = max(_CHUNK_TOKENS, round(given / _TILE) * _TILE)
     chunks = -(-max(1, tokens) // most)
     return -(-max(1, tokens) // (chunks * _TILE)) * _TILE
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 TRITON = find_spec("triton") is not None
 
 
-def accepts(weight: Tensor) -> bool:
+def is_supported(weight: Tensor) -> bool:
     """Whether the kernel computes the gradient of this table: on a GPU, in 32 or 16 bits, a plain tensor (not a sharded one)."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)
     return TRITON and weight.is_cuda and plain and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
@@ -28,12 +28,12 @@ def accepts(weight: Tensor) -> bool:
 
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Rows `ids` (...) of weight (V, C): (..., C) in `dtype` (the table's own if None)."""
-    return embed_parts(ids, weight, 1, dtype)[0]
+    return embed_split(ids, weight, 1, dtype)[0]
 
 
-def embed_parts(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+def embed_split(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """The same, cut into `parts` of equal width (..., C / parts), whose gradients are taken up as they come, without being joined."""
-    if torch.is_grad_enabled() and weight.requires_grad and accepts(weight):
+    if torch.is_grad_enabled() and weight.requires_grad and is_supported(weight):
         return _Embed.apply(ids, weight, parts, dtype)
     return _gather(ids, weight, parts, dtype)
 
@@ -55,20 +55,20 @@ class _Embed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *dys: Tensor) -> tuple[None, Tensor, None, None]:
         (ids,) = ctx.saved_tensors
-        return None, table_gradient(ids.flatten(), [dy.flatten(0, -2) for dy in dys], ctx.rows, ctx.dtype), None, None
+        return None, embedding_weight_grad(ids.flatten(), [dy.flatten(0, -2) for dy in dys], ctx.rows, ctx.dtype), None, None
 
 
 @torch.library.custom_op("andromeda::table_gradient", mutates_args=())
-def table_gradient(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
+def embedding_weight_grad(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
     """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all.
 
     Sums are in float32 and in the order of the tokens, so that they are the same in every run.
     """
-    from andromeda.ops.triton import embedding as device
+    from andromeda.ops.triton import embedding as kernels
 
-    return device.table_gradient(ids, dys, rows, dtype)
+    return kernels.embedding_weight_grad(ids, dys, rows, dtype)
 
 
-@table_gradient.register_fake
+@embedding_weight_grad.register_fake
 def _(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
     return ids.new_empty(rows, sum(dy.shape[1] for dy in dys), dtype=dtype)

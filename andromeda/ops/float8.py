@@ -21,19 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.compute_dtype import product_dtype
-from andromeda.ops.float8_inference import FORMAT, SIDES
-from andromeda.ops.master_weight_linear import apart
+from andromeda.ops.compute_dtype import compute_dtype
+from andromeda.ops.float8_inference import FLOAT8_DTYPE, ALIGNMENT
+from andromeda.ops.master_weight_linear import split_parts
 
-VALUES, GRADIENTS = FORMAT, torch.float8_e5m2
-SMALLEST = 1e-15
+FORWARD_DTYPE, GRAD_DTYPE = FLOAT8_DTYPE, torch.float8_e5m2
+MIN_AMAX = 1e-15
 """Bounds below this count as this, so that the product of two scales is not lost in float32."""
-PIECE = 16
+ROWS_PER_PARTIAL = 16
 """Rows that are measured together."""
 TRITON = find_spec("triton") is not None
 
 
-class Weight8(NamedTuple):
+class Float8Weight(NamedTuple):
     """A weight (O, K) as both passes read it."""
 
     rows: Tensor
@@ -46,146 +46,148 @@ class Weight8(NamedTuple):
     """Largest norm of a row, and of a column as it was rounded, (2,) in float32."""
 
 
-def on_device(x: Tensor) -> bool:
+def has_kernels(x: Tensor) -> bool:
     """Whether the kernels can take x."""
     return TRITON and x.is_cuda
 
 
-def accepts(x: Tensor) -> bool:
+def is_supported(x: Tensor) -> bool:
     """Whether products of x (..., K) are taken in 8 bits here: on a GPU, in place of bfloat16, with sizes that they can have."""
     tokens = x.numel() // max(1, x.shape[-1])
-    return on_device(x) and product_dtype(x) == torch.bfloat16 and tokens > 0 and tokens % SIDES == 0
+    return has_kernels(x) and compute_dtype(x) == torch.bfloat16 and tokens > 0 and tokens % ALIGNMENT == 0
 
 
-def scale_for(bound: Tensor, dtype: torch.dtype) -> Tensor:
+def power_of_two_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
     """The least powers of two by which numbers of up to `bound` (...) can be divided to fit into `dtype`; one where all are zero."""
-    bits = (bound.float().clamp(min=SMALLEST) / torch.finfo(dtype).max).view(torch.int32)
+    bits = (bound.float().clamp(min=MIN_AMAX) / torch.finfo(dtype).max).view(torch.int32)
     # A float's bits with any of its fraction carry into its exponent.
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(bound > 0, scale, 1.0)
 
 
-def cast_weight(weight: Tensor) -> Weight8:
+def quantize_weight(weight: Tensor) -> Float8Weight:
     """weight (O, K) in both orders."""
-    return cast_weights([weight])[0]
+    return quantize_weights([weight])[0]
 
 
-def cast_weights(weights: Sequence[Tensor]) -> list[Weight8]:
+def quantize_weights(weights: Sequence[Tensor]) -> list[Float8Weight]:
     """Each of the weights (O, K) in both orders."""
-    *held, scales, norms = _cast_weights(list(weights))
-    return [Weight8(*parts) for parts in zip(held[::2], held[1::2], scales[:, 0].unbind(), norms.unbind(), strict=True)]
+    *casts, scales, norms = _quantize_weights_op(list(weights))
+    return [Float8Weight(*parts) for parts in zip(casts[::2], casts[1::2], scales[:, 0].unbind(), norms.unbind(), strict=True)]
 
 
 @torch.library.custom_op("andromeda::cast_weights8", mutates_args=(), device_types="cuda")
-def _cast_weights(weights: list[Tensor]) -> list[Tensor]:
+def _quantize_weights_op(weights: list[Tensor]) -> list[Tensor]:
     """Rows and columns of each in turn, then scales in the first column of (L, 4), where each begins at 16 bytes, and norms (L, 2).
 
     All in one, as a model has a hundred weights, and the host, which asks for so little of each, is what a step waits for here.
     """
-    from andromeda.ops.triton import float8 as device
+    from andromeda.ops.triton import float8 as kernels
 
-    largest, rows = torch.stack([device.measure(weight, PIECE).amax(1) for weight in weights]).unbind(1)
-    scales = scale_for(largest, VALUES)
+    largest, rows = torch.stack([kernels.amax_and_norm_partials(weight, ROWS_PER_PARTIAL).amax(1) for weight in weights]).unbind(1)
+    scales = power_of_two_scale(largest, FORWARD_DTYPE)
     spread = F.pad(scales[:, None], (0, 3))
-    held: list[Tensor] = []
+    casts: list[Tensor] = []
     for weight, row in zip(weights, spread.unbind(), strict=True):
-        by_row, by_column, _ = device.cast(weight, row[0], VALUES)
+        by_row, by_column, _ = kernels.cast_to_float8(weight, row[0], FORWARD_DTYPE)
         assert by_column is not None
-        held += [by_row, by_column]
+        casts += [by_row, by_column]
     # A quarter of the bytes that the weight has.
-    columns = torch.stack([device.measure(part, PIECE)[1].amax() for part in held[1::2]])
-    return [*held, spread, torch.stack([rows, columns * scales], 1)]
+    columns = torch.stack([kernels.amax_and_norm_partials(part, ROWS_PER_PARTIAL)[1].amax() for part in casts[1::2]])
+    return [*casts, spread, torch.stack([rows, columns * scales], 1)]
 
 
-@_cast_weights.register_fake
+@_quantize_weights_op.register_fake
 def _(weights: list[Tensor]) -> list[Tensor]:
-    held = [weight.new_empty(shape, dtype=VALUES) for weight in weights for shape in (weight.shape, weight.shape[::-1])]
-    return [*held, *(weights[0].new_empty(len(weights), width, dtype=torch.float32) for width in (4, 2))]
+    casts = [weight.new_empty(shape, dtype=FORWARD_DTYPE) for weight in weights for shape in (weight.shape, weight.shape[::-1])]
+    return [*casts, *(weights[0].new_empty(len(weights), width, dtype=torch.float32) for width in (4, 2))]
 
 
-def product(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool) -> Tensor:
+def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool) -> Tensor:
     """a (M, K) and b (N, K) in 8 bits and their scales -> a b^T (M, N) in `dtype`. fast: sums that are cut off a little earlier."""
     return torch._scaled_mm(a, b.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
     """dy^T (O, N) and x^T (K, N) in 8 bits -> the gradient (O, K) in `dtype`: into float32 without a rounding in between."""
-    wide = torch.float32 if dtype == torch.float32 else torch.bfloat16
-    return product(dy, x, scales, wide, fast=False).to(dtype)
+    out_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
+    return scaled_mm(dy, x, scales, out_dtype, fast=False).to(dtype)
 
 
-def limits(x: Tensor) -> tuple[Tensor, Tensor]:
+def amax_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     """x (N, K) -> its largest absolute value () and the largest norm of a row () in float32."""
     # One by one, so that a compiler takes each with what is made of it.
-    largest, norm = measure(x).unbind()
+    largest, norm = amax_and_norm_partials(x).unbind()
     return largest.amax(), norm.amax()
 
 
 @torch.library.custom_op("andromeda::measure8", mutates_args=(), device_types="cuda")
-def measure(x: Tensor) -> Tensor:
+def amax_and_norm_partials(x: Tensor) -> Tensor:
     """x (N, K) -> largest absolute values and largest norms of its rows, each of PIECE rows, (2, pieces) in float32."""
-    from andromeda.ops.triton import float8 as device
+    from andromeda.ops.triton import float8 as kernels
 
-    return device.measure(x.contiguous(), PIECE)
+    return kernels.amax_and_norm_partials(x.contiguous(), ROWS_PER_PARTIAL)
 
 
-@measure.register_fake
+@amax_and_norm_partials.register_fake
 def _(x: Tensor) -> Tensor:
-    return x.new_empty(2, -(-x.shape[0] // PIECE), dtype=torch.float32)
+    return x.new_empty(2, -(-x.shape[0] // ROWS_PER_PARTIAL), dtype=torch.float32)
 
 
 @torch.library.custom_op("andromeda::cast8", mutates_args=(), device_types="cuda")
-def cast(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
+def cast_to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, K) over scale () in 8 bits; the same transposed (K, N) if asked for; the sum of x's rows (K,) in float32 if asked for."""
-    from andromeda.ops.triton import float8 as device
+    from andromeda.ops.triton import float8 as kernels
 
-    by_row, by_column, sums = device.cast(x.contiguous(), scale, dtype, columns, total)
+    by_row, by_column, sums = kernels.cast_to_float8(x.contiguous(), scale, dtype, columns, total)
     return by_row, by_row.new_empty(0) if by_column is None else by_column, scale.new_empty(0) if sums is None else sums
 
 
-@cast.register_fake
+@cast_to_float8.register_fake
 def _(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
     N, K = x.shape
     transposed = x.new_empty((K, N) if columns else (0,), dtype=dtype)
     return x.new_empty(N, K, dtype=dtype), transposed, x.new_empty(K if total else 0, dtype=torch.float32)
 
 
-def linear8(x: Tensor, weight: Weight8, parameters: Sequence[Tensor], bias: Tensor | None = None, bound: Tensor | None = None) -> Tensor:
+def float8_linear(
+    x: Tensor, weight: Float8Weight, parameters: Sequence[Tensor], bias: Tensor | None = None, bound: Tensor | None = None
+) -> Tensor:
     """x (..., K) W^T + bias -> (..., O) in bfloat16; gradients are of first order.
 
     weight is what was cast of the `parameters` (O_i, K), one below the other; it may have more rows than they, of zeros.
     bound (): of x's values, which are measured otherwise.
     """
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    out: Tensor = _Linear.apply(flat, weight.rows, weight.columns, weight.scale, bound, bias, *parameters)
+    out: Tensor = _Float8Linear.apply(flat, weight.rows, weight.columns, weight.scale, bound, bias, *parameters)
     return out.view(*x.shape[:-1], -1)
 
 
-class _Linear(torch.autograd.Function):
+class _Float8Linear(torch.autograd.Function):
     """Products are PyTorch's, so that checkpointing and a compiler see them."""
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, rows: Tensor, columns: Tensor, scale: Tensor, bound: Tensor | None, bias: Tensor | None, *parameters: Tensor
     ) -> Tensor:
-        x_scale = scale_for(limits(x)[0] if bound is None else bound, VALUES)
-        x_rows, x_columns, _ = cast(x, x_scale, VALUES, any(ctx.needs_input_grad[6:]), False)
+        x_scale = power_of_two_scale(amax_and_norm(x)[0] if bound is None else bound, FORWARD_DTYPE)
+        x_rows, x_columns, _ = cast_to_float8(x, x_scale, FORWARD_DTYPE, any(ctx.needs_input_grad[6:]), False)
         ctx.save_for_backward(x_columns, x_scale, columns, scale)
         ctx.sizes, ctx.dtype = [p.shape[0] for p in parameters], parameters[0].dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         shift = None if bias is None else bias.to(torch.bfloat16)
-        return product(x_rows, rows, (x_scale, scale), torch.bfloat16, shift, fast=True)
+        return scaled_mm(x_rows, rows, (x_scale, scale), torch.bfloat16, shift, fast=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_columns, x_scale, columns, scale = ctx.saved_tensors
-        need = ctx.needs_input_grad
-        dy_scale = scale_for(limits(dy)[0], GRADIENTS)
-        dy_rows, dy_columns, total = cast(dy, dy_scale, GRADIENTS, any(need[6:]), need[5])
-        dx = product(dy_rows, columns, (dy_scale, scale), torch.bfloat16, fast=False) if need[0] else None
+        needs = ctx.needs_input_grad
+        dy_scale = power_of_two_scale(amax_and_norm(dy)[0], GRAD_DTYPE)
+        dy_rows, dy_columns, total = cast_to_float8(dy, dy_scale, GRAD_DTYPE, any(needs[6:]), needs[5])
+        dx = scaled_mm(dy_rows, columns, (dy_scale, scale), torch.bfloat16, fast=False) if needs[0] else None
         dw: tuple[Tensor | None, ...] = (None,) * len(ctx.sizes)
-        if any(need[6:]):
-            whole = weight_gradient(dy_columns, x_columns, (dy_scale, x_scale), ctx.dtype)
-            dw = apart(whole, ctx.sizes)
-        return (dx, None, None, None, None, total.to(ctx.bias_dtype) if need[5] else None, *dw)
+        if any(needs[6:]):
+            grad = weight_gradient(dy_columns, x_columns, (dy_scale, x_scale), ctx.dtype)
+            dw = split_parts(grad, ctx.sizes)
+        return (dx, None, None, None, None, total.to(ctx.bias_dtype) if needs[5] else None, *dw)

@@ -16,16 +16,16 @@ import torch
 from torch import Tensor
 
 TRITON = find_spec("triton") is not None
-ROWS = 8
+MAX_ROWS = 8
 """Most rows."""
-ALONE = 2
+MAX_FUSED_NORM_ROWS = 2
 """Up to here every program normalizes the rows for itself; more rows are normalized once, by a kernel of their own."""
-TYPES = (torch.bfloat16, torch.float16, torch.float32)
-WIDEST = 1 << 15
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+MAX_INPUTS = 1 << 15
 """Inputs."""
 
 
-class Norm(NamedTuple):
+class GemvNorm(NamedTuple):
     """Layer or RMS norm of the rows (`kind` layer, rms)."""
 
     kind: str
@@ -34,7 +34,7 @@ class Norm(NamedTuple):
     """(K,)."""
 
 
-class Shift(NamedTuple):
+class GemvTokenShift(NamedTuple):
     """Token shift by chunks: channels [i C, (i + 1) C) for C = K // (J + 1) are of i tokens before, zero across documents."""
 
     past: Tensor
@@ -45,18 +45,18 @@ class Shift(NamedTuple):
     """Where the token of this pass lies among the keys, a number () on the device; None is the last."""
 
 
-class Keep(NamedTuple):
+class PendingShiftUpdate(NamedTuple):
     """A past that is still to be moved on: programs of the product that read it may not have come to it yet.
 
     The next product is given it and does it; none may come between that reads `past`.
     """
 
     past: Tensor
-    fresh: Tensor
+    normalized: Tensor
     """Normalized rows (M, K)."""
 
 
-class Place(NamedTuple):
+class CacheSlot(NamedTuple):
     """Where some outputs go as well: into a cache."""
 
     cache: Tensor
@@ -67,66 +67,66 @@ class Place(NamedTuple):
     """The first of those outputs."""
 
 
-def refuse(x: Tensor, *weights: Tensor) -> str | None:
+def unsupported_reason(x: Tensor, *weights: Tensor) -> str | None:
     """Why the kernels do not compute products of x (M, K) with these matrices (N, K), or None."""
     if not (TRITON and x.is_cuda):
         return "they need a CUDA GPU and Triton"
-    if x.dtype not in TYPES or any(w.dtype != x.dtype for w in weights):
+    if x.dtype not in DTYPES or any(w.dtype != x.dtype for w in weights):
         return "they compute in 32 and 16 bits, rows and weights alike"
-    if x.shape[0] > ROWS or any(max(w.shape[1], x.shape[1]) > WIDEST for w in weights):
-        return f"they take {ROWS} rows of {WIDEST} inputs at most"
+    if x.shape[0] > MAX_ROWS or any(max(w.shape[1], x.shape[1]) > MAX_INPUTS for w in weights):
+        return f"they take {MAX_ROWS} rows of {MAX_INPUTS} inputs at most"
     if any(type(w) not in (Tensor, torch.nn.Parameter) or not w.is_contiguous() for w in weights):
         return "they read plain matrices that lie in one piece"
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return "they have no backward pass" if trained else None
 
 
-def product(
+def gemv(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
     *,
-    norm: Norm | None = None,
-    shift: Shift | None = None,
+    norm: GemvNorm | None = None,
+    shift: GemvTokenShift | None = None,
     activation: str = "none",
     residual: Tensor | None = None,
-    keep: Keep | None = None,
-    place: Place | None = None,
-) -> tuple[Tensor, Keep | None]:
+    pending: PendingShiftUpdate | None = None,
+    slot: CacheSlot | None = None,
+) -> tuple[Tensor, PendingShiftUpdate | None]:
     """activation(x' W^T + b) + residual (M, N) for x (M, K), weight (N, K), bias (N,), residual (M, N); x' is x normed and shifted.
 
     activation: none, gelu, gelu_tanh, relu, relu2 or silu. What comes back beside it, if anything, is the `keep` of the next product.
     """
-    if norm and len(x) > ALONE:
+    if norm and len(x) > MAX_FUSED_NORM_ROWS:
         x, norm, shift = normalize(x, norm, shift), None, None
     kind, eps, gain = norm or ("none", 0.0, None)
     past, documents, at = shift or (None, None, None)
-    own, numbers = documents or (None, None)
-    asked = (*(keep or (None, None)), *(place or (None, None, 0)), kind, eps, activation)
-    y, fresh = _product(x, weight, bias, residual, gain, past, own, numbers, at, *asked)
-    return y, None if past is None else Keep(past, fresh)
+    q_documents, k_documents = documents or (None, None)
+    options = (*(pending or (None, None)), *(slot or (None, None, 0)), kind, eps, activation)
+    y, normalized = _gemv_op(x, weight, bias, residual, gain, past, q_documents, k_documents, at, *options)
+    return y, None if past is None else PendingShiftUpdate(past, normalized)
 
 
-def normalize(x: Tensor, norm: Norm, shift: Shift | None = None) -> Tensor:
+def normalize(x: Tensor, norm: GemvNorm, shift: GemvTokenShift | None = None) -> Tensor:
     """x (M, K) normed and shifted; the shift's past is moved on."""
     past, documents, at = shift or (None, None, None)
-    own, numbers = documents or (None, None)
-    return _normalize(x, norm.gain, past, own, numbers, at, norm.kind, norm.eps)
+    q_documents, k_documents = documents or (None, None)
+    return _normalize_op(x, norm.gain, past, q_documents, k_documents, at, norm.kind, norm.eps)
 
 
 @torch.library.custom_op("andromeda::gemv", mutates_args=("old", "cache"))
-def _product(
+def _gemv_op(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     residual: Tensor | None,
     gain: Tensor | None,
     past: Tensor | None,
-    own: Tensor | None,
-    numbers: Tensor | None,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
     index: Tensor | None,
-    old: Tensor | None,
-    row: Tensor | None,
+    pending_past: Tensor | None,
+    pending_normalized: Tensor | None,
     cache: Tensor | None,
     at: Tensor | None,
     begin: int,
@@ -135,52 +135,52 @@ def _product(
     activation: str,
 ) -> tuple[Tensor, Tensor]:
     """The product, and the normalized rows if `past` is given. old, row: what is kept for an earlier product."""
-    from andromeda.ops.triton import gemv as device
+    from andromeda.ops.triton import gemv as kernels
 
-    y, fresh = _outputs(x, weight, past)
-    place = device.Place()
+    y, normalized = _empty_outputs(x, weight, past)
+    slot = kernels.CacheSlotPointers()
     if cache is not None:
-        place = device.Place(cache, at, begin, begin + cache[0, 0].numel(), cache.stride(0), cache.stride(1))
-    device.product(
-        device.Input(x, kind, eps, gain, past, own, numbers, index),
-        *(weight, y, device.After(bias, residual), activation),
-        *(None if past is None else fresh, device.Keep(old, row), place),
+        slot = kernels.CacheSlotPointers(cache, at, begin, begin + cache[0, 0].numel(), cache.stride(0), cache.stride(1))
+    kernels.gemv(
+        kernels.GemvInput(x, kind, eps, gain, past, q_documents, k_documents, index),
+        *(weight, y, kernels.GemvEpilogue(bias, residual), activation),
+        *(None if past is None else normalized, kernels.PendingShiftPointers(pending_past, pending_normalized), slot),
     )
-    return y, fresh
+    return y, normalized
 
 
-@_product.register_fake
+@_gemv_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, past: Tensor | None,
-    own: Tensor | None, numbers: Tensor | None, index: Tensor | None, old: Tensor | None, row: Tensor | None, cache: Tensor | None,
+    q_documents: Tensor | None, k_documents: Tensor | None, index: Tensor | None, pending_past: Tensor | None, pending_normalized: Tensor | None, cache: Tensor | None,
     at: Tensor | None, begin: int, kind: str, eps: float, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    return _outputs(x, weight, past)
+    return _empty_outputs(x, weight, past)
 
 
-def _outputs(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
+def _empty_outputs(x: Tensor, weight: Tensor, past: Tensor | None) -> tuple[Tensor, Tensor]:
     return x.new_empty(len(x), len(weight)), x.new_empty(0) if past is None else torch.empty_like(x)
 
 
 @torch.library.custom_op("andromeda::gemv_normalize", mutates_args=("past",))
-def _normalize(
+def _normalize_op(
     x: Tensor,
     gain: Tensor | None,
     past: Tensor | None,
-    own: Tensor | None,
-    numbers: Tensor | None,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
     index: Tensor | None,
     kind: str,
     eps: float,
 ) -> Tensor:
-    from andromeda.ops.triton import gemv as device
+    from andromeda.ops.triton import gemv as kernels
 
-    return device.normalize(device.Input(x, kind, eps, gain, past, own, numbers, index))
+    return kernels.normalize(kernels.GemvInput(x, kind, eps, gain, past, q_documents, k_documents, index))
 
 
-@_normalize.register_fake
+@_normalize_op.register_fake
 def _(
-    x: Tensor, gain: Tensor | None, past: Tensor | None, own: Tensor | None, numbers: Tensor | None, index: Tensor | None,
+    x: Tensor, gain: Tensor | None, past: Tensor | None, q_documents: Tensor | None, k_documents: Tensor | None, index: Tensor | None,
     kind: str, eps: float,
 ) -> Tensor:  # fmt: skip
     return torch.empty_like(x)

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
-class Weight16(NamedTuple):
+class CastWeight(NamedTuple):
     """A weight (O, K) as products read it, and where its gradient goes."""
 
     rows: Tensor
@@ -26,17 +26,17 @@ class Weight16(NamedTuple):
     """(O, K), to which the gradient is added; None where it is returned."""
 
 
-def linear16(x: Tensor, weight: Weight16, parameters: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
+def cast_linear(x: Tensor, weight: CastWeight, parameters: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
     """x (..., K) W^T + bias -> (..., O) in the weight's type; gradients are of first order.
 
     weight is what was cast of the `parameters` (O_i, K), one below the other; it may have more rows than they, of zeros.
     """
     flat = x.reshape(-1, x.shape[-1])
-    out: Tensor = _Linear.apply(flat, *weight, bias, *parameters)
+    out: Tensor = _CastLinear.apply(flat, *weight, bias, *parameters)
     return out.view(*x.shape[:-1], -1)
 
 
-class _Linear(torch.autograd.Function):
+class _CastLinear(torch.autograd.Function):
     """Products are PyTorch's, so that checkpointing and a compiler see them."""
 
     @staticmethod
@@ -53,44 +53,44 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rows = ctx.saved_tensors
-        need, sizes = ctx.needs_input_grad, ctx.sizes
+        needs, sizes = ctx.needs_input_grad, ctx.sizes
         dw: tuple[Tensor | None, ...] = (None,) * len(sizes)
-        whole = weight_gradient(dy, x, ctx.weight_dtype, ctx.total) if any(need[4:]) else None
-        if whole is not None:
-            dw = apart(whole, sizes)
-        db = dy.sum(0, dtype=ctx.bias_dtype) if need[3] else None
-        return ((dy @ rows).to(ctx.dtype) if need[0] else None, None, None, db, *dw)
+        grad = weight_gradient(dy, x, ctx.weight_dtype, ctx.total) if any(needs[4:]) else None
+        if grad is not None:
+            dw = split_parts(grad, sizes)
+        db = dy.sum(0, dtype=ctx.bias_dtype) if needs[3] else None
+        return ((dy @ rows).to(ctx.dtype) if needs[0] else None, None, None, db, *dw)
 
 
-def apart(whole: Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
+def split_parts(grad: Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
     """Views of so many rows each, or columns; what is left at the end belongs to nobody."""
-    return whole.split([*sizes, whole.shape[dim] - sum(sizes)], dim)[:-1]
+    return grad.split([*sizes, grad.shape[dim] - sum(sizes)], dim)[:-1]
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor | None:
     """dY^T x (O, K) in `dtype` of dY (N, O) and x (N, K); None where it was added to `total`."""
     if total is None:
-        made: Tensor = product(dy, x, dtype)
-        return made
-    add_product(total, dy, x)
+        grad: Tensor = weight_grad_matmul(dy, x, dtype)
+        return grad
+    weight_grad_addmm(total, dy, x)
     return None
 
 
 @torch.library.custom_op("andromeda::weight_gradient", mutates_args=(), device_types="cuda")
-def product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_grad_matmul(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """dY^T x in `dtype`: of 16 bits into float32 without a rounding in between."""
     if dtype == torch.float32 and x.dtype != dtype:
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T @ x).to(dtype)
 
 
-@product.register_fake
+@weight_grad_matmul.register_fake
 def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.new_empty(dy.shape[1], x.shape[1], dtype=dtype)
 
 
 @torch.library.custom_op("andromeda::add_weight_gradient", mutates_args=("total",), device_types="cuda")
-def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
+def weight_grad_addmm(total: Tensor, dy: Tensor, x: Tensor) -> None:
     """Add dY^T x to total (O, K), float32 or of the same type."""
     if total.dtype == x.dtype:
         total.addmm_(dy.T, x)
@@ -98,6 +98,6 @@ def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
         torch.addmm(total, dy.T, x, out_dtype=total.dtype, out=total)
 
 
-@add_product.register_fake
+@weight_grad_addmm.register_fake
 def _(total: Tensor, dy: Tensor, x: Tensor) -> None:
     return None

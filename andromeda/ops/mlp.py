@@ -16,33 +16,33 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.compute_dtype import HALF, product_dtype
-from andromeda.ops.master_weight_linear import Weight16, weight_gradient
+from andromeda.ops.compute_dtype import HALF_DTYPES, compute_dtype
+from andromeda.ops.master_weight_linear import CastWeight, weight_gradient
 
 TRITON = find_spec("triton") is not None
 
 
-def accepts(x: Tensor, *parameters: Tensor) -> bool:
+def is_supported(x: Tensor, *parameters: Tensor) -> bool:
     """Whether `gelu_mlp` serves: gradients of plain tensors (not sharded ones) on a GPU, products in 16 bits."""
     return (
         TRITON
         and x.is_cuda
         and torch.is_grad_enabled()
-        and product_dtype(x) in HALF
+        and compute_dtype(x) in HALF_DTYPES
         and all(type(p) in (Tensor, torch.nn.Parameter) and p.is_cuda for p in parameters)
     )
 
 
-def gelu_mlp(x: Tensor, first: Weight16, w1: Tensor, b1: Tensor, second: Weight16, w2: Tensor, b2: Tensor) -> Tensor:
+def gelu_mlp(x: Tensor, first: CastWeight, w1: Tensor, b1: Tensor, second: CastWeight, w2: Tensor, b2: Tensor) -> Tensor:
     """x (..., C), w1 (H, C), b1 (H,), w2 (C', H), b2 (C',) -> (..., C'), with the exact GELU; gradients are of first order.
 
     first, second: what was cast of w1 and w2, and where their gradients go.
     """
-    out: Tensor = _Mlp.apply(x.reshape(-1, x.shape[-1]), *first, w1, b1, *second, w2, b2)
+    out: Tensor = _GeluMlp.apply(x.reshape(-1, x.shape[-1]), *first, w1, b1, *second, w2, b2)
     return out.view(*x.shape[:-1], -1)
 
 
-class _Mlp(torch.autograd.Function):
+class _GeluMlp(torch.autograd.Function):
     """Products are PyTorch's, so that checkpointing and a compiler see them."""
 
     @staticmethod
@@ -64,26 +64,26 @@ class _Mlp(torch.autograd.Function):
         dtype, w1_dtype, b1_dtype, w2_dtype, b2_dtype = ctx.dtypes
         dy = dy.to(u.dtype)
         du, a, d_b1 = gelu_gradients(dy @ rows2, u, b1)
-        need = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         return (
-            (du @ rows1).to(dtype) if need[0] else None,
+            (du @ rows1).to(dtype) if needs[0] else None,
             None,
             None,
-            weight_gradient(du, x, w1_dtype, ctx.totals[0]) if need[3] else None,
-            d_b1.to(b1_dtype) if need[4] else None,
+            weight_gradient(du, x, w1_dtype, ctx.totals[0]) if needs[3] else None,
+            d_b1.to(b1_dtype) if needs[4] else None,
             None,
             None,
-            weight_gradient(dy, a, w2_dtype, ctx.totals[1]) if need[7] else None,
-            dy.sum(0, dtype=d_b1.dtype).to(b2_dtype) if need[8] else None,
+            weight_gradient(dy, a, w2_dtype, ctx.totals[1]) if needs[7] else None,
+            dy.sum(0, dtype=d_b1.dtype).to(b2_dtype) if needs[8] else None,
         )
 
 
 @torch.library.custom_op("andromeda::gelu", mutates_args=(), device_types="cuda")
 def gelu(u: Tensor, bias: Tensor) -> Tensor:
     """GELU(u + bias), the sum in float32; u (N, H) in 16 bits, bias (H,)."""
-    from andromeda.ops.triton import gelu as device
+    from andromeda.ops.triton import gelu as kernels
 
-    return device.forward(u, bias)
+    return kernels.gelu(u, bias)
 
 
 @gelu.register_fake
@@ -94,9 +94,9 @@ def _(u: Tensor, bias: Tensor) -> Tensor:
 @torch.library.custom_op("andromeda::gelu_gradients", mutates_args=(), device_types="cuda")
 def gelu_gradients(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gradient by u (N, H) of what has the gradient da by GELU(u + bias); that GELU; and the gradient by the bias (H,) in float32."""
-    from andromeda.ops.triton import gelu as device
+    from andromeda.ops.triton import gelu as kernels
 
-    return device.backward(da, u, bias)
+    return kernels.gelu_backward(da, u, bias)
 
 
 @gelu_gradients.register_fake

@@ -20,25 +20,34 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.float8 import GRADIENTS, VALUES, Weight8, cast, limits, product, scale_for, weight_gradient
+from andromeda.ops.float8 import (
+    GRAD_DTYPE,
+    FORWARD_DTYPE,
+    Float8Weight,
+    cast_to_float8,
+    amax_and_norm,
+    scaled_mm,
+    power_of_two_scale,
+    weight_gradient,
+)
 
-FORWARD, BACKWARD = 1.25, 1.5
+FORWARD_MARGIN, BACKWARD_MARGIN = 1.25, 1.5
 """Margins of the bounds: above (17/16)^2, and above 9/8 * 17/16 * 1.13."""
 
 
-def gelu_mlp8(
-    x: Tensor, first: Weight8, w1: Tensor, b1: Tensor, second: Weight8, w2: Tensor, b2: Tensor, bound: Tensor | None = None
+def gelu_mlp_fp8(
+    x: Tensor, first: Float8Weight, w1: Tensor, b1: Tensor, second: Float8Weight, w2: Tensor, b2: Tensor, bound: Tensor | None = None
 ) -> Tensor:
     """x (..., C), w1 (H, C), b1 (H,), w2 (C', H), b2 (C',) -> (..., C') in bfloat16, with the exact GELU; gradients of first order.
 
     first, second: what was cast of w1 and w2. bound (): of the norms of x's rows, which are measured otherwise.
     """
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
-    out: Tensor = _Mlp.apply(flat, *first, w1, b1, *second, w2, b2, bound)
+    out: Tensor = _GeluMlpFp8.apply(flat, *first, w1, b1, *second, w2, b2, bound)
     return out.view(*x.shape[:-1], -1)
 
 
-class _Mlp(torch.autograd.Function):
+class _GeluMlpFp8(torch.autograd.Function):
     """Products are PyTorch's, so that checkpointing and a compiler see them."""
 
     @staticmethod
@@ -46,62 +55,62 @@ class _Mlp(torch.autograd.Function):
         ctx: Any, x: Tensor, rows1: Tensor, columns1: Tensor, scale1: Tensor, norms1: Tensor, w1: Tensor, b1: Tensor,
         rows2: Tensor, columns2: Tensor, scale2: Tensor, norms2: Tensor, w2: Tensor, b2: Tensor, bound: Tensor | None,
     ) -> Tensor:  # fmt: skip
-        largest, norm = limits(x) if bound is None else (bound, bound)
-        x_scale = scale_for(largest, VALUES)
-        x_rows, x_columns, _ = cast(x, x_scale, VALUES, ctx.needs_input_grad[5], False)
-        u = product(x_rows, rows1, (x_scale, scale1), torch.bfloat16, fast=True)
-        a_scale = scale_for(FORWARD * norm * norms1[0] + b1.abs().amax(), VALUES)
+        largest, norm = amax_and_norm(x) if bound is None else (bound, bound)
+        x_scale = power_of_two_scale(largest, FORWARD_DTYPE)
+        x_rows, x_columns, _ = cast_to_float8(x, x_scale, FORWARD_DTYPE, ctx.needs_input_grad[5], False)
+        u = scaled_mm(x_rows, rows1, (x_scale, scale1), torch.bfloat16, fast=True)
+        a_scale = power_of_two_scale(FORWARD_MARGIN * norm * norms1[0] + b1.abs().amax(), FORWARD_DTYPE)
         ctx.save_for_backward(x_columns, x_scale, u, b1, a_scale, columns1, scale1, columns2, scale2, norms2)
         ctx.dtypes = w1.dtype, b1.dtype, w2.dtype, b2.dtype
-        return product(gelu8(u, b1, a_scale), rows2, (a_scale, scale2), torch.bfloat16, b2.to(torch.bfloat16), fast=True)
+        return scaled_mm(gelu_fp8(u, b1, a_scale), rows2, (a_scale, scale2), torch.bfloat16, b2.to(torch.bfloat16), fast=True)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x_columns, x_scale, u, b1, a_scale, columns1, scale1, columns2, scale2, norms2 = ctx.saved_tensors
-        need = ctx.needs_input_grad
+        needs = ctx.needs_input_grad
         w1_dtype, b1_dtype, w2_dtype, b2_dtype = ctx.dtypes
-        largest, norm = limits(dy)
-        dy_scale = scale_for(largest, GRADIENTS)
-        dy_rows, dy_columns, d_b2 = cast(dy, dy_scale, GRADIENTS, need[11], need[12])
-        da = product(dy_rows, columns2, (dy_scale, scale2), torch.bfloat16, fast=False)
-        du_scale = scale_for(BACKWARD * norm * norms2[1], GRADIENTS)
-        du_rows, du_columns, a_columns, d_b1 = gelu8_gradients(da, u, b1, a_scale, du_scale)
+        largest, norm = amax_and_norm(dy)
+        dy_scale = power_of_two_scale(largest, GRAD_DTYPE)
+        dy_rows, dy_columns, d_b2 = cast_to_float8(dy, dy_scale, GRAD_DTYPE, needs[11], needs[12])
+        da = scaled_mm(dy_rows, columns2, (dy_scale, scale2), torch.bfloat16, fast=False)
+        du_scale = power_of_two_scale(BACKWARD_MARGIN * norm * norms2[1], GRAD_DTYPE)
+        du_rows, du_columns, a_columns, d_b1 = gelu_fp8_gradients(da, u, b1, a_scale, du_scale)
         return (
-            product(du_rows, columns1, (du_scale, scale1), torch.bfloat16, fast=False) if need[0] else None,
+            scaled_mm(du_rows, columns1, (du_scale, scale1), torch.bfloat16, fast=False) if needs[0] else None,
             *[None] * 4,
-            weight_gradient(du_columns, x_columns, (du_scale, x_scale), w1_dtype) if need[5] else None,
-            d_b1.to(b1_dtype) if need[6] else None,
+            weight_gradient(du_columns, x_columns, (du_scale, x_scale), w1_dtype) if needs[5] else None,
+            d_b1.to(b1_dtype) if needs[6] else None,
             *[None] * 4,
-            weight_gradient(dy_columns, a_columns, (dy_scale, a_scale), w2_dtype) if need[11] else None,
-            d_b2.to(b2_dtype) if need[12] else None,
+            weight_gradient(dy_columns, a_columns, (dy_scale, a_scale), w2_dtype) if needs[11] else None,
+            d_b2.to(b2_dtype) if needs[12] else None,
             None,
         )
 
 
 @torch.library.custom_op("andromeda::gelu8", mutates_args=(), device_types="cuda")
-def gelu8(u: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
+def gelu_fp8(u: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     """GELU(u + bias) over scale () in e4m3 (N, H)."""
-    from andromeda.ops.triton import gelu_float8 as device
+    from andromeda.ops.triton import gelu_float8 as kernels
 
-    return device.forward(u.contiguous(), bias, scale, VALUES)
+    return kernels.gelu_fp8(u.contiguous(), bias, scale, FORWARD_DTYPE)
 
 
-@gelu8.register_fake
+@gelu_fp8.register_fake
 def _(u: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
-    return u.new_empty(u.shape, dtype=VALUES)
+    return u.new_empty(u.shape, dtype=FORWARD_DTYPE)
 
 
 @torch.library.custom_op("andromeda::gelu8_gradients", mutates_args=(), device_types="cuda")
-def gelu8_gradients(da: Tensor, u: Tensor, bias: Tensor, a_scale: Tensor, du_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def gelu_fp8_gradients(da: Tensor, u: Tensor, bias: Tensor, a_scale: Tensor, du_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of a = GELU(u + bias) with the gradient da: du (N, H) and du^T (H, N) in e5m2, a^T (H, N) in e4m3, the bias's gradient (H,)."""
-    from andromeda.ops.triton import gelu_float8 as device
+    from andromeda.ops.triton import gelu_float8 as kernels
 
-    return device.backward(da.contiguous(), u.contiguous(), bias, a_scale, du_scale, VALUES, GRADIENTS)
+    return kernels.gelu_fp8_backward(da.contiguous(), u.contiguous(), bias, a_scale, du_scale, FORWARD_DTYPE, GRAD_DTYPE)
 
 
-@gelu8_gradients.register_fake
+@gelu_fp8_gradients.register_fake
 def _(da: Tensor, u: Tensor, bias: Tensor, a_scale: Tensor, du_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     N, H = u.shape
-    du, turned = u.new_empty(N, H, dtype=GRADIENTS), u.new_empty(H, N, dtype=GRADIENTS)
-    return du, turned, u.new_empty(H, N, dtype=VALUES), u.new_empty(H, dtype=torch.float32)
+    du, du_t = u.new_empty(N, H, dtype=GRAD_DTYPE), u.new_empty(H, N, dtype=GRAD_DTYPE)
+    return du, du_t, u.new_empty(H, N, dtype=FORWARD_DTYPE), u.new_empty(H, dtype=torch.float32)

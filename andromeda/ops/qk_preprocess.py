@@ -22,7 +22,7 @@ Layout = Literal["none", "half", "interleaved"]
 TRITON = find_spec("triton") is not None
 
 
-class Form(NamedTuple):
+class QKPreprocessSpec(NamedTuple):
     """What is done to queries and keys."""
 
     norm: Norm
@@ -33,13 +33,13 @@ class Form(NamedTuple):
     """Learned factors after the norm, for each head (H, 1) or each head and dimension (H, D)."""
     k_scale: Tensor | None = None
     """The same of keys (G, 1) or (G, D)."""
-    tails: tuple[Tensor, ...] = ()
+    alibi: tuple[Tensor, ...] = ()
     """Folded ALiBi: slopes (H,) over the softmax scale, in the queries' type, and digits of the keys (T, 4); or none."""
 
 
-def accepts(q: Tensor, k: Tensor, form: Form) -> bool:
+def is_supported(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> bool:
     """Whether the kernel computes this: on a GPU, in 32 or 16 bits, on plain tensors (not sharded ones)."""
-    tensors = (q, k, *form.tables, *form.tails, *(s for s in (form.q_scale, form.k_scale) if s is not None))
+    tensors = (q, k, *form.tables, *form.alibi, *(s for s in (form.q_scale, form.k_scale) if s is not None))
     return (
         TRITON
         and all(t.is_cuda and type(t) in (Tensor, torch.nn.Parameter) for t in tensors)
@@ -50,15 +50,15 @@ def accepts(q: Tensor, k: Tensor, form: Form) -> bool:
     )
 
 
-def prepare(q: Tensor, k: Tensor, form: Form) -> tuple[Tensor, Tensor]:
+def preprocess_qk(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> tuple[Tensor, Tensor]:
     """q (B, T, H, D) and k (B, T, G, D), views of anything, as attention takes them: contiguous, with four columns more if folded.
 
     Gradients reach q, k and the scales, and are the same in every run.
     """
-    return _prepare(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
+    return _preprocess_qk_op(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout)
 
 
-class Sizes(NamedTuple):
+class QKVLayout(NamedTuple):
     """What a joined projection (B, T, N) holds: queries, values, keys, and what its width is filled up with."""
 
     heads: int
@@ -68,73 +68,75 @@ class Sizes(NamedTuple):
     value: int
     """Columns of a value's head, an even number."""
 
-    def views(self, whole: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def views(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D), v (B, T, G, Dv), and the rest (B, T, ...)."""
         H, G, D, Dv = self
-        q, v, k, rest = whole.split([H * D, G * Dv, G * D, whole.shape[-1] - H * D - G * (D + Dv)], -1)
+        q, v, k, rest = qkv.split([H * D, G * Dv, G * D, qkv.shape[-1] - H * D - G * (D + Dv)], -1)
         return q.unflatten(-1, (H, D)), k.unflatten(-1, (G, D)), v.unflatten(-1, (G, Dv)), rest
 
 
-def prepare_joined(whole: Tensor, sizes: Sizes, form: Form) -> tuple[Tensor, Tensor, Tensor]:
+def preprocess_qkv(qkv: Tensor, sizes: QKVLayout, form: QKPreprocessSpec) -> tuple[Tensor, Tensor, Tensor]:
     """The same for the q and k of a joined projection (B, T, N), and its v (B, T, G, Dv) as it is; all contiguous.
 
     The gradients are written where they belong in that of the projection, which need not be put together afterwards.
     """
-    return _prepare_joined(whole, list(sizes), form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout)
+    return _preprocess_qkv_op(qkv, list(sizes), form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout)
 
 
-def prepare_into(q: Tensor, k: Tensor, form: Form, keys: Tensor, index: Tensor) -> Tensor:
+def preprocess_qk_into_cache(q: Tensor, k: Tensor, form: QKPreprocessSpec, keys: Tensor, index: Tensor) -> Tensor:
     """The same for T = 1 without gradients, the keys written into a cache (B, S, G, D or D + 4) at `index`, a number () on the device."""
-    return _prepare_into(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.tails), form.norm, form.layout, keys, index)
+    return _preprocess_qk_into_cache_op(
+        q, k, form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout, keys, index
+    )
 
 
 @torch.library.custom_op("andromeda::prepare_qk_into", mutates_args=("keys",))
-def _prepare_into(
+def _preprocess_qk_into_cache_op(
     q: Tensor,
     k: Tensor,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     tables: list[Tensor],
-    tails: list[Tensor],
+    alibi: list[Tensor],
     norm: str,
     layout: str,
     keys: Tensor,
     index: Tensor,
 ) -> Tensor:
-    from andromeda.ops.triton import qk_preprocess as device
+    from andromeda.ops.triton import qk_preprocess as kernels
 
-    return device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout, place=(keys, index))[0]
-
-
-@_prepare_into.register_fake
-def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], *_: Any) -> Tensor:
-    return q.new_empty(*q.shape[:-1], _columns(q.shape[-1], tails))
+    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout, place=(keys, index))[0]
 
 
-def _columns(D: int, tails: list[Tensor]) -> int:
+@_preprocess_qk_into_cache_op.register_fake
+def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, alibi: list[Tensor], *_: Any) -> Tensor:
+    return q.new_empty(*q.shape[:-1], _output_head_dim(q.shape[-1], alibi))
+
+
+def _output_head_dim(D: int, alibi: list[Tensor]) -> int:
     """Columns of a prepared head of D."""
-    return D + (tails[1].shape[-1] if tails else 0)
+    return D + (alibi[1].shape[-1] if alibi else 0)
 
 
 @torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
-def _prepare(
+def _preprocess_qk_op(
     q: Tensor,
     k: Tensor,
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     tables: list[Tensor],
-    tails: list[Tensor],
+    alibi: list[Tensor],
     norm: str,
     layout: str,
 ) -> tuple[Tensor, Tensor]:
-    from andromeda.ops.triton import qk_preprocess as device
+    from andromeda.ops.triton import qk_preprocess as kernels
 
-    return device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout)
+    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout)
 
 
-@_prepare.register_fake
-def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str) -> tuple[Tensor, Tensor]:
-    out = _columns(q.shape[-1], tails)
+@_preprocess_qk_op.register_fake
+def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, alibi: list[Tensor], norm: str, layout: str) -> tuple[Tensor, Tensor]:
+    out = _output_head_dim(q.shape[-1], alibi)
     return q.new_empty(*q.shape[:-1], out), k.new_empty(*k.shape[:-1], out)
 
 
@@ -151,26 +153,26 @@ def _gradients(
     D: int,
 ) -> list[Tensor]:
     """Gradients of q, k, and of those scales that there are; `raw` is q and k, or nothing where there is no norm."""
-    from andromeda.ops.triton import qk_preprocess as device
+    from andromeda.ops.triton import qk_preprocess as kernels
 
     dxs = dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D)
-    return [*dxs, *device.backward((dq, dk), raw, (q_scale, k_scale), tables, norm, layout, dxs)]
+    return [*dxs, *kernels.preprocess_qk_backward((dq, dk), raw, (q_scale, k_scale), tables, norm, layout, dxs)]
 
 
 @_gradients.register_fake
 def _(
     dq: Tensor, dk: Tensor, raw: Any, q_scale: Tensor | None, k_scale: Tensor | None, tables: Any, norm: str, layout: str, D: int
 ) -> list[Tensor]:
-    return [dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D), *_like(q_scale, k_scale)]
+    return [dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D), *_empty_scale_grads(q_scale, k_scale)]
 
 
-def _like(*scales: Tensor | None) -> list[Tensor]:
+def _empty_scale_grads(*scales: Tensor | None) -> list[Tensor]:
     return [torch.empty_like(s) for s in scales if s is not None]
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    q, k, q_scale, k_scale, tables, tails, ctx.norm, ctx.layout = inputs
-    ctx.D, ctx.tables, ctx.tails = q.shape[-1], len(tables), len(tails)
+    q, k, q_scale, k_scale, tables, alibi, ctx.norm, ctx.layout = inputs
+    ctx.D, ctx.tables, ctx.alibi = q.shape[-1], len(tables), len(alibi)
     # A rotation alone is undone without what it was applied to.
     raw = () if ctx.norm == "none" else (q, k)
     ctx.save_for_backward(q_scale, k_scale, *tables, *raw)
@@ -181,42 +183,42 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
     tables, raw = rest[: ctx.tables], rest[ctx.tables :]
     d_q, d_k, *d_scales = _gradients(dq, dk, raw, q_scale, k_scale, tables, ctx.norm, ctx.layout, ctx.D)
     scales = [None if s is None else d_scales.pop(0) for s in (q_scale, k_scale)]
-    return (d_q, d_k, *scales, [None] * ctx.tables, [None] * ctx.tails, None, None)
+    return (d_q, d_k, *scales, [None] * ctx.tables, [None] * ctx.alibi, None, None)
 
 
-_prepare.register_autograd(_backward, setup_context=_save)
+_preprocess_qk_op.register_autograd(_backward, setup_context=_save)
 
 
 @torch.library.custom_op("andromeda::prepare_joined_qkv", mutates_args=())
-def _prepare_joined(
-    whole: Tensor,
+def _preprocess_qkv_op(
+    qkv: Tensor,
     sizes: list[int],
     q_scale: Tensor | None,
     k_scale: Tensor | None,
     tables: list[Tensor],
-    tails: list[Tensor],
+    alibi: list[Tensor],
     norm: str,
     layout: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from andromeda.ops.triton import qk_preprocess as device
+    from andromeda.ops.triton import qk_preprocess as kernels
 
-    q, k, v, _ = Sizes(*sizes).views(whole)
+    q, k, v, _ = QKVLayout(*sizes).views(qkv)
     # Results must not share memory with what they are made of.
-    return *device.forward((q, k), (q_scale, k_scale), tables, tails, norm, layout), v.clone(memory_format=torch.contiguous_format)
+    return *kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout), v.clone(memory_format=torch.contiguous_format)
 
 
-@_prepare_joined.register_fake
+@_preprocess_qkv_op.register_fake
 def _(
-    whole: Tensor, sizes: list[int], q_scale: Any, k_scale: Any, tables: Any, tails: list[Tensor], norm: str, layout: str
+    qkv: Tensor, sizes: list[int], q_scale: Any, k_scale: Any, tables: Any, alibi: list[Tensor], norm: str, layout: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     H, G, D, Dv = sizes
-    out = _columns(D, tails)
-    q, k, v = (whole.new_empty(*whole.shape[:2], *shape) for shape in ((H, out), (G, out), (G, Dv)))
+    out = _output_head_dim(D, alibi)
+    q, k, v = (qkv.new_empty(*qkv.shape[:2], *shape) for shape in ((H, out), (G, out), (G, Dv)))
     return q, k, v
 
 
 @torch.library.custom_op("andromeda::prepare_joined_qkv_backward", mutates_args=())
-def _joined_gradients(
+def _qkv_gradients(
     dq: Tensor,
     dk: Tensor,
     dv: Tensor,
@@ -230,36 +232,36 @@ def _joined_gradients(
     width: int,
 ) -> list[Tensor]:
     """Gradients of the joined projection (B, T, width), and of those scales that there are; `raw` is it, or None without a norm."""
-    from andromeda.ops.triton import qk_preprocess as device
+    from andromeda.ops.triton import qk_preprocess as kernels
 
-    whole = dq.new_empty(*dq.shape[:2], width)
-    q, k, v, rest = Sizes(*sizes).views(whole)
-    read = [] if raw is None else Sizes(*sizes).views(raw)[:2]
-    d_scales = device.backward((dq, dk), read, (q_scale, k_scale), tables, norm, layout, (q, k))
+    qkv = dq.new_empty(*dq.shape[:2], width)
+    q, k, v, rest = QKVLayout(*sizes).views(qkv)
+    read = [] if raw is None else QKVLayout(*sizes).views(raw)[:2]
+    d_scales = kernels.preprocess_qk_backward((dq, dk), read, (q_scale, k_scale), tables, norm, layout, (q, k))
     v.copy_(dv)
     rest.zero_()
-    return [whole, *d_scales]
+    return [qkv, *d_scales]
 
 
-@_joined_gradients.register_fake
+@_qkv_gradients.register_fake
 def _(
     dq: Tensor, dk: Any, dv: Any, raw: Any, q_scale: Tensor | None, k_scale: Tensor | None, tables: Any, norm: str, layout: str,
     sizes: list[int], width: int,
 ) -> list[Tensor]:  # fmt: skip
-    return [dq.new_empty(*dq.shape[:2], width), *_like(q_scale, k_scale)]
+    return [dq.new_empty(*dq.shape[:2], width), *_empty_scale_grads(q_scale, k_scale)]
 
 
-def _save_joined(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    whole, ctx.sizes, q_scale, k_scale, tables, tails, ctx.norm, ctx.layout = inputs
-    ctx.width, ctx.tails = whole.shape[-1], len(tails)
-    ctx.save_for_backward(q_scale, k_scale, None if ctx.norm == "none" else whole, *tables)
+def _save_qkv(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    qkv, ctx.sizes, q_scale, k_scale, tables, alibi, ctx.norm, ctx.layout = inputs
+    ctx.width, ctx.alibi = qkv.shape[-1], len(alibi)
+    ctx.save_for_backward(q_scale, k_scale, None if ctx.norm == "none" else qkv, *tables)
 
 
-def _backward_joined(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
-    q_scale, k_scale, whole, *tables = ctx.saved_tensors
-    d_whole, *d_scales = _joined_gradients(dq, dk, dv, whole, q_scale, k_scale, tables, ctx.norm, ctx.layout, ctx.sizes, ctx.width)
+def _backward_qkv(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Any, ...]:
+    q_scale, k_scale, qkv, *tables = ctx.saved_tensors
+    d_whole, *d_scales = _qkv_gradients(dq, dk, dv, qkv, q_scale, k_scale, tables, ctx.norm, ctx.layout, ctx.sizes, ctx.width)
     scales = [None if s is None else d_scales.pop(0) for s in (q_scale, k_scale)]
-    return (d_whole, None, *scales, [None] * len(tables), [None] * ctx.tails, None, None)
+    return (d_whole, None, *scales, [None] * len(tables), [None] * ctx.alibi, None, None)
 
 
-_prepare_joined.register_autograd(_backward_joined, setup_context=_save_joined)
+_preprocess_qkv_op.register_autograd(_backward_qkv, setup_context=_save_qkv)

@@ -25,8 +25,8 @@ from andromeda.model.cached_cast_linear import refresh
 from andromeda.model.transformer import Transformer
 from andromeda.ops import cross_entropy, mlp
 from andromeda.ops.attention import sdpa
-from andromeda.ops.attention.tensor_cache import Memo
-from andromeda.ops.compute_dtype import HALF, product_dtype
+from andromeda.ops.attention.tensor_cache import TensorCache
+from andromeda.ops.compute_dtype import HALF_DTYPES, compute_dtype
 from andromeda.plan.memory_tracker import Ledger
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.objective import NextToken, Rows
@@ -130,7 +130,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         with ledger:
             ledger.watch(model.parameters())
             ledger.enter([*model.buffers(), ids])
-            unlearned = Rows(ids, ids.clone().fill_(cross_entropy.IGNORED), None)
+            unlearned = Rows(ids, ids.clone().fill_(cross_entropy.IGNORE_INDEX), None)
             held = _step(model, unlearned, products, config.train.z_loss, ledger)
         return replace(held, casts=sum(layer.rows.nbytes for layer in layers if layer.rows is not None))
 
@@ -151,11 +151,11 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", balanced))
         # Masks that attention remembers from here must not meet real tensors.
-        stack.enter_context(mock.patch.object(sdpa, "_strips", Memo(4)))
+        stack.enter_context(mock.patch.object(sdpa, "_strips", TensorCache(4)))
         if gpu:
             # A CPU attends in float32 even where products are in 16 bits.
             stack.enter_context(mock.patch.object(sdpa, "HALF", ()))
-            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: product_dtype(x) in HALF))
+            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: compute_dtype(x) in HALF_DTYPES))
             stack.enter_context(mock.patch.dict(cross_entropy._CHUNK_LOGITS, cpu=cross_entropy._CHUNK_LOGITS["cuda"]))
         torch._dynamo.reset()
         logging.disable(logging.WARNING)

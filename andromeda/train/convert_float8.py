@@ -16,7 +16,7 @@ from andromeda.ops import float8_inference
 
 def exchange(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others."""
-    exchange_linears(root, Linear8, chosen, float8_inference.fits, float8_inference.SIDES)
+    exchange_linears(root, Linear8, chosen, float8_inference.has_aligned_shape, float8_inference.ALIGNMENT)
     for module in root.modules():
         for reader, norm, shift in _read(module):
             _bound(reader, norm, shift)

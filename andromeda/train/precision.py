@@ -187,7 +187,7 @@ def _fits_fp8(module: nn.Module, path: str) -> bool:
         isinstance(module, nn.Linear)
         and path.startswith("trunk.")
         and _chosen(path.removeprefix("trunk."))
-        and float8_inference.fits(module)
+        and float8_inference.has_aligned_shape(module)
     )
 
 

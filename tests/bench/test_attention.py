@@ -10,7 +10,7 @@ import torch
 
 from andromeda.bench import attention
 from andromeda.bench.attention import Work
-from andromeda.ops.attention import Pattern
+from andromeda.ops.attention import AttentionSpec
 
 CPU = torch.device("cpu")
 
@@ -22,7 +22,7 @@ def test_counted_pairs_are_those_that_the_mask_shows(work: Work, monkeypatch: py
     T = q.shape[1]
     # The documents of one query hide keys that its kernels read all the same.
     documents = None if work.queries else pattern.documents
-    shown = Pattern(1.0, pattern.window, documents).visible(T, 1300, CPU).expand(2, 1, T, 1300).sum().item()
+    shown = AttentionSpec(1.0, pattern.window, documents).visible(T, 1300, CPU).expand(2, 1, T, 1300).sum().item()
     assert attention.pairs(pattern, T, 1300, 2) == shown
 
 

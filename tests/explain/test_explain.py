@@ -20,7 +20,7 @@ from andromeda.explain import Wish, explain, write_explanation
 from andromeda.explain.page import build_page
 from andromeda.explain.sections import packed
 from andromeda.model.attention import Attention
-from andromeda.ops.attention import Pattern
+from andromeda.ops.attention import AttentionSpec
 from andromeda.utils.errors import RequestError
 from tests.command import call
 from tests.html_pages import browse, parse
@@ -128,7 +128,7 @@ def test_other_architectures(changes: dict) -> None:
 class Squares(Attention):
     """Attention that does not average values."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """Of the values and their squares."""
         return super().mix(q, k, v.square() + v, pattern)
 

@@ -12,7 +12,7 @@ from andromeda.explain.logit_lens import lens
 from andromeda.explain.residual_decomposition import Part, direct, frozen, ledger
 from andromeda.explain.trace import trace
 from andromeda.model.attention import Attention
-from andromeda.ops.attention import Pattern
+from andromeda.ops.attention import AttentionSpec
 from andromeda.utils.errors import RequestError
 from tests.conformance.models import ROWS, T, build, ids, shaken
 
@@ -145,7 +145,7 @@ def test_a_mixture_is_refused_with_its_reason() -> None:
 class Squares(Attention):
     """Averages the squares of values: its weights cannot be shown."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         return super().mix(q, k, v.square() + v, pattern)
 
 

@@ -66,7 +66,7 @@ def exact(made: Transformer, ids: Tensor, documents: Tensor | None) -> Tensor:
 def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """Its layers stepped, under the interpreter too, which runs on a CPU."""
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.ROWS else None)
+        monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.MAX_ROWS else None)
         monkeypatch.setattr(qk_preprocess, "accepts", lambda q, k, form: True)
     made = optimize_for_inference(made, compile=False)
     decode_kernels.use_decode_kernels(made)

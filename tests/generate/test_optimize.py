@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from andromeda import Andromeda
-from andromeda.ops.float8_inference import Linear8
+from andromeda.ops.float8_inference import Float8DynamicLinear
 
 NAMES = {"dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "num_tokens": 128, "max_seq_len": 128, "alibi_num_heads": 2}
 
@@ -24,7 +24,7 @@ def test_compiled_it_writes_the_same() -> None:
 
 def test_only_the_blocks_are_in_8_bits() -> None:
     eight = model().optimize_for_inference(fp8=True, compile=False)
-    inside = {name for name, part in eight.named_modules() if isinstance(part, Linear8)}
+    inside = {name for name, part in eight.named_modules() if isinstance(part, Float8DynamicLinear)}
     assert inside
     assert all(name.startswith("trunk.blocks.") for name in inside)
     assert eight.head.weight.dtype == torch.float32
@@ -32,5 +32,5 @@ def test_only_the_blocks_are_in_8_bits() -> None:
 
 def test_a_router_keeps_its_type() -> None:
     mixture = model(feedforward={"kind": "moe", "bias": False}).optimize_for_inference(fp8=True, compile=False)
-    assert not any("router" in name for name, part in mixture.named_modules() if isinstance(part, Linear8))
+    assert not any("router" in name for name, part in mixture.named_modules() if isinstance(part, Float8DynamicLinear))
     assert mixture(torch.zeros(1, 4, dtype=torch.long)).isfinite().all()

@@ -47,7 +47,7 @@ def test_gradients_of_a_model(changes: list[str], packed: bool, monkeypatch: pyt
     if interpreted.INTERPRETED:
         monkeypatch.setattr(add_norm_shift, "accepts", lambda x: x.dtype == torch.float32)
     calls = 0
-    real = add_norm_shift.norm_shift
+    real = add_norm_shift.add_norm_shift
 
     def counted(*args: object, **options: object) -> object:
         nonlocal calls

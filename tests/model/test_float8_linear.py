@@ -175,9 +175,9 @@ def test_inputs_keep_to_the_bounds_of_their_norms(norm: str, kind: str, shift: s
 def test_each_weight_is_cast_once_for_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Joined weights as one; again only after a step."""
     made, count = model(), 0
-    real = float8.cast_weights
+    real = float8.quantize_weights
 
-    def counted(weights: Sequence[Tensor]) -> list[float8.Weight8]:
+    def counted(weights: Sequence[Tensor]) -> list[float8.Float8Weight]:
         nonlocal count
         count += len(weights)
         return real(weights)

@@ -87,7 +87,7 @@ def test_gradients_in_float64(kind: str, several: bool) -> None:
 def test_all_gradients_are_added_by_their_products(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """None is returned and added by autograd, which would give the same sums."""
     made, layers = model(kind, torch.float64)
-    add, added = master_weight_linear.add_product, []
+    add, added = master_weight_linear.weight_grad_addmm, []
     monkeypatch.setattr(master_weight_linear, "add_product", lambda total, *factors: (added.append(total.data_ptr()), add(total, *factors)))
     with summed(layers):
         totals = [layer.total for layer in layers]

@@ -9,7 +9,7 @@ from torch import Tensor
 from andromeda.model import attention, sigmoid_attention
 from andromeda.model.kv_cache.dynamic import Cache
 from andromeda.model.transformer import Transformer
-from andromeda.ops.attention import Pattern
+from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import attend
 from tests.conformance.covering import CHOICES, DEFAULTS, model_config
 
@@ -26,15 +26,15 @@ def types(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, ...]]:
     """The types of queries, keys and values of every attention call."""
     seen: set[tuple[torch.dtype, ...]] = set()
 
-    def watched(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str = "auto") -> Tensor:
+    def watched(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec, backend: str = "auto") -> Tensor:
         seen.add((q.dtype, k.dtype, v.dtype))
         return attend(q, k, v, pattern)
 
-    def logits(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
+    def logits(q: Tensor, k: Tensor, pattern: AttentionSpec) -> Tensor:
         seen.add((q.dtype, k.dtype, k.dtype))
         return plain(q, k, pattern)
 
-    plain = sigmoid_attention.logits
+    plain = sigmoid_attention.attention_logits
     monkeypatch.setattr(attention, "attend", watched)
     monkeypatch.setattr(sigmoid_attention, "logits", logits)
     return seen

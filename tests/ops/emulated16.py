@@ -23,13 +23,13 @@ def gelu_gradients(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
     return dz.to(u.dtype), F.gelu(z).to(u.dtype), dz.sum(0)
 
 
-@master_weight_linear.product.register_kernel("cpu")
+@master_weight_linear.weight_grad_matmul.register_kernel("cpu")
 def product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Of factors that were widened before."""
     return dy.T.to(dtype) @ x.to(dtype)
 
 
-@master_weight_linear.add_product.register_kernel("cpu")
+@master_weight_linear.weight_grad_addmm.register_kernel("cpu")
 def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
     """The same, added."""
     total.addmm_(dy.T.to(total.dtype), x.to(total.dtype))

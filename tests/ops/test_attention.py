@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention import Pattern, attend, backends, eager
+from andromeda.ops.attention import AttentionSpec, attend, backends, eager
 from andromeda.utils.errors import ConfigError
 
 GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -119,7 +119,7 @@ def cases() -> Iterator[Case]:
             yield Case(backend, "cuda", dtype, EVERYTHING, "whole", True)
 
 
-def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Pattern]:
+def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
     """q, k, v and the pattern. The same numbers for every backend and device."""
     g = torch.Generator().manual_seed(seed)
     B, (T, S, H, G, D, Dv) = 2, SHAPES[case.shape]
@@ -135,10 +135,10 @@ def inputs(case: Case, seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Pattern]:
         options["slopes"] = torch.tensor([0.5, 2**-5, 0.0, 2**-8][:H], dtype=torch.float64, device=device)
     if "softcap" in case.features:
         options["softcap"] = 1.5
-    return q, k, v, Pattern(D**-0.5, **options)
+    return q, k, v, AttentionSpec(D**-0.5, **options)
 
 
-def results(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
+def results(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec, backend: str, dtype: torch.dtype, gradients: bool) -> list[Tensor]:
     """The output, and with `gradients` those of q, k and v for a fixed gradient of the output; all in float64."""
     leaves = [x.to(dtype).requires_grad_(gradients) for x in (q.detach(), k.detach(), v.detach())]
     out = attend(*leaves, pattern, backend)
@@ -180,7 +180,7 @@ def test_the_matrix_names_every_backend() -> None:
     assert set(REFUSALS) == set(backends())
 
 
-def one_by_one(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def one_by_one(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
     """Attention as the contract says it, one pair of query and key after the other."""
     (B, T, H, _), (S, G), out = q.shape, k.shape[1:3], torch.zeros(*q.shape[:3], v.shape[-1], dtype=q.dtype)
     for b, t, h in ((b, t, h) for b in range(B) for t in range(T) for h in range(H)):
@@ -207,7 +207,7 @@ def test_the_reference_does_what_the_contract_says(features: str, T: int, G: int
     B, S, H = 2, 9, 4
     q, k, v = (torch.randn(B, n, heads, D, generator=g, dtype=torch.float64) for n, heads, D in ((T, H, 3), (S, G, 3), (S, G, 2)))
     numbers = torch.tensor([[0, 0, 1, 1, 1, 1, 2, 2, 2], [5, 5, 5, 5, 5, 5, 5, 5, 6]])
-    pattern = Pattern(
+    pattern = AttentionSpec(
         0.7,
         window=3 if "window" in features else 0,
         documents=(numbers[:, S - T :], numbers) if "documents" in features else None,

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention import Pattern, attend, backends, choose, dispatch, eager, ranking
+from andromeda.ops.attention import AttentionSpec, attend, backends, select_backend, dispatch, eager, backend_ranking
 from andromeda.utils.errors import ConfigError
 
 
@@ -36,19 +36,19 @@ def test_every_ranking_names_backends_once_and_ends_with_the_one_that_never_refu
 @pytest.mark.parametrize(
     ("pattern", "T", "first"),
     [
-        (Pattern(1.0), 6, "fa4"),
-        (Pattern(1.0, window=3), 6, "fa4"),
-        (Pattern(1.0, softcap=3.0), 6, "fa4"),
-        (Pattern(1.0, slopes=torch.ones(4)), 6, "flex"),
-        (Pattern(1.0, window=3, slopes=torch.ones(4)), 6, "flex"),
-        (Pattern(1.0), 1, "flash"),
+        (AttentionSpec(1.0), 6, "fa4"),
+        (AttentionSpec(1.0, window=3), 6, "fa4"),
+        (AttentionSpec(1.0, softcap=3.0), 6, "fa4"),
+        (AttentionSpec(1.0, slopes=torch.ones(4)), 6, "flex"),
+        (AttentionSpec(1.0, window=3, slopes=torch.ones(4)), 6, "flex"),
+        (AttentionSpec(1.0), 1, "flash"),
     ],
 )
-def test_rankings_follow_the_work_on_a_gpu(pattern: Pattern, T: int, first: str) -> None:
+def test_rankings_follow_the_work_on_a_gpu(pattern: AttentionSpec, T: int, first: str) -> None:
     class Queries:
         shape, device = (2, T, 4, 8), torch.device("cuda")
 
-    assert ranking(pattern, Queries()).order[0] == first  # type: ignore[arg-type]
+    assert backend_ranking(pattern, Queries()).order[0] == first  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("device", ["mps", "xpu"])
@@ -56,28 +56,28 @@ def test_an_unknown_device_gets_what_runs_everywhere(device: str) -> None:
     class Queries:
         shape, device = (2, 6, 4, 8), torch.device("mps")
 
-    assert ranking(Pattern(1.0), Queries()).order == ("sdpa", "eager")  # type: ignore[arg-type]
+    assert backend_ranking(AttentionSpec(1.0), Queries()).order == ("sdpa", "eager")  # type: ignore[arg-type]
 
 
 def test_an_unknown_name_gets_the_nearest_one() -> None:
     with pytest.raises(ConfigError) as e:
-        attend(*call(), Pattern(1.0), "flahs")
+        attend(*call(), AttentionSpec(1.0), "flahs")
     assert str(e.value) == "There is no attention backend 'flahs' (did you mean flash?)."
 
 
 @pytest.mark.parametrize(
     ("name", "pattern", "T", "reason"),
     [
-        ("sdpa", Pattern(1.0, softcap=2.0), 6, "it has no soft cap"),
-        ("flash", Pattern(1.0), 6, "it runs on CUDA GPUs only"),
-        ("flash", Pattern(1.0, window=2), 6, "it has no window"),
-        ("flash", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
-        ("cudnn", Pattern(1.0), 3, "it aligns its mask to the first key, so that queries must be as many as keys"),
-        ("fa4", Pattern(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
-        ("fa4", Pattern(1.0), 6, "it runs on CUDA GPUs only"),
+        ("sdpa", AttentionSpec(1.0, softcap=2.0), 6, "it has no soft cap"),
+        ("flash", AttentionSpec(1.0), 6, "it runs on CUDA GPUs only"),
+        ("flash", AttentionSpec(1.0, window=2), 6, "it has no window"),
+        ("flash", AttentionSpec(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
+        ("cudnn", AttentionSpec(1.0), 3, "it aligns its mask to the first key, so that queries must be as many as keys"),
+        ("fa4", AttentionSpec(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
+        ("fa4", AttentionSpec(1.0), 6, "it runs on CUDA GPUs only"),
     ],
 )
-def test_a_named_backend_that_refuses_is_an_error_with_its_reason(name: str, pattern: Pattern, T: int, reason: str) -> None:
+def test_a_named_backend_that_refuses_is_an_error_with_its_reason(name: str, pattern: AttentionSpec, T: int, reason: str) -> None:
     q, k, v = call(T)
     with pytest.raises(ConfigError) as e:
         attend(q, k, v, pattern, name)
@@ -87,7 +87,7 @@ def test_a_named_backend_that_refuses_is_an_error_with_its_reason(name: str, pat
 def test_flex_refuses_gradients_on_a_cpu() -> None:
     q, k, v = call()
     with pytest.raises(ConfigError, match="it has no backward pass on a CPU"):
-        attend(q, k, v.requires_grad_(), Pattern(1.0), "flex")
+        attend(q, k, v.requires_grad_(), AttentionSpec(1.0), "flex")
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> Any:
@@ -123,10 +123,10 @@ def test_what_a_gpu_cannot_do_is_refused(
     monkeypatch: pytest.MonkeyPatch, name: str, capability: tuple[int, int], T: int, D: int, Dv: int, dtype: torch.dtype, reason: str | None
 ) -> None:
     heads = on_a_gpu(monkeypatch, capability)
-    monkeypatch.setattr("andromeda.ops.attention.fa4._found", lambda: False)
+    monkeypatch.setattr("andromeda.ops.attention.fa4._is_installed", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     q, k, v = heads(T, D, dtype), heads(T, D, dtype), heads(T, Dv, dtype)
-    assert backends()[name].refuse(Pattern(1.0), q, k, v) == reason
+    assert backends()[name].refuse(AttentionSpec(1.0), q, k, v) == reason
 
 
 def test_a_slower_choice_is_logged_once_for_each_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -134,11 +134,11 @@ def test_a_slower_choice_is_logged_once_for_each_reason(monkeypatch: pytest.Monk
     q, k, v = call()
     with caplog.at_level(logging.INFO, logger="andromeda"):
         for _ in range(3):
-            assert choose("auto", Pattern(1.0, softcap=2.0), q, k, v) is eager
-            assert choose("auto", Pattern(1.0), q, k, v).name == "sdpa"
+            assert select_backend("auto", AttentionSpec(1.0, softcap=2.0), q, k, v) is eager
+            assert select_backend("auto", AttentionSpec(1.0), q, k, v).name == "sdpa"
         assert caplog.messages == ["Attention runs on eager; sdpa would be faster, but it has no soft cap."]
         monkeypatch.setattr(backends()["sdpa"], "refuse", lambda *_: "it is tired")
-        assert choose("auto", Pattern(1.0), q, k, v) is eager
+        assert select_backend("auto", AttentionSpec(1.0), q, k, v) is eager
     assert caplog.messages[1:] == ["Attention runs on eager; sdpa would be faster, but it is tired."]
 
 
@@ -154,7 +154,7 @@ def test_compiled_whole_it_gives_the_same(name: str, caplog: pytest.LogCaptureFi
 
     def function(q: Tensor, k: Tensor, v: Tensor, numbers: Tensor) -> Tensor:
         documents = (numbers, numbers) if name == "documents" else None
-        return attend(q, k, v, Pattern(0.3, documents=documents, **PATTERNS[name]))
+        return attend(q, k, v, AttentionSpec(0.3, documents=documents, **PATTERNS[name]))
 
     with caplog.at_level(logging.INFO, logger="andromeda"):
         compiled = torch.compile(function, fullgraph=True, backend="aot_eager")(q, k, v, numbers)

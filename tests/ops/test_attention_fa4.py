@@ -16,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention import Pattern, eager, fa4
+from andromeda.ops.attention import AttentionSpec, eager, fa4
 from andromeda.utils.errors import DataError
 
 
@@ -113,7 +113,7 @@ def call(T: int = 7, S: int = 7) -> list[Tensor]:
     ]
 
 
-def check(attend: Callable[..., Tensor], pattern: Pattern, T: int) -> None:
+def check(attend: Callable[..., Tensor], pattern: AttentionSpec, T: int) -> None:
     """Output and gradients equal the reference's."""
     leaves = call(T)
     out, expected = attend(*leaves, pattern), eager.attend(*leaves, pattern)
@@ -127,21 +127,21 @@ def check(attend: Callable[..., Tensor], pattern: Pattern, T: int) -> None:
 @pytest.mark.parametrize("softcap", [0.0, 2.0])
 @pytest.mark.parametrize(("T", "documents"), [(7, None), (3, None), (1, None), (7, (NUMBERS, NUMBERS))])
 def test_forward_and_backward(library: Library, window: int, softcap: float, T: int, documents: tuple[Tensor, Tensor] | None) -> None:
-    check(fa4.attend, Pattern(0.3, window, documents, None, softcap), T)
+    check(fa4.attend, AttentionSpec(0.3, window, documents, None, softcap), T)
 
 
 @pytest.mark.parametrize("documents", [None, (NUMBERS, NUMBERS)])
 def test_compiled_whole(library: Library, documents: tuple[Tensor, Tensor] | None) -> None:
     torch._dynamo.reset()
-    check(torch.compile(fa4.attend, fullgraph=True, backend="aot_eager"), Pattern(0.3, 3, documents), 7)
+    check(torch.compile(fa4.attend, fullgraph=True, backend="aot_eager"), AttentionSpec(0.3, 3, documents), 7)
 
 
 def test_document_bounds_are_found_once_for_all_layers(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
-    boundaries = fa4._boundaries
+    boundaries = fa4._cu_seqlens
     monkeypatch.setattr(fa4, "_boundaries", lambda numbers: made.append(numbers) or boundaries(numbers))
     numbers = NUMBERS.clone()
-    out = sum(fa4.attend(*call(), Pattern(0.3, documents=(numbers, numbers))) for _ in range(3))
+    out = sum(fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers))) for _ in range(3))
     out.sum().backward()
     assert library.bounds == [BOUNDS] * 6
     assert len(made) == 1
@@ -149,14 +149,14 @@ def test_document_bounds_are_found_once_for_all_layers(library: Library, monkeyp
 
 def test_the_first_document_of_a_row_never_joins_the_last_of_the_row_before(library: Library) -> None:
     numbers = torch.zeros(2, 7, dtype=torch.int32)
-    fa4.attend(*call(), Pattern(0.3, documents=(numbers, numbers)))
+    fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers)))
     assert library.bounds == [[0, 7, 14]]
 
 
 def test_numbers_that_fall_are_an_error_not_another_mask(library: Library) -> None:
     numbers = torch.tensor([[0, 1, 1, 0, 0, 2, 2]] * 2)
     with pytest.raises(DataError, match=r"Document numbers fall along a row.*: number documents upwards, or set attention.backend to flex"):
-        fa4.attend(*call(), Pattern(0.3, documents=(numbers, numbers)))
+        fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers)))
 
 
 @pytest.mark.parametrize("documents", [False, True])

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention import Pattern, attend, eager
+from andromeda.ops.attention import AttentionSpec, attend, eager
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -44,7 +44,7 @@ def test_nothing_waits_for_the_device(name: str, no_waiting: Callable[[], Any]) 
     leaves = inputs(512, gradients=True)
     for round in range(2):
         keys = numbers(1, 512, round)
-        pattern = Pattern(0.125, 200 if documents else 0, (keys, keys) if documents else None)
+        pattern = AttentionSpec(0.125, 200 if documents else 0, (keys, keys) if documents else None)
         torch.cuda.synchronize()
         if round:
             no_waiting()
@@ -53,7 +53,7 @@ def test_nothing_waits_for_the_device(name: str, no_waiting: Callable[[], Any]) 
 
 def test_documents_of_fa4_are_waited_for_once_a_pass(no_waiting: Callable[[], Any]) -> None:
     leaves, keys = inputs(512, gradients=True), numbers(1, 512)
-    pattern = Pattern(0.125, 200, (keys, keys))
+    pattern = AttentionSpec(0.125, 200, (keys, keys))
     attend(*leaves, pattern, available("fa4")).sum().backward()
     no_waiting()
     attend(*leaves, pattern, "fa4").sum().backward()
@@ -64,7 +64,7 @@ def test_long_sequences_need_memory_for_their_tokens_only(name: str) -> None:
     T = 65536
     q, k, v = inputs(T, H=2, G=1)
     keys = numbers(1, T)
-    pattern = Pattern(0.125, 1000, (keys, keys))
+    pattern = AttentionSpec(0.125, 1000, (keys, keys))
     torch.cuda.synchronize()
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
@@ -83,7 +83,7 @@ def test_compiled_whole_with_its_backward_pass(name: str, options: dict[str, Any
 
     def function(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, slopes: Tensor) -> Tensor:
         documents = (keys, keys) if "documents" in options else None
-        pattern = Pattern(0.125, options.get("window", 0), documents, slopes if "slopes" in options else None)
+        pattern = AttentionSpec(0.125, options.get("window", 0), documents, slopes if "slopes" in options else None)
         return attend(q * 1.0, k, v, pattern, name) * 2.0
 
     available(name)
@@ -109,9 +109,9 @@ def test_the_folded_bias_is_alibi_with_one_rounded_slope(name: str) -> None:
     _, folded_k = FoldedBias(slopes, digits).fold(q[..., :content], k[..., :content], scale)
     last = slice(-64, None)
     rounded = (slopes / scale).to(torch.bfloat16).double() * scale
-    exact = eager.attend(q[:, last, :, :content].double(), k[..., :content].double(), v.double(), Pattern(scale, slopes=rounded))
+    exact = eager.attend(q[:, last, :, :content].double(), k[..., :content].double(), v.double(), AttentionSpec(scale, slopes=rounded))
     same_type = exact.to(torch.bfloat16).double()
-    actual = attend(folded_q, folded_k, v, Pattern(scale), available(name))[:, last].double()
+    actual = attend(folded_q, folded_k, v, AttentionSpec(scale), available(name))[:, last].double()
     for head in range(H):
         own, floor = ((x[:, :, head] - exact[:, :, head]).norm() / exact[:, :, head].norm() for x in (actual, same_type))
         assert own <= 2 * floor, f"head {head}: {own:.2e} is {own / floor:.2f} times the rounding of the output alone"
@@ -122,7 +122,7 @@ def test_decoding_can_be_recorded_as_a_graph(name: str) -> None:
     with torch.inference_mode():
         q, k, v = inputs(1, 700, B=2)
         keys = numbers(2, 700)
-        pattern = Pattern(0.125, 0, (keys[:, -1:], keys))
+        pattern = AttentionSpec(0.125, 0, (keys[:, -1:], keys))
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):

@@ -76,35 +76,35 @@ def empty(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
 
 
 def loss(tokens: int, vocabulary: int, softcap: float) -> None:
-    cross_entropy.rows(empty(tokens, vocabulary), empty(tokens, dtype=torch.long), softcap, 1e-4, True, -100)
+    cross_entropy.logits_loss(empty(tokens, vocabulary), empty(tokens, dtype=torch.long), softcap, 1e-4, True, -100)
 
 
 def head_gradient(dtype: torch.dtype) -> None:
-    cross_entropy.scaled(empty(50432, 2560, dtype=torch.float32), empty(1, dtype=torch.float32), dtype, dtype == torch.float32)
+    cross_entropy.scale_grad(empty(50432, 2560, dtype=torch.float32), empty(1, dtype=torch.float32), dtype, dtype == torch.float32)
 
 
 def inner(tokens: int, hidden: int) -> None:
     u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)
-    gelu.forward(u, bias)
-    gelu.backward(u, u, bias)
+    gelu.gelu(u, bias)
+    gelu.gelu_backward(u, u, bias)
 
 
 def trained8(tokens: int, width: int, hidden: int) -> None:
     """A layer's activations and gradients in 8 bits, and its weights."""
     scale, values, gradients = empty(dtype=torch.float32), torch.float8_e4m3fn, torch.float8_e5m2
-    float8.measure(empty(width, hidden, dtype=values), 16)
+    float8.amax_and_norm_partials(empty(width, hidden, dtype=values), 16)
     for x in (empty(tokens, width), empty(hidden, width, dtype=torch.float32)):
-        float8.measure(x, 16)
-        float8.cast(x, scale, values)
-    float8.cast(empty(tokens, width), scale, gradients, total=True)
+        float8.amax_and_norm_partials(x, 16)
+        float8.cast_to_float8(x, scale, values)
+    float8.cast_to_float8(empty(tokens, width), scale, gradients, total=True)
     u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)
-    gelu_float8.forward(u, bias, scale, values)
-    gelu_float8.backward(u, u, bias, scale, scale, values, gradients)
+    gelu_float8.gelu_fp8(u, bias, scale, values)
+    gelu_float8.gelu_fp8_backward(u, u, bias, scale, scale, values, gradients)
 
 
 def table(tokens: int, width: int, parts: int, dtype: torch.dtype) -> None:
     dys = [empty(tokens, width // parts) for _ in range(parts)]
-    embedding.table_gradient(empty(tokens, dtype=torch.long), dys, 50304, dtype)
+    embedding.embedding_weight_grad(empty(tokens, dtype=torch.long), dys, 50304, dtype)
 
 
 def heads(tokens: int, H: int, G: int, D: int, norm: str, layout: str, turned: int, fold: bool = False) -> None:
@@ -112,13 +112,13 @@ def heads(tokens: int, H: int, G: int, D: int, norm: str, layout: str, turned: i
     tables = [empty(1, tokens, 1, turned // 2, dtype=torch.float32) for _ in range(4)]
     tails = [empty(H), empty(tokens, 4, dtype=torch.long)] if fold else []
     scales = (empty(H, D, dtype=torch.float32), empty(G, D, dtype=torch.float32)) if norm == "l2" else (None, None)
-    prepared = qk_preprocess.forward((raw[0], raw[1]), scales, tables, tails, norm, layout)
-    qk_preprocess.backward(prepared, raw, scales, tables, norm, layout, (empty(1, tokens, H, D), empty(1, tokens, G, D)))
+    prepared = qk_preprocess.preprocess_qk((raw[0], raw[1]), scales, tables, tails, norm, layout)
+    qk_preprocess.preprocess_qk_backward(prepared, raw, scales, tables, norm, layout, (empty(1, tokens, H, D), empty(1, tokens, G, D)))
 
 
 def one_query(rows: int, keys: int, H: int, G: int, D: int, numbered: bool) -> None:
     documents = (empty(rows, 1, dtype=torch.long), empty(rows, keys, dtype=torch.long)) if numbered else None
-    decode_attention.attend(empty(rows, 1, H, D), empty(rows, keys, G, D), empty(rows, keys, G, D), 0.1, 0, documents, None, 0.0)
+    decode_attention.decode_attention(empty(rows, 1, H, D), empty(rows, keys, G, D), empty(rows, keys, G, D), 0.1, 0, documents, None, 0.0)
 
 
 def rows_activated(tokens: int, width: int) -> None:
@@ -128,10 +128,10 @@ def rows_activated(tokens: int, width: int) -> None:
 def between(tokens: int, width: int, eight_bits: bool) -> None:
     x, row = empty(1, tokens, width), empty(width)
     y = empty(1, tokens, width, dtype=torch.float8_e4m3fn if eight_bits else torch.bfloat16)
-    made = add_norm_shift.Made(y, empty(tokens, dtype=torch.float32) if eight_bits else None, x, row)
-    given = add_norm_shift.Given(x, x, row, row, row, empty(1, tokens, dtype=torch.long))
-    add_norm_shift.norm_shift(given, made, True, 1e-5, (width // 2, width), 448.0 if eight_bits else 0.0)
-    add_norm_shift.backward(x, row, given.documents, x, x, True, 1e-5, (width // 2, width))
+    made = add_norm_shift.NormShiftOutputs(y, empty(tokens, dtype=torch.float32) if eight_bits else None, x, row)
+    given = add_norm_shift.NormShiftInputs(x, x, row, row, row, empty(1, tokens, dtype=torch.long))
+    add_norm_shift.add_norm_shift(given, made, True, 1e-5, (width // 2, width), 448.0 if eight_bits else 0.0)
+    add_norm_shift.add_norm_shift_backward(x, row, given.documents, x, x, True, 1e-5, (width // 2, width))
 
 
 WORKS: dict[str, Callable[[], None]] = {

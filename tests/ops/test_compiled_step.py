@@ -33,24 +33,24 @@ def number() -> Tensor:
     return torch.empty((), dtype=torch.long, device="meta")
 
 
-def rows(M: int, K: int) -> gemv.Input:
+def rows(M: int, K: int) -> gemv.GemvInput:
     """Rows with all that may be done to them first."""
     numbers = (empty(M, 1, dtype=torch.long), empty(M, KEYS, dtype=torch.long), number())
-    return gemv.Input(empty(M, K), "layer", 1e-5, empty(K), empty(M, 1, K), *numbers)
+    return gemv.GemvInput(empty(M, K), "layer", 1e-5, empty(K), empty(M, 1, K), *numbers)
 
 
 def project(M: int) -> None:
-    cache = gemv.Place(empty(M, KEYS, 1, 128), number(), 2976, 3104, KEYS * 128, 128)
-    gemv.product(rows(M, WIDTH), empty(3228, WIDTH), empty(M, 3228), fresh=empty(M, WIDTH), place=cache)
+    cache = gemv.CacheSlotPointers(empty(M, KEYS, 1, 128), number(), 2976, 3104, KEYS * 128, 128)
+    gemv.gemv(rows(M, WIDTH), empty(3228, WIDTH), empty(M, 3228), fresh=empty(M, WIDTH), place=cache)
 
 
 def plain(M: int, N: int, K: int, activation: str = "none") -> None:
-    keep = gemv.Keep(empty(M, 1, WIDTH), empty(M, WIDTH))
-    gemv.product(gemv.Input(empty(M, K)), empty(N, K), empty(M, N), gemv.After(empty(N), empty(M, N)), activation, keep=keep)
+    keep = gemv.PendingShiftPointers(empty(M, 1, WIDTH), empty(M, WIDTH))
+    gemv.gemv(gemv.GemvInput(empty(M, K)), empty(N, K), empty(M, N), gemv.GemvEpilogue(empty(N), empty(M, N)), activation, keep=keep)
 
 
 def inner(M: int) -> None:
-    gemv.product(rows(M, WIDTH), empty(4 * WIDTH, WIDTH), empty(M, 4 * WIDTH), gemv.After(empty(4 * WIDTH)), "gelu", empty(M, WIDTH))
+    gemv.gemv(rows(M, WIDTH), empty(4 * WIDTH, WIDTH), empty(M, 4 * WIDTH), gemv.GemvEpilogue(empty(4 * WIDTH)), "gelu", empty(M, WIDTH))
 
 
 def norm(M: int) -> None:
@@ -63,7 +63,7 @@ def heads(M: int) -> None:
     scales = (empty(24, 124, dtype=torch.float32), empty(1, 124, dtype=torch.float32))
     tails = [empty(24), empty(1, 4, dtype=torch.long)]
     place = (empty(M, KEYS, 1, 128), number())
-    qk_preprocess.forward((raw[0], raw[1]), scales, tables, tails, "l2", "interleaved", place=place)
+    qk_preprocess.preprocess_qk((raw[0], raw[1]), scales, tables, tails, "l2", "interleaved", place=place)
 
 
 WORKS: dict[str, Callable[[], None]] = {
@@ -74,7 +74,9 @@ WORKS: dict[str, Callable[[], None]] = {
     "inner product, 8 rows": lambda: plain(8, 4 * WIDTH, WIDTH, "gelu"),
     "sizes that are not round": lambda: plain(3, 1001, 1100),
     "norm and shift": lambda: norm(8),
-    "norm and shift, no documents": lambda: gemv.normalize(gemv.Input(empty(8, WIDTH), "layer", 1e-5, empty(WIDTH), empty(8, 1, WIDTH))),
+    "norm and shift, no documents": lambda: gemv.normalize(
+        gemv.GemvInput(empty(8, WIDTH), "layer", 1e-5, empty(WIDTH), empty(8, 1, WIDTH))
+    ),
     "heads": lambda: heads(1),
     "one query": lambda: one_query(1, KEYS, 24, 1, 128, numbered=True),
 }

@@ -15,7 +15,7 @@ from andromeda.config.model import AttentionConfig, ModelConfig
 from andromeda.config.model import ValueEmbeddingConfig as ValueConfig
 from andromeda.model.value_embedding import ValueEmbedding
 from andromeda.ops import embedding
-from andromeda.ops.embedding import embed, embed_parts
+from andromeda.ops.embedding import embed, embed_split
 from tests.ops import interpreted
 
 V = 6
@@ -48,7 +48,7 @@ def gradient(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype, *cut
 
     tokens, columns, read, piece = cut
     assert tokens == len(ids)
-    return device.table_gradient(ids, dys, rows, dtype, device.Launch(columns, read, 1), piece)
+    return device.embedding_weight_grad(ids, dys, rows, dtype, device.TileConfig(columns, read, 1), piece)
 
 
 @pytest.mark.gpu
@@ -94,7 +94,7 @@ def test_autograd(parts: int, dtype: torch.dtype | None, monkeypatch: pytest.Mon
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(V, 12, generator=generator).to(device).requires_grad_()
     ids = torch.randint(V, (2, 9), generator=generator).to(device)
-    pieces = embed_parts(ids, weight, parts, dtype)
+    pieces = embed_split(ids, weight, parts, dtype)
     plain = F.embedding(ids, weight).to(dtype or weight.dtype).chunk(parts, -1)
     assert all(torch.equal(a, b) for a, b in zip(pieces, plain, strict=True))
     dys = [torch.randn(12 // parts, 9, 2, generator=generator).to(device, x.dtype).permute(2, 1, 0) for x in pieces]
@@ -125,7 +125,7 @@ def test_inside_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
     ids = torch.tensor([[0, 5, 5, 1]], device=device)
 
     def loss(ids: Tensor, weight: Tensor) -> Tensor:
-        a, b = embed_parts(ids, weight, 2)
+        a, b = embed_split(ids, weight, 2)
         return (a * b.sin()).sum()
 
     compiled = torch.compile(loss, fullgraph=True, backend="aot_eager" if interpreted.INTERPRETED else "inductor")
@@ -137,7 +137,7 @@ def test_inside_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_is_registered_is_true() -> None:
     device = interpreted.device()
     dys = [torch.randn(5, width, device=device) for width in (2, 4)]
-    torch.library.opcheck(embedding.table_gradient, (torch.tensor([3, 0, 3, 3, 1], device=device), dys, V, torch.float32))
+    torch.library.opcheck(embedding.embedding_weight_grad, (torch.tensor([3, 0, 3, 3, 1], device=device), dys, V, torch.float32))
 
 
 @pytest.mark.gpu
@@ -150,7 +150,7 @@ def test_a_batch_with_hot_tokens_twice(width: int, dtype: torch.dtype) -> None:
     ids = torch.randint(5000, (20000,), device="cuda", generator=generator)
     ids[torch.rand(20000, device="cuda", generator=generator) < 0.3] = 77
     dy = torch.randn(20000, width, device="cuda", generator=generator).bfloat16()
-    first, second = (embedding.table_gradient(ids, [dy], 5000, dtype) for _ in range(2))
+    first, second = (embedding.embedding_weight_grad(ids, [dy], 5000, dtype) for _ in range(2))
     exact = torch.zeros(5000, width, dtype=torch.float64, device="cuda").index_add_(0, ids, dy.double())
     assert torch.equal(first, second)
     torch.testing.assert_close(first.double(), exact, rtol=1e-4 if dtype == torch.float32 else 2.0**-8, atol=1e-4)
@@ -160,8 +160,8 @@ def test_a_batch_with_hot_tokens_twice(width: int, dtype: torch.dtype) -> None:
 def test_a_cpu_has_pytorchs(dtype: torch.dtype | None) -> None:
     ids = torch.tensor([[0, 5, 5, 1]])
     weight = torch.randn(V, 8, requires_grad=True)
-    assert not embedding.accepts(weight)
-    pieces = embed_parts(ids, weight, 2, dtype)
+    assert not embedding.is_supported(weight)
+    pieces = embed_split(ids, weight, 2, dtype)
     assert torch.equal(torch.cat(pieces, -1), F.embedding(ids, weight).to(dtype or torch.float32))
     (found,) = torch.autograd.grad(torch.cat(pieces, -1).double().square().sum(), weight)
     table = weight.detach().clone().requires_grad_()

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.float8 import GRADIENTS, VALUES, cast_weights, scale_for
+from andromeda.ops.float8 import GRAD_DTYPE, FORWARD_DTYPE, quantize_weights, power_of_two_scale
 from tests.ops import emulated8, interpreted
 
 SHAPES = [(16, 16), (48, 272), (144, 80), (272, 144)]
@@ -38,14 +38,14 @@ def same(found: Tensor, exact: Tensor, scale: Tensor, slack: float = 0.0) -> Non
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", [VALUES, GRADIENTS])
+@pytest.mark.parametrize("dtype", [FORWARD_DTYPE, GRAD_DTYPE])
 @pytest.mark.parametrize(("N", "K"), SHAPES)
 def test_cast(N: int, K: int, dtype: torch.dtype) -> None:
     """Rows are rounded exactly, columns are the rows transposed, tails that fill no tile included; the sum is not rounded before."""
     from andromeda.ops.triton import float8 as device
 
     place, x = interpreted.device(), drawn(N, K)
-    scale = scale_for(x.abs().amax(), dtype)
+    scale = power_of_two_scale(x.abs().amax(), dtype)
     rows, columns, total = device.cast(x.to(place), scale.to(place), dtype, total=True)
     assert rows is not None
     assert columns is not None
@@ -62,7 +62,7 @@ def test_what_is_not_asked_for_is_not_made_and_nothing_is_hidden() -> None:
 
     place, x = interpreted.device(), torch.ones(16, 32)
     x[3, 5], x[4, 6], x[5, 7] = 1e6, -1e6, torch.nan
-    rows, columns, total = device.cast(x.to(place), torch.ones((), device=place), VALUES, columns=False)
+    rows, columns, total = device.cast(x.to(place), torch.ones((), device=place), FORWARD_DTYPE, columns=False)
     assert columns is None
     assert total is None
     assert rows is not None
@@ -72,7 +72,7 @@ def test_what_is_not_asked_for_is_not_made_and_nothing_is_hidden() -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(("N", "K"), [*SHAPES, (33, 7)])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, VALUES])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, FORWARD_DTYPE])
 def test_measure(N: int, K: int, dtype: torch.dtype) -> None:
     from andromeda.ops.triton import float8 as device
 
@@ -88,7 +88,7 @@ def test_weights_are_cast_together_as_each_is_alone() -> None:
         pytest.skip("one operator of a GPU")
     weights = [drawn(*shape, seed=seed).float() for seed, shape in enumerate(SHAPES)]
     weights[1].zero_()
-    found, wanted = cast_weights([weight.cuda() for weight in weights]), cast_weights(weights)
+    found, wanted = quantize_weights([weight.cuda() for weight in weights]), quantize_weights(weights)
     for ours, exact in zip(found, wanted, strict=True):
         assert ours.scale.cpu() == exact.scale
         same(ours.rows, exact.rows.float() * exact.scale, exact.scale)
@@ -108,23 +108,23 @@ def test_gelu(N: int, H: int) -> None:
     z = (u.double() + bias.double()).requires_grad_()
     a = F.gelu(z)
     (dz,) = torch.autograd.grad(a, z, da.double())
-    scales = scale_for(a.detach().abs().amax(), VALUES), scale_for(dz.abs().amax(), GRADIENTS)
+    scales = power_of_two_scale(a.detach().abs().amax(), FORWARD_DTYPE), power_of_two_scale(dz.abs().amax(), GRAD_DTYPE)
     on = [t.to(place) for t in (da, u, bias, *scales)]
-    forward = device.forward(on[1], on[2], on[3], VALUES)
-    rows, columns, a_columns, total = device.backward(*on, VALUES, GRADIENTS)
+    forward = device.gelu_fp8(on[1], on[2], on[3], FORWARD_DTYPE)
+    rows, columns, a_columns, total = device.gelu_fp8_backward(*on, FORWARD_DTYPE, GRAD_DTYPE)
     same(forward, a.detach(), scales[0], 1e-5)
     # Near its zero the derivative is a difference of numbers that are near each other.
     clear = (dz.abs() > 1e-3 * da.double().abs()) | (dz == 0)
-    same(torch.where(clear, rows.cpu().float(), 0.0).to(GRADIENTS), torch.where(clear, dz, 0.0), scales[1], 1e-3)
+    same(torch.where(clear, rows.cpu().float(), 0.0).to(GRAD_DTYPE), torch.where(clear, dz, 0.0), scales[1], 1e-3)
     assert torch.equal(a_columns.cpu().view(torch.uint8), forward.cpu().view(torch.uint8).T)
     assert torch.equal(columns.cpu().view(torch.uint8), rows.cpu().view(torch.uint8).T)
     torch.testing.assert_close(total.cpu().double(), dz.sum(0), rtol=1e-4, atol=1e-4)
 
 
-@given(st.floats(1e-15, 1e20), st.sampled_from([VALUES, GRADIENTS]))
+@given(st.floats(1e-15, 1e20), st.sampled_from([FORWARD_DTYPE, GRAD_DTYPE]))
 def test_a_scale_is_the_least_power_of_two_that_fits(bound: float, dtype: torch.dtype) -> None:
     given_bound = torch.tensor(bound, dtype=torch.float32)
-    scale = scale_for(given_bound, dtype)
+    scale = power_of_two_scale(given_bound, dtype)
     assert torch.frexp(scale).mantissa == 0.5
     assert given_bound / scale <= torch.finfo(dtype).max
     assert given_bound / (scale / 2) > torch.finfo(dtype).max * (1 - 2**-23)
@@ -133,9 +133,9 @@ def test_a_scale_is_the_least_power_of_two_that_fits(bound: float, dtype: torch.
 def test_what_is_zero_has_a_scale_of_one_and_scales_have_products() -> None:
     """A layer whose output projection begins at zero has gradients of zero below it."""
     zero, tiny = torch.zeros(()), torch.tensor(1e-30)
-    for dtype in (VALUES, GRADIENTS):
-        assert scale_for(zero, dtype) == 1
-        assert scale_for(tiny, dtype) * scale_for(tiny, VALUES) > 0
+    for dtype in (FORWARD_DTYPE, GRAD_DTYPE):
+        assert power_of_two_scale(zero, dtype) == 1
+        assert power_of_two_scale(tiny, dtype) * power_of_two_scale(tiny, FORWARD_DTYPE) > 0
 
 
 def test_the_kernels_under_the_interpreter() -> None:

@@ -30,7 +30,7 @@ def test_quantize_rounds_by_row() -> None:
 def test_linear_layer_is_the_product_of_the_quantized_factors() -> None:
     torch.manual_seed(0)
     linear, x = nn.Linear(64, 32).bfloat16(), torch.randn(2, 5, 64).bfloat16()
-    eight = float8_inference.Linear8(linear)
+    eight = float8_inference.Float8DynamicLinear(linear)
     rows, scale = float8_inference.quantize(x.flatten(0, 1))
     weight, weight_scale = float8_inference.quantize(linear.weight)
     exact = (rows.double() * scale) @ (weight.double() * weight_scale).T + linear.bias.double()
@@ -48,11 +48,11 @@ def test_linear_layer_is_the_product_of_the_quantized_factors() -> None:
 )
 def test_any_number_of_rows_on_a_gpu(rows: int, outputs: int, width: int, bias: bool) -> None:
     """Also of as many as have their bias added within the product."""
-    assert (rows * outputs >= float8_inference.FEW) == (outputs > 96)
+    assert (rows * outputs >= float8_inference.SPLIT_K_OUTPUTS) == (outputs > 96)
     torch.manual_seed(0)
     linear, x = nn.Linear(width, outputs, bias=bias).bfloat16(), torch.randn(rows, width).bfloat16()
-    wanted = float8_inference.Linear8(linear)(x).double()
-    found = float8_inference.Linear8(linear.cuda())(x.cuda()).double().cpu()
+    wanted = float8_inference.Float8DynamicLinear(linear)(x).double()
+    found = float8_inference.Float8DynamicLinear(linear.cuda())(x.cuda()).double().cpu()
     assert (found - wanted).norm() / wanted.norm() < 0.01
 
 
@@ -65,7 +65,7 @@ def test_activation_and_quantization_at_once(name: str, K: int) -> None:
     rows, scale = float8_inference.activate_quantize(x.to(interpreted.device()), name)
     wanted = ACTIVATIONS.get(name, nn.Identity())(x.double())
     largest = wanted.abs().amax(-1, keepdim=True)
-    assert (scale.cpu().double() / (largest / float8_inference.LARGEST) - 1).abs().max() < 2.0**-7
+    assert (scale.cpu().double() / (largest / float8_inference.FLOAT8_MAX) - 1).abs().max() < 2.0**-7
     if interpreted.INTERPRETED:
         return  # Triton's interpreter loses the carry where rounding to 8 bits reaches the next power of two.
     slack = (wanted.abs() / 16 + 2.0**-10 * scale.cpu().double()) * 1.02 + 2.0**-8 * wanted.abs()
@@ -83,7 +83,7 @@ def test_a_model_in_8_bits_predicts_nearly_the_same() -> None:
         optimize_for_inference(model, fp8=True, compile=False)
         after = model.hidden(ids)
     assert 0 < (after - before).norm() / before.norm() < 0.1
-    assert any(isinstance(part, float8_inference.Linear8) for part in model.modules())
+    assert any(isinstance(part, float8_inference.Float8DynamicLinear) for part in model.modules())
 
 
 def test_under_the_interpreter() -> None:

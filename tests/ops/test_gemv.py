@@ -48,11 +48,11 @@ def test_product(M: int, N: int, K: int, dtype: torch.dtype) -> None:
     device = interpreted.device()
     g = torch.Generator().manual_seed(0)
     x, weight, bias, residual = (torch.randn(*shape, generator=g).to(device, dtype) for shape in ((M, K), (N, K), (N,), (M, N)))
-    y, keep = gemv.product(x, weight, bias, residual=residual)
+    y, keep = gemv.gemv(x, weight, bias, residual=residual)
     assert keep is None
     assert y.dtype == dtype
     close(y, F.linear(x.double(), weight.double(), bias.double()) + residual.double(), dtype)
-    close(gemv.product(x, weight)[0], F.linear(x.double(), weight.double()), dtype)
+    close(gemv.gemv(x, weight)[0], F.linear(x.double(), weight.double()), dtype)
 
 
 @pytest.mark.gpu
@@ -60,7 +60,7 @@ def test_product(M: int, N: int, K: int, dtype: torch.dtype) -> None:
 def test_activation(name: str) -> None:
     g, device = torch.Generator().manual_seed(1), interpreted.device()
     x, weight, bias = (torch.randn(*shape, generator=g).to(device) for shape in ((2, 40), (33, 40), (33,)))
-    y, _ = gemv.product(x, weight / 6, bias, activation=name)
+    y, _ = gemv.gemv(x, weight / 6, bias, activation=name)
     close(y, ACTIVATIONS[name](F.linear(x.double(), weight.double() / 6, bias.double())), torch.float32)
 
 
@@ -74,7 +74,7 @@ def test_norm(M: int, kind: str, gained: bool, K: int) -> None:
     g, device = torch.Generator().manual_seed(2), interpreted.device()
     x, weight, gain = (torch.randn(*shape, generator=g).to(device) for shape in ((M, K), (6, K), (K,)))
     x += 30
-    y, _ = gemv.product(x, weight, norm=gemv.Norm(kind, EPS, gain if gained else None))
+    y, _ = gemv.gemv(x, weight, norm=gemv.GemvNorm(kind, EPS, gain if gained else None))
     expected = F.linear(normed(x.double(), kind, gain.double() if gained else None), weight.double())
     torch.testing.assert_close(y.double(), expected, rtol=1e-4, atol=1e-4)
 
@@ -95,14 +95,14 @@ def test_shift_and_what_is_kept_of_it(M: int, tokens: int, numbered: bool, place
     if placed:  # Room behind the token.
         keys, index = F.pad(keys, (0, 4), value=-1), torch.tensor(S - 1, device=device)
     documents = (keys[:, S - 1 : S].clone(), keys) if numbered else None
-    shift = gemv.Shift(past, documents, index)
-    y, keep = gemv.product(x, weight, norm=gemv.Norm("layer", EPS, gain), shift=shift)
+    shift = gemv.GemvTokenShift(past, documents, index)
+    y, keep = gemv.gemv(x, weight, norm=gemv.GemvNorm("layer", EPS, gain), shift=shift)
     row = normed(x.double(), "layer", gain.double())
     same = torch.stack([keys[:, S - 1 - d] == keys[:, S - 1] for d in range(1, tokens + 1)], 1)
     same = same if numbered else torch.ones_like(same)
     torch.testing.assert_close(y.double(), F.linear(shifted(row, before.double(), same), weight.double()), rtol=1e-4, atol=1e-4)
     following = torch.randn(4, 30, generator=g).to(device)
-    gemv.product(torch.ones(M, 30, device=device), following, keep=keep)
+    gemv.gemv(torch.ones(M, 30, device=device), following, keep=keep)
     torch.testing.assert_close(past.double(), torch.cat([before.double(), row[:, None]], 1)[:, 1:], rtol=1e-5, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_some_outputs_go_into_a_cache_as_well(M: int) -> None:
     g, device = torch.Generator().manual_seed(4), interpreted.device()
     x, weight, cache = (torch.randn(*shape, generator=g).to(device) for shape in ((M, 40), (19, 40), (M, 5, 2, 3)))
     before = cache.clone()
-    y, _ = gemv.product(x, weight, place=gemv.Place(cache, torch.tensor(3, device=device), 7))
+    y, _ = gemv.gemv(x, weight, place=gemv.CacheSlot(cache, torch.tensor(3, device=device), 7))
     expected = F.linear(x.double(), weight.double())
     close(y, expected, torch.float32)
     close(cache[:, 3].flatten(1), expected[:, 7:13], torch.float32)
@@ -129,7 +129,7 @@ def test_every_cut_gives_the_same(cut: tuple[int, int, int]) -> None:
     g = torch.Generator().manual_seed(5)
     x, weight = (torch.randn(*shape, generator=g).to(device) for shape in ((2, 1000), (11, 1000)))
     y = x.new_empty(2, 11)
-    kernels.product(kernels.Input(x), weight, y, cut=kernels.Launch(*cut))
+    kernels.gemv(kernels.GemvInput(x), weight, y, cut=kernels.GemvLaunchConfig(*cut))
     close(y, F.linear(x.double(), weight.double()), torch.float32)
 
 
@@ -147,7 +147,7 @@ def test_operators_keep_their_contract() -> None:
 
 
 def test_what_the_kernels_cannot_compute_is_refused() -> None:
-    assert "GPU" in (gemv.refuse(torch.ones(1, 4), torch.ones(3, 4)) or "")
+    assert "GPU" in (gemv.unsupported_reason(torch.ones(1, 4), torch.ones(3, 4)) or "")
 
 
 def test_under_the_interpreter() -> None:

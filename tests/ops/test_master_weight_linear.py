@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.ops.master_weight_linear import Weight16, add_product, linear16, weight_gradient
+from andromeda.ops.master_weight_linear import CastWeight, weight_grad_addmm, cast_linear, weight_gradient
 from tests.ops import emulated16, interpreted
 
 assert emulated16
@@ -34,7 +34,7 @@ def test_gradients_in_float64(bias: bool, added: bool) -> None:
     x, weights, shift = drawn(torch.float64, bias)
     total = torch.zeros(64, K, dtype=torch.float64) if added else None
     other = (2 * x).detach().requires_grad_()
-    out = [linear16(one, Weight16(filled(weights), total), weights, shift) for one in (x, other)]
+    out = [cast_linear(one, CastWeight(filled(weights), total), weights, shift) for one in (x, other)]
     sum(part.pow(3).sum() for part in out).backward()  # type: ignore[union-attr]
     found = list(total[: sum(SIZES)].split(SIZES)) if added and total is not None else [weight.grad for weight in weights]
     assert not added or all(weight.grad is None for weight in weights)
@@ -50,7 +50,7 @@ def test_only_wanted_gradients_are_taken() -> None:
     x, weights, _ = drawn(torch.float64, False)
     total = torch.zeros(64, K, dtype=torch.float64)
     frozen = [weight.detach() for weight in weights]
-    linear16(x, Weight16(filled(weights), total), frozen).sum().backward()
+    cast_linear(x, CastWeight(filled(weights), total), frozen).sum().backward()
     assert x.grad is not None
     assert not total.any()
 
@@ -60,7 +60,7 @@ def test_gradients_of_float32_weights_are_not_rounded(dtype: torch.dtype) -> Non
     """As near the product of what was cast as float32 is, where a product in 16 bits would be rounded."""
     x, weights, bias = drawn(torch.float32, True)
     kept = x.detach().to(dtype)
-    out = linear16(x, Weight16(filled(weights).to(dtype), None), weights, bias)
+    out = cast_linear(x, CastWeight(filled(weights).to(dtype), None), weights, bias)
     assert out.dtype == dtype
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out.backward(dy)
@@ -87,7 +87,7 @@ def test_products_on_a_gpu(tokens: int, outputs: int, width: int, dtype: torch.d
     wanted = dy.double().T @ x.double()
     made = weight_gradient(dy.cuda(), x.cuda(), torch.float32)
     total = before.cuda()
-    add_product(total, dy.cuda(), x.cuda())
+    weight_grad_addmm(total, dy.cuda(), x.cuda())
     assert made is not None
     assert made.dtype == torch.float32
     for found, right in ((made, wanted), (total, before.double() + wanted)):

@@ -16,8 +16,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.model.feedforward import dense
 from andromeda.ops import mlp
-from andromeda.ops.compute_dtype import product_dtype
-from andromeda.ops.master_weight_linear import Weight16
+from andromeda.ops.compute_dtype import compute_dtype
+from andromeda.ops.master_weight_linear import CastWeight
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from tests.ops import emulated16, interpreted
 
@@ -32,7 +32,7 @@ def exact(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
 
 def network(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """By weights that are cast now."""
-    first, second = (Weight16(w.detach().to(product_dtype(x)), None) for w in (w1, w2))
+    first, second = (CastWeight(w.detach().to(compute_dtype(x)), None) for w in (w1, w2))
     return mlp.gelu_mlp(x, first, w1, b1, second, w2, b2)
 
 
@@ -57,8 +57,8 @@ def test_kernels(N: int, columns: int, dtype: torch.dtype) -> None:
     z = (u.double() + bias.double()).requires_grad_()
     a = F.gelu(z)
     (dz,) = torch.autograd.grad(a, z, da.double())
-    found = device.backward(da.to(place), u.to(place), bias.to(place))
-    forward = device.forward(u.to(place), bias.to(place))
+    found = device.gelu_backward(da.to(place), u.to(place), bias.to(place))
+    forward = device.gelu(u.to(place), bias.to(place))
     # The interpreter cuts bits off where a GPU rounds.
     eps = torch.finfo(dtype).eps
     near = partial(torch.testing.assert_close, rtol=eps if interpreted.INTERPRETED else 0.6 * eps, atol=1e-5)
@@ -171,9 +171,9 @@ def test_on_a_gpu(compiled: bool) -> None:
     torch._dynamo.reset()
     given = parameters(torch.float32, "cuda")
     wanted = [t.detach().double().requires_grad_() for t in given]
-    assert not mlp.accepts(*given)
+    assert not mlp.is_supported(*given)
     with torch.autocast("cuda", torch.bfloat16):
-        assert mlp.accepts(*given)
+        assert mlp.is_supported(*given)
         found = (torch.compile(network, fullgraph=True) if compiled else network)(*given)
     assert found.dtype == torch.bfloat16
     found.float().square().sum().backward()

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.float8 import cast_weight, linear8
-from andromeda.ops.mlp_float8 import gelu_mlp8
+from andromeda.ops.float8 import quantize_weight, float8_linear
+from andromeda.ops.mlp_float8 import gelu_mlp_fp8
 from tests.ops import emulated8
 
 N, C, H = 64, 48, 80
@@ -27,7 +27,7 @@ def parameters() -> list[Tensor]:
 
 def network(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
     """In 8 bits."""
-    return gelu_mlp8(x, cast_weight(w1.detach()), w1, b1, cast_weight(w2.detach()), w2, b2)
+    return gelu_mlp_fp8(x, quantize_weight(w1.detach()), w1, b1, quantize_weight(w2.detach()), w2, b2)
 
 
 def exact(x: Tensor, w1: Tensor, b1: Tensor, w2: Tensor, b2: Tensor) -> Tensor:
@@ -71,7 +71,7 @@ def test_layers_side_by_side(bias: bool) -> None:
     ours = [x, *(w.clone().requires_grad_() for w in weights)]
     theirs = [p.detach().double().requires_grad_() for p in ours]
     shift = torch.randn(112).requires_grad_() if bias else None
-    y = linear8(ours[0], cast_weight(torch.cat([*weights, torch.zeros(16, C)])), ours[1:], shift)
+    y = float8_linear(ours[0], quantize_weight(torch.cat([*weights, torch.zeros(16, C)])), ours[1:], shift)
     wanted = F.linear(theirs[0], torch.cat([*theirs[1:], torch.zeros(16, C)]), None if shift is None else shift.detach().double())
     assert far(y, wanted) < (2 * ROUNDED**2) ** 0.5
     dy = torch.randn(y.shape, generator=torch.Generator().manual_seed(1)).bfloat16()

@@ -83,14 +83,14 @@ def project(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: tor
 def kernel(q: Tensor, k: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """The kernel, wherever it can run, through the form that the model gives it."""
     tables = () if seam.LAYOUTS[parts.rotation.turn] == "none" else (*parts.rotation.query, *parts.rotation.key)
-    form = qk_preprocess.Form(
+    form = qk_preprocess.QKPreprocessSpec(
         seam.NORMS[type(parts.norm)],
         seam.LAYOUTS[parts.rotation.turn],
         tables,
         *parts.norm.scales,
         parts.bias.tails(SCALE, q.dtype),
     )
-    return qk_preprocess.prepare(q, k, form)
+    return qk_preprocess.preprocess_qk(q, k, form)
 
 
 Function = Callable[[Tensor, Tensor, Parts], tuple[Tensor, Tensor]]
@@ -160,7 +160,7 @@ def test_walks_over_blocks_of_tokens(norm: str, tokens: int, monkeypatch: pytest
     """The last walk may have fewer blocks than the others, the last block fewer tokens, and rows may end within either."""
     from andromeda.ops.triton import qk_preprocess as device
 
-    monkeypatch.setattr(device, "SCALED", device.Launch(4, 1, 4))
+    monkeypatch.setattr(device, "SCALED", device.QKLaunchConfig(4, 1, 4))
     monkeypatch.setattr(device, "WALK", 3)
     monkeypatch.setattr(device, "WALKS", 1)
     config = configure(norm, "interleaved, part", True, heads=4, kv_heads=2)
@@ -222,7 +222,7 @@ def test_what_is_registered_is_true() -> None:
     _, q, k = project(config, 2, 3, torch.float32, device)
     tables, tails = [*parts.rotation.query, *parts.rotation.key], list(parts.bias.tails(SCALE, q.dtype))
     inputs = (q.detach().requires_grad_(), k.detach().requires_grad_(), *parts.norm.scales, tables, tails, "l2", "half")
-    torch.library.opcheck(qk_preprocess._prepare, inputs)
+    torch.library.opcheck(qk_preprocess._preprocess_qk_op, inputs)
 
 
 @pytest.mark.gpu
@@ -232,7 +232,7 @@ def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyP
     """Queries, values and keys side by side, with columns at the end that nothing reads: all of it, and all its gradients."""
     monkeypatch.setattr(seam.qk_preprocess, "accepts", lambda q, k, form: q.dtype == torch.float32)
     config = configure(norm, rotary, True, heads=4, kv_heads=2)
-    positions, sizes = positions_of(5, 2, interpreted.device()), qk_preprocess.Sizes(4, 2, 12, 6)
+    positions, sizes = positions_of(5, 2, interpreted.device()), qk_preprocess.QKVLayout(4, 2, 12, 6)
     generator = torch.Generator().manual_seed(1)
     start = torch.randn(2, 5, 4 * 12 + 2 * 6 + 2 * 12 + 5, generator=generator)
     gradients = [torch.randn(2, 5, *shape, generator=generator) for shape in ((4, 16), (2, 16), (2, 6))]
@@ -256,7 +256,7 @@ def test_what_is_registered_for_a_joined_projection_is_true() -> None:
     parts = build(config, positions_of(3, 1, device), 3, torch.float32)
     whole = torch.randn(2, 3, 64, device=device, requires_grad=True)
     tables, tails = [*parts.rotation.query, *parts.rotation.key], list(parts.bias.tails(SCALE, whole.dtype))
-    torch.library.opcheck(qk_preprocess._prepare_joined, (whole, [3, 1, 12, 16], *parts.norm.scales, tables, tails, "l2", "half"))
+    torch.library.opcheck(qk_preprocess._preprocess_qkv_op, (whole, [3, 1, 12, 16], *parts.norm.scales, tables, tails, "l2", "half"))
 
 
 @pytest.mark.gpu

@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.cross_entropy import IGNORED, linear_cross_entropy, reference
+from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy, reference
 from tests.ops import interpreted
 
 
@@ -17,8 +17,8 @@ def wanted(logits: Tensor, labels: Tensor, softcap: float, z_loss: float) -> tup
     """The definition, by autograd."""
     raw = logits.double().requires_grad_()
     z = softcap * torch.tanh(raw / softcap) if softcap else raw
-    nll = F.cross_entropy(z, labels, ignore_index=IGNORED, reduction="none")
-    total = nll + z_loss * z.logsumexp(-1).square() * (labels != IGNORED)
+    nll = F.cross_entropy(z, labels, ignore_index=IGNORE_INDEX, reduction="none")
+    total = nll + z_loss * z.logsumexp(-1).square() * (labels != IGNORE_INDEX)
     (gradient,) = torch.autograd.grad(total.sum(), raw)
     return total.detach(), nll.detach(), gradient
 
@@ -42,13 +42,13 @@ def test_rows(n: int, V: int, dtype: torch.dtype, softcap: float, z_loss: float,
     generator = torch.Generator().manual_seed(seed)
     logits = (size * torch.randn(n, V, generator=generator)).to(dtype)
     labels = torch.randint(V, (n,), generator=generator)
-    labels[torch.rand(n, generator=generator) < 0.3] = IGNORED
+    labels[torch.rand(n, generator=generator) < 0.3] = IGNORE_INDEX
     expected = wanted(logits, labels, softcap, z_loss)
     # Rows that lie apart, as a slice of a larger buffer.
     held = torch.full((n, V + 3), 7.0, dtype=dtype, device=place)
     held[:, :V] = logits.to(place)
-    untouched = device.rows(held[:, :V].clone(), labels.to(place), softcap, z_loss, False, IGNORED, block=32)
-    found = device.rows(held[:, :V], labels.to(place), softcap, z_loss, True, IGNORED, block=32)
+    untouched = device.logits_loss(held[:, :V].clone(), labels.to(place), softcap, z_loss, False, IGNORE_INDEX, block=32)
+    found = device.logits_loss(held[:, :V], labels.to(place), softcap, z_loss, True, IGNORE_INDEX, block=32)
     for a, b, want in zip(found[:2], untouched[:2], expected[:2], strict=True):
         torch.testing.assert_close(a.cpu().double(), want, rtol=1e-5, atol=1e-4)
         assert torch.equal(a, b)
@@ -71,13 +71,13 @@ def test_scaled(held: torch.dtype, dtype: torch.dtype, factor: float) -> None:
     by = torch.tensor(factor, device=place)
     before = gradient.clone()
     exact = before.double() * by.double()
-    found = device.scaled(gradient, by, dtype, False)
+    found = device.scale_grad(gradient, by, dtype, False)
     assert found.dtype == dtype
     assert torch.equal(gradient, before)
     torch.testing.assert_close(found.double(), exact, rtol=torch.finfo(dtype).eps / (1 if interpreted.INTERPRETED else 1.99), atol=0)
     if held == dtype:
         whole = torch.cat([gradient, before])
-        placed = device.scaled(whole[:37], by, dtype, True)
+        placed = device.scale_grad(whole[:37], by, dtype, True)
         assert placed.data_ptr() == whole.data_ptr()
         assert torch.equal(placed, found)
         assert torch.equal(whole[37:], before)
@@ -120,7 +120,7 @@ def test_the_whole_loss_on_a_gpu(options: dict[str, float]) -> None:
     weight = torch.randn(1000, 64, device="cuda", generator=g) / 8
     bias = torch.randn(1000, device="cuda", generator=g)
     targets = torch.randint(1000, (700,), device="cuda", generator=g)
-    targets[::5] = IGNORED
+    targets[::5] = IGNORE_INDEX
     leaves = [t.requires_grad_() for t in (x, weight, bias)]
     with torch.autocast("cuda", torch.bfloat16):
         out = linear_cross_entropy(x, weight, targets, bias=bias, chunk=256, **options)

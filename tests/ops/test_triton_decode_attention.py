@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from andromeda.ops.attention import Pattern, eager
+from andromeda.ops.attention import AttentionSpec, eager
 from tests.ops import interpreted
 
 PATTERNS: dict[str, dict[str, Any]] = {
@@ -45,9 +45,11 @@ def test_the_kernel_is_attention(B: int, H: int, G: int, D: int, pattern: dict[s
         "slopes": torch.linspace(0.5, 0.0, H, device=device) if pattern.get("slopes") else None,
         "softcap": pattern.get("softcap", 0.0),
     }
-    found = decode_attention.attend(q, k, v, 0.3, **settings, index=at, launch=decode_attention.LAUNCH._replace(programs=programs))
+    found = decode_attention.decode_attention(
+        q, k, v, 0.3, **settings, index=at, launch=decode_attention.LAUNCH_CONFIG._replace(programs=programs)
+    )
     assert found.shape == (B, 1, H, 24)
-    expected = eager.attend(q.double(), k.double(), v.double(), Pattern(0.3, **settings, index=at))
+    expected = eager.attend(q.double(), k.double(), v.double(), AttentionSpec(0.3, **settings, index=at))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -14,7 +14,7 @@ from andromeda.config.model import LONGEST, AlibiConfig, AttentionConfig, ModelC
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import slopes
 from andromeda.model.position.rotary import Rotary as RotaryPart
-from andromeda.ops.attention import Pattern
+from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import attend as eager
 
 CPU = torch.device("cpu")
@@ -75,7 +75,7 @@ def test_folded_alibi_is_the_bias_up_to_262144_positions() -> None:
     q_folded, _ = folded(c, q, k[:, :T], scale)
     _, k_folded = folded(c, q, k, scale)
     bias = build_alibi(c.model_copy(update={"alibi": AlibiConfig(num_heads=3)}))(0, S, CPU).slopes
-    plain, biased = eager(q_folded, k_folded, v, Pattern(scale)), eager(q, k, v, Pattern(scale, slopes=bias))
+    plain, biased = eager(q_folded, k_folded, v, AttentionSpec(scale)), eager(q, k, v, AttentionSpec(scale, slopes=bias))
     torch.testing.assert_close(plain, biased, rtol=1e-9, atol=1e-9)
 
 
@@ -92,13 +92,13 @@ def test_folded_alibi_in_bfloat16_is_within_the_kernels_own_error() -> None:
     q, k, v = (x.bfloat16() for x in (normal(1, T, 4, D), normal(1, S, 1, D, seed=1), normal(1, S, 1, 64, seed=2)))
     seen = (slopes(4) / scale).bfloat16().double() * scale
     assert ((seen - slopes(4)) / slopes(4)).abs().max() < 2**-8
-    exact = eager(q.double(), k.double(), v.double(), Pattern(scale, slopes=seen))
-    biased = eager(q, k, v, Pattern(scale, slopes=seen))
+    exact = eager(q.double(), k.double(), v.double(), AttentionSpec(scale, slopes=seen))
+    biased = eager(q, k, v, AttentionSpec(scale, slopes=seen))
     q_folded, _ = folded(c, q, k[:, :T], scale)
     _, k_folded = folded(c, q, k, scale)
     assert q_folded.dtype == k_folded.dtype == torch.bfloat16
     assert k_folded[0, :, 0, D:].double() @ torch.tensor([65536.0, 256.0, 1.0, 0.0], dtype=torch.float64) == pytest.approx(range(S))
-    mask = Pattern(scale).visible(T, S, CPU)
+    mask = AttentionSpec(scale).visible(T, S, CPU)
     plain = F.scaled_dot_product_attention(
         q_folded.transpose(1, 2), k_folded.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
     ).transpose(1, 2)

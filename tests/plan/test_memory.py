@@ -20,7 +20,7 @@ from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import sdpa
-from andromeda.ops.attention.tensor_cache import Memo
+from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.optim import Muon
 from andromeda.plan.dry_run import passing
 from andromeda.plan.memory import training, update_bytes
@@ -97,7 +97,7 @@ def nothing_collected() -> Iterator[None]:
 def allocated(work: Callable[[], object]) -> tuple[int, int]:
     """Bytes held at the worst moment of some work and at its end, by the profiler's record of the allocator."""
     # Masks of an earlier step would be remembered, and not be allocated again.
-    sdpa._strips = Memo(4)
+    sdpa._query_blocks = TensorCache(4)
     with nothing_collected(), torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         kept = work()
     held = peak = 0

@@ -16,7 +16,7 @@ from andromeda.model.float8_linear import Linear8
 from andromeda.model.layers import Linear
 from andromeda.model.master_weight_linear import Linear16, weight16
 from andromeda.ops import mlp
-from andromeda.ops.mlp_float8 import gelu_mlp8
+from andromeda.ops.mlp_float8 import gelu_mlp_fp8
 
 
 def relu2(x: Tensor) -> Tensor:
@@ -50,10 +50,10 @@ class Dense(nn.Module):
         """x (..., C)."""
         # As one step where it may be: layers that were exchanged for others keep their own products.
         inner, out = self.inner, self.out
-        if self._whole and type(inner) is type(out) in (Linear, Linear16) and mlp.accepts(x, *self.parameters()):
+        if self._whole and type(inner) is type(out) in (Linear, Linear16) and mlp.is_supported(x, *self.parameters()):
             return mlp.gelu_mlp(x, weight16(inner, x), inner.weight, inner.bias, weight16(out, x), out.weight, out.bias)
         if self._whole and isinstance(inner, Linear8) and isinstance(out, Linear8) and inner.accepts(x):
-            return gelu_mlp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
+            return gelu_mlp_fp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
         return out(self.activation(inner(x)))
 
 

@@ -12,68 +12,72 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
-from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.spec import AttentionSpec
 
 BLOCK = 128
 
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def block_mask(pattern: Pattern, T: int, S: int, device: torch.device) -> BlockMask:
+def block_mask(spec: AttentionSpec, T: int, S: int, device: torch.device) -> BlockMask:
     """FlexAttention's mask of T queries and S keys."""
-    some, whole = visible_blocks(pattern, T, S, device)
+    some, whole = classify_blocks(spec, T, S, device)
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~whole), *_listed(whole), BLOCK_SIZE=BLOCK, mask_mod=_mask_mod(pattern, T, S, device), seq_lengths=(T, S)
+        *_kv_block_indices(some & ~whole),
+        *_kv_block_indices(whole),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=_mask_mod(spec, T, S, device),
+        seq_lengths=(T, S),
     )
 
 
-def visible_blocks(pattern: Pattern, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def classify_blocks(spec: AttentionSpec, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Which blocks hold a visible pair, and which hold nothing else: two of (B or 1, 1, T / BLOCK, S / BLOCK), rounded up.
 
     Where document numbers rise along a row, the first answer is exact; else it is on the safe side.
     """
-    first_query, last_query = (x[:, None] for x in _ends(T, device))
-    first_key, last_key = _ends(S, device)
+    first_query, last_query = (x[:, None] for x in _block_bounds(T, device))
+    first_key, last_key = _block_bounds(S, device)
     farthest, nearest = last_query + (S - T) - first_key, first_query + (S - T) - last_key
     some, whole = farthest >= 0, nearest >= 0
-    if pattern.window:
-        some, whole = some & (nearest < pattern.window), whole & (farthest < pattern.window)
+    if spec.window:
+        some, whole = some & (nearest < spec.window), whole & (farthest < spec.window)
     # The kernel must mask what lies beyond the ends, so that a block cut short is never whole.
     whole = whole & (last_query - first_query == BLOCK - 1) & (last_key - first_key == BLOCK - 1)
     some, whole = some[None, None], whole[None, None]
-    if pattern.documents is not None:
-        (low_q, high_q), (low_k, high_k) = (_range(numbers) for numbers in pattern.documents)
+    if spec.documents is not None:
+        (low_q, high_q), (low_k, high_k) = (_document_range(numbers) for numbers in spec.documents)
         low_q, high_q, low_k, high_k = low_q[:, None, :, None], high_q[:, None, :, None], low_k[:, None, None], high_k[:, None, None]
         some = some & (low_q <= high_k) & (low_k <= high_q)
         whole = whole & (low_q == high_k) & (low_k == high_q) & (low_q == high_q)
     return some, whole
 
 
-def _ends(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _block_bounds(length: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """First and last index of every block."""
     first = torch.arange(0, length, BLOCK, device=device)
     return first, (first + BLOCK - 1).clamp(max=length - 1)
 
 
-def _range(numbers: Tensor) -> tuple[Tensor, Tensor]:
+def _document_range(numbers: Tensor) -> tuple[Tensor, Tensor]:
     """Lowest and highest document number (B, blocks) in every block of numbers (B, length)."""
     missing = -numbers.shape[1] % BLOCK
     blocks = torch.cat([numbers, numbers[:, -1:].expand(-1, missing)], 1).unflatten(1, (-1, BLOCK))
     return blocks.amin(-1), blocks.amax(-1)
 
 
-def _listed(blocks: Tensor) -> tuple[Tensor, Tensor]:
+def _kv_block_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
     """How many blocks of keys each block of queries meets, and their numbers in order, those that count first."""
     order = torch.argsort(blocks.to(torch.uint8), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
-def _mask_mod(pattern: Pattern, T: int, S: int, device: torch.device) -> MaskMod:
+def _mask_mod(spec: AttentionSpec, T: int, S: int, device: torch.device) -> MaskMod:
     """Whether query i of batch b sees key j, for the blocks that are neither empty nor whole."""
     # Numbers that change from call to call are tensors: as constants they would have the kernel compiled anew.
     offset = None if T == S else torch.full((), S - T, dtype=torch.int32, device=device)
-    reach = torch.full((), pattern.window, dtype=torch.int32, device=device) if pattern.window else None
-    documents = pattern.documents
+    reach = torch.full((), spec.window, dtype=torch.int32, device=device) if spec.window else None
+    documents = spec.documents
 
     def seen(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         at = i if offset is None else i + offset

@@ -5,30 +5,41 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention.requirements import equal_heads, half_on_cuda, heads_of_eights, only_causal, trained
-from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.requirements import (
+    requires_equal_head_dims,
+    requires_half_on_cuda,
+    requires_head_dim_multiple_of_8,
+    requires_causal_only,
+    needs_grad,
+)
+from andromeda.ops.attention.spec import AttentionSpec
 
 name = "cudnn"
 
 _AVAILABLE = torch.backends.cudnn.is_available()  # asked here, since torch.compile cannot trace the question
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Causal attention of whole sequences in 16 bits on Ampere and newer GPUs."""
     if q.shape[1] != k.shape[1]:
         return "it aligns its mask to the first key, so that queries must be as many as keys"
     if q.shape[1] == 1:
         return "it needs two tokens or more"
-    if reason := only_causal(pattern) or half_on_cuda(q, capability=8) or equal_heads(q, v) or heads_of_eights(q, v, widest=128):
+    if (
+        reason := requires_causal_only(spec)
+        or requires_half_on_cuda(q, capability=8)
+        or requires_equal_head_dims(q, v)
+        or requires_head_dim_multiple_of_8(q, v, widest=128)
+    ):
         return reason
     return None if _AVAILABLE else "this PyTorch has no cuDNN"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
-    gradients = trained(q, k, v)
+    gradients = needs_grad(q, k, v)
     # The operator itself: the public function may take another kernel, and asks again at every call.
     out = torch.ops.aten._scaled_dot_product_cudnn_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, gradients, is_causal=True, scale=pattern.scale
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, gradients, is_causal=True, scale=spec.scale
     )
     return out[0].transpose(1, 2)

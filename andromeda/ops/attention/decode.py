@@ -14,76 +14,76 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention.spec import Pattern
-from andromeda.ops.compute_dtype import HALF
+from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.compute_dtype import HALF_DTYPES
 
 name = "decode"
 
 TRITON = find_spec("triton") is not None
-WIDEST = 256
+MAX_HEAD_DIM = 256
 """Dimensions of a head that the kernel holds."""
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Any pattern of one query, without gradients."""
     if q.shape[1] != 1:
         return "it computes one query at a time"
     if any(x.requires_grad for x in (q, k, v)):
         return "it has no backward pass"
-    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF and q.device.type != "cuda" else None
+    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF_DTYPES and q.kernels.type != "cuda" else None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`, for T = 1."""
-    if TRITON and q.is_cuda and q.dtype in HALF and max(q.shape[-1], v.shape[-1]) <= WIDEST:
-        own, numbers = pattern.documents or (None, None)
+    if TRITON and q.is_cuda and q.dtype in HALF_DTYPES and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
+        q_documents, k_documents = spec.documents or (None, None)
         return torch.ops.andromeda.decode(
-            q, k, v, own, numbers, pattern.slopes, pattern.index, pattern.scale, pattern.window, pattern.softcap
+            q, k, v, q_documents, k_documents, spec.slopes, spec.index, spec.scale, spec.window, spec.softcap
         )
-    return products(q, k, v, pattern)
+    return matmul_attention(q, k, v, spec)
 
 
 @torch.library.custom_op("andromeda::decode", mutates_args=())
-def _kernel(
+def _decode_op(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    own: Tensor | None,
-    numbers: Tensor | None,
+    q_documents: Tensor | None,
+    k_documents: Tensor | None,
     slopes: Tensor | None,
     index: Tensor | None,
     scale: float,
     window: int,
     softcap: float,
 ) -> Tensor:
-    from andromeda.ops.triton import decode_attention as device
+    from andromeda.ops.triton import decode_attention as kernels
 
-    documents = None if own is None or numbers is None else (own, numbers)
-    return device.attend(q, k, v, scale, window, documents, slopes, softcap, index)
+    documents = None if q_documents is None or k_documents is None else (q_documents, k_documents)
+    return kernels.decode_attention(q, k, v, scale, window, documents, slopes, softcap, index)
 
 
-@_kernel.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, own: Tensor | None, numbers: Tensor | None, slopes: Tensor | None, *_: object) -> Tensor:
+@_decode_op.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, q_documents: Tensor | None, k_documents: Tensor | None, slopes: Tensor | None, *_: object) -> Tensor:
     return q.new_empty(*q.shape[:-1], v.shape[-1])
 
 
-def products(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def matmul_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """The same by two matrix products."""
     (B, _, H, _), (S, G) = q.shape, k.shape[1:3]
     # With several sequences and several key heads this copies the keys, as no product has two strided batch dimensions.
     rows, keys, values = q.reshape(B * G, H // G, -1), k.transpose(1, 2).flatten(0, 1), v.transpose(1, 2).flatten(0, 1)
-    logits = _product(rows, keys.mT).view(B, H, 1, S) * pattern.scale
-    if pattern.softcap:
-        logits = pattern.softcap * torch.tanh(logits / pattern.softcap)
-    bias = pattern.bias(1, S, q.device)
+    logits = _bmm_float32(rows, keys.mT).view(B, H, 1, S) * spec.scale
+    if spec.softcap:
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
+    bias = spec.bias(1, S, q.kernels)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    if pattern.window or pattern.documents is not None or pattern.index is not None:
-        logits = logits.masked_fill(~pattern.visible(1, S, q.device), float("-inf"))
+    if spec.window or spec.documents is not None or spec.index is not None:
+        logits = logits.masked_fill(~spec.visible(1, S, q.kernels), float("-inf"))
     weights = logits.softmax(-1).to(v.dtype).view(B * G, H // G, S)
     return torch.bmm(weights, values).view(B, 1, H, -1)
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def _bmm_float32(a: Tensor, b: Tensor) -> Tensor:
     """Products of matrices, in float32 at least."""
-    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALF else torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.dtype in HALF_DTYPES else torch.bmm(a, b)

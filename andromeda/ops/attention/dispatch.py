@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from andromeda.ops.attention import cudnn, decode, eager, fa4, flash, flex, sdpa
-from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.spec import AttentionSpec
 from andromeda.utils.errors import ConfigError, nearest
 
 _BACKENDS = {module.name: module for module in (sdpa, decode, flash, cudnn, flex, fa4, eager)}
@@ -20,7 +20,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Ranking:
+class BackendRanking:
     """Backends for one kind of attention on one kind of device, the fastest first, and how that is known."""
 
     order: tuple[str, ...]
@@ -28,25 +28,27 @@ class Ranking:
 
 
 RANKINGS = {
-    ("cuda", "causal"): Ranking(
+    ("cuda", "causal"): BackendRanking(
         ("fa4", "cudnn", "flex", "flash", "sdpa", "eager"),
         "H100, 24 query heads and 1 key/value head of 128, bf16, 32,768 tokens: forward and backward at 635 (fa4), 566 (cudnn), "
         "392 (flex) and 336 (flash) TFLOP/s; docs/performance.md",
     ),
-    ("cuda", "masked"): Ranking(
+    ("cuda", "masked"): BackendRanking(
         ("fa4", "flex", "sdpa", "eager"),
         "H100, the same heads, 32,768 tokens in a window of 1,024: forward and backward in 3.5 (fa4) and 5.2 ms (flex)",
     ),
-    ("cuda", "biased"): Ranking(("flex", "sdpa", "eager"), "flex alone has slopes without a mask of T x S: 61 ms forward and backward"),
-    ("cuda", "decode"): Ranking(
+    ("cuda", "biased"): BackendRanking(
+        ("flex", "sdpa", "eager"), "flex alone has slopes without a mask of T x S: 61 ms forward and backward"
+    ),
+    ("cuda", "decode"): BackendRanking(
         ("flash", "decode", "sdpa", "flex", "eager"),
         "H100, the same heads, one query after 32,768 keys: 0.04 (flash), 0.08 (decode), 0.33 (fa4) and 0.38 ms (sdpa)",
     ),
-    ("cpu", ""): Ranking(
+    ("cpu", ""): BackendRanking(
         ("sdpa", "eager"),
         "Xeon, one thread, 2 query heads and 1 key/value head of 64, 16 x 512 tokens: forward and backward in 68 (sdpa) and 284 ms (eager)",
     ),
-    ("", ""): Ranking(("sdpa", "eager"), "no other backend runs there"),
+    ("", ""): BackendRanking(("sdpa", "eager"), "no other backend runs there"),
 }
 """By device and work; an empty word stands for every other one."""
 
@@ -56,40 +58,40 @@ def backends() -> dict[str, ModuleType]:
     return dict(_BACKENDS)
 
 
-def ranking(pattern: Pattern, q: Tensor) -> Ranking:
+def backend_ranking(spec: AttentionSpec, q: Tensor) -> BackendRanking:
     """What `auto` tries for these queries (B, T, H, D), and why in this order."""
     device = q.device.type
-    return next(RANKINGS[key] for key in ((device, _work(pattern, q.shape[1])), (device, ""), ("", "")) if key in RANKINGS)
+    return next(RANKINGS[key] for key in ((device, _workload(spec, q.shape[1])), (device, ""), ("", "")) if key in RANKINGS)
 
 
-def _work(pattern: Pattern, T: int) -> str:
+def _workload(spec: AttentionSpec, T: int) -> str:
     """Patterns among which the order of the backends does not change."""
     if T == 1:
         return "decode"
-    if pattern.slopes is not None:
+    if spec.slopes is not None:
         return "biased"
-    return "causal" if pattern.plain else "masked"
+    return "causal" if spec.plain else "masked"
 
 
-def choose(name: str, pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
+def select_backend(name: str, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     """The backend for this call. A named one that refuses is an error; `auto` goes on to the next."""
     if name == "auto":
-        return _first(pattern, q, k, v)
+        return _first_supported(spec, q, k, v)
     if name not in _BACKENDS:
         raise ConfigError(f"There is no attention backend {name!r}{nearest(name, ['auto', *_BACKENDS])}.")
-    reason = _BACKENDS[name].refuse(pattern, q, k, v)
+    reason = _BACKENDS[name].refuse(spec, q, k, v)
     if reason:
         raise ConfigError(f"Attention backend {name!r} cannot compute this pattern: {reason}; use backend auto or eager.")
     return _BACKENDS[name]
 
 
-def _first(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
+def _first_supported(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     fastest, missed = "", ""
-    for name in ranking(pattern, q).order:
-        reason = _BACKENDS[name].refuse(pattern, q, k, v)
+    for name in backend_ranking(spec, q).order:
+        reason = _BACKENDS[name].refuse(spec, q, k, v)
         if reason is None:
             if missed:
-                _say(name, fastest, missed)
+                _log_fallback(name, fastest, missed)
             return _BACKENDS[name]
         if not missed:
             fastest, missed = name, reason
@@ -97,7 +99,7 @@ def _first(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
 
 
 @torch.compiler.assume_constant_result
-def _say(name: str, fastest: str, reason: str) -> None:
+def _log_fallback(name: str, fastest: str, reason: str) -> None:
     """Log a choice that is not the fastest one, also while a model is being compiled."""
     _log_once(name, fastest, reason)
 
@@ -107,12 +109,12 @@ def _log_once(name: str, fastest: str, reason: str) -> None:
     log.info("Attention runs on %s; %s would be faster, but %s.", name, fastest, reason)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern, backend: str = "auto") -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, backend: str = "auto") -> Tensor:
     """Attention of q (B, T, H, D) over k (B, S, G, D) and v (B, S, G, Dv): (B, T, H, Dv).
 
     Query head h reads key/value head h // (H / G). Raises ConfigError for a backend that is not known or refuses.
     """
-    pattern, first = pattern.trimmed(q.shape[1], k.shape[1])
+    spec, first = spec.trimmed(q.shape[1], k.shape[1])
     if first:
         k, v = k[:, first:], v[:, first:]
-    return choose(backend, pattern, q, k, v).attend(q, k, v, pattern)
+    return select_backend(backend, spec, q, k, v).attend(q, k, v, spec)

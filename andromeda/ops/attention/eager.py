@@ -5,30 +5,30 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention.spec import Pattern
+from andromeda.ops.attention.spec import AttentionSpec
 
 name = "eager"
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Never refuses."""
     return None
 
 
-def logits(q: Tensor, k: Tensor, pattern: Pattern) -> Tensor:
+def attention_logits(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
     """Logits (B, H, T, S) of q (B, T, H, D) and k (B, S, G, D) in at least float32, minus infinity where a key is not seen."""
     wide = torch.promote_types(q.dtype, torch.float32)
     T, (S, G) = q.shape[1], k.shape[1:3]
-    products = _einsum("btgrd,bsgd->bgrts", q.to(wide).unflatten(2, (G, -1)), k.to(wide)).flatten(1, 2) * pattern.scale
-    if pattern.softcap:
-        products = pattern.softcap * torch.tanh(products / pattern.softcap)
-    bias = pattern.bias(T, S, q.device)
+    products = _einsum("btgrd,bsgd->bgrts", q.to(wide).unflatten(2, (G, -1)), k.to(wide)).flatten(1, 2) * spec.scale
+    if spec.softcap:
+        products = spec.softcap * torch.tanh(products / spec.softcap)
+    bias = spec.bias(T, S, q.device)
     if bias is not None:
         products = products + bias.to(wide)
-    return products.masked_fill(~pattern.visible(T, S, q.device), float("-inf"))
+    return products.masked_fill(~spec.visible(T, S, q.device), float("-inf"))
 
 
-def average(weights: Tensor, v: Tensor) -> Tensor:
+def weighted_values(weights: Tensor, v: Tensor) -> Tensor:
     """Sums of v (B, S, G, Dv) with weights (B, H, T, S): (B, T, H, Dv)."""
     grouped = weights.unflatten(1, (v.shape[2], -1))
     return _einsum("bgrts,bsgd->btgrd", grouped, v.to(weights.dtype)).flatten(2, 3).to(v.dtype)
@@ -40,6 +40,6 @@ def _einsum(equation: str, a: Tensor, b: Tensor) -> Tensor:
         return torch.einsum(equation, a, b)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Softmax attention in at least float32. q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv)."""
-    return average(logits(q, k, pattern).softmax(-1), v)
+    return weighted_values(attention_logits(q, k, spec).softmax(-1), v)

@@ -13,45 +13,52 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention.requirements import FOLD, equal_heads, half_on_cuda, heads_of_eights, queries_last, trained
-from andromeda.ops.attention.spec import Pattern
-from andromeda.ops.attention.tensor_cache import Memo
+from andromeda.ops.attention.requirements import (
+    NO_ALIBI_SLOPES,
+    requires_equal_head_dims,
+    requires_half_on_cuda,
+    requires_head_dim_multiple_of_8,
+    requires_queries_last,
+    needs_grad,
+)
+from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.utils.errors import DataError
 
 name = "fa4"
 
-_bounds: Memo[Tensor] = Memo(4)
+_cu_seqlens_cache: TensorCache[Tensor] = TensorCache(4)
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """No ALiBi slopes; documents only over whole sequences."""
-    if pattern.slopes is not None:
-        return FOLD
-    if pattern.documents is not None and q.shape[1] != k.shape[1]:
+    if spec.slopes is not None:
+        return NO_ALIBI_SLOPES
+    if spec.documents is not None and q.shape[1] != k.shape[1]:
         return "it takes documents only where queries are as many as keys"
-    if reason := queries_last(pattern) or half_on_cuda(q, capability=9):
+    if reason := requires_queries_last(spec) or requires_half_on_cuda(q, capability=9):
         return reason
     widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
-    if reason := heads_of_eights(q, v, widest):
+    if reason := requires_head_dim_multiple_of_8(q, v, widest):
         return reason
-    if q.shape[2] != k.shape[2] and (reason := equal_heads(q, v)) and trained(q, k, v):
+    if q.shape[2] != k.shape[2] and (reason := requires_equal_head_dims(q, v)) and needs_grad(q, k, v):
         return f"{reason} for the gradients of shared ones"
-    return None if _installed() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
+    return None if _is_installed_constant() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`. Raises DataError where document numbers fall along a row."""
-    documents = None if pattern.documents is None else pattern.documents[0]
-    return torch.ops.andromeda.fa4(q, k, v, documents, pattern.scale, pattern.window, pattern.softcap)[0]
+    documents = None if spec.documents is None else spec.documents[0]
+    return torch.ops.andromeda.fa4(q, k, v, documents, spec.scale, spec.window, spec.softcap)[0]
 
 
 @torch.compiler.assume_constant_result
-def _installed() -> bool:
-    return _found()
+def _is_installed_constant() -> bool:
+    return _is_installed()
 
 
 @cache
-def _found() -> bool:
+def _is_installed() -> bool:
     try:
         return importlib.util.find_spec("flash_attn.cute") is not None
     except ImportError:
@@ -72,7 +79,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: f
     }
     if documents is None:
         return flash_attn_func(q, k, v, **options)
-    lengths = _lengths(documents)
+    lengths = _varlen_arguments(documents)
     out, lse = flash_attn_varlen_func(*(x.flatten(0, 1) for x in (q, k, v)), **lengths, **options)
     return out.unflatten(0, q.shape[:2]), lse
 
@@ -106,7 +113,7 @@ def _backward(
         dq, dk, dv = _flash_attn_bwd(q, k, v, out, grad, lse, **options)
         return dq, dk, dv
     flat = (x.flatten(0, 1) for x in (q, k, v, out, grad))
-    dq, dk, dv = (x.unflatten(0, q.shape[:2]) for x in _flash_attn_bwd(*flat, lse, **_lengths(documents), **options))
+    dq, dk, dv = (x.unflatten(0, q.shape[:2]) for x in _flash_attn_bwd(*flat, lse, **_varlen_arguments(documents), **options))
     return dq, dk, dv
 
 
@@ -151,13 +158,13 @@ def _window(window: int) -> tuple[int | None, int | None]:
     return (window - 1, 0) if window else (None, None)
 
 
-def _lengths(documents: Tensor) -> dict[str, Any]:
+def _varlen_arguments(documents: Tensor) -> dict[str, Any]:
     """Where every document of every row begins and ends, as the library wants it."""
-    bounds = _bounds.get((documents,), None, lambda: _boundaries(documents))
+    bounds = _cu_seqlens_cache.get((documents,), None, lambda: _cu_seqlens(documents))
     return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": documents.shape[1], "max_seqlen_k": documents.shape[1]}
 
 
-def _boundaries(documents: Tensor) -> Tensor:
+def _cu_seqlens(documents: Tensor) -> Tensor:
     """Index of the first token of every document among all B T tokens, and B T: (number of documents + 1,) in int32."""
     step = documents.diff(dim=1)
     if bool((step < 0).any()):

@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from andromeda.ops.attention.block_mask import block_mask
-from andromeda.ops.attention.requirements import queries_last
-from andromeda.ops.attention.spec import Pattern
-from andromeda.ops.attention.tensor_cache import Memo
+from andromeda.ops.attention.requirements import requires_queries_last
+from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.attention.tensor_cache import TensorCache
 
 name = "flex"
 
-_masks: Memo[BlockMask] = Memo(16)
+_block_mask_cache: TensorCache[BlockMask] = TensorCache(16)
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Any pattern of queries at the end of the keys; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
-    if reason := queries_last(pattern):
+    if reason := requires_queries_last(spec):
         return reason
     if q.device.type == "cpu":
         if torch.compiler.is_compiling():
@@ -40,18 +40,18 @@ def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
     T, S = q.shape[1], k.shape[1]
-    mask = _masks.get(pattern.documents or (), (pattern.window, T, S, q.device), lambda: block_mask(pattern, T, S, q.device))
-    call: Any = flex_attention if torch.compiler.is_compiling() else _compiled(_kind(pattern, q, S))
+    mask = _block_mask_cache.get(spec.documents or (), (spec.window, T, S, q.device), lambda: block_mask(spec, T, S, q.device))
+    call: Any = flex_attention if torch.compiler.is_compiling() else _compiled_flex_attention(_compile_key(spec, q, S))
     out = call(
         q.transpose(1, 2),
         k.transpose(1, 2),
         v.transpose(1, 2),
-        score_mod=_score_mod(pattern, q, S),
+        score_mod=_score_mod(spec, q, S),
         block_mask=mask,
-        scale=pattern.scale,
+        scale=spec.scale,
         enable_gqa=q.shape[2] != k.shape[2],
         # Its kernel for decoding is chosen for up to 127 queries, and then finds no configuration for more rows than a block.
         kernel_options=None if T == 1 else {"BACKEND": "TRITON"},
@@ -59,15 +59,15 @@ def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
     return out.transpose(1, 2)
 
 
-def _kind(pattern: Pattern, q: Tensor, S: int) -> tuple[Hashable, ...]:
+def _compile_key(spec: AttentionSpec, q: Tensor, S: int) -> tuple[Hashable, ...]:
     """What two calls must have in common to share a compiled function."""
     B, T = q.shape[:2]
-    masked = bool(pattern.window), pattern.documents is not None, pattern.slopes is not None, pattern.softcap
+    masked = bool(spec.window), spec.documents is not None, spec.slopes is not None, spec.softcap
     return *masked, q.device.type, q.dtype, torch.is_grad_enabled(), B == 1, T == 1, T == S
 
 
 @cache
-def _compiled(kind: tuple[Hashable, ...]) -> Callable[..., Any]:
+def _compiled_flex_attention(kind: tuple[Hashable, ...]) -> Callable[..., Any]:
     """FlexAttention compiled for one kind of call. The first lengths are constants; once they change, they are symbols."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -78,10 +78,10 @@ def _compiled(kind: tuple[Hashable, ...]) -> Callable[..., Any]:
     return torch.compile(call, fullgraph=True, backend="eager" if "cpu" in kind else "inductor")
 
 
-def _score_mod(pattern: Pattern, q: Tensor, S: int) -> Callable[..., Tensor] | None:
+def _score_mod(spec: AttentionSpec, q: Tensor, S: int) -> Callable[..., Tensor] | None:
     """Soft cap, then ALiBi, of one logit."""
-    T, cap = q.shape[1], pattern.softcap
-    slopes = None if pattern.slopes is None else pattern.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
+    T, cap = q.shape[1], spec.softcap
+    slopes = None if spec.slopes is None else spec.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
     if slopes is None and not cap:
         return None
     offset = None if T == S else torch.full((), S - T, dtype=torch.int32, device=q.device)

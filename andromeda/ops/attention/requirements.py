@@ -5,52 +5,52 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention.spec import Pattern
-from andromeda.ops.compute_dtype import HALF
+from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.compute_dtype import HALF_DTYPES
 
-FOLD = "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"
+NO_ALIBI_SLOPES = "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"
 
 
-def queries_last(pattern: Pattern) -> str | None:
+def requires_queries_last(spec: AttentionSpec) -> str | None:
     """Refusal of a query that does not stand at the last key."""
-    return None if pattern.index is None else "its queries must be the last of the keys"
+    return None if spec.index is None else "its queries must be the last of the keys"
 
 
-def only_causal(pattern: Pattern) -> str | None:
+def requires_causal_only(spec: AttentionSpec) -> str | None:
     """Refusal of everything but causal attention."""
-    if pattern.index is not None:
-        return queries_last(pattern)
-    if pattern.window:
+    if spec.index is not None:
+        return requires_queries_last(spec)
+    if spec.window:
         return "it has no window"
-    if pattern.documents is not None:
+    if spec.documents is not None:
         return "it has no document mask"
-    if pattern.slopes is not None:
-        return FOLD
-    return "it has no soft cap" if pattern.softcap else None
+    if spec.slopes is not None:
+        return NO_ALIBI_SLOPES
+    return "it has no soft cap" if spec.softcap else None
 
 
-def half_on_cuda(q: Tensor, capability: int) -> str | None:
+def requires_half_on_cuda(q: Tensor, capability: int) -> str | None:
     """Refusal of all but 16 bits on GPUs of at least this major compute capability."""
     if q.device.type != "cuda":
         return "it runs on CUDA GPUs only"
-    if q.dtype not in HALF:
+    if q.dtype not in HALF_DTYPES:
         return f"it has no kernels in {str(q.dtype).removeprefix('torch.')}"
     if torch.cuda.get_device_capability(q.device)[0] < capability:
         return f"it needs a GPU of compute capability {capability}.0 or newer"
     return None
 
 
-def heads_of_eights(q: Tensor, v: Tensor, widest: int) -> str | None:
+def requires_head_dim_multiple_of_8(q: Tensor, v: Tensor, widest: int) -> str | None:
     """Refusal of heads whose dimensions are no multiple of eight, or too many."""
     fit = all(x.shape[-1] % 8 == 0 and x.shape[-1] <= widest for x in (q, v))
     return None if fit else f"it needs heads of 8, 16, ... or {widest} dimensions"
 
 
-def equal_heads(q: Tensor, v: Tensor) -> str | None:
+def requires_equal_head_dims(q: Tensor, v: Tensor) -> str | None:
     """Refusal of values that are narrower or wider than keys."""
     return None if q.shape[-1] == v.shape[-1] else "it needs values as wide as keys"
 
 
-def trained(*tensors: Tensor) -> bool:
+def needs_grad(*tensors: Tensor) -> bool:
     """Whether autograd will ask for the gradient of any of them."""
     return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)

@@ -15,58 +15,60 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.ops.attention.requirements import trained
-from andromeda.ops.attention.spec import Pattern
-from andromeda.ops.attention.tensor_cache import Memo
-from andromeda.ops.compute_dtype import HALF
+from andromeda.ops.attention.requirements import needs_grad
+from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.attention.tensor_cache import TensorCache
+from andromeda.ops.compute_dtype import HALF_DTYPES
 
 name = "sdpa"
 
-ROWS = 256
+QUERY_BLOCK = 256
 """Queries under one mask. On a CPU core, packed rows of 512 tokens then take 68 ms instead of 86, of 2048 tokens 203 instead of 377
 (benchmarks/attention_cpu.py)."""
 
-Strip = tuple[slice, slice, Tensor]
+QueryBlock = tuple[slice, slice, Tensor]
 """Some queries, the keys that some of them see, and zero where a query sees a key, minus infinity elsewhere."""
 
-_strips: Memo[list[Strip]] = Memo(4)
-_single: Memo[bool] = Memo(4)
+_query_blocks: TensorCache[list[QueryBlock]] = TensorCache(4)
+_is_single_document: TensorCache[bool] = TensorCache(4)
 
 
-def refuse(pattern: Pattern, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """No soft cap; on GPUs no bias that the mask would have to round."""
-    if pattern.softcap:
+    if spec.softcap:
         return "it has no soft cap"
-    if pattern.slopes is not None and q.device.type != "cpu" and q.dtype in HALF:
+    if spec.slopes is not None and q.device.type != "cpu" and q.dtype in HALF_DTYPES:
         return "its mask would round ALiBi's bias to 16 bits"
     return None
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
-    if q.device.type == "cpu" and q.dtype in HALF and trained(q, k, v):
+    if q.device.type == "cpu" and q.dtype in HALF_DTYPES and needs_grad(q, k, v):
         # A CPU takes 2.7 times as long for both passes in 16 bits as in float32 with the conversions (benchmarks/attention_cpu.py).
-        return attend(q.float(), k.float(), v.float(), pattern).to(v.dtype)
+        return attend(q.float(), k.float(), v.float(), spec).to(v.dtype)
     T, S = q.shape[1], k.shape[1]
-    if pattern.documents is not None and _one_document(pattern.documents):
-        pattern = replace(pattern, documents=None)
-    if pattern.plain and T == S:
-        return _call(q, k, v, pattern.scale)
+    if spec.documents is not None and _has_one_document(spec.documents):
+        spec = replace(spec, documents=None)
+    if spec.plain and T == S:
+        return _sdpa(q, k, v, spec.scale)
     if T == 1:
-        return _decode(q, k, v, pattern)
-    strips = _strips.get(pattern.documents or (), (pattern.window, T, S, q.dtype, q.device), lambda: list(_cut(pattern, q, S)))
+        return _decode(q, k, v, spec)
+    strips = _query_blocks.get(
+        spec.documents or (), (spec.window, T, S, q.dtype, q.device), lambda: list(_split_queries(spec, q, S))
+    )
     dtype = q.dtype
-    if dtype in HALF and trained(k, v):
+    if dtype in HALF_DTYPES and needs_grad(k, v):
         # The gradients of a key's strips and of the heads that share it are added in float32.
         k, v = (x.float().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     parts = []
     for rows, keys, hidden in strips:
         seen = k[:, keys].to(dtype), v[:, keys].to(dtype)
-        parts.append(_call(q[:, rows], *seen, pattern.scale, _biased(pattern, hidden)))
+        parts.append(_sdpa(q[:, rows], *seen, spec.scale, _add_alibi(spec, hidden)))
     return torch.cat(parts, 1)
 
 
-def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
     """The function itself: causal without a mask."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
@@ -80,48 +82,48 @@ def _call(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
     return out.transpose(1, 2)
 
 
-def _decode(q: Tensor, k: Tensor, v: Tensor, pattern: Pattern) -> Tensor:
+def _decode(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """One query, q (B, 1, H, D): the heads that share keys stand in for queries, so that no kernel copies keys for them."""
     G, mask = k.shape[2], None
-    if not pattern.plain:
-        mask = _biased(pattern, _hidden(pattern, q, k.shape[1]))
-        if pattern.slopes is not None:
+    if not spec.plain:
+        mask = _add_alibi(spec, _additive_mask(spec, q, k.shape[1]))
+        if spec.slopes is not None:
             mask = mask.unflatten(-3, (G, -1)).squeeze(-2)
     out = F.scaled_dot_product_attention(
-        q.squeeze(1).unflatten(1, (G, -1)), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=pattern.scale
+        q.squeeze(1).unflatten(1, (G, -1)), k.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=spec.scale
     )
     return out.flatten(1, 2)[:, None]
 
 
-def _one_document(documents: tuple[Tensor, Tensor]) -> bool:
+def _has_one_document(documents: tuple[Tensor, Tensor]) -> bool:
     """Whether every row holds one document only; asked on CPUs alone, since on a GPU the answer has to be waited for."""
     queries, keys = documents
     if keys.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    return _single.get(documents, None, lambda: bool((keys == queries[:, :1]).all()))
+    return _is_single_document.get(documents, None, lambda: bool((keys == queries[:, :1]).all()))
 
 
-def _cut(pattern: Pattern, q: Tensor, S: int) -> Iterator[Strip]:
+def _split_queries(spec: AttentionSpec, q: Tensor, S: int) -> Iterator[QueryBlock]:
     """Strips of ROWS queries."""
     T = q.shape[1]
-    for start in range(0, T, ROWS):
-        stop = min(start + ROWS, T)
+    for start in range(0, T, QUERY_BLOCK):
+        stop = min(start + QUERY_BLOCK, T)
         end = S - T + stop
-        documents = pattern.documents and (pattern.documents[0][:, start:stop], pattern.documents[1][:, :end])
+        documents = spec.documents and (spec.documents[0][:, start:stop], spec.documents[1][:, :end])
         # The last of these queries stands at the last of these keys, as in the whole.
-        part, first = replace(pattern, documents=documents).trimmed(stop - start, end)
-        yield slice(start, stop), slice(first, end), _hidden(part, q[:, start:stop], end - first)
+        part, first = replace(spec, documents=documents).trimmed(stop - start, end)
+        yield slice(start, stop), slice(first, end), _additive_mask(part, q[:, start:stop], end - first)
 
 
-def _hidden(pattern: Pattern, q: Tensor, S: int) -> Tensor:
+def _additive_mask(spec: AttentionSpec, q: Tensor, S: int) -> Tensor:
     """Zero where a query sees a key, minus infinity elsewhere: (T, S), or (B, 1, T, S) with documents."""
     # CPU kernels take a mask in float32 with queries in 16 bits, and ALiBi's bias then loses nothing.
     dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
-    visible = pattern.visible(q.shape[1], S, q.device)
+    visible = spec.visible(q.shape[1], S, q.device)
     return torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
 
 
-def _biased(pattern: Pattern, hidden: Tensor) -> Tensor:
+def _add_alibi(spec: AttentionSpec, hidden: Tensor) -> Tensor:
     """The mask together with ALiBi's bias, if there is one: (H, T, S) then, or (B, H, T, S) with documents."""
-    bias = pattern.bias(hidden.shape[-2], hidden.shape[-1], hidden.device)
+    bias = spec.bias(hidden.shape[-2], hidden.shape[-1], hidden.device)
     return hidden if bias is None else hidden + bias.to(hidden.dtype)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Pattern:
+class AttentionSpec:
     """Which keys a query sees, and what is added to the logits.
 
     Query t stands at key index t + (S - T): queries are the last T of the S keys, as in cached decoding. With
@@ -65,7 +65,7 @@ class Pattern:
             return None
         return -self.slopes.to(device)[:, None, None] * self.distance(T, S, device)
 
-    def trimmed(self, T: int, S: int) -> tuple[Pattern, int]:
+    def trimmed(self, T: int, S: int) -> tuple[AttentionSpec, int]:
         """The same attention over the keys from the returned index on: what no query's window reaches is left out.
 
         A window that then covers every key is no window, so that decoding one token in a window is plain attention.

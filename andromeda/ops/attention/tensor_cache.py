@@ -13,7 +13,7 @@ from torch import Tensor
 Value = TypeVar("Value")
 
 
-class Memo(Generic[Value]):
+class TensorCache(Generic[Value]):
     """The last few values that were made from some tensors and a key.
 
     Tensors are known by identity and by their count of changes in place, so that nothing is compared on the device and
@@ -27,7 +27,7 @@ class Memo(Generic[Value]):
     def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Value]) -> Value:
         """The value made before for these very tensors and this key, or the one that `make` makes now."""
         # Inference tensors do not count their changes, so that nobody could tell whether a value is still true.
-        if torch.compiler.is_compiling() or _recording() or any(t.is_inference() for t in tensors):
+        if torch.compiler.is_compiling() or _is_capturing() or any(t.is_inference() for t in tensors):
             return make()
         # What inference mode makes cannot be kept for a backward pass, so that a training step needs one of its own.
         key = (len(tensors), torch.is_inference_mode_enabled(), key)
@@ -39,5 +39,5 @@ class Memo(Generic[Value]):
         return value
 
 
-def _recording() -> bool:
+def _is_capturing() -> bool:
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from andromeda.ops.triton.ptx import exp2, reciprocal
 
-BLOCK, WARPS = 4096, 8
+ACTIVATION_BLOCK, ACTIVATION_WARPS = 4096, 8
 
 
 @triton.jit
@@ -23,7 +23,7 @@ def _tanh(x):
 
 
 @triton.jit
-def _tail(z):
+def _normal_tail(z):
     """P(Z > z) of a standard normal Z for z >= 0, within a share of 4e-6 of itself."""
     t = reciprocal(1.0 + 0.307134860145706 * z)
     p = 0.19416815390876732 - 0.07625058741335031 * t
@@ -35,32 +35,32 @@ def _tail(z):
 
 
 @triton.jit
-def _below(x):
+def _normal_cdf(x):
     """P(Z < x) of a standard normal Z."""
-    tail = _tail(tl.abs(x))
+    tail = _normal_tail(tl.abs(x))
     return tl.where(x < 0, tail, 1.0 - tail)
 
 
 @triton.jit
-def gelu_tail(x):
+def gelu_fast(x):
     """GELU of x in float32, to the accuracy that 16 bits can show."""
-    return x * _below(x)
+    return x * _normal_cdf(x)
 
 
 @triton.jit
-def gelu_and_slope(x):
+def gelu_and_derivative(x):
     """The same, and its derivative P(Z < x) + x phi(x); phi's exponential is the one in the tail, which is raised once."""
-    size, below = tl.abs(x), _below(x)
+    size, below = tl.abs(x), _normal_cdf(x)
     return x * below, below + x * (0.3989422804014327 * exp2(size * size * -0.7213475204444817))
 
 
 @triton.jit
-def activated(x, NAME: tl.constexpr, EXACT: tl.constexpr):
+def apply_activation(x, NAME: tl.constexpr, EXACT: tl.constexpr):
     """The activation NAME of x in float32. EXACT: to the last bits of float32."""
     if NAME == "none":
         return x
     if NAME == "gelu":
-        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476)) if EXACT else gelu_tail(x)
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476)) if EXACT else gelu_fast(x)
     if NAME == "gelu_tanh":
         return 0.5 * x * (1.0 + _tanh(0.7978845608028654 * (x + 0.044715 * x * x * x)))
     if NAME == "silu":
@@ -70,18 +70,18 @@ def activated(x, NAME: tl.constexpr, EXACT: tl.constexpr):
 
 
 @triton.jit
-def _activate(x, y, N, NAME: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = at < N
-    value = activated(tl.load(x + at, mask=mask, other=0.0).to(tl.float32), NAME, EXACT)
-    tl.store(y + at, value.to(y.dtype.element_ty), mask=mask)
+def _activation_kernel(x, y, N, NAME: tl.constexpr, EXACT: tl.constexpr, BLOCK: tl.constexpr):
+    offsets = tl.program_id(0).to(tl.int64) * ACTIVATION_BLOCK + tl.arange(0, ACTIVATION_BLOCK)
+    mask = offsets < N
+    value = apply_activation(tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32), NAME, EXACT)
+    tl.store(y + offsets, value.to(y.dtype.element_ty), mask=mask)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """The activation of x, which must lie in one piece, in float32 and rounded once."""
     y = torch.empty_like(x)
     with torch.cuda.device_of(x):
-        _activate[(triton.cdiv(x.numel(), BLOCK),)](
-            x, y, x.numel(), NAME=activation, EXACT=x.dtype == torch.float32, BLOCK=BLOCK, num_warps=WARPS
+        _activation_kernel[(triton.cdiv(x.numel(), ACTIVATION_BLOCK),)](
+            x, y, x.numel(), NAME=activation, EXACT=x.dtype == torch.float32, BLOCK=ACTIVATION_BLOCK, num_warps=ACTIVATION_WARPS
         )
     return y

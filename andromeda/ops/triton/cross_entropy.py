@@ -33,7 +33,7 @@ def _exp(x):
 
 
 @triton.jit
-def _capped(x, cap, CAPPED: tl.constexpr):
+def _apply_softcap(x, cap, CAPPED: tl.constexpr):
     """cap tanh(x / cap), or x."""
     if CAPPED:
         return cap * (1.0 - 2.0 / (_exp(2.0 * x / cap) + 1.0))
@@ -41,7 +41,7 @@ def _capped(x, cap, CAPPED: tl.constexpr):
 
 
 @triton.jit
-def _row(
+def _loss_kernel(
     logits,
     labels,
     total,
@@ -50,7 +50,7 @@ def _row(
     stride,
     cap,
     z_loss,
-    IGNORED: tl.constexpr,
+    IGNORE_INDEX: tl.constexpr,
     CAPPED: tl.constexpr,
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -59,33 +59,33 @@ def _row(
     index = tl.program_id(0)
     row = logits + index.to(tl.int64) * stride
     label = tl.load(labels + index)
-    counted = label != IGNORED
+    valid = label != IGNORE_INDEX
     # Read before any lane writes: the reductions below are barriers.
-    chosen = _capped(tl.load(row + tl.where(counted, label, 0)).to(tl.float32), cap, CAPPED)
-    lane = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
-    largest = tl.full((BLOCK // GROUP,), float("-inf"), tl.float32)
+    target_logit = _apply_softcap(tl.load(row + tl.where(valid, label, 0)).to(tl.float32), cap, CAPPED)
+    offsets = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    running_max = tl.full((BLOCK // GROUP,), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK // GROUP,), tl.float32)
     for start in range(0, V, BLOCK):
-        column = start + lane
+        column = start + offsets
         z = tl.load(row + column, mask=column < V, other=float("-inf")).to(tl.float32)
         if CAPPED:
-            z = tl.where(column < V, _capped(z, cap, CAPPED), float("-inf"))
-        above = tl.maximum(largest, tl.max(z, 1))
+            z = tl.where(column < V, _apply_softcap(z, cap, CAPPED), float("-inf"))
+        new_max = tl.maximum(running_max, tl.max(z, 1))
         # A group that has seen no column yet has minus infinity twice, whose difference is no number.
-        base = tl.where(above == float("-inf"), 0.0, above)
-        sums = sums * _exp(largest - base) + tl.sum(_exp(z - base[:, None]), 1)
-        largest = above
-    peak = tl.max(largest, 0)
-    log_z = peak + tl.log(tl.sum(sums * _exp(largest - peak), 0))
-    loss = log_z - chosen
-    tl.store(nll + index, tl.where(counted, loss, 0.0))
-    tl.store(total + index, tl.where(counted, loss + z_loss * log_z * log_z, 0.0))
+        base = tl.where(new_max == float("-inf"), 0.0, new_max)
+        sums = sums * _exp(running_max - base) + tl.sum(_exp(z - base[:, None]), 1)
+        running_max = new_max
+    max_logit = tl.max(running_max, 0)
+    log_z = max_logit + tl.log(tl.sum(sums * _exp(running_max - max_logit), 0))
+    loss = log_z - target_logit
+    tl.store(nll + index, tl.where(valid, loss, 0.0))
+    tl.store(total + index, tl.where(valid, loss + z_loss * log_z * log_z, 0.0))
     if GRADIENT:
-        factor = tl.where(counted, 1.0 + 2.0 * z_loss * log_z, 0.0)
-        one = tl.where(counted, 1.0, 0.0)
+        factor = tl.where(valid, 1.0 + 2.0 * z_loss * log_z, 0.0)
+        one = tl.where(valid, 1.0, 0.0)
         for start in range(0, V, BLOCK):
-            column = start + lane
-            z = _capped(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, CAPPED)
+            column = start + offsets
+            z = _apply_softcap(tl.load(row + column, mask=column < V, other=0.0).to(tl.float32), cap, CAPPED)
             d = _exp(z - log_z) * factor - tl.where(column == label, one, 0.0)
             if CAPPED:
                 d = d * (1.0 - (z / cap) * (z / cap))
@@ -93,17 +93,17 @@ def _row(
 
 
 @triton.jit
-def _scale(source, to, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
-    by = tl.load(factor)
-    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+def _scale_kernel(source, to, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
+    scale = tl.load(factor)
+    offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     # The gradient of a plain sum has a factor of one: in its own place, nothing is to be read or written.
-    mask = (at < tl.where(by == 1.0, 0, n)) if IN_PLACE else at < n
-    x = tl.load(source + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(to + at, (x * by).to(to.dtype.element_ty), mask=mask)
+    mask = (offsets < tl.where(scale == 1.0, 0, n)) if IN_PLACE else offsets < n
+    x = tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
+    tl.store(to + offsets, (x * scale).to(to.dtype.element_ty), mask=mask)
 
 
-def rows(
-    logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool, ignored: int, block: int = BLOCK
+def logits_loss(
+    logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool, ignore_index: int, block: int = BLOCK
 ) -> tuple[Tensor, Tensor, Tensor]:
     """logits (n, V), labels (n,) -> total and cross entropy, each (n,) in float32, and `logits`, which hold the total's gradient now.
 
@@ -116,7 +116,7 @@ def rows(
     shape: dict[str, Any] = {"CAPPED": bool(softcap), "GRADIENT": gradient, "BLOCK": block, "GROUP": GROUP}
     with torch.cuda.device_of(logits):
         if n:
-            _row[(n,)](
+            _loss_kernel[(n,)](
                 logits,
                 labels,
                 total,
@@ -125,14 +125,14 @@ def rows(
                 logits.stride(0),
                 softcap or 1.0,
                 z_loss,
-                IGNORED=ignored,
+                IGNORE_INDEX=ignore_index,
                 num_warps=max(1, block // PER_WARP),
                 **shape,
             )
     return total, nll, logits
 
 
-def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
+def scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
     """gradient * factor, multiplied in float32 and rounded to `dtype` once; gradient dense, factor () in float32.
 
     `in_place` writes it over `gradient`, which is then in `dtype` already.
@@ -141,5 +141,7 @@ def scaled(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool)
     n = gradient.numel()
     with torch.cuda.device_of(gradient):
         if n:
-            _scale[(triton.cdiv(n, SCALE_BLOCK),)](gradient, out, factor, n, IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS)
+            _scale_kernel[(triton.cdiv(n, SCALE_BLOCK),)](
+                gradient, out, factor, n, IN_PLACE=in_place, BLOCK=SCALE_BLOCK, num_warps=SCALE_WARPS
+            )
     return out

@@ -17,7 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 
-class Launch(NamedTuple):
+class TileConfig(NamedTuple):
     """How the work is cut."""
 
     columns: int
@@ -27,13 +27,13 @@ class Launch(NamedTuple):
     warps: int
 
 
-LAUNCH = Launch(1024, 4, 4)
-PIECE = 64
+DEFAULT_TILE = TileConfig(1024, 4, 4)
+TOKENS_PER_PARTIAL = 64
 """Tokens that one program sums at most."""
 
 
 @triton.jit
-def _sum(dy, order, start, end, column, stride, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _segment_sum(dy, order, start, end, column, stride, C, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Sum of the gradients of sorted tokens start..end-1 in float32 (COLUMNS,)."""
     total = tl.zeros((COLUMNS,), tl.float32)
     for at in range(start, end, ROWS):
@@ -45,52 +45,52 @@ def _sum(dy, order, start, end, column, stride, C, ROWS: tl.constexpr, COLUMNS: 
 
 
 @triton.jit
-def _rows_and_parts(
-    dy, dw, parts, ids, order, offsets, N, V, C, dy_stride, dw_stride, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+def _short_segments_kernel(
+    dy, dw, partials, ids, order, offsets, N, V, C, dy_stride, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     """Rows of short segments into dw (V, C), parts of long ones into parts (tiles, 2, C)."""
     blocks = tl.cdiv(C, COLUMNS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
-    tiles = tl.cdiv(N, PIECE)
+    tiles = tl.cdiv(N, TOKENS_PER_PARTIAL)
     # The long segments come first: they take longest.
-    job = tl.program_id(0) // blocks - 2 * tiles
-    if job >= 0:
-        start, end = tl.load(offsets + job), tl.load(offsets + job + 1)
-        if end - start <= PIECE:
-            total = _sum(dy, order, start, end, column, dy_stride, C, ROWS, COLUMNS)
-            tl.store(dw + job.to(tl.int64) * dw_stride + column, total.to(dw.dtype.element_ty), mask=column < C)
+    program = tl.program_id(0) // blocks - 2 * tiles
+    if program >= 0:
+        start, end = tl.load(offsets + program), tl.load(offsets + program + 1)
+        if end - start <= TOKENS_PER_PARTIAL:
+            total = _segment_sum(dy, order, start, end, column, dy_stride, C, ROWS, COLUMNS)
+            tl.store(dw + program.to(tl.int64) * dw_stride + column, total.to(dw.dtype.element_ty), mask=column < C)
     else:
-        tile, slot = (job + 2 * tiles) // 2, (job + 2 * tiles) % 2
-        first = tile * PIECE
-        last = tl.minimum(first + PIECE, N) - 1
+        tile, slot = (program + 2 * tiles) // 2, (program + 2 * tiles) % 2
+        first = tile * TOKENS_PER_PARTIAL
+        last = tl.minimum(first + TOKENS_PER_PARTIAL, N) - 1
         row = tl.load(ids + tl.where(slot == 0, first, last))
         start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-        if (end - start > PIECE) & ((slot == 0) | (start > first)):
-            total = _sum(dy, order, tl.maximum(start, first), tl.minimum(end, last + 1), column, dy_stride, C, ROWS, COLUMNS)
-            tl.store(parts + (job + 2 * tiles).to(tl.int64) * C + column, total, mask=column < C)
+        if (end - start > TOKENS_PER_PARTIAL) & ((slot == 0) | (start > first)):
+            total = _segment_sum(dy, order, tl.maximum(start, first), tl.minimum(end, last + 1), column, dy_stride, C, ROWS, COLUMNS)
+            tl.store(partials + (program + 2 * tiles).to(tl.int64) * C + column, total, mask=column < C)
 
 
 @triton.jit
-def _long_rows(dw, parts, ids, offsets, N, C, dw_stride, PIECE: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _long_segments_kernel(dw, partials, ids, offsets, N, C, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """The long segment that begins in a tile, if one does: the sum of its parts into its row of dw."""
     blocks = tl.cdiv(C, COLUMNS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.program_id(0) // blocks
-    first = tile * PIECE
-    row = tl.load(ids + tl.minimum(first + PIECE, N) - 1)
+    first = tile * TOKENS_PER_PARTIAL
+    row = tl.load(ids + tl.minimum(first + TOKENS_PER_PARTIAL, N) - 1)
     start, end = tl.load(offsets + row), tl.load(offsets + row + 1)
-    if (end - start > PIECE) & (start >= first):
+    if (end - start > TOKENS_PER_PARTIAL) & (start >= first):
         slot = tl.where(start > first, 1, 0)
-        total = tl.load(parts + (2 * tile + slot).to(tl.int64) * C + column, mask=column < C, other=0.0)
-        for at in range(tile + 1, tl.cdiv(end, PIECE), ROWS):
+        total = tl.load(partials + (2 * tile + slot).to(tl.int64) * C + column, mask=column < C, other=0.0)
+        for at in range(tile + 1, tl.cdiv(end, TOKENS_PER_PARTIAL), ROWS):
             index = at + tl.arange(0, ROWS)
-            mask = (index < tl.cdiv(end, PIECE))[:, None] & (column < C)[None, :]
-            total += tl.sum(tl.load(parts + (2 * index[:, None]).to(tl.int64) * C + column[None, :], mask=mask, other=0.0), 0)
+            mask = (index < tl.cdiv(end, TOKENS_PER_PARTIAL))[:, None] & (column < C)[None, :]
+            total += tl.sum(tl.load(partials + (2 * index[:, None]).to(tl.int64) * C + column[None, :], mask=mask, other=0.0), 0)
         tl.store(dw + row.to(tl.int64) * dw_stride + column, total.to(dw.dtype.element_ty), mask=column < C)
 
 
-def table_gradient(
-    ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype, launch: Launch | None = None, piece: int = PIECE
+def embedding_weight_grad(
+    ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype, tile: TileConfig | None = None, tokens_per_partial: int = TOKENS_PER_PARTIAL
 ) -> Tensor:
     """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all."""
     order_ids, order = ids.to(torch.int32).sort(stable=True)
@@ -98,25 +98,29 @@ def table_gradient(
     widths = [dy.shape[1] for dy in dys]
     dw = ids.new_empty(rows, sum(widths), dtype=dtype)
     for columns, dy in zip(dw.split(widths, 1), dys, strict=True):
-        _sum_into(columns, dy if dy.stride(1) == 1 else dy.contiguous(), order_ids, order, offsets, launch or _cut(dy.shape[1]), piece)
+        _sum_segments(
+            columns, dy if dy.stride(1) == 1 else dy.contiguous(), order_ids, order, offsets, tile or _tile_for(dy.shape[1]), tokens_per_partial
+        )
     return dw
 
 
-def _sum_into(dw: Tensor, dy: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, launch: Launch, piece: int) -> None:
+def _sum_segments(dw: Tensor, dy: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, tile: TileConfig, tokens_per_partial: int) -> None:
     (N, C), V = dy.shape, dw.shape[0]
-    blocks, tiles = triton.cdiv(C, launch.columns), triton.cdiv(N, piece)
+    blocks, tiles = triton.cdiv(C, tile.columns), triton.cdiv(N, tokens_per_partial)
     # Short of what a memory allocator notices, and written only where there are long segments.
-    parts = dy.new_empty(2 * tiles, C, dtype=torch.float32)
-    shape = {"PIECE": piece, "ROWS": launch.rows, "COLUMNS": launch.columns, "num_warps": launch.warps}
+    partials = dy.new_empty(2 * tiles, C, dtype=torch.float32)
+    shape = {"PIECE": tokens_per_partial, "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
     with torch.cuda.device_of(dy):
-        _rows_and_parts[((V + 2 * tiles) * blocks,)](dy, dw, parts, ids, order, offsets, N, V, C, dy.stride(0), dw.stride(0), **shape)
+        _short_segments_kernel[((V + 2 * tiles) * blocks,)](
+            dy, dw, partials, ids, order, offsets, N, V, C, dy.stride(0), dw.stride(0), **shape
+        )
         if tiles:
-            _long_rows[(tiles * blocks,)](dw, parts, ids, offsets, N, C, dw.stride(0), **shape)
+            _long_segments_kernel[(tiles * blocks,)](dw, partials, ids, offsets, N, C, dw.stride(0), **shape)
 
 
-def _cut(C: int) -> Launch:
+def _tile_for(C: int) -> TileConfig:
     """Programs that leave few columns idle, with 16 bytes of 16-bit gradients for each thread."""
-    columns = LAUNCH.columns
+    columns = DEFAULT_TILE.columns
     while columns > 256 and triton.cdiv(C, columns) * columns > 1.125 * C:
         columns //= 2
-    return Launch(columns, LAUNCH.rows, max(1, columns * LAUNCH.warps // LAUNCH.columns))
+    return TileConfig(columns, DEFAULT_TILE.rows, max(1, columns * DEFAULT_TILE.warps // DEFAULT_TILE.columns))

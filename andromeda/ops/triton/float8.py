@@ -14,10 +14,10 @@ import triton.language as tl
 from torch import Tensor
 
 from andromeda.ops.triton.ptx import PTX
-from andromeda.ops.triton.tuples import appended
+from andromeda.ops.triton.tuples import tuple_append
 
 
-class Tile(NamedTuple):
+class TileConfig(NamedTuple):
     """What a program takes."""
 
     rows: int
@@ -25,12 +25,12 @@ class Tile(NamedTuple):
     warps: int
 
 
-MEASURED, WARPS = 256, 4
+AMAX_COLUMNS, AMAX_WARPS = 256, 4
 """Columns that a program reads at once when it measures, and its warps."""
-CAST = Tile(128, 64, 4)
-GROUP = tl.constexpr(8)
+CAST_TILE = TileConfig(128, 64, 4)
+SWIZZLE_GROUP = tl.constexpr(8)
 """Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
-TURN = tl.constexpr("""
+TRANSPOSE_4X4_BYTES = tl.constexpr("""
 {
     .reg .b32 low01, high01, low23, high23;
     prmt.b32 low01, $4, $5, 0x5140;
@@ -47,114 +47,114 @@ TURN = tl.constexpr("""
 
 
 @triton.jit
-def place(N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def tile_index(N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Row and column of this program's tile among all tiles."""
     down, across = tl.cdiv(N, ROWS), tl.cdiv(K, COLUMNS)
-    return tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, GROUP)
+    return tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, SWIZZLE_GROUP)
 
 
-def programs(N: int, K: int, tile: Tile) -> int:
+def num_tiles(N: int, K: int, tile: TileConfig) -> int:
     """How many tiles cover (N, K)."""
     return triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns)
 
 
 @triton.jit
-def eight_bits(value, kind: tl.constexpr, LARGEST: tl.constexpr):
+def to_float8(value, dtype: tl.constexpr, FP8_MAX: tl.constexpr):
     """The nearest number of the format; what is too large becomes the largest one, and NaN stays NaN."""
     # The instruction that rounds does so too.
-    return (value if PTX else tl.clamp(value, -LARGEST, LARGEST, propagate_nan=tl.PropagateNan.ALL)).to(kind)
+    return (value if PTX else tl.clamp(value, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)).to(dtype)
 
 
 @triton.jit
-def bits(value):
+def as_byte(value):
     """The byte of an 8-bit number."""
     return value.to(tl.uint8, bitcast=True)
 
 
 @triton.jit
-def words(a, b, c, d):
+def pack_bytes(a, b, c, d):
     """Bytes of four rows in one 32-bit word for each column, a's lowest.
 
     Not by shifts: ptxas (CUDA 12.8) lets a byte that it has converted and packed be read as a byte of its own from a register
     that was never written.
     """
     if PTX:
-        word = tl.inline_asm_elementwise(TURN, "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=4)
+        word = tl.inline_asm_elementwise(TRANSPOSE_4X4_BYTES, "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=4)
     else:
         word = a.to(tl.int32) | (b.to(tl.int32) << 8) | (c.to(tl.int32) << 16) | (d.to(tl.int32) << 24)
     return word
 
 
 @triton.jit
-def store_words(columns, rows, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def store_transposed(columns, rows, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Bytes of a tile, a tuple of every fourth row (ROWS / 4, COLUMNS) from the first, second, ... on, into its place in `columns`
     (K, N / 4)."""
-    packed = words(rows[0], rows[1], rows[2], rows[3])
+    packed = pack_bytes(rows[0], rows[1], rows[2], rows[3])
     column = across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
     four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
     tl.store(columns + column.to(tl.int64) * (N // 4) + four, tl.trans(packed), mask=(column < K) & (four < N // 4))
 
 
 @triton.jit
-def _measure(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _amax_and_norm_kernel(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
-    largest, square = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
+    amax, square = tl.zeros((ROWS, COLUMNS), tl.float32), tl.zeros((ROWS, COLUMNS), tl.float32)
     for start in range(0, K, COLUMNS):
         column = start + tl.arange(0, COLUMNS)[None, :]
         value = tl.load(x + row.to(tl.int64) * K + column, mask=(row < N) & (column < K), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, tl.abs(value))
+        amax = tl.maximum(amax, tl.abs(value))
         square += value * value
-    at = partial + tl.program_id(0)
-    tl.store(at, tl.max(tl.max(largest, 1), 0))
-    tl.store(at + tl.num_programs(0), tl.sqrt(tl.max(tl.sum(square, 1), 0)))
+    offsets = partial + tl.program_id(0)
+    tl.store(offsets, tl.max(tl.max(amax, 1), 0))
+    tl.store(offsets + tl.num_programs(0), tl.sqrt(tl.max(tl.sum(square, 1), 0)))
 
 
 @triton.jit
-def _cast(x, scale, rows, columns, sums, N, K, LARGEST: tl.constexpr, kind: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _cast_kernel(x, scale, rows, columns, sums, N, K, FP8_MAX: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     inverse = 1.0 / tl.load(scale)
-    down, across = place(N, K, ROWS, COLUMNS)
+    down, across = tile_index(N, K, ROWS, COLUMNS)
     four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
     column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    turned = ()
-    total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
+    transposed = ()
+    want_sums = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
     for byte in tl.static_range(4):
         row = 4 * four + byte
-        at, mask = row.to(tl.int64) * K + column, (row < N) & (column < K)
-        value = tl.load(x + at, mask=mask, other=0.0).to(tl.float32)
+        offsets, mask = row.to(tl.int64) * K + column, (row < N) & (column < K)
+        value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         if sums is not None:
-            total += value
-        y = eight_bits(value * inverse, kind, LARGEST)
-        tl.store(rows + at, y, mask=mask)
-        turned = appended(turned, bits(y))
+            want_sums += value
+        y = to_float8(value * inverse, dtype, FP8_MAX)
+        tl.store(rows + offsets, y, mask=mask)
+        transposed = tuple_append(transposed, as_byte(y))
     if columns is not None:
-        store_words(columns, turned, N, K, down, across, ROWS, COLUMNS)
+        store_transposed(columns, transposed, N, K, down, across, ROWS, COLUMNS)
     if sums is not None:
         one = across * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(sums + down.to(tl.int64) * K + one, tl.sum(total, 0), mask=one < K)
+        tl.store(sums + down.to(tl.int64) * K + one, tl.sum(want_sums, 0), mask=one < K)
 
 
-KINDS = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+TRITON_DTYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
-def measure(x: Tensor, piece: int) -> Tensor:
+def amax_and_norm_partials(x: Tensor, rows_per_partial: int) -> Tensor:
     """x (N, K) in one piece -> largest absolute value and largest norm of a row, each of `piece` rows, (2, pieces) in float32."""
     N, K = x.shape
-    partial = torch.empty(2, triton.cdiv(N, piece), dtype=torch.float32, device=x.device)
+    partial = torch.empty(2, triton.cdiv(N, rows_per_partial), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
-        _measure[(partial.shape[1],)](x, partial, N, K, ROWS=piece, COLUMNS=MEASURED, num_warps=WARPS)
+        _amax_and_norm_kernel[(partial.shape[1],)](x, partial, N, K, ROWS=rows_per_partial, COLUMNS=AMAX_COLUMNS, num_warps=AMAX_WARPS)
     return partial
 
 
-def cast(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool = True, total: bool = False
+def cast_to_float8(
+    x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool = True, want_sums: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """x (N, K) in one piece over scale () -> 8 bits (N, K), the same transposed (K, N), and the sum of x's rows (K,) in float32."""
     N, K = x.shape
     by_row = torch.empty(N, K, dtype=dtype, device=x.device)
     by_column = torch.empty(K, N, dtype=dtype, device=x.device) if columns else None
-    sums = torch.empty(triton.cdiv(N, CAST.rows), K, dtype=torch.float32, device=x.device) if total else None
+    sums = torch.empty(triton.cdiv(N, CAST_TILE.rows), K, dtype=torch.float32, device=x.device) if want_sums else None
     words = None if by_column is None else by_column.view(torch.int32)
-    form = {"LARGEST": torch.finfo(dtype).max, "kind": KINDS[dtype], "ROWS": CAST.rows, "COLUMNS": CAST.columns}
+    form = {"LARGEST": torch.finfo(dtype).max, "kind": TRITON_DTYPES[dtype], "ROWS": CAST_TILE.rows, "COLUMNS": CAST_TILE.columns}
     with torch.cuda.device_of(x):
-        _cast[(programs(N, K, CAST),)](x, scale, by_row, words, sums, N, K, **form, num_warps=CAST.warps)
+        _cast_kernel[(num_tiles(N, K, CAST_TILE),)](x, scale, by_row, words, sums, N, K, **form, num_warps=CAST_TILE.warps)
     return by_row, by_column, None if sums is None else sums.sum(0)

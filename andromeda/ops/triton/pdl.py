@@ -16,29 +16,29 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-EARLY = True
+PDL_ENABLED = True
 """Whether kernels start early at all."""
 
 
-def early(x: Tensor) -> bool:
+def supports_pdl(x: Tensor) -> bool:
     """Whether kernels start early on the device of x."""
-    return EARLY and x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
+    return PDL_ENABLED and x.is_cuda and torch.version.hip is None and torch.cuda.get_device_capability(x.device) >= (9, 0)
 
 
-def options(on: bool) -> dict[str, Any]:
+def pdl_launch_options(enabled: bool) -> dict[str, Any]:
     """What a launch must be given for it."""
-    return {"launch_pdl": True} if on else {}
+    return {"launch_pdl": True} if enabled else {}
 
 
 @triton.jit
-def begin(form: tl.constexpr):
-    """Let the next kernel start; `form.early` says whether it may."""
-    if form.early:
+def pdl_launch_dependents(constants: tl.constexpr):
+    """Let the next kernel start; `constants.pdl` says whether it may."""
+    if constants.pdl:
         gdc_launch_dependents()
 
 
 @triton.jit
-def wait(form: tl.constexpr):
+def pdl_wait(constants: tl.constexpr):
     """Wait until all kernels before have written all that they write."""
-    if form.early:
+    if constants.pdl:
         gdc_wait()

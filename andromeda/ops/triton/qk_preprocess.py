@@ -20,18 +20,18 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.pdl import begin, early, options, wait
+from andromeda.ops.triton.pdl import pdl_launch_dependents, supports_pdl, pdl_launch_options, pdl_wait
 
 RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 UNIT_EPS = tl.constexpr(1e-12)
 """The constants of `F.rms_norm` and `F.normalize`."""
 
 
-Pair = tuple[Tensor, Tensor]
-Maybe = tuple[Tensor | None, Tensor | None]
+TensorPair = tuple[Tensor, Tensor]
+OptionalTensorPair = tuple[Tensor | None, Tensor | None]
 
 
-class Launch(NamedTuple):
+class QKLaunchConfig(NamedTuple):
     """How the work is cut."""
 
     tokens: int
@@ -41,16 +41,16 @@ class Launch(NamedTuple):
     warps: int
 
 
-FORWARD, BACKWARD, DECODE = Launch(32, 6, 4), Launch(32, 6, 4), Launch(4, 1, 1)
-SCALED = Launch(16, 1, 4)
+FORWARD, BACKWARD, DECODE = QKLaunchConfig(32, 6, 4), QKLaunchConfig(32, 6, 4), QKLaunchConfig(4, 1, 1)
+BACKWARD_SCALED = QKLaunchConfig(16, 1, 4)
 """Of the backward pass with learned scales: small blocks, since the sums take registers too."""
-WALK, WALKS = 8, 64
+MAX_BLOCKS_PER_PROGRAM, MIN_PROGRAMS = 8, 64
 """Most blocks that one of its programs walks over, and as many walks as there must be before they grow longer than one block."""
 FEW_TOKENS = 1024
 """Up to here a program has one head, so that few tokens still occupy the whole GPU."""
 
 
-class Shape(NamedTuple):
+class QKConstants(NamedTuple):
     """What is known when a kernel is compiled."""
 
     D: int
@@ -70,10 +70,10 @@ class Shape(NamedTuple):
     """Tokens of a program."""
     heads: int
     """Heads of a program."""
-    early: bool = False
+    pdl: bool = False
 
 
-class Side(NamedTuple):
+class HeadGroup(NamedTuple):
     """The queries or the keys, as the kernels see them; None where there is nothing."""
 
     query: Any
@@ -98,7 +98,7 @@ class Side(NamedTuple):
     scale: Any
     """Learned scales (heads, 1) or (heads, D)."""
     per_dim: Any
-    tail: Any = None
+    alibi_columns: Any = None
     """Slopes (heads,) of queries, digits (T, OUT - D) of keys."""
     dx: Any = None
     """Gradient of the raw vectors (B, T, heads, D)."""
@@ -108,11 +108,11 @@ class Side(NamedTuple):
     """Gradient of the scales, a row for each walk over blocks of tokens."""
     partial_row: Any = None
     """Numbers from one of its rows to the next."""
-    place: Any = None
+    index: Any = None
     """Where in y, a cache, the one token of a pass belongs: a number () on the device."""
 
 
-class Block(NamedTuple):
+class TokenBlock(NamedTuple):
     """The tokens of a block, each (n,)."""
 
     batch: Any
@@ -121,130 +121,130 @@ class Block(NamedTuple):
 
 
 @triton.jit
-def _pairs(shape: tl.constexpr):
+def _pair_indices(constants: tl.constexpr):
     """Numbers of the pairs (P,), of which a thread takes `shape.width` side by side."""
-    width: tl.constexpr = shape.width
-    return tl.max_contiguous(tl.arange(0, shape.P), width)
+    width: tl.constexpr = constants.width
+    return tl.max_contiguous(tl.arange(0, constants.P), width)
 
 
 @triton.jit
-def _columns(shape: tl.constexpr):
+def _pair_columns(constants: tl.constexpr):
     """Columns of the first and the second of each pair, each (P,)."""
-    width: tl.constexpr = shape.width
-    pair = tl.arange(0, shape.P)
-    if shape.interleaved:
+    width: tl.constexpr = constants.width
+    pair = tl.arange(0, constants.P)
+    if constants.interleaved:
         first, second = 2 * pair, 2 * pair + 1
     else:
         # Plain sums where all pairs turn, which the compiler sees through best.
-        if 2 * shape.HALF == shape.D:
-            first, second = pair, pair + shape.HALF
+        if 2 * constants.HALF == constants.D:
+            first, second = pair, pair + constants.HALF
         else:
-            first = tl.where(pair < shape.HALF, pair, pair + shape.HALF)
-            second = tl.where(pair < shape.HALF, pair + shape.HALF, pair + shape.D // 2)
+            first = tl.where(pair < constants.HALF, pair, pair + constants.HALF)
+            second = tl.where(pair < constants.HALF, pair + constants.HALF, pair + constants.D // 2)
         first, second = tl.max_contiguous(first, width), tl.max_contiguous(second, width)
     return first, second
 
 
 @triton.jit
-def _exists(live, shape: tl.constexpr):
+def _pair_mask(live, constants: tl.constexpr):
     """Which pairs of the tokens there are (n, P)."""
-    return live[:, None] & (tl.arange(0, shape.P) < shape.D // 2)[None, :]
+    return live[:, None] & (tl.arange(0, constants.P) < constants.D // 2)[None, :]
 
 
 @triton.jit
-def _words(rows, shape: tl.constexpr):
+def _pair_pointers(rows, constants: tl.constexpr):
     """Where interleaved pairs lie (n, P), each pair as one number: two reads with gaps would be twice as many instructions."""
     if rows.dtype.element_ty.primitive_bitwidth == 32:
         start = rows.to(tl.pointer_type(tl.uint64), bitcast=True)
     else:
         start = rows.to(tl.pointer_type(tl.uint32), bitcast=True)
-    return start[:, None] + _pairs(shape)[None, :]
+    return start[:, None] + _pair_indices(constants)[None, :]
 
 
 @triton.jit
-def _load(rows, live, shape: tl.constexpr):
+def _load_pairs(rows, live, constants: tl.constexpr):
     """The vectors at `rows` (n,) in float32: firsts and seconds of pairs, each (n, P), zero where there are none."""
-    mask = _exists(live, shape)
+    mask = _pair_mask(live, constants)
     kind: tl.constexpr = rows.dtype.element_ty
-    if shape.interleaved:
-        word = tl.load(_words(rows, shape), mask=mask, other=0)
+    if constants.interleaved:
+        word = tl.load(_pair_pointers(rows, constants), mask=mask, other=0)
         bits: tl.constexpr = tl.uint16 if kind.primitive_bitwidth == 16 else tl.uint32
         a = word.to(bits).to(kind, bitcast=True)
         b = (word >> kind.primitive_bitwidth).to(bits).to(kind, bitcast=True)
     else:
-        first, second = _columns(shape)
+        first, second = _pair_columns(constants)
         a = tl.load(rows[:, None] + first[None, :], mask=mask, other=0.0)
         b = tl.load(rows[:, None] + second[None, :], mask=mask, other=0.0)
     return a.to(tl.float32), b.to(tl.float32)
 
 
 @triton.jit
-def _store(rows, live, a, b, shape: tl.constexpr):
+def _store_pairs(rows, live, a, b, constants: tl.constexpr):
     """The opposite of `_load`."""
-    mask = _exists(live, shape)
+    mask = _pair_mask(live, constants)
     kind: tl.constexpr = rows.dtype.element_ty
-    if shape.interleaved:
+    if constants.interleaved:
         bits: tl.constexpr = tl.uint16 if kind.primitive_bitwidth == 16 else tl.uint32
         whole: tl.constexpr = tl.uint32 if kind.primitive_bitwidth == 16 else tl.uint64
         low = a.to(kind).to(bits, bitcast=True).to(whole)
         high = b.to(kind).to(bits, bitcast=True).to(whole)
-        tl.store(_words(rows, shape), low | (high << kind.primitive_bitwidth), mask=mask)
+        tl.store(_pair_pointers(rows, constants), low | (high << kind.primitive_bitwidth), mask=mask)
     else:
-        first, second = _columns(shape)
+        first, second = _pair_columns(constants)
         tl.store(rows[:, None] + first[None, :], a.to(kind), mask=mask)
         tl.store(rows[:, None] + second[None, :], b.to(kind), mask=mask)
 
 
 @triton.jit
-def _angles(side, at, shape: tl.constexpr):
+def _load_angles(group, block, constants: tl.constexpr):
     """The tokens' cosines and sines (n, P)."""
-    pair = tl.arange(0, shape.P)
-    entry = (at.batch * side.table_b + at.time)[:, None] * shape.HALF + _pairs(shape)[None, :]
-    mask = at.live[:, None] & (pair < shape.HALF)[None, :]
-    return tl.load(side.cos + entry, mask=mask, other=1.0), tl.load(side.sin + entry, mask=mask, other=0.0)
+    pair = tl.arange(0, constants.P)
+    entry = (block.batch * group.table_b + block.time)[:, None] * constants.HALF + _pair_indices(constants)[None, :]
+    mask = block.live[:, None] & (pair < constants.HALF)[None, :]
+    return tl.load(group.cos + entry, mask=mask, other=1.0), tl.load(group.sin + entry, mask=mask, other=0.0)
 
 
 @triton.jit
-def _rows(x, stride_b, stride_t, at, shape: tl.constexpr):
+def _token_pointers(x, stride_b, stride_t, block, constants: tl.constexpr):
     """Where the tokens' first heads lie (n,)."""
-    return x + (at.batch.to(tl.int64) * stride_b + at.time.to(tl.int64) * stride_t) * shape.unit
+    return x + (block.batch.to(tl.int64) * stride_b + block.time.to(tl.int64) * stride_t) * constants.unit
 
 
 @triton.jit
-def _scales(side, head, shape: tl.constexpr):
+def _load_scales(group, head, constants: tl.constexpr):
     """A head's learned scales, to be multiplied with (n, P) and (n, P)."""
-    if side.per_dim:
-        first, second = _columns(shape)
-        exists = tl.arange(0, shape.P) < shape.D // 2
-        row = side.scale + head * shape.D
+    if group.per_dim:
+        first, second = _pair_columns(constants)
+        exists = tl.arange(0, constants.P) < constants.D // 2
+        row = group.scale + head * constants.D
         a = tl.load(row + first, mask=exists, other=0.0)[None, :]
         b = tl.load(row + second, mask=exists, other=0.0)[None, :]
     else:
-        a = tl.load(side.scale + head)
+        a = tl.load(group.scale + head)
         b = a
     return a, b
 
 
 @triton.jit
-def _store_scale_gradient(side, walk, head, a, b, shape: tl.constexpr):
+def _store_scale_grad(group, chunk, head, a, b, constants: tl.constexpr):
     """A walk's share in the gradient of a head's scales, summed from the shares a and b of its tokens, each (n, P)."""
-    row = side.partial + walk * side.partial_row
-    if side.per_dim:
-        first, second = _columns(shape)
-        exists = tl.arange(0, shape.P) < shape.D // 2
-        tl.store(row + head * shape.D + first, tl.sum(a, 0), mask=exists)
-        tl.store(row + head * shape.D + second, tl.sum(b, 0), mask=exists)
+    row = group.partial + chunk * group.partial_row
+    if group.per_dim:
+        first, second = _pair_columns(constants)
+        exists = tl.arange(0, constants.P) < constants.D // 2
+        tl.store(row + head * constants.D + first, tl.sum(a, 0), mask=exists)
+        tl.store(row + head * constants.D + second, tl.sum(b, 0), mask=exists)
     else:
         tl.store(row + head, tl.sum(tl.sum(a + b, 1), 0))
 
 
 @triton.jit
-def _norm(a, b, shape: tl.constexpr):
+def _norm_factors(a, b, constants: tl.constexpr):
     """f (n, 1), by which the vectors are multiplied, and w (n, 1) in its gradient dx = f (dn - w n <n, dn>)."""
     square = tl.sum(a * a + b * b, 1)[:, None]
-    if shape.norm == "rms":
-        f = 1.0 / tl.sqrt(square / shape.D + RMS_EPS)
-        w = 1.0 / shape.D
+    if constants.norm == "rms":
+        f = 1.0 / tl.sqrt(square / constants.D + RMS_EPS)
+        w = 1.0 / constants.D
     else:
         length = tl.sqrt(square)
         f = 1.0 / tl.maximum(length, UNIT_EPS)
@@ -254,183 +254,183 @@ def _norm(a, b, shape: tl.constexpr):
 
 
 @triton.jit
-def _store_bias(rows, side, head, at, shape: tl.constexpr):
+def _store_alibi_columns(rows, group, head, block, constants: tl.constexpr):
     """The columns of a folded ALiBi."""
-    column = tl.arange(0, shape.OUT - shape.D)
-    if side.query:
+    column = tl.arange(0, constants.OUT - constants.D)
+    if group.query:
         power = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
-        tail = power[None, :] * tl.load(side.tail + head).to(tl.float32)
+        alibi_columns = power[None, :] * tl.load(group.alibi_columns + head).to(tl.float32)
     else:
-        tail = tl.load(side.tail + at.time[:, None] * (shape.OUT - shape.D) + column[None, :], mask=at.live[:, None], other=0).to(
+        alibi_columns = tl.load(group.alibi_columns + block.time[:, None] * (constants.OUT - constants.D) + column[None, :], mask=block.live[:, None], other=0).to(
             tl.float32
         )
-    tl.store(rows[:, None] + shape.D + column[None, :], tail.to(rows.dtype.element_ty), mask=at.live[:, None])
+    tl.store(rows[:, None] + constants.D + column[None, :], alibi_columns.to(rows.dtype.element_ty), mask=block.live[:, None])
 
 
 @triton.jit
-def _forward_side(side, at, start, shape: tl.constexpr):
+def _forward_heads(group, block, start, constants: tl.constexpr):
     """Some heads of a block of tokens, from head `start` on."""
-    if shape.HALF > 0:
-        cos, sin = _angles(side, at, shape)
-    x, y = _rows(side.x, side.x_b, side.x_t, at, shape), _rows(side.y, side.y_b, side.y_t, at, shape)
-    if side.place is not None:
-        y += tl.load(side.place).to(tl.int64) * side.y_t * shape.unit
-    for head in range(start, tl.minimum(start + shape.heads, side.count)):
-        a, b = _load(x + head * side.x_h, at.live, shape)
-        if shape.norm != "none":
-            f, _ = _norm(a, b, shape)
+    if constants.HALF > 0:
+        cos, sin = _load_angles(group, block, constants)
+    x, y = _token_pointers(group.x, group.x_b, group.x_t, block, constants), _token_pointers(group.y, group.y_b, group.y_t, block, constants)
+    if group.index is not None:
+        y += tl.load(group.index).to(tl.int64) * group.y_t * constants.unit
+    for head in range(start, tl.minimum(start + constants.heads, group.count)):
+        a, b = _load_pairs(x + head * group.x_h, block.live, constants)
+        if constants.norm != "none":
+            f, _ = _norm_factors(a, b, constants)
             a, b = a * f, b * f
-        if side.scale is not None:
-            s_a, s_b = _scales(side, head, shape)
+        if group.scale is not None:
+            s_a, s_b = _load_scales(group, head, constants)
             a, b = a * s_a, b * s_b
-        if shape.HALF > 0:
+        if constants.HALF > 0:
             a, b = a * cos - b * sin, b * cos + a * sin
-        _store(y + head * side.y_h, at.live, a, b, shape)
-        if side.tail is not None:
-            _store_bias(y + head * side.y_h, side, head, at, shape)
+        _store_pairs(y + head * group.y_h, block.live, a, b, constants)
+        if group.alibi_columns is not None:
+            _store_alibi_columns(y + head * group.y_h, group, head, block, constants)
 
 
 @triton.jit
-def _backward_side(side, walk, begin, N, T, blocks, shape: tl.constexpr):
+def _backward_heads(group, chunk, first_head, N, T, blocks, constants: tl.constexpr):
     """Gradients of some heads of the blocks of a walk, from head `begin` on, and the walk's share of those of the scales."""
-    tl.static_assert(side.scale is None or shape.heads == 1, "the sums are of one head")
-    tokens: tl.constexpr = shape.tokens
-    P: tl.constexpr = shape.P
+    tl.static_assert(group.scale is None or constants.heads == 1, "the sums are of one head")
+    tokens: tl.constexpr = constants.tokens
+    P: tl.constexpr = constants.P
     sum_a, sum_b = tl.zeros((tokens, P), tl.float32), tl.zeros((tokens, P), tl.float32)
-    if side.scale is not None:
-        s_a, s_b = _scales(side, begin, shape)
-    for block in range(walk * blocks, tl.minimum((walk + 1) * blocks, tl.cdiv(N, shape.tokens))):
-        at = _block(block, N, T, shape)
-        if shape.HALF > 0:
-            cos, sin = _angles(side, at, shape)
-        dy, dx = _rows(side.y, side.y_b, side.y_t, at, shape), _rows(side.dx, side.dx_b, side.dx_t, at, shape)
-        for head in range(begin, tl.minimum(begin + shape.heads, side.count)):
-            d_a, d_b = _load(dy + head * side.y_h, at.live, shape)
-            if shape.HALF > 0:
+    if group.scale is not None:
+        s_a, s_b = _load_scales(group, first_head, constants)
+    for block in range(chunk * blocks, tl.minimum((chunk + 1) * blocks, tl.cdiv(N, constants.tokens))):
+        block = _token_block(block, N, T, constants)
+        if constants.HALF > 0:
+            cos, sin = _load_angles(group, block, constants)
+        dy, dx = _token_pointers(group.y, group.y_b, group.y_t, block, constants), _token_pointers(group.dx, group.dx_b, group.dx_t, block, constants)
+        for head in range(first_head, tl.minimum(first_head + constants.heads, group.count)):
+            d_a, d_b = _load_pairs(dy + head * group.y_h, block.live, constants)
+            if constants.HALF > 0:
                 d_a, d_b = d_a * cos + d_b * sin, d_b * cos - d_a * sin
-            if shape.norm != "none":
-                a, b = _load(_rows(side.x, side.x_b, side.x_t, at, shape) + head * side.x_h, at.live, shape)
-                f, w = _norm(a, b, shape)
+            if constants.norm != "none":
+                a, b = _load_pairs(_token_pointers(group.x, group.x_b, group.x_t, block, constants) + head * group.x_h, block.live, constants)
+                f, w = _norm_factors(a, b, constants)
                 a, b = a * f, b * f
-                if side.scale is not None:
+                if group.scale is not None:
                     sum_a += a * d_a
                     sum_b += b * d_b
                     d_a, d_b = d_a * s_a, d_b * s_b
                 along = w * tl.sum(a * d_a + b * d_b, 1)[:, None]
                 d_a, d_b = f * (d_a - a * along), f * (d_b - b * along)
-            _store(dx + head * shape.D, at.live, d_a, d_b, shape)
-    if side.scale is not None:
-        _store_scale_gradient(side, walk, begin, sum_a, sum_b, shape)
+            _store_pairs(dx + head * constants.D, block.live, d_a, d_b, constants)
+    if group.scale is not None:
+        _store_scale_grad(group, chunk, first_head, sum_a, sum_b, constants)
 
 
 @triton.jit
-def _block(index, N, T, shape: tl.constexpr):
+def _token_block(index, N, T, constants: tl.constexpr):
     """The tokens of a block."""
-    token = index * shape.tokens + tl.arange(0, shape.tokens)
+    token = index * constants.tokens + tl.arange(0, constants.tokens)
     batch = token // T
-    return Block(batch, token - batch * T, token < N)
+    return TokenBlock(batch, token - batch * T, token < N)
 
 
 @triton.jit
-def _program(q, k, shape: tl.constexpr):
+def _program_position(q, k, constants: tl.constexpr):
     """Whether this program is of the queries, its first head and the number of its tokens' block or walk.
 
     Neighbors share tokens, whose tables are cached then.
     """
-    q_groups: tl.constexpr = (q.count + shape.heads - 1) // shape.heads
-    groups: tl.constexpr = q_groups + (k.count + shape.heads - 1) // shape.heads
+    q_groups: tl.constexpr = (q.count + constants.heads - 1) // constants.heads
+    groups: tl.constexpr = q_groups + (k.count + constants.heads - 1) // constants.heads
     index, group = tl.program_id(0) // groups, tl.program_id(0) % groups
-    first = tl.where(group < q_groups, group, group - q_groups) * shape.heads
+    first = tl.where(group < q_groups, group, group - q_groups) * constants.heads
     return group < q_groups, first, index
 
 
 @triton.jit
-def _forward(q, k, N, T, shape: tl.constexpr):
-    begin(shape)
-    wait(shape)
-    of_queries, first, index = _program(q, k, shape)
-    at = _block(index, N, T, shape)
+def _preprocess_qk_kernel(q, k, N, T, constants: tl.constexpr):
+    pdl_launch_dependents(constants)
+    pdl_wait(constants)
+    of_queries, first, index = _program_position(q, k, constants)
+    block = _token_block(index, N, T, constants)
     if of_queries:
-        _forward_side(q, at, first, shape)
+        _forward_heads(q, block, first, constants)
     else:
-        _forward_side(k, at, first, shape)
+        _forward_heads(k, block, first, constants)
 
 
 @triton.jit
-def _backward(q, k, N, T, blocks, shape: tl.constexpr):
-    of_queries, first, walk = _program(q, k, shape)
+def _preprocess_qk_backward_kernel(q, k, N, T, blocks, constants: tl.constexpr):
+    of_queries, first, chunk = _program_position(q, k, constants)
     if of_queries:
-        _backward_side(q, walk, first, N, T, blocks, shape)
+        _backward_heads(q, chunk, first, N, T, blocks, constants)
     else:
-        _backward_side(k, walk, first, N, T, blocks, shape)
+        _backward_heads(k, chunk, first, N, T, blocks, constants)
 
 
-def forward(
-    xs: Pair,
-    scales: Maybe,
+def preprocess_qk(
+    xs: TensorPair,
+    scales: OptionalTensorPair,
     tables: list[Tensor],
-    tails: list[Tensor],
+    alibi: list[Tensor],
     norm: str,
     layout: str,
-    launch: Launch | None = None,
-    place: tuple[Tensor, Tensor] | None = None,
-) -> Pair:
+    config: QKLaunchConfig | None = None,
+    index: tuple[Tensor, Tensor] | None = None,
+) -> TensorPair:
     """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns.
-    Arguments as in `andromeda.ops.qk_preprocess.Form`.
+    Arguments as in `andromeda.ops.qk_preprocess.QKPreprocessSpec`.
 
     place: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
     """
-    N, T = _tokens(xs[0])
-    D = xs[0].shape[-1]
-    launch = launch or (DECODE if N <= FEW_TOKENS else FORWARD)
-    out = D + (tails[1].shape[-1] if tails else 0)
-    cache, index = place or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
-    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
-    xs = _readable(xs, layout)
-    shape = _shape(D, out, [*xs, *ys], tables, norm, layout, launch)._replace(early=place is not None and early(xs[0]))
+    N, T = _token_counts(xs[0])
+    D = xs[0].constants[-1]
+    config = config or (DECODE if N <= FEW_TOKENS else FORWARD)
+    out = D + (alibi[1].constants[-1] if alibi else 0)
+    cache, index = index or (xs[1].new_empty(*xs[1].constants[:-1], out), None)
+    ys = [xs[0].new_empty(*xs[0].constants[:-1], out), cache]
+    xs = _make_readable(xs, layout)
+    constants = _constants(D, out, [*xs, *ys], tables, norm, layout, config)._replace(pdl=index is not None and supports_pdl(xs[0]))
     q, k = (
-        _side(shape, query, x, y, scale, tables)._replace(tail=tail)
-        for query, x, y, scale, tail in zip(_QUERY, xs, ys, scales, tails or (None, None), strict=True)
+        _head_group(constants, query, x, y, scale, tables)._replace(alibi_columns=alibi_columns)
+        for query, x, y, scale, alibi_columns in zip(_QUERY, xs, ys, scales, alibi or (None, None), strict=True)
     )
-    _launch(_forward, (q, k._replace(place=index), N, T), triton.cdiv(N, launch.tokens), shape, launch)
+    _launch_kernel(_preprocess_qk_kernel, (q, k._replace(index=index), N, T), triton.cdiv(N, config.tokens), constants, config)
     return ys[0], ys[1]
 
 
-def backward(
-    dys: Pair,
+def preprocess_qk_backward(
+    dys: TensorPair,
     raw: Sequence[Tensor],
-    scales: Maybe,
+    scales: OptionalTensorPair,
     tables: list[Tensor],
     norm: str,
     layout: str,
-    dxs: Pair,
-    launch: Launch | None = None,
+    dxs: TensorPair,
+    config: QKLaunchConfig | None = None,
 ) -> list[Tensor]:
     """Fill dxs, the gradients of raw queries (B, T, H, D) and keys (B, T, G, D), and return those of the scales that there are.
 
     dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
     long as heads lie side by side.
     """
-    D = dxs[0].shape[-1]
-    N, T = _tokens(dys[0])
+    D = dxs[0].constants[-1]
+    N, T = _token_counts(dys[0])
     scaled = any(s is not None for s in scales)
-    launch = launch or (SCALED if scaled else BACKWARD)
-    blocks = min(WALK, max(1, N // (WALKS * launch.tokens))) if scaled else 1
-    walks = triton.cdiv(N, blocks * launch.tokens)
+    config = config or (BACKWARD_SCALED if scaled else BACKWARD)
+    blocks = min(MAX_BLOCKS_PER_PROGRAM, max(1, N // (MIN_PROGRAMS * config.tokens))) if scaled else 1
+    chunks = triton.cdiv(N, blocks * config.tokens)
     sizes = [0 if s is None else s.numel() for s in scales]
-    partial = dys[0].new_empty(walks, sum(sizes), dtype=torch.float32)
-    dys = _readable(dys, layout)
-    xs = _readable((raw[0], raw[1]), layout) if raw else dys
-    made = [dx if _whole(dx, layout) else dx.new_empty(dx.shape) for dx in dxs]
-    shape = _shape(D, D, [*xs, *dys, *made], tables, norm, layout, launch)
+    partial = dys[0].new_empty(chunks, sum(sizes), dtype=torch.float32)
+    dys = _make_readable(dys, layout)
+    xs = _make_readable((raw[0], raw[1]), layout) if raw else dys
+    outputs = [dx if _is_readable(dx, layout) else dx.new_empty(dx.constants) for dx in dxs]
+    constants = _constants(D, D, [*xs, *dys, *outputs], tables, norm, layout, config)
     q, k = (
-        _side(shape, query, x, dy, scale, tables)._replace(
-            dx=dx, dx_b=_units(dx, 0, shape), dx_t=_units(dx, 1, shape), partial=part, partial_row=sum(sizes)
+        _head_group(constants, query, x, dy, scale, tables)._replace(
+            dx=dx, dx_b=_stride_in_units(dx, 0, constants), dx_t=_stride_in_units(dx, 1, constants), partial=part, partial_row=sum(sizes)
         )
-        for query, x, dy, scale, dx, part in zip(_QUERY, xs, dys, scales, made, partial.split(sizes, 1), strict=True)
+        for query, x, dy, scale, dx, part in zip(_QUERY, xs, dys, scales, outputs, partial.split(sizes, 1), strict=True)
     )
-    _launch(_backward, (q, k, N, T, blocks), walks, shape, launch)
-    for dx, of in zip(dxs, made, strict=True):
+    _launch_kernel(_preprocess_qk_backward_kernel, (q, k, N, T, blocks), chunks, constants, config)
+    for dx, of in zip(dxs, outputs, strict=True):
         if of is not dx:
             dx.copy_(of)
     # One order of summation, whatever the order in which the programs ran, and one pass for both scales.
@@ -441,54 +441,56 @@ def backward(
 _QUERY = (True, False)
 
 
-def _side(shape: Shape, query: bool, x: Tensor, y: Tensor, scale: Tensor | None, tables: list[Tensor]) -> Side:
+def _head_group(constants: QKConstants, query: bool, x: Tensor, y: Tensor, scale: Tensor | None, tables: list[Tensor]) -> HeadGroup:
     cos, sin = [t.contiguous() for t in (tables[:2] if query else tables[2:])] or (None, None)
-    return Side(
+    return HeadGroup(
         tl.constexpr(query),
-        tl.constexpr(y.shape[2]),
-        *(x, _units(x, 0, shape), _units(x, 1, shape), tl.constexpr(x.stride(2))),
-        *(y, _units(y, 0, shape), _units(y, 1, shape), tl.constexpr(y.stride(2))),
+        tl.constexpr(y.constants[2]),
+        *(x, _stride_in_units(x, 0, constants), _stride_in_units(x, 1, constants), tl.constexpr(x.stride(2))),
+        *(y, _stride_in_units(y, 0, constants), _stride_in_units(y, 1, constants), tl.constexpr(y.stride(2))),
         cos,
         sin,
-        0 if cos is None or cos.shape[0] == 1 else cos.shape[1],
+        0 if cos is None or cos.constants[0] == 1 else cos.constants[1],
         None if scale is None else scale.contiguous(),
-        tl.constexpr(scale is not None and scale.shape[-1] > 1),
+        tl.constexpr(scale is not None and scale.constants[-1] > 1),
     )
 
 
-def _units(x: Tensor, dim: int, shape: Shape) -> int:
-    return x.stride(dim) // shape.unit
+def _stride_in_units(x: Tensor, dim: int, constants: QKConstants) -> int:
+    return x.stride(dim) // constants.unit
 
 
-def _readable(xs: Pair, layout: str) -> Pair:
+def _make_readable(xs: TensorPair, layout: str) -> TensorPair:
     """xs, or copies of what the kernels cannot read."""
-    q, k = (x if _whole(x, layout) else x.contiguous() for x in xs)
+    q, k = (x if _is_readable(x, layout) else x.contiguous() for x in xs)
     return q, k
 
 
-def _whole(x: Tensor, layout: str) -> bool:
+def _is_readable(x: Tensor, layout: str) -> bool:
     """Whether the columns of x's heads lie side by side and, if interleaved, every pair where it is read as one number."""
     odd = layout == "interleaved" and any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
     return x.stride(-1) == 1 and not odd
 
 
-def _shape(D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: str, layout: str, launch: Launch) -> Shape:
-    half = tables[0].shape[-1] if tables else 0
+def _constants(
+    D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: str, layout: str, config: QKLaunchConfig
+) -> QKConstants:
+    half = tables[0].constants[-1] if tables else 0
     interleaved = layout == "interleaved"
     unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
     # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbors end there.
     width = gcd(unit // 2, D // 2) if interleaved else gcd(unit, half, D // 2)
-    return Shape(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, launch.tokens, launch.heads)
+    return QKConstants(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, config.tokens, config.heads)
 
 
-def _tokens(x: Tensor) -> tuple[int, int]:
+def _token_counts(x: Tensor) -> tuple[int, int]:
     """Tokens of x (B, T, ...), in all and in a sequence."""
-    return x.shape[0] * x.shape[1], x.shape[1]
+    return x.constants[0] * x.constants[1], x.constants[1]
 
 
-def _launch(kernel: Any, given: tuple[Any, ...], indices: int, shape: Shape, launch: Launch) -> None:
+def _launch_kernel(kernel: Any, arguments: tuple[Any, ...], indices: int, constants: QKConstants, config: QKLaunchConfig) -> None:
     """Programs for every group of heads of both sides, which `given` begins with, and each of `indices` blocks or walks."""
-    q, k = given[:2]
-    groups = triton.cdiv(q.count.value, launch.heads) + triton.cdiv(k.count.value, launch.heads)
+    q, k = arguments[:2]
+    groups = triton.cdiv(q.count.value, config.heads) + triton.cdiv(k.count.value, config.heads)
     with torch.cuda.device_of(q.x):
-        kernel[(indices * groups,)](*given, shape, num_warps=launch.warps, **options(shape.early))
+        kernel[(indices * groups,)](*arguments, constants, num_warps=config.warps, **pdl_launch_options(constants.pdl))

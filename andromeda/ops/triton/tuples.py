@@ -7,6 +7,6 @@ import triton.language as tl  # noqa: F401 (the interpreter looks for it)
 
 
 @triton.jit
-def appended(items, item):
+def tuple_append(items, item):
     """A tuple with one item more."""
     return items + (item,)  # noqa: RUF005 (Triton has no other way)
