@@ -146,7 +146,9 @@ def _gradients(
 
 
 @_gradients.register_fake
-def _(x: Tensor, weight: Any, documents: Any, dy: Any, dresidual: Any, layer_norm: bool, eps: float, shift_begin: int, shift_end: int) -> tuple[Tensor, Tensor]:
+def _(
+    x: Tensor, weight: Any, documents: Any, dy: Any, dresidual: Any, layer_norm: bool, eps: float, shift_begin: int, shift_end: int
+) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, memory_format=torch.contiguous_format), x.new_empty(0) if weight is None else torch.empty_like(weight)
 
 
@@ -160,7 +162,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 
 def _backward(ctx: Any, dy: Tensor, _: Any, dresidual: Tensor, last: Any) -> tuple[Any, ...]:
     x, weight, documents = ctx.saved_tensors
-    dx, dweight = _gradients(x, weight, documents, dy, dresidual if ctx.added else None, ctx.layer_norm, ctx.eps, ctx.shift_begin, ctx.shift_end)
+    dx, dweight = _gradients(
+        x, weight, documents, dy, dresidual if ctx.added else None, ctx.layer_norm, ctx.eps, ctx.shift_begin, ctx.shift_end
+    )
     return (dx, dx if ctx.added else None, None if weight is None else dweight, *[None] * 8)
 
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from andromeda.ops.compute_dtype import compute_dtype
-from andromeda.ops.float8_inference import FLOAT8_DTYPE, ALIGNMENT
+from andromeda.ops.float8_inference import ALIGNMENT, FLOAT8_DTYPE
 from andromeda.ops.master_weight_linear import split_parts
 
 FORWARD_DTYPE, GRAD_DTYPE = FLOAT8_DTYPE, torch.float8_e5m2

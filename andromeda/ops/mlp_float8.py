@@ -21,13 +21,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from andromeda.ops.float8 import (
-    GRAD_DTYPE,
     FORWARD_DTYPE,
+    GRAD_DTYPE,
     Float8Weight,
-    cast_to_float8,
     amax_and_norm,
-    scaled_mm,
+    cast_to_float8,
     power_of_two_scale,
+    scaled_mm,
     weight_gradient,
 )
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from andromeda.ops.attention import AttentionSpec, attend, backends, select_backend, dispatch, eager, backend_ranking
+from andromeda.ops.attention import AttentionSpec, attend, backend_ranking, backends, dispatch, eager, select_backend
 from andromeda.utils.errors import ConfigError
 
 

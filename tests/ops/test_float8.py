@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.float8 import GRAD_DTYPE, FORWARD_DTYPE, quantize_weights, power_of_two_scale
+from andromeda.ops.float8 import FORWARD_DTYPE, GRAD_DTYPE, power_of_two_scale, quantize_weights
 from tests.ops import emulated8, interpreted
 
 SHAPES = [(16, 16), (48, 272), (144, 80), (272, 144)]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.ops.master_weight_linear import CastWeight, weight_grad_addmm, cast_linear, weight_gradient
+from andromeda.ops.master_weight_linear import CastWeight, cast_linear, weight_grad_addmm, weight_gradient
 from tests.ops import emulated16, interpreted
 
 assert emulated16

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.float8 import quantize_weight, float8_linear
+from andromeda.ops.float8 import float8_linear, quantize_weight
 from andromeda.ops.mlp_float8 import gelu_mlp_fp8
 from tests.ops import emulated8
 

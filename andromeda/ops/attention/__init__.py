@@ -4,7 +4,7 @@
 drops a part of it. A backend is a module with `name`, `refuse(pattern, q, k, v)` and `attend(q, k, v, pattern)`.
 """
 
-from andromeda.ops.attention.dispatch import attend, backends, select_backend, backend_ranking
+from andromeda.ops.attention.dispatch import attend, backend_ranking, backends, select_backend
 from andromeda.ops.attention.spec import AttentionSpec
 
-__all__ = ["AttentionSpec", "attend", "backends", "select_backend", "backend_ranking"]
+__all__ = ["AttentionSpec", "attend", "backend_ranking", "backends", "select_backend"]

@@ -37,9 +37,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`, for T = 1."""
     if TRITON and q.is_cuda and q.dtype in HALF_DTYPES and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
         q_documents, k_documents = spec.documents or (None, None)
-        return torch.ops.andromeda.decode(
-            q, k, v, q_documents, k_documents, spec.slopes, spec.index, spec.scale, spec.window, spec.softcap
-        )
+        return torch.ops.andromeda.decode(q, k, v, q_documents, k_documents, spec.slopes, spec.index, spec.scale, spec.window, spec.softcap)
     return matmul_attention(q, k, v, spec)
 
 

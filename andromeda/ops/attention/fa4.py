@@ -15,11 +15,11 @@ from torch import Tensor
 
 from andromeda.ops.attention.requirements import (
     NO_ALIBI_SLOPES,
+    needs_grad,
     requires_equal_head_dims,
     requires_half_on_cuda,
     requires_head_dim_multiple_of_8,
     requires_queries_last,
-    needs_grad,
 )
 from andromeda.ops.attention.spec import AttentionSpec
 from andromeda.ops.attention.tensor_cache import TensorCache

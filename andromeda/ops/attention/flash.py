@@ -6,10 +6,10 @@ import torch
 from torch import Tensor
 
 from andromeda.ops.attention.requirements import (
+    requires_causal_only,
     requires_equal_head_dims,
     requires_half_on_cuda,
     requires_head_dim_multiple_of_8,
-    requires_causal_only,
 )
 from andromeda.ops.attention.spec import AttentionSpec
 

@@ -54,9 +54,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         return _sdpa(q, k, v, spec.scale)
     if T == 1:
         return _decode(q, k, v, spec)
-    strips = _query_blocks.get(
-        spec.documents or (), (spec.window, T, S, q.dtype, q.device), lambda: list(_split_queries(spec, q, S))
-    )
+    strips = _query_blocks.get(spec.documents or (), (spec.window, T, S, q.dtype, q.device), lambda: list(_split_queries(spec, q, S)))
     dtype = q.dtype
     if dtype in HALF_DTYPES and needs_grad(k, v):
         # The gradients of a key's strips and of the heads that share it are added in float32.

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.float8_activation import split_power_of_two, row_scale
+from andromeda.ops.triton.float8_activation import row_scale, split_power_of_two
 
 TOKENS_FORWARD, TOKENS_BACKWARD, WARPS = 8, 32, 4
 """Tokens of a program, and its warps. The backward pass writes a sum for each program."""
@@ -237,10 +237,19 @@ def _add_norm_shift_backward_kernel(grads, T, eps, constants: tl.constexpr, FIRS
     for row in range(shift_begin, shift_end):
         a, b = a_x.to(tl.float32), b_x.to(tl.float32)
         has_next, more = row + 1 < shift_end, row + 2 < tl.minimum(shift_end + 1, after)
-        a_prefetched, b_prefetched = _load_row(grads.dy, row + 2, first, a_mask & more, constants), _load_row(grads.dy, row + 2, second, b_mask & more, constants)
-        a_x, b_x = _load_row(grads.x, row + 1, first, a_mask & has_next, constants), _load_row(grads.x, row + 1, second, b_mask & has_next, constants)
+        a_prefetched, b_prefetched = (
+            _load_row(grads.dy, row + 2, first, a_mask & more, constants),
+            _load_row(grads.dy, row + 2, second, b_mask & more, constants),
+        )
+        a_x, b_x = (
+            _load_row(grads.x, row + 1, first, a_mask & has_next, constants),
+            _load_row(grads.x, row + 1, second, b_mask & has_next, constants),
+        )
         if grads.dresidual is not None:
-            a_residual, b_residual = _load_row(grads.dresidual, row, first, a_mask, constants), _load_row(grads.dresidual, row, second, b_mask, constants)
+            a_residual, b_residual = (
+                _load_row(grads.dresidual, row, first, a_mask, constants),
+                _load_row(grads.dresidual, row, second, b_mask, constants),
+            )
         a_dn, b_dn = a_dy.to(tl.float32), b_dy.to(tl.float32)
         if constants.shift_end > constants.shift_begin:
             # What this token gave to the next one.
@@ -275,12 +284,16 @@ def _column_blocks(C: int) -> dict[str, int]:
     return {"FIRST": first, "SECOND": second} if second else {"FIRST": first // 2, "SECOND": first // 2}
 
 
-def add_norm_shift(inputs: NormShiftInputs, outputs: NormShiftOutputs, layer_norm: bool, eps: float, shift_channels: tuple[int, int], fp8_max: float) -> None:
+def add_norm_shift(
+    inputs: NormShiftInputs, outputs: NormShiftOutputs, layer_norm: bool, eps: float, shift_channels: tuple[int, int], fp8_max: float
+) -> None:
     """Fill `made` from `given`, both of contiguous tensors; moved: channels from and to, of the token before."""
     B, T, C = inputs.x.shape
     constants = NormShiftConstants(C, layer_norm, *shift_channels, fp8_max, TOKENS_FORWARD)
     with torch.cuda.device_of(inputs.x):
-        _add_norm_shift_kernel[(B * triton.cdiv(T, TOKENS_FORWARD),)](inputs, outputs, T, eps, constants, **_column_blocks(C), num_warps=WARPS)
+        _add_norm_shift_kernel[(B * triton.cdiv(T, TOKENS_FORWARD),)](
+            inputs, outputs, T, eps, constants, **_column_blocks(C), num_warps=WARPS
+        )
 
 
 def add_norm_shift_backward(

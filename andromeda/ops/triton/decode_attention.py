@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.pdl import pdl_launch_dependents, supports_pdl, pdl_launch_options, pdl_wait
+from andromeda.ops.triton.pdl import pdl_launch_dependents, pdl_launch_options, pdl_wait, supports_pdl
 
 
 class DecodeLaunchConfig(NamedTuple):

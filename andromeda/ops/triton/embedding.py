@@ -46,7 +46,20 @@ def _segment_sum(dy, order, start, end, column, stride, C, ROWS: tl.constexpr, C
 
 @triton.jit
 def _short_segments_kernel(
-    dy, dw, partials, ids, order, offsets, N, V, C, dy_stride, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+    dy,
+    dw,
+    partials,
+    ids,
+    order,
+    offsets,
+    N,
+    V,
+    C,
+    dy_stride,
+    dw_stride,
+    TOKENS_PER_PARTIAL: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
 ):
     """Rows of short segments into dw (V, C), parts of long ones into parts (tiles, 2, C)."""
     blocks = tl.cdiv(C, COLUMNS)
@@ -71,7 +84,9 @@ def _short_segments_kernel(
 
 
 @triton.jit
-def _long_segments_kernel(dw, partials, ids, offsets, N, C, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _long_segments_kernel(
+    dw, partials, ids, offsets, N, C, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     """The long segment that begins in a tile, if one does: the sum of its parts into its row of dw."""
     blocks = tl.cdiv(C, COLUMNS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
@@ -90,7 +105,12 @@ def _long_segments_kernel(dw, partials, ids, offsets, N, C, dw_stride, TOKENS_PE
 
 
 def embedding_weight_grad(
-    ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype, tile: TileConfig | None = None, tokens_per_partial: int = TOKENS_PER_PARTIAL
+    ids: Tensor,
+    dys: list[Tensor],
+    rows: int,
+    dtype: torch.dtype,
+    tile: TileConfig | None = None,
+    tokens_per_partial: int = TOKENS_PER_PARTIAL,
 ) -> Tensor:
     """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all."""
     order_ids, order = ids.to(torch.int32).sort(stable=True)
@@ -99,7 +119,13 @@ def embedding_weight_grad(
     dw = ids.new_empty(rows, sum(widths), dtype=dtype)
     for columns, dy in zip(dw.split(widths, 1), dys, strict=True):
         _sum_segments(
-            columns, dy if dy.stride(1) == 1 else dy.contiguous(), order_ids, order, offsets, tile or _tile_for(dy.shape[1]), tokens_per_partial
+            columns,
+            dy if dy.stride(1) == 1 else dy.contiguous(),
+            order_ids,
+            order,
+            offsets,
+            tile or _tile_for(dy.shape[1]),
+            tokens_per_partial,
         )
     return dw
 

@@ -110,7 +110,9 @@ def _amax_and_norm_kernel(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.cons
 
 
 @triton.jit
-def _cast_kernel(x, scale, rows, columns, sums, N, K, FP8_MAX: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _cast_kernel(
+    x, scale, rows, columns, sums, N, K, FP8_MAX: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
+):
     inverse = 1.0 / tl.load(scale)
     down, across = tile_index(N, K, ROWS, COLUMNS)
     four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from andromeda.ops.triton.activation import gelu_and_derivative, gelu_fast
-from andromeda.ops.triton.float8 import TRITON_DTYPES, TileConfig, as_byte, to_float8, tile_index, num_tiles, store_transposed
+from andromeda.ops.triton.float8 import TRITON_DTYPES, TileConfig, as_byte, num_tiles, store_transposed, tile_index, to_float8
 from andromeda.ops.triton.tuples import tuple_append
 
 FP8_FORWARD_TILE, FP8_BACKWARD_TILE = TileConfig(8, 256, 4), TileConfig(64, 64, 4)

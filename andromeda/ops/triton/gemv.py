@@ -28,7 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from andromeda.ops.triton.activation import apply_activation
-from andromeda.ops.triton.pdl import pdl_launch_dependents, supports_pdl, pdl_launch_options, pdl_wait
+from andromeda.ops.triton.pdl import pdl_launch_dependents, pdl_launch_options, pdl_wait, supports_pdl
 from andromeda.ops.triton.tuples import tuple_append
 
 BYTES_PER_THREAD = 16
@@ -198,7 +198,14 @@ def _normalize_kernel(x, gain, shift, y, eps, constants: tl.constexpr):
         moved = _apply_token_shift(value, shift, same, m, 0, block, constants)
         tl.store(y + m * constants.K + column, moved.to(y.dtype.element_ty), mask=exists)
         if constants.tokens > 0:
-            _push_past(shift.past + m * constants.tokens * constants.K, column, exists, value, tl.constexpr(constants.K), tl.constexpr(constants.tokens))
+            _push_past(
+                shift.past + m * constants.tokens * constants.K,
+                column,
+                exists,
+                value,
+                tl.constexpr(constants.K),
+                tl.constexpr(constants.tokens),
+            )
 
 
 @triton.jit
@@ -318,7 +325,9 @@ def _accumulate_outputs(sums, terms, weights, first: tl.constexpr, block: tl.con
     updated = ()
     for r in tl.static_range(tl.constexpr(constants.rows)):
         if present:
-            updated = tuple_append(updated, sums[first + r] + _thread_sums(terms * weights[block * constants.rows + r].to(tl.float32), constants))
+            updated = tuple_append(
+                updated, sums[first + r] + _thread_sums(terms * weights[block * constants.rows + r].to(tl.float32), constants)
+            )
         else:
             updated = tuple_append(updated, sums[first + r])
     return updated
@@ -414,7 +423,14 @@ def _push_pending(pending, constants: tl.constexpr):
             column = block * constants.block + tl.arange(0, constants.block)
             exists = column < constants.pending_channels
             value = tl.load(pending.normalized + m * constants.pending_channels + column, mask=exists, other=0.0)
-            _push_past(pending.past + m * constants.pending_tokens * constants.pending_channels, column, exists, value, tl.constexpr(constants.pending_channels), tl.constexpr(constants.pending_tokens))
+            _push_past(
+                pending.past + m * constants.pending_tokens * constants.pending_channels,
+                column,
+                exists,
+                value,
+                tl.constexpr(constants.pending_channels),
+                tl.constexpr(constants.pending_tokens),
+            )
 
 
 class GemvPrologue(NamedTuple):

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.pdl import pdl_launch_dependents, supports_pdl, pdl_launch_options, pdl_wait
+from andromeda.ops.triton.pdl import pdl_launch_dependents, pdl_launch_options, pdl_wait, supports_pdl
 
 RMS_EPS = tl.constexpr(torch.finfo(torch.float32).eps)
 UNIT_EPS = tl.constexpr(1e-12)
@@ -261,9 +261,9 @@ def _store_alibi_columns(rows, group, head, block, constants: tl.constexpr):
         power = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
         alibi_columns = power[None, :] * tl.load(group.alibi_columns + head).to(tl.float32)
     else:
-        alibi_columns = tl.load(group.alibi_columns + block.time[:, None] * (constants.OUT - constants.D) + column[None, :], mask=block.live[:, None], other=0).to(
-            tl.float32
-        )
+        alibi_columns = tl.load(
+            group.alibi_columns + block.time[:, None] * (constants.OUT - constants.D) + column[None, :], mask=block.live[:, None], other=0
+        ).to(tl.float32)
     tl.store(rows[:, None] + constants.D + column[None, :], alibi_columns.to(rows.dtype.element_ty), mask=block.live[:, None])
 
 
@@ -272,7 +272,10 @@ def _forward_heads(group, block, start, constants: tl.constexpr):
     """Some heads of a block of tokens, from head `start` on."""
     if constants.HALF > 0:
         cos, sin = _load_angles(group, block, constants)
-    x, y = _token_pointers(group.x, group.x_b, group.x_t, block, constants), _token_pointers(group.y, group.y_b, group.y_t, block, constants)
+    x, y = (
+        _token_pointers(group.x, group.x_b, group.x_t, block, constants),
+        _token_pointers(group.y, group.y_b, group.y_t, block, constants),
+    )
     if group.index is not None:
         y += tl.load(group.index).to(tl.int64) * group.y_t * constants.unit
     for head in range(start, tl.minimum(start + constants.heads, group.count)):
@@ -303,13 +306,18 @@ def _backward_heads(group, chunk, first_head, N, T, blocks, constants: tl.conste
         block = _token_block(block, N, T, constants)
         if constants.HALF > 0:
             cos, sin = _load_angles(group, block, constants)
-        dy, dx = _token_pointers(group.y, group.y_b, group.y_t, block, constants), _token_pointers(group.dx, group.dx_b, group.dx_t, block, constants)
+        dy, dx = (
+            _token_pointers(group.y, group.y_b, group.y_t, block, constants),
+            _token_pointers(group.dx, group.dx_b, group.dx_t, block, constants),
+        )
         for head in range(first_head, tl.minimum(first_head + constants.heads, group.count)):
             d_a, d_b = _load_pairs(dy + head * group.y_h, block.live, constants)
             if constants.HALF > 0:
                 d_a, d_b = d_a * cos + d_b * sin, d_b * cos - d_a * sin
             if constants.norm != "none":
-                a, b = _load_pairs(_token_pointers(group.x, group.x_b, group.x_t, block, constants) + head * group.x_h, block.live, constants)
+                a, b = _load_pairs(
+                    _token_pointers(group.x, group.x_b, group.x_t, block, constants) + head * group.x_h, block.live, constants
+                )
                 f, w = _norm_factors(a, b, constants)
                 a, b = a * f, b * f
                 if group.scale is not None:
