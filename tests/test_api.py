@@ -88,12 +88,12 @@ def test_a_preset_is_changed_by_names_of_every_kind() -> None:
 
 def test_an_embedding_may_be_a_class_or_a_module_that_keeps_its_weights() -> None:
     built = small(embedding_provider=Doubled)
-    assert isinstance(built.embedder.tokens, Doubled)
+    assert isinstance(built.embedding.tokens, Doubled)
     config = built.config
     module = Doubled(config)
     kept = module.table.weight.detach().clone()
     for model in (small(embedding_provider=module), Andromeda(config, embedding_provider=module)):
-        assert model.embedder.tokens is module
+        assert model.embedding.tokens is module
         assert torch.equal(module.table.weight, kept)
 
 

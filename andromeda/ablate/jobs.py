@@ -12,7 +12,7 @@ from andromeda.config.keys import flatten
 from andromeda.config.load import load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.plan.parameters import count
 from andromeda.train.run_dir import RunFolder
 from andromeda.train.state import find_device
@@ -68,7 +68,7 @@ def _planned(source: str, changes: Sequence[str], arm: Arm, cost: Sequence[str])
         find_device(config.train.device)
         open_data(config)
         measured = load(source, [*changes, *cost])
-        return Planned(arm, config, count(skeleton(config.model)).total, flops_per_token(config), measured)
+        return Planned(arm, config, count(meta_model(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
         where = "The baseline" if arm.name == BASELINE else f"Arm {arm.name!r}"
         raise ConfigError(f"{where} is refused: {error}") from None

@@ -26,7 +26,7 @@ from andromeda.bench.ceilings import ceilings
 from andromeda.bench.record import command_line, record, save
 from andromeda.model.flops import attention_pairs
 from andromeda.model.position.alibi import FoldedBias, slopes
-from andromeda.model.qk_preprocess import prepare
+from andromeda.model.qk_preprocess import apply
 from andromeda.ops.attention import AttentionSpec, backends, eager, flex
 
 HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
@@ -133,7 +133,7 @@ def preparation(work: Work, tokens: int, device: torch.device) -> tuple[Ready, l
     if not work.prepared:
         return (lambda q, k: (q, k)), [], None
     arguments, leaves = qk.inputs(**qk.WORKS[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
-    return (lambda q, k: prepare(q, k, *arguments[2:])), leaves[2:], arguments[-1]
+    return (lambda q, k: apply(q, k, *arguments[2:])), leaves[2:], arguments[-1]
 
 
 def pairs(pattern: AttentionSpec, queries: int, tokens: int, rows: int) -> int:

@@ -15,7 +15,7 @@ from andromeda.bench.timing import device_ms
 from andromeda.config.load import load
 from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
-from andromeda.model.kv_cache.dynamic import Cache, Nothing
+from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 
 DTYPE = torch.bfloat16
@@ -46,19 +46,19 @@ def measure(
 
 
 @torch.no_grad()
-def _read(model: Transformer, tokens: int, rows: int) -> Cache:
+def _read(model: Transformer, tokens: int, rows: int) -> DynamicKVCache:
     """What a prompt of random tokens leaves behind."""
-    cache = Cache(tokens)
+    cache = DynamicKVCache(tokens)
     for part in torch.randint(0, model.config.vocab_size, (rows, tokens), device=model.head.weight.device).split(CHUNK, 1):
         model.hidden(part, cache=cache)
     return cache
 
 
 @torch.no_grad()
-def _measured(model: Transformer, cache: Cache, rep: int) -> dict[str, Any]:
+def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, Any]:
     device, tokens, held = model.head.weight.device, cache.length, cache.bytes()
 
-    def read(ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
+    def read(ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
         return model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
 
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def _measured(model: Transformer, cache: Cache, rep: int) -> dict[str, Any]:
 
 def _table(model: Transformer) -> int:
     """Bytes of the embedding's table, of which a step reads a row for each sequence; none where the head is the same table."""
-    table = model.embedder.tokens
+    table = model.embedding.tokens
     weight = getattr(table, "weight", None)
     if weight is None or weight is model.head.weight:
         return 0

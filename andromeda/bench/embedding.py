@@ -27,7 +27,7 @@ from andromeda.bench.arguments import Parser
 from andromeda.bench.ceilings import ceilings
 from andromeda.bench.record import command_line, record, save
 from andromeda.bench.timing import device_ms
-from andromeda.ops.embedding import is_supported, embedding_weight_grad
+from andromeda.ops.embedding import embedding_weight_grad, is_supported
 
 TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
 

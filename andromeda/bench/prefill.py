@@ -23,7 +23,7 @@ from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.flops import forward_flops_per_token, prefill_flops
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 
 DTYPE = torch.bfloat16
@@ -148,7 +148,7 @@ def _unfused(config: ModelConfig, device: torch.device) -> list[Read]:
 
 def read_prompt(model: Transformer, ids: Tensor, chunk: int = 0) -> Tensor:
     """Fill a cache with ids (1, T), `chunk` tokens at a time (0: at once); logits (1, V) of the last."""
-    cache, hidden = Cache(ids.shape[1]), None
+    cache, hidden = DynamicKVCache(ids.shape[1]), None
     for part in ids.split(chunk or ids.shape[1], 1):
         hidden = model.hidden(part, cache=cache)
     assert hidden is not None

@@ -26,7 +26,7 @@ from andromeda.bench.timing import device_ms
 from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.qk_norm import build_qk_norm
-from andromeda.model.qk_preprocess import plain, prepare
+from andromeda.model.qk_preprocess import apply, reference
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 32768, 24, 1, 128
 LONG_RANGE = RotaryConfig(kind="xpos", fraction=0.5, layout="interleaved", scale_base=TOKENS)
@@ -87,7 +87,7 @@ def moved(arguments: list[Any], out: tuple[Tensor, Tensor]) -> tuple[int, int]:
     # Tables that queries and keys share are read once.
     tables = {t.data_ptr(): t.numel() * t.element_size() for t in (*rotation.query, *rotation.key)}
     digits = bias.digits.numel() * bias.digits.element_size() if hasattr(bias, "digits") else 0
-    normalized = raw if type(norm).__name__ != "NoNorm" else 0
+    normalized = raw if type(norm).__name__ != "NoQKNorm" else 0
     forward = raw + prepared + sum(tables.values()) + digits
     # Of the prepared vectors' gradient, the columns of a folded bias are of no use.
     return forward, forward + raw + normalized + sum(tables.values()) + raw
@@ -122,10 +122,10 @@ def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
     """All sides of all works."""
     for work, parts in WORKS.items():
         arguments, leaves = inputs(**parts, tokens=tokens, device=device, dtype=torch.float64)
-        exact = results(plain, arguments, leaves)
+        exact = results(reference, arguments, leaves)
         del arguments, leaves
         torch._dynamo.reset()
-        sides: dict[str, Function] = {"kernel": prepare, "compiled": torch.compile(plain), "parts": plain}
+        sides: dict[str, Function] = {"kernel": apply, "compiled": torch.compile(reference), "parts": reference}
         for side, function in sides.items():
             yield measure(work, side, function, exact, tokens, device, rep)
 

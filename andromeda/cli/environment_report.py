@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 import torch
 
-from andromeda.ops.attention import AttentionSpec, backends, backend_ranking
+from andromeda.ops.attention import AttentionSpec, backend_ranking, backends
 from andromeda.train.precision import build_precision
 from andromeda.utils.hardware import recognize
 

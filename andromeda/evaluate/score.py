@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from andromeda.config.derived import original_max_seq_len
-from andromeda.model.kv_cache.dynamic import Cache, Nothing
+from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 
@@ -47,7 +47,7 @@ def token_nats(model: Transformer, ids: Tensor, targets: Tensor, *, documents: T
     """
     device, head = model.head.weight.device, model.head
     T, chunk = ids.shape[1], chunk or chunk_length(model)
-    cache: Nothing = Cache(capacity=T) if chunk < T else Nothing()
+    cache: NoKVCache = DynamicKVCache(capacity=T) if chunk < T else NoKVCache()
     found = []
     for start in range(0, T, chunk):
         part = slice(start, start + chunk)
@@ -68,11 +68,11 @@ class Prompts:
         self.model, self.device = model, model.head.weight.device
         chunk = chunk or chunk_length(model)
         self.span = span_of(model, ids.shape[1] + longest)
-        self.cache = Cache(capacity=ids.shape[1] + longest)
+        self.cache = DynamicKVCache(capacity=ids.shape[1] + longest)
         for part in ids.split(chunk, 1):
             hidden = model.hidden(part.to(self.device), cache=self.cache, span=self.span)
         self.last = hidden[:, -1:]
-        self._mark = self.cache.mark()
+        self._checkpoint = self.cache.checkpoint()
 
     @torch.no_grad()
     def nats(self, continuations: Sequence[Sequence[int]], skip: Sequence[int]) -> Tensor:
@@ -84,7 +84,7 @@ class Prompts:
         if ids.shape[1] > 1:
             more = self.model.hidden(ids[:, :-1].to(self.device), cache=self.cache, span=self.span)
             hidden = torch.cat([hidden, more], 1)
-            self.cache.rewind(self._mark)
+            self.cache.rollback(self._checkpoint)
         head = self.model.head
         found = linear_cross_entropy(hidden, head.weight, targets.to(self.device), bias=head.bias, softcap=head.softcap, reduction="none")
         return found.nll.double().sum(1).cpu()
@@ -97,7 +97,7 @@ class Prompts:
             chosen.append(self.model.head(hidden)[:, :, :tokens].argmax(-1))
             if step + 1 < count:
                 hidden = self.model.hidden(chosen[-1], cache=self.cache, span=self.span)
-        self.cache.rewind(self._mark)
+        self.cache.rollback(self._checkpoint)
         return torch.cat(chosen, 1).tolist()
 
 

@@ -82,7 +82,7 @@ def integrated(model: Transformer, ids: Tensor, position: int, target: int, base
 
 def _inputs(model: Transformer, ids: Tensor) -> list[Tensor]:
     """What ids (1, T) are looked up as: the embedding (1, T, C), and the value embeddings of each layer."""
-    return [model.embedder.tokens(ids), *(v for v in model.value_embedding(ids) if v is not None)]
+    return [model.embedding.tokens(ids), *(v for v in model.value_embedding(ids) if v is not None)]
 
 
 def _integral(
@@ -112,6 +112,6 @@ def _from_inputs(model: Transformer, ids: Tensor, inputs: list[Tensor], document
         return tuple(None if v is None else next(left) for v in output)
 
     with ExitStack() as hooks:
-        hooks.enter_context(hooked(model.embedder.tokens, lambda *_: inputs[0]))
+        hooks.enter_context(hooked(model.embedding.tokens, lambda *_: inputs[0]))
         hooks.enter_context(hooked(model.value_embedding, values))
         return model(ids, documents=documents)

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.explain.trace import Layer, Trace
-from andromeda.model.block import Parallel, ParallelDeepNorm, Serial, SerialDeepNorm
-from andromeda.model.decoder_stack import FirstMix, UNetTrunk
-from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.block import ParallelBlock, ParallelDeepNormBlock, SerialBlock, SerialDeepNormBlock
+from andromeda.model.decoder_stack import EmbeddingMix, UNetDecoderStack
+from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -57,7 +57,7 @@ def frozen(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     if isinstance(norm, nn.Identity):
         return x
     weight = getattr(norm, "weight", None)
-    if isinstance(norm, RMSNorm | PlainRMSNorm):
+    if isinstance(norm, RMSNorm | RMSNormNoGain):
         scaled = x * torch.rsqrt(at.square().mean() + norm.eps)
     elif isinstance(norm, LayerNorm):
         scaled = (x - x.mean()) * torch.rsqrt(at.var(correction=0) + norm.eps)
@@ -83,12 +83,12 @@ def added(layer: Layer, number: int, row: int, position: int) -> tuple[Ledger, L
 
 def through(block: Any, stream: Ledger, attention: Ledger, network: Ledger) -> Ledger:
     """The stream after a block. Raises RequestError for a block that is none of ours."""
-    if isinstance(block, SerialDeepNorm):
+    if isinstance(block, SerialDeepNormBlock):
         middle = stream.times(block.alpha).plus(attention).normed(block.attention_norm)
         return middle.times(block.alpha).plus(network).normed(block.feedforward_norm)
-    if isinstance(block, ParallelDeepNorm):
+    if isinstance(block, ParallelDeepNormBlock):
         return stream.times(block.alpha).plus(attention).plus(network).normed(block.norm)
-    if isinstance(block, Serial | Parallel):
+    if isinstance(block, SerialBlock | ParallelBlock):
         return stream.plus(attention).plus(network)
     raise RequestError(f"Direct logit attribution knows no rule for the block {type(block).__name__}.")
 
@@ -96,16 +96,16 @@ def through(block: Any, stream: Ledger, attention: Ledger, network: Ledger) -> L
 @torch.no_grad()
 def ledger(model: Transformer, seen: Trace, position: int, row: int = 0) -> Ledger:
     """The last hidden state (after the final norm) of one position, by part."""
-    trunk: Any = model.trunk
+    decoder: Any = model.decoder
     first = stream = Ledger({Part("embedding"): seen.embedded[row, position]})
-    half = len(trunk.skip_weights) if isinstance(trunk, UNetTrunk) else 0
-    depth = len(trunk.blocks)
+    half = len(decoder.skip_weights) if isinstance(decoder, UNetDecoderStack) else 0
+    depth = len(decoder.blocks)
     outputs: list[Ledger] = []
-    for i, block in enumerate(trunk.blocks):
+    for i, block in enumerate(decoder.blocks):
         if half and i >= depth - half:
-            stream = stream.plus(outputs.pop(), trunk.skip_weights[i - depth + half])
-        mix = trunk.mixes[i]
-        if isinstance(mix, FirstMix):
+            stream = stream.plus(outputs.pop(), decoder.skip_weights[i - depth + half])
+        mix = decoder.mixes[i]
+        if isinstance(mix, EmbeddingMix):
             stream = stream.times(mix.weights[0]).plus(first, mix.weights[1])
         stream = through(block, stream, *added(seen.layers[i], i, row, position))
         if i < half:

@@ -61,9 +61,9 @@ class Trace:
 def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> Trace:
     """Run `model` over ids (B, T) and write everything down; documents as in `Transformer.hidden`."""
     kept: dict[str, Any] = {}
-    blocks: Any = model.trunk.blocks
+    blocks: Any = model.decoder.blocks
     with ExitStack() as hooks:
-        hooks.enter_context(hooked(model.embedder, _keep(kept, "embedded")))
+        hooks.enter_context(hooked(model.embedding, _keep(kept, "embedded")))
         for i, block in enumerate(blocks):
             hooks.enter_context(hooked(block, _keep(kept, f"{i}.output")))
             hooks.enter_context(hooked(block.attention, _keep(kept, f"{i}.attention")))
@@ -88,7 +88,7 @@ def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Attention
     B, S, G = k.shape[:3]
     units = torch.eye(S, dtype=v.dtype, device=v.device)[None, :, None].expand(B, S, G, S)
     with _reference(attention):
-        weights = type(attention).mix(attention, q, k, units, pattern).transpose(1, 2)
+        weights = type(attention).core_attention(attention, q, k, units, pattern).transpose(1, 2)
     error = float((weighted_values(weights, v) - mixed).abs().max())
     return (weights, error) if error <= SAME * max(1.0, float(mixed.abs().max())) else (None, error)
 
@@ -124,22 +124,22 @@ def _keep(kept: dict[str, Any], name: str) -> Callable[..., None]:
 
 @contextmanager
 def _watched(attention: Any, kept: dict[str, Any], name: str) -> Iterator[None]:
-    """Write down q, k, v, the pattern and the result of every call of `mix`; a mechanism without one is left alone."""
-    if not hasattr(attention, "mix"):
+    """Write down q, k, v, the pattern and the result of every call of `core_attention`; a mechanism without one is left alone."""
+    if not hasattr(attention, "core_attention"):
         yield
         return
-    own = attention.mix
+    own = attention.core_attention
 
-    def mix(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
+    def core_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         mixed = own(q, k, v, pattern)
         kept[name] = (q, k, v, pattern, mixed)
         return mixed
 
-    attention.mix = mix
+    attention.core_attention = core_attention
     try:
         yield
     finally:
-        del attention.mix
+        del attention.core_attention
 
 
 @contextmanager

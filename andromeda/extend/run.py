@@ -24,7 +24,7 @@ from andromeda.extend.measure import context_lengths, held_out_tokens, measure, 
 from andromeda.extend.methods import chosen, trained_context
 from andromeda.extend.results import NAME, UNSTRETCHED, Book
 from andromeda.extend.training_config import Wishes, configure, scored, unstretched
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
 from andromeda.train.callbacks.ema import build_average
@@ -66,7 +66,7 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
     _refuse_others(out, folders.values())
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
     for config in configs.values():
-        load_model(skeleton(config.model), weights)  # copies nothing, and raises where the shapes differ
+        load_model(meta_model(config.model), weights)  # copies nothing, and raises where the shapes differ
     sample = _Sample(old, wishes, next(iter(configs.values())))
     _make(out)
     book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old)})
@@ -167,7 +167,7 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
     if model.head.tied or model.embedding.kind == "custom" or model.feedforward.kind == "moe":
         filled = Transformer(model).to(device)
     else:
-        filled = skeleton(model).to_empty(device=device)
+        filled = meta_model(model).to_empty(device=device)
     load_model(filled, weights)
     return filled
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from andromeda.generate.decode_step import CudaGraphDecodeStep, DecodeStep, DynamicDecodeStep, supports_cuda_graph
 from andromeda.generate.sampling import Sampler
 from andromeda.generate.sequence import Completion, FinishReason, GeneratedSequence, StreamChunk
-from andromeda.model.kv_cache.dynamic import Cache, Nothing
+from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError
 
@@ -52,7 +52,7 @@ class GenerationBatch:
         start = time.perf_counter()
         documents = self._documents()
         record = self.most > MIN_TOKENS_FOR_CUDA_GRAPH and supports_cuda_graph(self.model.config, self.device)
-        cache = Cache(capacity=self.longest + (0 if record else self.most))
+        cache = DynamicKVCache(capacity=self.longest + (0 if record else self.most))
         ids, chosen = self._choose(self._prefill(documents, cache, chunk))
         self.prefill_seconds = time.perf_counter() - start
         start = time.perf_counter()
@@ -69,7 +69,7 @@ class GenerationBatch:
             ids, chosen = self._choose(step(ids))
             self.decode_seconds += time.perf_counter() - start
 
-    def _prefill(self, documents: Tensor | None, cache: Cache, chunk: int) -> Tensor:
+    def _prefill(self, documents: Tensor | None, cache: DynamicKVCache, chunk: int) -> Tensor:
         """Logits (B, V) after the prompts, which fill the cache."""
         padded = [[0] * (self.longest - len(row.prompt)) + row.prompt for row in self.rows]
         ids = torch.tensor(padded, device=self.device)
@@ -80,7 +80,7 @@ class GenerationBatch:
             raise CheckpointError("The model's logits are not numbers: its weights are damaged, so use an earlier checkpoint.")
         return logits
 
-    def _step(self, documents: Tensor | None, cache: Cache, record: bool) -> DecodeStep:
+    def _step(self, documents: Tensor | None, cache: DynamicKVCache, record: bool) -> DecodeStep:
         """What writes on from the cache: a recorded step, or, with a word where recording fails, a plain one."""
         if record:
             try:
@@ -98,7 +98,7 @@ class GenerationBatch:
         padding = torch.arange(self.longest, device=self.device) < missing[:, None]
         return torch.where(padding, PADDING, CONTENT)
 
-    def _read(self, ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
+    def _read(self, ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
         """Logits (B, V) at the last of ids (B, T); no others are computed."""
         hidden = self.model.hidden(ids, documents=documents, cache=cache, span=self.span)
         return self.model.head(hidden[:, -1])[:, : self.tokens]

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.generate.fused_block import FusedBlock, FusedQKVAttention
-from andromeda.model.forward_context import Context
-from andromeda.model.head import Head
-from andromeda.model.kv_cache.static import FixedState
-from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
-from andromeda.model.position.alibi import FoldedBias, NoBias
-from andromeda.model.qk_preprocess import known
+from andromeda.model.forward_context import ForwardContext
+from andromeda.model.head import LMHead
+from andromeda.model.kv_cache.static import StaticLayerKVCache
+from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
+from andromeda.model.position.alibi import FoldedBias, NoPositionBias
+from andromeda.model.qk_preprocess import fused_spec
 from andromeda.model.token_shift import ChunkShift
 from andromeda.model.transformer import Transformer
 from andromeda.model.value_embedding import NoValueMix
@@ -29,26 +29,26 @@ from andromeda.ops import gemv, qk_preprocess
 
 def use_decode_kernels(model: Transformer) -> None:
     """Exchange the head, and those layers that are on a GPU and in 16 or 32 bits, for ones that take steps this way."""
-    blocks = model.trunk.blocks
+    blocks = model.decoder.blocks
     for index, block in enumerate(blocks):
         if isinstance(block, FusedBlock) and not block.fp8 and gemv.unsupported_reason(_probe(block), *_weights(block)) is None:
             blocks[index] = DecodeKernelBlock(block)
-    if type(model.head) is Head:
+    if type(model.head) is LMHead:
         model.head = DecodeKernelHead(model.head)
 
 
-class DecodeKernelHead(Head):
+class DecodeKernelHead(LMHead):
     """A head that reads its weight as the layers do where it is asked for few rows."""
 
-    def __init__(self, head: Head) -> None:
+    def __init__(self, head: LMHead) -> None:
         nn.Module.__init__(self)
         self.softcap, self.weight, self.bias = head.softcap, head.weight, head.bias
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., V)."""
         rows = x.reshape(-1, x.shape[-1]).contiguous()
         if torch.is_autocast_enabled(x.device.type) or gemv.unsupported_reason(rows, self.weight):
-            return super().product(x)
+            return super().matmul(x)
         return gemv.gemv(rows, self.weight, self.bias)[0].view(*x.shape[:-1], -1)
 
 
@@ -60,14 +60,14 @@ class DecodeKernelBlock(nn.Module):
         self.layer = layer
         self._slopes: Tensor | None = None
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         if x.shape[1] != 1 or torch.is_autocast_enabled(x.device.type) or gemv.unsupported_reason(x[:, 0], *_weights(self.layer)):
             out: Tensor = self.layer(x, ctx)
             return out
         return self.step(x[:, 0].contiguous(), ctx)[:, None]
 
-    def step(self, x: Tensor, ctx: Context) -> Tensor:
+    def step(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (M, C) of one token each -> the same after the layer."""
         layer, attention, feedforward = self.layer, self.layer.attention, self.layer.feedforward
         joined, inner = attention.joined, feedforward.inner
@@ -82,21 +82,21 @@ class DecodeKernelBlock(nn.Module):
         hidden, keep = gemv.gemv(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
         return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
 
-    def _mix(self, rows: Tensor, ctx: Context, placed: bool) -> Tensor:
+    def _mix(self, rows: Tensor, ctx: ForwardContext, placed: bool) -> Tensor:
         """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
         sizes, attention = self.layer.attention.sizes, self.layer.attention.inner
         q, v, k = (part[:, None] for part in rows.split(sizes, 1))
-        if placed and isinstance(ctx.state, FixedState) and ctx.index is not None:
+        if placed and isinstance(ctx.state, StaticLayerKVCache) and ctx.index is not None:
             keys, values = ctx.state.buffers
             q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
-            form = known(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoBias(), attention.scale)
+            form = fused_spec(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoPositionBias(), attention.scale)
             if form is not None:
                 form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
                 queries = qk_preprocess.preprocess_qk_into_cache(q_heads, k_heads, form, keys, ctx.index)
-                return attention.mix(queries, keys, values, attention.pattern(ctx)).flatten(1)
-        return attention.read(q, k, v.contiguous(), ctx).flatten(1)
+                return attention.core_attention(queries, keys, values, attention.attention_spec(ctx)).flatten(1)
+        return attention.attend_projected(q, k, v.contiguous(), ctx).flatten(1)
 
-    def _tails(self, bias: NoBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _tails(self, bias: NoPositionBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `bias` appends. Its slopes are the same in every pass, and worth no kernels of a step."""
         if not isinstance(bias, FoldedBias):
             return ()
@@ -109,33 +109,35 @@ class DecodeKernelBlock(nn.Module):
         return held, bias.digits
 
 
-def _place(attention: FusedQKVAttention, ctx: Context, x: Tensor) -> gemv.CacheSlot | None:
+def _place(attention: FusedQKVAttention, ctx: ForwardContext, x: Tensor) -> gemv.CacheSlot | None:
     """Where the values go, if there is a place for them yet and nothing is mixed into them."""
     state = ctx.state
-    if not (isinstance(state, FixedState) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix):
+    if not (
+        isinstance(state, StaticLayerKVCache) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix
+    ):
         return None
     values = state.buffers[1]
     return gemv.CacheSlot(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
 
 
 def _norm(norm: nn.Module) -> gemv.GemvNorm:
-    assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
+    assert isinstance(norm, (LayerNorm, RMSNorm, RMSNormNoGain))
     kind = "layer" if isinstance(norm, LayerNorm) else "rms"
-    return gemv.GemvNorm(kind, norm.eps, None if isinstance(norm, PlainRMSNorm) else norm.weight)
+    return gemv.GemvNorm(kind, norm.eps, None if isinstance(norm, RMSNormNoGain) else norm.weight)
 
 
-def _shift(shift: nn.Module, x: Tensor, ctx: Context) -> gemv.GemvTokenShift | None:
+def _shift(shift: nn.Module, x: Tensor, ctx: ForwardContext) -> gemv.GemvTokenShift | None:
     """What the shift reads, with a past that the kernels may write to."""
     if not isinstance(shift, ChunkShift):
         return None
     state = ctx.state
-    if isinstance(state, FixedState) and shift.slot in state.recent:
+    if isinstance(state, StaticLayerKVCache) and shift.slot in state.recent:
         past = state.recent[shift.slot]
     else:
         # Others may hold what a state gives away.
         past = state.get(shift.slot, x, (len(x), shift.tokens, x.shape[1])).clone()
         state.put(shift.slot, past)
-        if isinstance(state, FixedState):
+        if isinstance(state, StaticLayerKVCache):
             past = state.recent[shift.slot]
     return gemv.GemvTokenShift(past, ctx.documents, ctx.index)
 

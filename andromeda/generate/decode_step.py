@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.kv_cache.dynamic import Cache, Nothing
-from andromeda.model.kv_cache.static import FixedCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.static import StaticKVCache
 
-ForwardLastLogits = Callable[[Tensor, Tensor | None, Nothing], Tensor]
+ForwardLastLogits = Callable[[Tensor, Tensor | None, NoKVCache], Tensor]
 """Logits (B, V) at the last of ids (B, T) with document numbers (B, T), after what a cache holds."""
 
 MIN_FREE_SLOTS = 256
@@ -44,7 +44,7 @@ class DecodeStep(Protocol):
 class DynamicDecodeStep:
     """A forward pass with the cache that the prompt has filled; sequences that end leave it."""
 
-    def __init__(self, read: ForwardLastLogits, cache: Cache, rows: int, document: Tensor | None) -> None:
+    def __init__(self, read: ForwardLastLogits, cache: DynamicKVCache, rows: int, document: Tensor | None) -> None:
         """rows: sequences, B. document: number (B, 1) of the documents that are written, None where none were given."""
         self._read, self._cache, self._rows, self._document = read, cache, rows, document
 
@@ -54,7 +54,7 @@ class DynamicDecodeStep:
 
     def keep(self, rows: Tensor) -> None:
         """Go on with the sequences at the indices `rows` only."""
-        self._cache.keep(rows)
+        self._cache.select_rows(rows)
         self._rows = len(rows)
         self._document = None if self._document is None else self._document[rows]
 
@@ -66,7 +66,7 @@ class DynamicDecodeStep:
 class StaticDecodeStep:
     """A forward pass over tensors that stay where they are; sequences that end run on unseen, so that no shape changes."""
 
-    def __init__(self, read: ForwardLastLogits, cache: Cache, most: int) -> None:
+    def __init__(self, read: ForwardLastLogits, cache: DynamicKVCache, most: int) -> None:
         """most: tokens that any sequence may still be given."""
         contents = cache.contents()
         rows, device = contents.documents.shape[0], contents.documents.device
@@ -76,12 +76,12 @@ class StaticDecodeStep:
         self._alive = torch.arange(rows, device=device)
         self._start(cache)
 
-    def _start(self, past: Cache | FixedCache) -> None:
+    def _start(self, past: DynamicKVCache | StaticKVCache) -> None:
         """Make a cache with room for more, and go on from what `past` holds."""
         contents = past.contents()
         rows, length = contents.documents.shape
         self._room = min(self._most, max(MIN_FREE_SLOTS, length))
-        self._cache = FixedCache(rows, length + self._room, self._ids.device)
+        self._cache = StaticKVCache(rows, length + self._room, self._ids.device)
         self._prepare()
         self._cache.load(contents)
 
@@ -107,7 +107,7 @@ class StaticDecodeStep:
         """Go on with the sequences at the indices `rows` only."""
         gone = torch.ones_like(self._alive, dtype=torch.bool)
         gone[rows] = False
-        self._cache.restart(self._alive[gone])
+        self._cache.reset_rows(self._alive[gone])
         self._alive = self._alive[rows]
 
     def bytes(self) -> int:

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 from andromeda.model.add_norm_shift import accepts, fused
 from andromeda.model.attention import Attention
-from andromeda.model.block import Serial
-from andromeda.model.feedforward.dense import ACTIVATIONS, Dense
-from andromeda.model.forward_context import Context
-from andromeda.model.layers import side_by_side
-from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.block import SerialBlock
+from andromeda.model.feedforward.dense import ACTIVATIONS, MLP
+from andromeda.model.forward_context import ForwardContext
+from andromeda.model.layers import concat_weights
+from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
 from andromeda.model.token_shift import ChunkShift, NoShift
 from andromeda.ops import float8_inference
 from andromeda.ops.activation import activate, residual_addmm
@@ -37,25 +37,25 @@ class MatmulInput(NamedTuple):
     """What each row was divided by (B T, 1); of use in 8 bits only."""
 
 
-def can_fuse(block: nn.Module) -> TypeGuard[Serial]:
+def can_fuse(block: nn.Module) -> TypeGuard[SerialBlock]:
     """Whether `Fused` knows this layer and all of its parts."""
     return (
-        type(block) is Serial
+        type(block) is SerialBlock
         and type(block.attention) is Attention
-        and type(block.feedforward) is Dense
-        and {type(block.attention_norm), type(block.feedforward_norm)} <= {LayerNorm, RMSNorm, PlainRMSNorm}
+        and type(block.feedforward) is MLP
+        and {type(block.attention_norm), type(block.feedforward_norm)} <= {LayerNorm, RMSNorm, RMSNormNoGain}
         and {type(block.attention_shift), type(block.feedforward_shift)} <= {NoShift, ChunkShift}
     )
 
 
 class FusedBlock(nn.Module):
-    """x + A(N1 x), then + F(N2 x), as `Serial`; takes over the block's parts."""
+    """x + A(N1 x), then + F(N2 x), as `SerialBlock`; takes over the block's parts."""
 
-    def __init__(self, block: Serial, *, fp8: bool = False) -> None:
+    def __init__(self, block: SerialBlock, *, fp8: bool = False) -> None:
         super().__init__()
         feedforward = block.feedforward
         assert isinstance(block.attention, Attention)
-        assert isinstance(feedforward, Dense)
+        assert isinstance(feedforward, MLP)
         self.fp8 = (
             fp8
             and float8_inference.has_aligned_shape(feedforward.inner)
@@ -67,7 +67,7 @@ class FusedBlock(nn.Module):
         self.attention = FusedQKVAttention(block.attention, self.fp8)
         self.feedforward = (Float8FeedForward if self.fp8 else FusedFeedForward)(feedforward)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         rows, x = self.first(x, None, None, ctx)
         rows, x = self.second(x, self.attention(rows, ctx), self.feedforward.late, ctx)
@@ -81,7 +81,7 @@ class FusedAddNormShift(nn.Module):
         super().__init__()
         self.norm, self.shift, self.fp8 = norm, shift, fp8
 
-    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: Context) -> tuple[MatmulInput, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: ForwardContext) -> tuple[MatmulInput, Tensor]:
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
         if accepts(x, self.norm, self.shift, ctx):
             made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.fp8)
@@ -123,10 +123,10 @@ class FusedQKVAttention(nn.Module):
         del attention.query, attention.value, attention.key, attention.out
         self.inner = attention
 
-    def forward(self, rows: MatmulInput, ctx: Context) -> Tensor:
+    def forward(self, rows: MatmulInput, ctx: ForwardContext) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, v, k, _ = apply_linear(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
-        return apply_linear(self.out, to_matmul_input(self.inner.read(q, k, v.contiguous(), ctx), self.fp8))
+        return apply_linear(self.out, to_matmul_input(self.inner.attend_projected(q, k, v.contiguous(), ctx), self.fp8))
 
     @property
     def joined_width(self) -> int:
@@ -137,7 +137,7 @@ class FusedQKVAttention(nn.Module):
 def concat_linears(linears: Sequence[nn.Linear]) -> nn.Linear:
     """One layer that computes what all of these do, side by side."""
     with torch.no_grad():
-        weight, bias = side_by_side(linears)
+        weight, bias = concat_weights(linears)
     made = nn.utils.skip_init(nn.Linear, weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device)
     made.weight = nn.Parameter(weight, requires_grad=False)
     made.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
@@ -145,9 +145,9 @@ def concat_linears(linears: Sequence[nn.Linear]) -> nn.Linear:
 
 
 class FusedFeedForward(nn.Module):
-    """x + `Dense`."""
+    """x + `MLP`."""
 
-    def __init__(self, dense: Dense) -> None:
+    def __init__(self, dense: MLP) -> None:
         super().__init__()
         self.inner, self.out, self.activation = dense.inner, dense.out, dense.activation
         self.name = activation_name(dense)
@@ -173,7 +173,7 @@ class Float8FeedForward(nn.Module):
 
     late = None
 
-    def __init__(self, dense: Dense) -> None:
+    def __init__(self, dense: MLP) -> None:
         super().__init__()
         self.inner, self.out, self.activation = (
             float8_inference.Float8DynamicLinear(dense.inner),
@@ -194,6 +194,6 @@ class Float8FeedForward(nn.Module):
         return x + apply_linear(self.out, rows).to(x.dtype)
 
 
-def activation_name(dense: Dense) -> str:
+def activation_name(dense: MLP) -> str:
     """What `ACTIVATIONS` calls it."""
     return next(name for name, function in ACTIVATIONS.items() if function is dense.activation)

@@ -34,7 +34,7 @@ def optimize_for_inference(
     """
     if fp8:
         _check(model.head.weight.device)
-    blocks = model.requires_grad_(False).trunk.blocks
+    blocks = model.requires_grad_(False).decoder.blocks
     for index, block in enumerate(blocks):
         if can_fuse(block):
             blocks[index] = FusedBlock(block, fp8=fp8)

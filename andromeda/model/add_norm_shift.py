@@ -9,8 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from andromeda.model.forward_context import Context
-from andromeda.model.norm import LayerNorm, PlainRMSNorm, RMSNorm
+from andromeda.model.forward_context import ForwardContext
+from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
 from andromeda.model.token_shift import ChunkShift, NoShift
 from andromeda.ops import add_norm_shift as kernel
 
@@ -18,7 +18,7 @@ NARROW = 1024
 """Up to this width a compiler keeps a vector in registers too; then a norm without a shift is left to it."""
 
 
-def between(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: Context) -> tuple[Tensor, Tensor]:
+def add_norm_shift(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
     """x and delta (B, T, C), None being zero -> their sum normalized and shifted, and the sum."""
     worth = isinstance(shift, ChunkShift) or x.shape[-1] > NARROW
     if worth and accepts(x, norm, shift, ctx):
@@ -28,9 +28,9 @@ def between(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, 
     return shift(norm(x), ctx), x
 
 
-def accepts(x: Tensor, norm: nn.Module, shift: nn.Module, ctx: Context) -> bool:
+def accepts(x: Tensor, norm: nn.Module, shift: nn.Module, ctx: ForwardContext) -> bool:
     """Whether the kernel knows these parts and can take x."""
-    known = type(norm) in (LayerNorm, RMSNorm, PlainRMSNorm) and moved(shift, x.shape[-1]) is not None
+    known = type(norm) in (LayerNorm, RMSNorm, RMSNormNoGain) and moved(shift, x.shape[-1]) is not None
     # A step of a recorded graph keeps its own state. Packed tokens after a cache are seldom.
     plain = ctx.index is None and (ctx.documents is None or ctx.documents[0].shape == ctx.documents[1].shape)
     return known and plain and kernel.is_supported(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
@@ -50,18 +50,18 @@ def fused(
     delta: Tensor | None,
     norm: nn.Module,
     shift: nn.Module,
-    ctx: Context,
+    ctx: ForwardContext,
     bias: Tensor | None = None,
     *,
     eight_bits: bool = False,
 ) -> kernel.AddNormShiftOutput:
     """The kernel on these parts, which must be accepted; bias and eight_bits as it has them."""
-    assert isinstance(norm, (LayerNorm, RMSNorm, PlainRMSNorm))
+    assert isinstance(norm, (LayerNorm, RMSNorm, RMSNormNoGain))
     channels = moved(shift, x.shape[-1])
     assert channels is not None
     slot = shift.slot if isinstance(shift, ChunkShift) else None
     past = None if slot is None else ctx.state.get(slot, x, (x.shape[0], 1, x.shape[2]))
-    weight = None if isinstance(norm, PlainRMSNorm) else norm.weight.to(x.dtype)
+    weight = None if isinstance(norm, RMSNormNoGain) else norm.weight.to(x.dtype)
     documents = ctx.documents[0] if ctx.documents and slot is not None else None
     layer = isinstance(norm, LayerNorm)
     made = kernel.add_norm_shift(x, delta, weight, bias, past, documents, layer=layer, eps=norm.eps, moved=channels, eight_bits=eight_bits)

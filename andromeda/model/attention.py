@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
 from andromeda.model import fused_qkv
-from andromeda.model.forward_context import Context
+from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
 from andromeda.model.qk_norm import build_qk_norm
-from andromeda.model.qk_preprocess import prepare, prepare_joined
+from andromeda.model.qk_preprocess import apply, apply_fused_qkv
 from andromeda.model.value_embedding import build_value_mix
 from andromeda.ops.attention import AttentionSpec, attend
 from andromeda.ops.qk_preprocess import QKVLayout
@@ -46,30 +46,32 @@ class Attention(nn.Module):
         self.window, self.softcap, self.backend = layer_window(config, layer), a.softcap, a.backend
         self.scale = (a.scale or self.qk_norm.scale) * build_rotary(config).logit_factor
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         # Values first after the queries, where fast kernels may begin to read.
         linears = (self.query, self.value, self.key)
-        if fused_qkv.worth(x, linears):
+        if fused_qkv.should_fuse(x, linears):
             whole = fused_qkv.project(x, linears)
-            return self.out(self.look(*prepare_joined(whole, self.sizes, self.qk_norm, ctx.rotation, ctx.bias, self.scale), ctx))
+            return self.out(
+                self.attend_prepared(*apply_fused_qkv(whole, self.sizes, self.qk_norm, ctx.rotation, ctx.bias, self.scale), ctx)
+            )
         q, v, k = (linear(x) for linear in linears)
-        return self.out(self.read(q, k, v.contiguous(), ctx))
+        return self.out(self.attend_projected(q, k, v.contiguous(), ctx))
 
-    def read(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+    def attend_projected(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         """What lies between the projections: q (B, T, H D), k and v (B, T, G D) as projected -> (B, T, H Dv)."""
         q, k, v = q.unflatten(-1, (self.heads, -1)), k.unflatten(-1, (self.kv_heads, -1)), v.unflatten(-1, (self.kv_heads, -1))
-        return self.look(*prepare(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale), v, ctx)
+        return self.attend_prepared(*apply(q, k, self.qk_norm, ctx.rotation, ctx.bias, self.scale), v, ctx)
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, ctx: Context) -> Tensor:
+    def attend_prepared(self, q: Tensor, k: Tensor, v: Tensor, ctx: ForwardContext) -> Tensor:
         """Prepared q (B, T, H, D) and k (B, T, G, D), and v (B, T, G, Dv) as projected -> (B, T, H Dv)."""
-        k, v = ctx.state.extend(k, self.value_mix(v, ctx.value))
-        return self.mix(q, k, v, self.pattern(ctx)).flatten(-2)
+        k, v = ctx.state.update(k, self.value_mix(v, ctx.value))
+        return self.core_attention(q, k, v, self.attention_spec(ctx)).flatten(-2)
 
-    def pattern(self, ctx: Context) -> AttentionSpec:
+    def attention_spec(self, ctx: ForwardContext) -> AttentionSpec:
         """What this layer computes in this pass."""
-        return AttentionSpec(self.scale, ctx.narrow(self.window), ctx.documents, ctx.bias.slopes, self.softcap, ctx.index)
+        return AttentionSpec(self.scale, ctx.clamp_window(self.window), ctx.documents, ctx.bias.slopes, self.softcap, ctx.index)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv): what another mechanism does otherwise."""
         return attend(q, k, v, pattern, self.backend)

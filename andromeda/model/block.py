@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import MIXERS, ModelConfig
-from andromeda.model.add_norm_shift import between
+from andromeda.model.add_norm_shift import add_norm_shift
 from andromeda.model.feedforward import build_feedforward
-from andromeda.model.forward_context import Context
+from andromeda.model.forward_context import ForwardContext
 from andromeda.model.norm import build_norm
 from andromeda.model.token_shift import build_shift
 
@@ -35,7 +35,7 @@ def build_attention(config: ModelConfig, layer: int) -> nn.Module:
     return find_class(MIXERS.get(name, name), "model.attention.mixer")(config, layer)
 
 
-class Serial(nn.Module):
+class SerialBlock(nn.Module):
     """Attention, then feed-forward, each on the normalized stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -46,27 +46,27 @@ class Serial(nn.Module):
         self.attention = build_attention(config, layer)
         self.feedforward = build_feedforward(config)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
-        y, x = between(x, None, self.attention_norm, self.attention_shift, ctx)
-        y, x = between(x, self.attention(y, ctx), self.feedforward_norm, self.feedforward_shift, ctx)
+        y, x = add_norm_shift(x, None, self.attention_norm, self.attention_shift, ctx)
+        y, x = add_norm_shift(x, self.attention(y, ctx), self.feedforward_norm, self.feedforward_shift, ctx)
         return x + self.feedforward(y)
 
 
-class SerialDeepNorm(Serial):
+class SerialDeepNormBlock(SerialBlock):
     """Serial, normalizing after each sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.alpha = deepnorm_alpha(config.num_layers)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         x = self.attention_norm(self.alpha * x + self.attention(self.attention_shift(x, ctx), ctx))
         return self.feedforward_norm(self.alpha * x + self.feedforward(self.feedforward_shift(x, ctx)))
 
 
-class Parallel(nn.Module):
+class ParallelBlock(nn.Module):
     """Attention and feed-forward on the same normalized, shifted stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
@@ -76,33 +76,33 @@ class Parallel(nn.Module):
         self.attention = build_attention(config, layer)
         self.feedforward = build_feedforward(config)
 
-    def branches(self, x: Tensor, ctx: Context) -> Tensor:
+    def branches(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """A(x) + F(x)."""
         x = self.shift(x, ctx)
         return self.attention(x, ctx) + self.feedforward(x)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         return x + self.branches(self.norm(x), ctx)
 
 
-class ParallelDeepNorm(Parallel):
+class ParallelDeepNormBlock(ParallelBlock):
     """Parallel, normalizing after the sum."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.alpha = deepnorm_alpha(config.num_layers)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         return self.norm(self.alpha * x + self.branches(x, ctx))
 
 
 BLOCKS: dict[tuple[str, str], type[nn.Module]] = {
-    ("serial", "pre"): Serial,
-    ("serial", "deepnorm"): SerialDeepNorm,
-    ("parallel", "pre"): Parallel,
-    ("parallel", "deepnorm"): ParallelDeepNorm,
+    ("serial", "pre"): SerialBlock,
+    ("serial", "deepnorm"): SerialDeepNormBlock,
+    ("parallel", "pre"): ParallelBlock,
+    ("parallel", "deepnorm"): ParallelDeepNormBlock,
 }
 
 

@@ -1,6 +1,6 @@
 """Linear layers with the same parameters whose weights are cast once for a step, not once for a product.
 
-What was cast lies in buffers beside the parameters, which are filled outside of what is compiled and are not saved. It is made anew
+What was cast lies in buffers fused_with the parameters, which are filled outside of what is compiled and are not saved. It is made anew
 when a parameter has changed, which its version counter tells: whatever writes into a parameter in place must count there.
 """
 
@@ -13,33 +13,33 @@ from typing import Any, ClassVar, Self, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from andromeda.model.layers import Linear, side_by_side
+from andromeda.model.layers import Linear, concat_weights
 
-TOGETHER = (("query", "value", "key"), ("gate", "inner"))
+FUSED_GROUPS = (("query", "value", "key"), ("gate", "inner"))
 """Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
 
-L = TypeVar("L", bound="CastLinear")
+L = TypeVar("L", bound="CachedCastLinear")
 
 
-class CastLinear(Linear):
+class CachedCastLinear(Linear):
     """x W^T + b by a weight that was cast; what it is cast into, and when that serves, is a subclass's."""
 
-    FIELDS: ClassVar[tuple[str, ...]] = ()
+    CACHED: ClassVar[tuple[str, ...]] = ()
     """Buffers, None until they are filled."""
 
     def __init__(self, linear: Linear) -> None:
         super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
-        self.beside: tuple[Self, ...] = ()
+        self.fused_with: tuple[Self, ...] = ()
         """Layers whose weights are cast below this one's, into one product."""
-        self.key: Any = None
-        for name in self.FIELDS:
+        self.version: Any = None
+        for name in self.CACHED:
             self.register_buffer(name, None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
         # Moved or made another type: what was cast is not to follow.
-        self.key = None
-        for name in self.FIELDS:
+        self.version = None
+        for name in self.CACHED:
             setattr(self, name, None)
         return super()._apply(fn, recurse)
 
@@ -48,11 +48,11 @@ class CastLinear(Linear):
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
-        """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
+        """x (..., K), which must be accepted -> the outputs of this layer and of those fused_with it, zeros at the end."""
         raise NotImplementedError
 
     @classmethod
-    def fill(cls, layers: Sequence[Self]) -> None:
+    def cast_all(cls, layers: Sequence[Self]) -> None:
         """Cast the weights of all."""
         raise NotImplementedError
 
@@ -61,59 +61,59 @@ class CastLinear(Linear):
         return True
 
     @property
-    def together(self) -> tuple[Self, ...]:
-        """This layer and those beside it."""
-        return (self, *self.beside)
+    def fused_group(self) -> tuple[Self, ...]:
+        """This layer and those fused_with it."""
+        return (self, *self.fused_with)
 
-    def joined(self) -> Tensor:
-        """The weights of all together."""
-        return (side_by_side(self.together)[0] if self.beside else self.weight).detach()
+    def fused_weight(self) -> Tensor:
+        """The weights of all fused_group."""
+        return (concat_weights(self.fused_group)[0] if self.fused_with else self.weight).detach()
 
     @property
     def weights(self) -> list[Tensor]:
-        """Those of all together, one by one."""
-        return [linear.weight for linear in self.together]
+        """Those of all fused_group, one by one."""
+        return [linear.weight for linear in self.fused_group]
 
-    def reads(self) -> Sequence[Tensor]:
+    def sources(self) -> Sequence[Tensor]:
         """What the cast was made of."""
         return self.weights
 
-    def now(self) -> list[tuple[int, int]]:
+    def current_version(self) -> list[tuple[int, int]]:
         """Which tensors these are, and how often each was written."""
-        return [(x._version, x.untyped_storage()._cdata) for x in self.reads()]
+        return [(x._version, x.untyped_storage()._cdata) for x in self.sources()]
 
 
 @torch.inference_mode(False)
 @torch.no_grad()
-def refresh(layers: Sequence[CastLinear]) -> None:
+def refresh(layers: Sequence[CachedCastLinear]) -> None:
     """Cast again what has changed."""
-    changed = [layer for layer in layers if layer.key != layer.now() and layer.can_cast()]
+    changed = [layer for layer in layers if layer.version != layer.current_version() and layer.can_cast()]
     if not changed:
         return
-    type(changed[0]).fill(changed)
+    type(changed[0]).cast_all(changed)
     for layer in changed:
-        layer.key = layer.now()
+        layer.version = layer.current_version()
 
 
-def exchange_linears(
+def convert_linears(
     root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
 ) -> list[L]:
-    """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up beside others that read a
+    """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up fused_with others that read a
     multiple of `side`; returns those that lead a product. Layers with hooks or attributes of their own stay.
 
     The weights are cast before each forward pass of `root` that finds them changed.
     """
     for path, module in list(root.named_modules()):
         linears = {name: child for name, child in module.named_children() if chosen(_below(path, name)) and _bare(child)}
-        groups = [group for group in TOGETHER if linears.keys() >= set(group) and _can_join([linears[name] for name in group], side)]
-        together = {name for group in groups for name in group}
+        groups = [group for group in FUSED_GROUPS if linears.keys() >= set(group) and _can_join([linears[name] for name in group], side)]
+        fused_group = {name for group in groups for name in group}
         for name, linear in linears.items():
-            if name in together or fits(linear):
+            if name in fused_group or fits(linear):
                 setattr(module, name, make(linear))
         for first, *others in groups:
-            getattr(module, first).beside = tuple(getattr(module, name) for name in others)
-    layers: list[Any] = [module for module in root.modules() if isinstance(module, CastLinear)]
-    led = {id(other) for layer in layers for other in layer.beside}
+            getattr(module, first).fused_with = tuple(getattr(module, name) for name in others)
+    layers: list[Any] = [module for module in root.modules() if isinstance(module, CachedCastLinear)]
+    led = {id(other) for layer in layers for other in layer.fused_with}
     leading = [layer for layer in layers if id(layer) not in led]
     root.register_forward_pre_hook(partial(_refresh, leading))
     return leading
@@ -138,5 +138,5 @@ def _below(path: str, name: str) -> str:
     return f"{path}.{name}" if path else name
 
 
-def _refresh(layers: Sequence[CastLinear], root: nn.Module, args: Any) -> None:
+def _refresh(layers: Sequence[CachedCastLinear], root: nn.Module, args: Any) -> None:
     refresh(layers)

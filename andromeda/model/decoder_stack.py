@@ -7,10 +7,10 @@ from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.block import build_block
-from andromeda.model.forward_context import Context
+from andromeda.model.forward_context import ForwardContext
 
 
-class NoMix(nn.Module):
+class NoEmbeddingMix(nn.Module):
     """The stream as it is."""
 
     def forward(self, x: Tensor, first: Tensor) -> Tensor:
@@ -18,7 +18,7 @@ class NoMix(nn.Module):
         return x
 
 
-class FirstMix(nn.Module):
+class EmbeddingMix(nn.Module):
     """w0 x + w1 first, from (1, 0)."""
 
     def __init__(self) -> None:
@@ -31,19 +31,19 @@ class FirstMix(nn.Module):
         return w[0] * x + w[1] * first
 
 
-class Trunk(nn.Module):
+class DecoderStack(nn.Module):
     """All blocks in a row."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(build_block(config, layer) for layer in range(config.num_layers))
-        self.mixes = nn.ModuleList(FirstMix() if config.skips.first else NoMix() for _ in range(config.num_layers))
+        self.mixes = nn.ModuleList(EmbeddingMix() if config.skips.first else NoEmbeddingMix() for _ in range(config.num_layers))
 
-    def layer(self, index: int, x: Tensor, first: Tensor, ctx: Context) -> Tensor:
+    def layer(self, index: int, x: Tensor, first: Tensor, ctx: ForwardContext) -> Tensor:
         """One block with its mix."""
-        return self.blocks[index](self.mixes[index](x, first), ctx.at(index))
+        return self.blocks[index](self.mixes[index](x, first), ctx.for_layer(index))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C), the embedded tokens."""
         first = x
         for index in range(len(self.blocks)):
@@ -51,14 +51,14 @@ class Trunk(nn.Module):
         return x
 
 
-class UNetTrunk(Trunk):
+class UNetDecoderStack(DecoderStack):
     """The second half adds the outputs of the first half, last in first out, each with a learned weight that starts at one."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.skip_weights = nn.Parameter(torch.ones(config.num_layers // 2))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C), the embedded tokens. With an odd depth the middle block has no partner."""
         first = x
         outputs: list[Tensor] = []
@@ -73,6 +73,6 @@ class UNetTrunk(Trunk):
         return x
 
 
-def build_trunk(config: ModelConfig) -> Trunk:
-    """The trunk that the configuration asks for."""
-    return UNetTrunk(config) if config.skips.unet else Trunk(config)
+def build_decoder_stack(config: ModelConfig) -> DecoderStack:
+    """The decoder that the configuration asks for."""
+    return UNetDecoderStack(config) if config.skips.unet else DecoderStack(config)

@@ -7,22 +7,22 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
-from andromeda.model.forward_context import Context
+from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import Embedding, Linear
-from andromeda.model.norm import PlainRMSNorm
+from andromeda.model.norm import RMSNormNoGain
 from andromeda.model.token_shift import build_smear
 from andromeda.ops.compute_dtype import residual_dtype
 from andromeda.ops.embedding import embed
 
 
-class PlainEmbedding(Embedding):
+class TokenEmbedding(Embedding):
     """A table V x C."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
 
 
-class FactorisedEmbedding(nn.Module):
+class FactorizedEmbedding(nn.Module):
     """A table V x r and a projection r x C (arXiv 1909.11942): fewer parameters for a large vocabulary."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -35,10 +35,10 @@ class FactorisedEmbedding(nn.Module):
         return self.project(self.table(ids))
 
 
-class NoAbsolute(nn.Module):
+class NoAbsolutePositions(nn.Module):
     """No vector for absolute positions."""
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         return x
 
@@ -50,29 +50,29 @@ class AbsolutePositions(nn.Module):
         super().__init__()
         self.table = Embedding(config.max_seq_len, config.hidden_size)
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         return x + embed(ctx.positions, self.table.weight, x.dtype)
 
 
-class Embedder(nn.Module):
+class InputEmbedding(nn.Module):
     """Provider, absolute positions, norm and smear, in this order; each may be the identity."""
 
     def __init__(self, config: ModelConfig, provider: nn.Module | None = None) -> None:
         super().__init__()
-        self.tokens = build_provider(config) if provider is None else provider
-        self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolute()
-        self.norm = PlainRMSNorm(config.hidden_size, config.block.eps) if config.embedding.norm else nn.Identity()
+        self.tokens = build_token_embedding(config) if provider is None else provider
+        self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolutePositions()
+        self.norm = RMSNormNoGain(config.hidden_size, config.block.eps) if config.embedding.norm else nn.Identity()
         self.smear = build_smear(config)
 
-    def forward(self, ctx: Context) -> Tensor:
+    def forward(self, ctx: ForwardContext) -> Tensor:
         """(B, T, C) for the context's ids (B, T)."""
         x = self.tokens(ctx.ids)
         return self.smear(self.norm(self.absolute(x.to(residual_dtype(x)), ctx)), ctx)
 
 
-def build_provider(config: ModelConfig) -> nn.Module:
+def build_token_embedding(config: ModelConfig) -> nn.Module:
     """The embedding that the configuration names; a custom class is built with the model's configuration."""
     if config.embedding.kind == "custom":
         return find_class(config.embedding.provider, "model.embedding.provider")(config)
-    return {"plain": PlainEmbedding, "factorized": FactorisedEmbedding}[config.embedding.kind](config)
+    return {"plain": TokenEmbedding, "factorized": FactorizedEmbedding}[config.embedding.kind](config)

@@ -8,8 +8,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from andromeda.model.cached_cast_linear import CastLinear
-from andromeda.model.layers import Linear, biases_side_by_side
+from andromeda.model.cached_cast_linear import CachedCastLinear
+from andromeda.model.layers import Linear, concat_biases
 from andromeda.ops import float8, float8_inference
 from andromeda.ops.float8 import Float8Weight, float8_linear
 
@@ -17,10 +17,10 @@ ROUNDING = 1.02
 """What roundings to bfloat16 add to a vector's norm at most, and more."""
 
 
-class Linear8(CastLinear):
+class Float8TrainingLinear(CachedCastLinear):
     """x W^T + b in 8-bit products, forward and backward, where they may be; elsewhere as it was."""
 
-    FIELDS = (*Float8Weight._fields, "bound")
+    CACHED = (*Float8Weight._fields, "bound")
     rows: Tensor | None
     columns: Tensor
     scale: Tensor
@@ -45,32 +45,36 @@ class Linear8(CastLinear):
         if not (self.accepts(x) and float8_inference.has_aligned_shape(self)):
             return super().forward(x)
         return float8_linear(
-            x, float8.quantize_weight(self.weight.detach()) if self.beside else self.cast(), [self.weight], self.bias, self.bound
+            x,
+            float8.quantize_weight(self.weight.detach()) if self.fused_with else self.cached_weight(),
+            [self.weight],
+            self.bias,
+            self.bound,
         )
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        return float8_linear(x, self.cast(), self.weights, biases_side_by_side(self.together), self.bound)
+        return float8_linear(x, self.cached_weight(), self.weights, concat_biases(self.fused_group), self.bound)
 
-    def cast(self) -> Float8Weight:
+    def cached_weight(self) -> Float8Weight:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
         if self.rows is None:
-            return float8.quantize_weight(self.joined())
+            return float8.quantize_weight(self.fused_weight())
         return Float8Weight(self.rows, self.columns, self.scale, self.norms)
 
-    def reads(self) -> Sequence[Tensor]:
+    def sources(self) -> Sequence[Tensor]:
         """Weights, and the gain that bounds their input."""
         gain = self._gain()
         return [*self.weights, *([] if gain is None else [gain])]
 
     @classmethod
-    def fill(cls, layers: Sequence[Self]) -> None:
+    def cast_all(cls, layers: Sequence[Self]) -> None:
         """Cast the weights of all, and take new bounds of inputs."""
         for layer in layers:
             # Their memory is taken again.
             for name in Float8Weight._fields:
                 setattr(layer, name, None)
-        for layer, held in zip(layers, float8.quantize_weights([layer.joined() for layer in layers]), strict=True):
+        for layer, held in zip(layers, float8.quantize_weights([layer.fused_weight() for layer in layers]), strict=True):
             for name, tensor in zip(Float8Weight._fields, held, strict=True):
                 setattr(layer, name, tensor)
         _bound_inputs(layers)
@@ -79,7 +83,7 @@ class Linear8(CastLinear):
         return getattr(self.source[0], "weight", None) if self.source else None
 
 
-def _bound_inputs(layers: Sequence[Linear8]) -> None:
+def _bound_inputs(layers: Sequence[Float8TrainingLinear]) -> None:
     """By the gains of the norms that they read."""
     read = [(layer, *layer.source) for layer in layers if layer.source is not None]
     if not read:

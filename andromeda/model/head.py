@@ -10,7 +10,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.utils.errors import ConfigError
 
 
-class Head(nn.Module):
+class LMHead(nn.Module):
     """logits = cap * tanh((x W^T + b) / cap), or the plain product when the cap is 0 (arXiv 2408.00118 for the cap)."""
 
     def __init__(self, config: ModelConfig, embedding: nn.Module) -> None:
@@ -21,10 +21,10 @@ class Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V)."""
-        logits = self.product(x)
+        logits = self.matmul(x)
         return self.softcap * torch.tanh(logits / self.softcap) if self.softcap else logits
 
-    def product(self, x: Tensor) -> Tensor:
+    def matmul(self, x: Tensor) -> Tensor:
         """x W^T + b."""
         return F.linear(x, self.weight, self.bias)
 

@@ -10,14 +10,14 @@ from torch import Tensor
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.block import deepnorm_beta
-from andromeda.model.embedding import FactorisedEmbedding, PlainEmbedding
+from andromeda.model.embedding import FactorizedEmbedding, TokenEmbedding
 
 if TYPE_CHECKING:
     from andromeda.model.transformer import Transformer
 
 EMBEDDING_STD = 0.02
 TABLES = ("tokens.weight", "tokens.table.weight", "absolute.table.weight", "value_embedding.table.weight")
-UNIT_GAIN = ("attention.query", "attention.key", "router.project", "embedder.", "head.")
+UNIT_GAIN = ("attention.query", "attention.key", "router.project", "embedding.", "head.")
 """Matrices whose gain DeepNorm leaves at one; all others are value, output and feed-forward matrices."""
 
 
@@ -30,7 +30,7 @@ def initialize(model: Transformer, config: ModelConfig, seed: int) -> None:
     deepnorm: Xavier normal, with gain beta on value, output and feed-forward matrices (arXiv 2203.00555), embeddings N(0, 0.02).
     """
     generator = torch.Generator().manual_seed(seed)
-    own = () if isinstance(model.embedder.tokens, PlainEmbedding | FactorisedEmbedding) else model.embedder.tokens.parameters()
+    own = () if isinstance(model.embedding.tokens, TokenEmbedding | FactorizedEmbedding) else model.embedding.tokens.parameters()
     kept = {id(parameter) for parameter in own}
     for name, parameter in model.named_parameters():
         if parameter.ndim < 2 or "qk_norm" in name or id(parameter) in kept:

@@ -34,13 +34,13 @@ class Embedding(nn.Embedding):
         return embed(ids, self.weight)
 
 
-def side_by_side(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
+def concat_weights(linears: Sequence[nn.Linear]) -> tuple[Tensor, Tensor | None]:
     """Their weights as one (N, K) and their biases as one (N,), zeros at the end."""
     weights: list[Tensor] = [linear.weight for linear in linears]
-    return F.pad(torch.cat(weights), (0, 0, 0, _padding(linears))), biases_side_by_side(linears)
+    return F.pad(torch.cat(weights), (0, 0, 0, _padding(linears))), concat_biases(linears)
 
 
-def biases_side_by_side(linears: Sequence[nn.Linear]) -> Tensor | None:
+def concat_biases(linears: Sequence[nn.Linear]) -> Tensor | None:
     """Their biases as one (N,), zeros at the end."""
     biases: list[Tensor] = [linear.bias for linear in linears if linear.bias is not None]
     return F.pad(torch.cat(biases), (0, _padding(linears))) if biases else None

@@ -10,16 +10,16 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from andromeda.model.cached_cast_linear import CastLinear, exchange_linears
-from andromeda.model.layers import Linear, aligned, biases_side_by_side
+from andromeda.model.cached_cast_linear import CachedCastLinear, convert_linears
+from andromeda.model.layers import Linear, aligned, concat_biases
 from andromeda.ops.compute_dtype import compute_dtype
-from andromeda.ops.master_weight_linear import CastWeight, split_parts, cast_linear
+from andromeda.ops.master_weight_linear import CastWeight, cast_linear, split_parts
 
 
-class Linear16(CastLinear):
+class MasterWeightLinear(CachedCastLinear):
     """x W^T + b where products are of this type; elsewhere as it was."""
 
-    FIELDS = CastWeight._fields
+    CACHED = CastWeight._fields
     rows: Tensor | None
     total: Tensor | None
 
@@ -33,54 +33,54 @@ class Linear16(CastLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., K) -> (..., O)."""
-        if self.beside or not self.accepts(x):
+        if self.fused_with or not self.accepts(x):
             return super().forward(x)
-        return cast_linear(x, self.cast(), [self.weight], self.bias)
+        return cast_linear(x, self.cached_weight(), [self.weight], self.bias)
 
     def project(self, x: Tensor) -> Tensor:
         """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
-        return cast_linear(x, self.cast(), self.weights, biases_side_by_side(self.together))
+        return cast_linear(x, self.cached_weight(), self.weights, concat_biases(self.fused_group))
 
-    def cast(self) -> CastWeight:
+    def cached_weight(self) -> CastWeight:
         """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
-        return CastWeight(self.joined().to(self.dtype) if self.rows is None else self.rows, self.total)
+        return CastWeight(self.fused_weight().to(self.dtype) if self.rows is None else self.rows, self.total)
 
     @classmethod
-    def fill(cls, layers: Sequence[Self]) -> None:
+    def cast_all(cls, layers: Sequence[Self]) -> None:
         """Into the memory that was taken first, in one operation for all."""
         parts: list[Tensor] = []
         for layer in layers:
             if layer.rows is None:
                 layer.rows = layer.zeros(layer.dtype)
-            parts += layer.apart(layer.rows)
+            parts += layer.split(layer.rows)
         torch._foreach_copy_(parts, [weight for layer in layers for weight in layer.weights])
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """As large as the weights of all together."""
-        height = aligned(sum(linear.out_features for linear in self.together)) if self.beside else self.out_features
+        """As large as the weights of all fused_group."""
+        height = aligned(sum(linear.out_features for linear in self.fused_group)) if self.fused_with else self.out_features
         return self.weight.new_zeros(height, self.in_features, dtype=dtype)
 
-    def apart(self, whole: Tensor) -> tuple[Tensor, ...]:
+    def split(self, whole: Tensor) -> tuple[Tensor, ...]:
         """The rows that belong to each layer's weight."""
-        return split_parts(whole, [linear.out_features for linear in self.together])
+        return split_parts(whole, [linear.out_features for linear in self.fused_group])
 
-    def begin(self) -> None:
+    def begin_accumulation(self) -> None:
         """Gradients of zeros, to which products add."""
         if not all(weight.requires_grad and weight.grad is None for weight in self.weights):
             return
         self.total = self.zeros(self.weight.dtype)
-        for weight, part in zip(self.weights, self.apart(self.total), strict=True):
+        for weight, part in zip(self.weights, self.split(self.total), strict=True):
             weight.grad = part
 
 
 @contextlib.contextmanager
-def summed(layers: Sequence[Linear16]) -> Iterator[None]:
+def accumulate_weight_grads(layers: Sequence[MasterWeightLinear]) -> Iterator[None]:
     """Within, backward passes add up the gradients of the layers' weights by the products that make them, in `.grad`.
 
     autograd does not see them: hooks of these parameters are given None. Of a layer that no pass uses the gradient is zero, not None.
     """
     for layer in layers:
-        layer.begin()
+        layer.begin_accumulation()
     try:
         yield
     finally:
@@ -88,13 +88,13 @@ def summed(layers: Sequence[Linear16]) -> Iterator[None]:
             layer.total = None
 
 
-def exchange(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype) -> list[Linear16]:
+def convert_to_master_weights(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype) -> list[MasterWeightLinear]:
     """Exchange the linear layers below `root` whose paths are chosen; returns those that lead a product."""
-    return exchange_linears(root, partial(Linear16, dtype=dtype), chosen, lambda linear: True)
+    return convert_linears(root, partial(MasterWeightLinear, dtype=dtype), chosen, lambda linear: True)
 
 
-def weight16(linear: nn.Linear, x: Tensor) -> CastWeight:
+def compute_weight(linear: nn.Linear, x: Tensor) -> CastWeight:
     """A layer's weight for products of x: as it was cast before, or cast now."""
-    if isinstance(linear, Linear16) and linear.accepts(x):
-        return linear.cast()
+    if isinstance(linear, MasterWeightLinear) and linear.accepts(x):
+        return linear.cached_weight()
     return CastWeight(linear.weight.detach().to(compute_dtype(x)), None)

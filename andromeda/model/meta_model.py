@@ -8,7 +8,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 
 
-def skeleton(config: ModelConfig) -> Transformer:
+def meta_model(config: ModelConfig) -> Transformer:
     """The model without numbers, on the meta device: every parameter has its shape and no memory."""
     with torch.device("meta"):
         return Transformer(config)

@@ -24,7 +24,7 @@ class RMSNorm(nn.Module):
         return F.rms_norm(x, x.shape[-1:], self.weight.to(x.dtype), self.eps)
 
 
-class PlainRMSNorm(nn.Module):
+class RMSNormNoGain(nn.Module):
     """RMS norm without a gain."""
 
     def __init__(self, width: int, eps: float) -> None:
@@ -49,7 +49,7 @@ class LayerNorm(nn.Module):
         return F.layer_norm(x, x.shape[-1:], self.weight.to(x.dtype), None, self.eps)
 
 
-NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_plain": PlainRMSNorm}
+NORMS: dict[str, Callable[[int, float], nn.Module]] = {"rms": RMSNorm, "layer": LayerNorm, "rms_plain": RMSNormNoGain}
 
 
 def build_norm(config: ModelConfig) -> nn.Module:

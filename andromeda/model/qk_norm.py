@@ -24,12 +24,12 @@ def rms(x: Tensor) -> Tensor:
     return F.rms_norm(x, x.shape[-1:], None, RMS_EPS).to(x.dtype)
 
 
-def unit(x: Tensor) -> Tensor:
+def unit_length(x: Tensor) -> Tensor:
     """x (..., D) with length one."""
     return F.normalize(x, dim=-1).to(x.dtype)
 
 
-class NoNorm(nn.Module):
+class NoQKNorm(nn.Module):
     """Queries and keys as projected; the usual 1/sqrt(D)."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -46,7 +46,7 @@ class NoNorm(nn.Module):
         return q, k
 
 
-class RMS(NoNorm):
+class RMSQKNorm(NoQKNorm):
     """Root mean square one, no gain; logits are at most sqrt(D)."""
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
@@ -54,7 +54,7 @@ class RMS(NoNorm):
         return rms(q), rms(k)
 
 
-class L2(NoNorm):
+class L2QKNorm(NoQKNorm):
     """Unit length and a fixed temperature: logits are cosines times 10, as x-transformers has it."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -63,10 +63,10 @@ class L2(NoNorm):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return unit(q), unit(k)
+        return unit_length(q), unit_length(k)
 
 
-class L2HeadScale(NoNorm):
+class L2HeadScaleQKNorm(NoQKNorm):
     """Unit length and a learned temperature for each query head, 10 at the start."""
 
     role = "scalar"
@@ -83,10 +83,10 @@ class L2HeadScale(NoNorm):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return unit(q) * self.temperature.to(q.dtype), unit(k)
+        return unit_length(q) * self.temperature.to(q.dtype), unit_length(k)
 
 
-class L2DimScale(NoNorm):
+class L2DimScaleQKNorm(NoQKNorm):
     """Unit length and a learned scale for each head and dimension, D^(1/4) at the start, with 1/sqrt(D) (x-transformers).
 
     Logits are bounded by one at the start, so that attention begins nearly uniform.
@@ -107,12 +107,18 @@ class L2DimScale(NoNorm):
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D)."""
-        return unit(q) * self.query_scale.to(q.dtype), unit(k) * self.key_scale.to(k.dtype)
+        return unit_length(q) * self.query_scale.to(q.dtype), unit_length(k) * self.key_scale.to(k.dtype)
 
 
-QK_NORMS: dict[str, type[NoNorm]] = {"none": NoNorm, "rms": RMS, "l2": L2, "l2_head_scale": L2HeadScale, "l2_dim_scale": L2DimScale}
+QK_NORMS: dict[str, type[NoQKNorm]] = {
+    "none": NoQKNorm,
+    "rms": RMSQKNorm,
+    "l2": L2QKNorm,
+    "l2_head_scale": L2HeadScaleQKNorm,
+    "l2_dim_scale": L2DimScaleQKNorm,
+}
 
 
-def build_qk_norm(config: ModelConfig) -> NoNorm:
+def build_qk_norm(config: ModelConfig) -> NoQKNorm:
     """The QK norm that the configuration asks for."""
     return QK_NORMS[config.attention.qk_norm](config)

@@ -15,7 +15,7 @@ from torch import Tensor
 from andromeda.config.model import ModelConfig
 from andromeda.model.attention import Attention
 from andromeda.ops.attention import AttentionSpec
-from andromeda.ops.attention.eager import weighted_values, attention_logits
+from andromeda.ops.attention.eager import attention_logits, weighted_values
 
 
 class SigmoidAttention(Attention):
@@ -25,6 +25,6 @@ class SigmoidAttention(Attention):
         super().__init__(config, layer)
         self.offset = -math.log(config.max_seq_len)
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv), with T x S memory, in at least float32."""
         return weighted_values(torch.sigmoid(attention_logits(q, k, pattern) + self.offset), v)

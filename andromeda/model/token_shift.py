@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.forward_context import Context
+from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import Linear
 
 
-def shifted(x: Tensor, past: Tensor, distance: int, ctx: Context) -> Tensor:
+def shifted(x: Tensor, past: Tensor, distance: int, ctx: ForwardContext) -> Tensor:
     """x (B, T, C) from `distance` tokens before; `past` (B, >= distance, C) comes before x; zero across documents."""
     before = torch.cat([past[:, past.shape[1] - distance :], x], 1)[:, : x.shape[1]]
     return ctx.within_document(before, distance)
@@ -24,7 +24,7 @@ def shifted(x: Tensor, past: Tensor, distance: int, ctx: Context) -> Tensor:
 class NoShift(nn.Module):
     """Every channel is of this token."""
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         return x
 
@@ -36,10 +36,10 @@ class ChunkShift(nn.Module):
         super().__init__()
         self.tokens, self.slot = config.shift.tokens, slot
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
         size = x.shape[-1] // (self.tokens + 1)
-        past = ctx.state.recall(self.slot, x, self.tokens)
+        past = ctx.state.shift_state(self.slot, x, self.tokens)
         moved = [
             shifted(x[..., i * size : (i + 1) * size], past[..., i * size : (i + 1) * size], i, ctx) for i in range(1, self.tokens + 1)
         ]
@@ -54,9 +54,9 @@ class LerpShift(nn.Module):
         self.slot = slot
         self.mix = nn.Parameter(torch.linspace(0, 1, config.hidden_size))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
-        past = ctx.state.recall(self.slot, x, 1)
+        past = ctx.state.shift_state(self.slot, x, 1)
         return torch.lerp(x, shifted(x, past, 1, ctx), self.mix.to(x.dtype))
 
 
@@ -73,9 +73,9 @@ class Smear(nn.Module):
         self.gate = Linear(self.channels, 1, bias=False)
         self.weight = nn.Parameter(torch.zeros(()))
 
-    def forward(self, x: Tensor, ctx: Context) -> Tensor:
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C)."""
-        before = shifted(x, ctx.state.recall(self.slot, x, 1), 1, ctx)
+        before = shifted(x, ctx.state.shift_state(self.slot, x, 1), 1, ctx)
         return x + self.weight.to(x.dtype) * torch.sigmoid(self.gate(x[..., : self.channels])) * before
 
 

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.decoder_stack import build_trunk
-from andromeda.model.embedding import Embedder
-from andromeda.model.forward_context import Context
-from andromeda.model.head import Head
+from andromeda.model.decoder_stack import build_decoder_stack
+from andromeda.model.embedding import InputEmbedding
+from andromeda.model.forward_context import ForwardContext
+from andromeda.model.head import LMHead
 from andromeda.model.init import initialize
-from andromeda.model.kv_cache.dynamic import Nothing
+from andromeda.model.kv_cache.dynamic import NoKVCache
 from andromeda.model.norm import build_norm
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.value_embedding import build_value_embedding
@@ -30,13 +30,13 @@ class Transformer(nn.Module):
         with torch.random.fork_rng(devices=[]):
             # For parts of a user's own that fill themselves; the rest is filled below.
             torch.default_generator.manual_seed(seed)
-            self.embedder = Embedder(config, embedding)
+            self.embedding = InputEmbedding(config, embedding)
             self.value_embedding = build_value_embedding(config)
             self.rotary, self.alibi = build_rotary(config), build_alibi(config)
-            self.trunk = build_trunk(config)
+            self.decoder = build_decoder_stack(config)
         # DeepNorm's blocks end in a norm of their own.
         self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
-        self.head = Head(config, self.embedder.tokens)
+        self.head = LMHead(config, self.embedding.tokens)
         if self.head.weight.device.type != "meta":
             initialize(self, config, seed)
 
@@ -45,16 +45,16 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Nothing | None = None,
+        cache: NoKVCache | None = None,
         window: int = 0,
         span: int = 0,
-    ) -> Context:
+    ) -> ForwardContext:
         """What one pass over ids (B, T) carries; arguments as in `hidden`."""
-        cache = cache or Nothing()
+        cache = cache or NoKVCache()
         positions = cache.positions(ids.shape, documents, ids.device)
         keys = cache.documents(documents)
         wide = torch.promote_types(self.head.weight.dtype, torch.float32)
-        return Context(
+        return ForwardContext(
             ids=ids,
             positions=positions,
             rotation=self.rotary(positions, span or cache.length + ids.shape[1], wide),
@@ -72,7 +72,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Nothing | None = None,
+        cache: NoKVCache | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:
@@ -83,7 +83,7 @@ class Transformer(nn.Module):
         length the sequence will have in the end, for dynamic frequency scaling (0: the tokens so far).
         """
         ctx = self.context(ids, documents=documents, cache=cache, window=window, span=span)
-        x = self.norm(self.trunk(self.embedder(ctx), ctx))
+        x = self.norm(self.decoder(self.embedding(ctx), ctx))
         ctx.cache.advance(ids.shape[1], ctx.positions, ctx.documents and ctx.documents[1])
         return x
 
@@ -92,7 +92,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: Nothing | None = None,
+        cache: NoKVCache | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:

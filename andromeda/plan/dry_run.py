@@ -123,7 +123,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         refresh(layers)
         checkpoint_blocks(model, config.train.activation_checkpointing)
         if backend != EAGER:
-            for block in model.trunk.blocks:
+            for block in model.decoder.blocks:
                 block.compile(backend=backend)
         ids = torch.zeros(rows, sequence, dtype=torch.long)
         ledger = Ledger()

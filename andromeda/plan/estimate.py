@@ -8,7 +8,7 @@ import torch
 
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import forward_flops_per_token, hardware_flops_per_token, training_flops_per_token
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.plan.dry_run import passing
 from andromeda.plan.memory import Checkpoint, Training, cache_bytes, checkpoint, training
 from andromeda.plan.mesh import Mesh, Traffic, rows_per_reader, traffic
@@ -98,7 +98,7 @@ def plan(name: str, config: RunConfig, place: Place, tokens: int = 0) -> Plan:
     _, micro = rows_per_reader(config, mesh)
     precision = _precision(train.precision, place.gpu)
     compiled = train.compile != "off" if place.gpu else wants_compile(config, torch.device("cpu"))
-    model = skeleton(config.model)
+    model = meta_model(config.model)
     parameters, state = count(model), state_bytes(model, train)
     held = passing(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
     floor = seconds_per_step(config, sequence, place.hardware, precision, mesh.gpus)

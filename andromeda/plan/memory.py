@@ -55,7 +55,7 @@ def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing
     sharded = mesh.fsdp * mesh.tp
     own = State(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
     moving = _divided(passing, mesh)
-    block = sum(p.numel() for p in model.trunk.blocks[0].parameters())
+    block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
     gathered = 2 * block * PRODUCTS // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
     accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.readers

@@ -28,7 +28,7 @@ PARTS = (
     ("attention", ".attention."),
     ("feed-forward", ".feedforward."),
     ("head", "head."),
-    ("embedding", "embedder."),
+    ("embedding", "embedding."),
 )
 """A parameter belongs to the first part whose mark is in its name; what is left are norms and the weights of mixes."""
 OTHER = "norms and mixes"

@@ -38,7 +38,7 @@ class State:
 
 
 def state_bytes(model: nn.Module, train: TrainConfig) -> State:
-    """The state of training a model (which may be a skeleton)."""
+    """The state of training a model (which may be on the meta device)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
     average = sum(p.numel() * FLOAT for p in trained) if train.ema else 0

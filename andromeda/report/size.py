@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from andromeda.model.flops import forward_flops_per_token, training_flops_per_token
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.plan.memory import cache_bytes
 from andromeda.plan.parameters import Parameters, count
 from andromeda.plan.tables import size as byte_size
@@ -17,7 +17,7 @@ from andromeda.utils.html import Bar, Section, bars, facts, grid, join
 def parameters(record: Record) -> Parameters | None:
     """Counted on the model built without numbers; None where it cannot be built here (a user's own class that is not installed)."""
     try:
-        return count(skeleton(record.config.model))
+        return count(meta_model(record.config.model))
     except AndromedaError:
         return None
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from andromeda.model.float8_linear import Linear8
+from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.transformer import Transformer
 
 DEAR = (
@@ -40,7 +40,7 @@ is read again; and there is room for queries, keys and values as attention takes
 
 def checkpoint_blocks(model: Transformer, kind: str) -> None:
     """Recompute activations in the backward pass: `none`, `selective` (all but matrix products and attention), or `full`."""
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.forward = {"none": _none, "selective": _selective, "full": _full}[kind](block)
 
 
@@ -53,7 +53,7 @@ def _full(block: nn.Module) -> Callable[..., Any]:
 
 
 def _selective(block: nn.Module) -> Callable[..., Any]:
-    dear = DEAR8 if any(isinstance(module, Linear8) for module in block.modules()) else DEAR
+    dear = DEAR8 if any(isinstance(module, Float8TrainingLinear) for module in block.modules()) else DEAR
     return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, dear)))
 
 

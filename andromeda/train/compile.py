@@ -25,7 +25,7 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
         return False
     torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         # Products with gaps between their rows would have to be copied for kernels of our own, which want them as they are.
         block.compile(options={"comprehensive_padding": False})
     return True

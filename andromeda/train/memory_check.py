@@ -8,7 +8,7 @@ import torch
 from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.utils.errors import ConfigError
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
@@ -17,7 +17,7 @@ BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 def parameters(config: ModelConfig) -> int:
     """Number of weights of a model, a shared one counted once; nothing is allocated."""
-    return sum(weight.numel() for weight in skeleton(config).parameters())
+    return sum(weight.numel() for weight in meta_model(config).parameters())
 
 
 def check_fits(config: ModelConfig, device: torch.device, copies: int, itemsize: int = 4) -> None:

@@ -75,7 +75,7 @@ class Half(Precision):
 
     def __init__(self, device: torch.device) -> None:
         super().__init__(device)
-        self._layers: Sequence[master_weight_linear.Linear16] = ()
+        self._layers: Sequence[master_weight_linear.MasterWeightLinear] = ()
 
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
@@ -83,9 +83,9 @@ class Half(Precision):
             self.exchange(model)
         return model
 
-    def exchange(self, model: Transformer) -> Sequence[master_weight_linear.Linear16]:
+    def exchange(self, model: Transformer) -> Sequence[master_weight_linear.MasterWeightLinear]:
         """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
-        self._layers = master_weight_linear.exchange(model.trunk, _chosen, self.dtype)
+        self._layers = master_weight_linear.convert_to_master_weights(model.decoder, _chosen, self.dtype)
         return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -94,7 +94,7 @@ class Half(Precision):
 
     def summing(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients of the layers are added up by their products."""
-        return master_weight_linear.summed(self._layers)
+        return master_weight_linear.accumulate_weight_grads(self._layers)
 
 
 class BFloat16(Half):
@@ -165,7 +165,7 @@ class Float8(BFloat16):
     def prepare(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and float8.TRITON:
-            convert_float8.exchange(model.trunk, _chosen)
+            convert_float8.convert_to_float8(model.decoder, _chosen)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
@@ -177,7 +177,7 @@ class Float8(BFloat16):
 
 
 def _chosen(path: str) -> bool:
-    """Not a router, by its path in the trunk: its scores decide by small differences and are kept exact."""
+    """Not a router, by its path in the decoder: its scores decide by small differences and are kept exact."""
     return path.startswith("blocks.") and ".router." not in path
 
 
@@ -185,8 +185,8 @@ def _fits_fp8(module: nn.Module, path: str) -> bool:
     """The blocks' own products."""
     return (
         isinstance(module, nn.Linear)
-        and path.startswith("trunk.")
-        and _chosen(path.removeprefix("trunk."))
+        and path.startswith("decoder.")
+        and _chosen(path.removeprefix("decoder."))
         and float8_inference.has_aligned_shape(module)
     )
 

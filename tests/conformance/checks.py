@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from andromeda.model.kv_cache.dynamic import Cache
-from andromeda.model.kv_cache.static import FixedCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.static import StaticKVCache
 from andromeda.model.transformer import Transformer
 from tests.conformance.models import T, agree, ids
 
@@ -17,7 +17,7 @@ DOCUMENTS = torch.tensor([[2] * 5 + [3] + [9] * 6, [0, 4] + [5] * 8 + [7] * 2])
 def in_chunks(model: Transformer, tokens: Tensor, sizes: list[int], documents: Tensor | None = None) -> Tensor:
     """Logits of tokens (B, T), passed in pieces of the given sizes, one after the other."""
     assert sum(sizes) == tokens.shape[1]
-    cache, pieces, start = Cache(), [], 0
+    cache, pieces, start = DynamicKVCache(), [], 0
     for size in sizes:
         part = slice(start, start + size)
         numbers = None if documents is None else documents[:, part]
@@ -67,15 +67,15 @@ def sequences_padded_on_the_left_are_the_sequences_alone(model: Transformer, ful
 
 
 def rows_kept_in_a_cache_go_on_as_they_were(model: Transformer, full: Tensor) -> None:
-    tokens, cache, kept = ids(batch=3), Cache(), torch.tensor([2, 0])
+    tokens, cache, kept = ids(batch=3), DynamicKVCache(), torch.tensor([2, 0])
     whole = model(tokens, span=T)
     model(tokens[:, :7], cache=cache, span=T)
-    cache.keep(kept)
+    cache.select_rows(kept)
     agree(model(tokens[kept, 7:], cache=cache, span=T), whole[kept, 7:])
 
 
 def a_cache_of_one_size_goes_on_where_another_ended(model: Transformer, full: Tensor) -> None:
-    cache, fixed = Cache(), FixedCache(2, T + 1, torch.device("cpu"))
+    cache, fixed = DynamicKVCache(), StaticKVCache(2, T + 1, torch.device("cpu"))
     document = torch.zeros(2, 1, dtype=torch.long)
     model(ids()[:, :7], cache=cache, span=T)
     model(ids()[:, :1], documents=document, cache=fixed, span=T)

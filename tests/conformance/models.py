@@ -46,7 +46,7 @@ def build(row: str) -> Transformer:
 def use_backend(model: Transformer, name: str) -> None:
     """Let every layer use one attention backend."""
     assert name == "auto" or name in backends()
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.attention.backend = name
 
 

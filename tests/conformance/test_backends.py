@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import backends
 from andromeda.utils.errors import ConfigError
@@ -73,7 +73,7 @@ def reading(model: Transformer, documents: Tensor | None) -> list[Tensor]:
 @torch.no_grad()
 def writing(model: Transformer, documents: Tensor | None) -> list[Tensor]:
     """Logits of the last tokens, decoded one after the other; the cache is filled by `eager`."""
-    chosen, cache = model.trunk.blocks[0].attention.backend, Cache()
+    chosen, cache = model.decoder.blocks[0].attention.backend, DynamicKVCache()
     with backend(model, "eager"):
         model(ids()[:, : T - 3], documents=None if documents is None else documents[:, : T - 3], cache=cache, span=T)
     use_backend(model, chosen)

@@ -49,9 +49,9 @@ def test_gradcheck_of_a_layer(slot: str, value: str) -> None:
     """The second layer of a model with one part exchanged, for its input, its parameters and the embedded values."""
     model = shaken(model_config({slot: value}))
     tokens, documents = ids(batch=1, length=5), torch.tensor([[0, 0, 1, 1, 1]])
-    ctx = model.context(tokens, documents=documents, span=T).at(1)
+    ctx = model.context(tokens, documents=documents, span=T).for_layer(1)
     x = torch.randn(1, 5, model.config.hidden_size, dtype=torch.float64, generator=torch.Generator().manual_seed(4)).requires_grad_()
-    layer = model.trunk.blocks[1]
+    layer = model.decoder.blocks[1]
     names, parameters = zip(*layer.named_parameters(), strict=True)
 
     def run(x: Tensor, *values: Tensor) -> Tensor:
@@ -67,12 +67,12 @@ def test_gradcheck_of_embedding_and_head(embedding: str, value: str) -> None:
         pytest.skip("refused")
     model = shaken(model_config({"embedding": embedding, "head": value, "shift": "smear", "position": "absolute"}))
     ctx = model.context(ids(batch=1, length=5))
-    ends = nn.ModuleList([model.embedder, model.head])
+    ends = nn.ModuleList([model.embedding, model.head])
     names, parameters = zip(*ends.named_parameters(), strict=True)
 
     def run(*values: Tensor) -> Tensor:
         held = dict(zip(names, values, strict=True))
-        x = functional_call(model.embedder, {n[2:]: p for n, p in held.items() if n.startswith("0.")}, (ctx,))
+        x = functional_call(model.embedding, {n[2:]: p for n, p in held.items() if n.startswith("0.")}, (ctx,))
         head = {n[2:]: p for n, p in held.items() if n.startswith("1.")}
         return functional_call(model.head, head if value != "tied" else head | {"weight": held["0.tokens.weight"]}, (x,))
 

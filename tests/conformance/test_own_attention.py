@@ -55,11 +55,11 @@ def test_the_guides_examples_conform(check: Callable[[Transformer, Tensor], None
 @torch.no_grad()
 def test_uniform_is_the_mean_of_what_a_token_sees() -> None:
     model = model_with("mine.uniform:Uniform", reach="window")
-    part, ctx = model.trunk.blocks[0].attention, model.context(ids())
+    part, ctx = model.decoder.blocks[0].attention, model.context(ids())
     x = torch.randn(2, T, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     v = part.value(x)
     means = torch.stack([v[:, max(0, t - 3) : t + 1].mean(1) for t in range(T)], 1)
-    torch.testing.assert_close(part(x, ctx.at(0)), part.out(means), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(part(x, ctx.for_layer(0)), part.out(means), rtol=1e-12, atol=1e-12)
 
 
 def test_a_class_that_cannot_be_imported_is_one_sentence() -> None:

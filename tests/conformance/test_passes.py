@@ -32,6 +32,6 @@ def test_a_saved_model_is_the_same_model(row: str, tmp_path: Path) -> None:
     missing, unexpected = other.load_state_dict(load_file(tmp_path / "model.safetensors"), strict=False)
     assert not unexpected
     assert set(missing) == shared
-    for block, twin in zip(model.trunk.blocks, other.trunk.blocks, strict=True):
+    for block, twin in zip(model.decoder.blocks, other.decoder.blocks, strict=True):
         twin.attention.backend = block.attention.backend
     assert torch.equal(other(ids(), span=T), logits(row))

@@ -128,9 +128,9 @@ def test_other_architectures(changes: dict) -> None:
 class Squares(Attention):
     """Attention that does not average values."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """Of the values and their squares."""
-        return super().mix(q, k, v.square() + v, pattern)
+        return super().core_attention(q, k, v.square() + v, pattern)
 
 
 def test_views_that_cannot_be_are_told() -> None:

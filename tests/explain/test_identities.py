@@ -63,7 +63,7 @@ def test_maps_are_the_textbooks_softmax() -> None:
         {**SMALL, "rotary": {"kind": "none"}, "attention": {"num_heads": 2, "num_kv_heads": 2, "head_dim": 8}}
     )
     model = shaken(config)
-    seen, block = trace(model, ids()), model.trunk.blocks[0]
+    seen, block = trace(model, ids()), model.decoder.blocks[0]
     x = block.attention_norm(seen.embedded)
     q, k = (f(x).unflatten(-1, (2, 8)).transpose(1, 2) for f in (block.attention.query, block.attention.key))
     logits = q @ k.transpose(-1, -2) / 8**0.5
@@ -87,7 +87,7 @@ def test_the_way_straight_to_the_head() -> None:
 
 @pytest.mark.parametrize("row", [name for name in ROWS if "moe" not in name])
 def test_frozen_norms_are_linear_and_exact(row: str) -> None:
-    norm = next(m for m in build(row).modules() if type(m).__name__ in ("RMSNorm", "PlainRMSNorm", "LayerNorm") and m.eps < 1e-4)
+    norm = next(m for m in build(row).modules() if type(m).__name__ in ("RMSNorm", "RMSNormNoGain", "LayerNorm") and m.eps < 1e-4)
     a, b = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(frozen(norm, a + b, a + b), norm(a + b))
     torch.testing.assert_close(frozen(norm, a, a + b) + frozen(norm, b, a + b), norm(a + b))
@@ -129,8 +129,8 @@ def test_integrated_gradients_of_a_linear_model_are_its_weights() -> None:
     config = ModelConfig.model_validate({**SMALL, "num_layers": 1, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8}})
     model = shaken(config)
     with torch.no_grad():
-        model.trunk.blocks[0].attention.out.weight.zero_()
-        model.trunk.blocks[0].feedforward.out.weight.zero_()
+        model.decoder.blocks[0].attention.out.weight.zero_()
+        model.decoder.blocks[0].feedforward.out.weight.zero_()
     found = integrated(model, ids(batch=1), T - 1, 3, torch.full((1, T), 5))
     assert float(found.shares[:-1].abs().max()) == 0.0
     assert found.complete
@@ -145,8 +145,8 @@ def test_a_mixture_is_refused_with_its_reason() -> None:
 class Squares(Attention):
     """Averages the squares of values: its weights cannot be shown."""
 
-    def mix(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
-        return super().mix(q, k, v.square() + v, pattern)
+    def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
+        return super().core_attention(q, k, v.square() + v, pattern)
 
 
 def test_attention_that_averages_no_values_has_no_map() -> None:
@@ -164,5 +164,5 @@ def test_the_model_is_as_it_was() -> None:
     before = {name: module._forward_hooks.copy() for name, module in model.named_modules()}
     seen = trace(model, ids())
     ledger(model, seen, 0)
-    assert all("mix" not in vars(block.attention) for block in model.trunk.blocks)
+    assert all("core_attention" not in vars(block.attention) for block in model.decoder.blocks)
     assert {name: module._forward_hooks for name, module in model.named_modules()} == before

@@ -14,7 +14,7 @@ from andromeda.generate.decode_kernels import DecodeKernelBlock, DecodeKernelHea
 from andromeda.generate.decode_step import CudaGraphDecodeStep, DynamicDecodeStep, StaticDecodeStep
 from andromeda.generate.fused_block import FusedBlock
 from andromeda.generate.optimize import optimize_for_inference
-from andromeda.model.kv_cache.dynamic import Cache, Nothing
+from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops import gemv, qk_preprocess
 from tests.generate.test_fused_block import KINDS, model
@@ -41,11 +41,11 @@ def numbers(rows: int, device: torch.device) -> Tensor:
 def written(made: Transformer, ids: Tensor, documents: Tensor | None, way: str) -> Tensor:
     """Logits (B, WRITTEN, V) after the prompt, one token at a time."""
 
-    def read(ids: Tensor, documents: Tensor | None, cache: Nothing) -> Tensor:
+    def read(ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
         return made.head(made.hidden(ids, documents=documents, cache=cache)[:, -1])
 
     with torch.no_grad():
-        cache = Cache()
+        cache = DynamicKVCache()
         read(ids[:, :PROMPT], documents, cache)
         if way == "plain":
             step: Any = DynamicDecodeStep(read, cache, len(ids), None if documents is None else documents[:, -1:])
@@ -71,7 +71,7 @@ def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transforme
     made = optimize_for_inference(made, compile=False)
     decode_kernels.use_decode_kernels(made)
     assert isinstance(made.head, DecodeKernelHead)
-    assert all(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
+    assert all(isinstance(block, DecodeKernelBlock) for block in made.decoder.blocks)
     return made
 
 
@@ -94,10 +94,10 @@ def test_it_is_the_same_layer(name: str, way: str, rows: int, numbered: bool, mo
 
 def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pytest.MonkeyPatch) -> None:
     made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compile=False)
-    block = made.trunk.blocks[0]
+    block = made.decoder.blocks[0]
     assert isinstance(block, FusedBlock)
     monkeypatch.setattr(gemv, "_product", None)
-    made.trunk.blocks[0] = DecodeKernelBlock(block)
+    made.decoder.blocks[0] = DecodeKernelBlock(block)
     with torch.no_grad():
         assert made.hidden(torch.ones(9, 1, dtype=torch.long)).isfinite().all()
 
@@ -105,7 +105,7 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
 def test_layers_that_the_kernels_cannot_take_are_left_alone() -> None:
     made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compile=False)
     decode_kernels.use_decode_kernels(made)
-    assert not any(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
+    assert not any(isinstance(block, DecodeKernelBlock) for block in made.decoder.blocks)
 
 
 @pytest.mark.gpu
@@ -122,7 +122,7 @@ def test_in_16_bits_on_a_gpu(changes: list[str], way: str, rows: int) -> None:
     wanted = exact(plain, ids, documents)
     own = (written(plain, ids, documents, "plain") - wanted).norm() / wanted.norm()
     made = optimize_for_inference(plain, compile=False)
-    assert all(isinstance(block, DecodeKernelBlock) for block in made.trunk.blocks)
+    assert all(isinstance(block, DecodeKernelBlock) for block in made.decoder.blocks)
     error = (written(made, ids, documents, way) - wanted).norm() / wanted.norm()
     assert error < 2 * own
 

@@ -13,7 +13,7 @@ from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.generate import fused_block
 from andromeda.generate.optimize import optimize_for_inference
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops import add_norm_shift
 from tests.ops import interpreted
@@ -59,13 +59,13 @@ def read(made: Transformer, ids: Tensor, **options: Any) -> Tensor:
 def test_it_is_the_same_layer(changes: list[str]) -> None:
     plain = model(changes)
     rearranged = optimize_for_inference(copy.deepcopy(plain), compile=False)
-    assert all(isinstance(block, fused_block.FusedBlock) for block in rearranged.trunk.blocks)
+    assert all(isinstance(block, fused_block.FusedBlock) for block in rearranged.decoder.blocks)
     ids = tokens()
     documents = (torch.arange(53) // 20).expand(2, -1)
     wanted = read(plain, ids)
     assert torch.allclose(read(rearranged, ids), wanted, rtol=1e-9, atol=1e-9)
     assert torch.allclose(read(rearranged, ids, documents=documents), read(plain, ids, documents=documents), rtol=1e-9, atol=1e-9)
-    cache = Cache()
+    cache = DynamicKVCache()
     parts = [read(rearranged, part, cache=cache) for part in ids.split([30, 20, 1, 1, 1], 1)]
     assert torch.allclose(torch.cat(parts, 1), wanted, rtol=1e-9, atol=1e-9)
 
@@ -77,7 +77,7 @@ def test_other_layers_stay_as_they_are() -> None:
         ["model.feedforward.kind=swiglu"],
         ["model.shift.kind=lerp"],
     ):
-        assert not any(fused_block.can_fuse(block) for block in model(changes).trunk.blocks)
+        assert not any(fused_block.can_fuse(block) for block in model(changes).decoder.blocks)
 
 
 @pytest.mark.gpu
@@ -89,7 +89,7 @@ def test_the_kernels_path_is_the_same_layer(changes: list[str], monkeypatch: pyt
     rearranged = optimize_for_inference(copy.deepcopy(plain), compile=False)
     if interpreted.INTERPRETED:
         monkeypatch.setattr(add_norm_shift, "accepts", lambda x: True)
-    ids, cache = tokens().to(device), Cache()
+    ids, cache = tokens().to(device), DynamicKVCache()
     parts = [read(rearranged, part, cache=cache) for part in ids.split([30, 23], 1)]
     exact = read(plain.double(), ids)
     assert (torch.cat(parts, 1) - exact).norm() / exact.norm() < 1e-5

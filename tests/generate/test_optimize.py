@@ -26,7 +26,7 @@ def test_only_the_blocks_are_in_8_bits() -> None:
     eight = model().optimize_for_inference(fp8=True, compile=False)
     inside = {name for name, part in eight.named_modules() if isinstance(part, Float8DynamicLinear)}
     assert inside
-    assert all(name.startswith("trunk.blocks.") for name in inside)
+    assert all(name.startswith("decoder.blocks.") for name in inside)
     assert eight.head.weight.dtype == torch.float32
 
 

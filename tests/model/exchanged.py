@@ -25,7 +25,7 @@ def parameters_stay(exchange: Callable[[nn.Module], Any], kind: type[nn.Module],
     """The same tensors by the same names before and after an exchange of all layers and a use of them; returns what `exchange` did."""
     plain = Transformer(CONFIG, seed=1)
     before, saved = dict(plain.named_parameters()), plain.state_dict().keys()
-    given = exchange(plain.trunk)
+    given = exchange(plain.decoder)
     use(plain)
     after = dict(plain.named_parameters())
     assert after.keys() == before.keys()

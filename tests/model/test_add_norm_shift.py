@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.load import load
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops import add_norm_shift
 from tests.ops import interpreted
@@ -69,7 +69,7 @@ def test_gradients_of_a_model(changes: list[str], packed: bool, monkeypatch: pyt
 def test_a_cache_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreted.INTERPRETED:
         monkeypatch.setattr(add_norm_shift, "accepts", lambda x: x.dtype == torch.float32)
-    made, cache = model([]), Cache()
+    made, cache = model([]), DynamicKVCache()
     ids = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(1)).to(interpreted.device())
     with torch.no_grad():
         parts = [made.hidden(part, cache=cache) for part in ids.split([13, 16, 1], 1)]

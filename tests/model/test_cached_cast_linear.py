@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from andromeda.model import fused_qkv
 from andromeda.model.layers import Linear
-from andromeda.model.master_weight_linear import Linear16, exchange, summed
+from andromeda.model.master_weight_linear import MasterWeightLinear, accumulate_weight_grads, convert_to_master_weights
 from andromeda.optim import roles
 from tests.ops import emulated16
 
@@ -31,18 +31,18 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 32) -> (N, 16)."""
         linears = (self.query, self.value, self.key)
-        if fused_qkv.worth(x, linears):
-            query, value, key = fused_qkv.parts(fused_qkv.project(x, linears), linears)
+        if fused_qkv.should_fuse(x, linears):
+            query, value, key = fused_qkv.split(fused_qkv.project(x, linears), linears)
         else:
             z = self.down(x) if self.key.in_features != 32 else x
             query, value, key = self.query(x), self.value(z), self.key(z)
         return query * key + value
 
 
-def gradients(module: nn.Module, layers: list[Linear16]) -> dict[str, Tensor]:
+def gradients(module: nn.Module, layers: list[MasterWeightLinear]) -> dict[str, Tensor]:
     """Of two micro-batches."""
     g = torch.Generator().manual_seed(1)
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         for _ in range(2):
             module(torch.randn(5, 32, generator=g, dtype=torch.float64)).pow(3).sum().backward()
     return {name: p.grad for name, p in module.named_parameters() if p.grad is not None}
@@ -51,8 +51,8 @@ def gradients(module: nn.Module, layers: list[Linear16]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(("latent", "tied"), [(32, False), (32, True), (8, False), (8, True)])
 def test_gradients_whatever_is_joined(latent: int, tied: bool) -> None:
     plain, made = Attention(latent, tied).double(), Attention(latent, tied).double()
-    layers = exchange(made, lambda path: True, torch.float64)
-    assert (made.query in layers and len(made.query.together) == 3) == (latent == 32 and not tied)  # type: ignore[operator]
+    layers = convert_to_master_weights(made, lambda path: True, torch.float64)
+    assert (made.query in layers and len(made.query.fused_group) == 3) == (latent == 32 and not tied)  # type: ignore[operator]
     wanted, found = gradients(plain, []), gradients(made, layers)
     for name, gradient in wanted.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-10, atol=1e-13, msg=name)
@@ -64,8 +64,8 @@ def test_layers_with_something_of_their_own_stay() -> None:
     called: list[nn.Module] = []
     made.value.register_forward_hook(lambda module, args, out: called.append(module))
     before = roles(made)
-    exchange(made, lambda path: True, torch.bfloat16)
-    assert [type(made.get_submodule(name)) for name in ("query", "value", "key")] == [Linear, Linear, Linear16]
+    convert_to_master_weights(made, lambda path: True, torch.bfloat16)
+    assert [type(made.get_submodule(name)) for name in ("query", "value", "key")] == [Linear, Linear, MasterWeightLinear]
     assert roles(made) == before
     with torch.autocast("cpu", torch.bfloat16):
         made(torch.randn(5, 32))

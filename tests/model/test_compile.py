@@ -35,7 +35,7 @@ def graphs(model: Transformer, documents: torch.Tensor | None = None, backend: s
     """Graphs that a forward and backward pass compiles; a break inside a block is an error. The outcome is that of eager mode."""
     expected = model(ids(model), documents=documents)
     counter = CompileCounterWithBackend(backend)
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.compile(fullgraph=True, backend=counter)
     found = model(ids(model), documents=documents)
     found.float().square().mean().backward()
@@ -52,10 +52,10 @@ def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
 
 def test_a_recomputed_block_of_experts_is_one_graph_too() -> None:
     model = Transformer(model_config({"feedforward": "moe-shared"})).bfloat16()
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.forward = recomputed(block.forward)
     assert graphs(model, backend="aot_eager") == 1
-    router = model.trunk.blocks[0].feedforward.router
+    router = model.decoder.blocks[0].feedforward.router
     assert int(router.load.sum()) % (24 * router.active) == 0
 
 
@@ -93,7 +93,7 @@ def small(preset: str) -> ModelConfig:
 @pytest.mark.parametrize("packed", [False, True])
 def test_presets_compile_once_however_deep(preset: str, packed: bool) -> None:
     model = Transformer(small(preset))
-    assert len(model.trunk.blocks) == 12
+    assert len(model.decoder.blocks) == 12
     documents = torch.arange(12)[None].expand(2, -1) // 5 if packed else None
     assert graphs(model, documents) <= 2
 
@@ -106,6 +106,6 @@ def test_inductor_agrees(preset: str) -> None:
         for parameter in model.parameters():
             parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
     expected = model(ids(model))
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.compile(fullgraph=True)
     torch.testing.assert_close(model(ids(model)), expected, rtol=1e-4, atol=1e-4)

@@ -17,12 +17,12 @@ from andromeda.config.model import AlibiConfig, AttentionConfig, FeedForwardConf
 from andromeda.config.train import OptimizerConfig
 from andromeda.model import fused_qkv
 from andromeda.model.cached_cast_linear import refresh
-from andromeda.model.float8_linear import Linear8
+from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8
 from andromeda.optim import build_optimizer
 from andromeda.train.activation_checkpoint import checkpoint_blocks
-from andromeda.train.convert_float8 import exchange
+from andromeda.train.convert_float8 import convert_to_float8
 from andromeda.train.precision import Float8
 from tests.model.exchanged import CONFIG, parameters_stay
 from tests.ops import emulated8, interpreted
@@ -43,7 +43,7 @@ def model(eight: bool = True, config: ModelConfig = CONFIG) -> Transformer:
     """A model whose layers were exchanged."""
     made = Transformer(config, seed=1)
     if eight:
-        exchange(made.trunk, lambda path: True)
+        convert_to_float8(made.decoder, lambda path: True)
     return made
 
 
@@ -60,7 +60,7 @@ def gradients(made: Transformer) -> dict[str, Tensor]:
 
 
 def test_parameters_and_what_is_saved_stay_the_same() -> None:
-    parameters_stay(lambda root: exchange(root, lambda path: True), Linear8, gradients)
+    parameters_stay(lambda root: convert_to_float8(root, lambda path: True), Float8TrainingLinear, gradients)
 
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
@@ -83,8 +83,8 @@ def test_a_key_that_alone_is_too_narrow_for_8_bits_is_joined() -> None:
     """Folded ALiBi takes four of its columns. What is filled up around it is in no gradient."""
     config = CONFIG.model_copy(update={"alibi": AlibiConfig(num_heads=2, fold_into_qk=True)})
     plain, made = gradients(model(False, config)), model(True, config)
-    key = made.trunk.blocks[0].attention.key
-    assert isinstance(key, Linear8)
+    key = made.decoder.blocks[0].attention.key
+    assert isinstance(key, Float8TrainingLinear)
     assert key.out_features % 16
     ours = gradients(made)
     assert ours.keys() == plain.keys()
@@ -107,7 +107,7 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
     plain, made = model(), model()
     checkpoint_blocks(made, kind)
     counter = CompileCounterWithBackend(backend) if backend else None
-    for block in made.trunk.blocks:
+    for block in made.decoder.blocks:
         if counter:
             block.compile(fullgraph=True, backend=counter)
     for _ in range(2):
@@ -132,7 +132,7 @@ def test_passes_of_a_compiled_block(kind: str) -> None:
     made = model()
     checkpoint_blocks(made, kind)
     backend = aot_autograd(fw_compiler=counted, bw_compiler=counted, partition_fn=min_cut_rematerialization_partition)
-    for block in made.trunk.blocks:
+    for block in made.decoder.blocks:
         block.compile(backend=backend)
     gradients(made)
     names = ("andromeda.measure8.default", "andromeda.cast8.default", "aten._scaled_mm.default")
@@ -161,11 +161,11 @@ def test_inputs_keep_to_the_bounds_of_their_norms(norm: str, kind: str, shift: s
     bounds = []
     for size in (1.0, 100.0):
         with torch.no_grad():
-            for name, p in made.trunk.named_parameters():
+            for name, p in made.decoder.named_parameters():
                 if "norm" in name:
                     p[3] = size
         gradients(made)
-        bounds.append([layer.bound for layer in made.modules() if isinstance(layer, Linear8) and layer.bound is not None])
+        bounds.append([layer.bound for layer in made.modules() if isinstance(layer, Float8TrainingLinear) and layer.bound is not None])
     assert len(bounds[0]) == 2 * 2
     assert max(shares) <= 1
     for before, after in zip(*bounds, strict=True):
@@ -209,18 +209,18 @@ def test_a_step_is_seen(kind: str) -> None:
 
 
 def test_layers_that_nobody_refreshed_cast_as_they_go() -> None:
-    """Blocks that are called without the trunk: compiled too, the same numbers."""
+    """Blocks that are called without the decoder: compiled too, the same numbers."""
     found = []
     for fresh in (True, False):
         made = model()
-        attention: Any = made.trunk.blocks[0].attention
+        attention: Any = made.decoder.blocks[0].attention
         layers = (attention.query, attention.value, attention.key)
         if fresh:
             refresh([attention.query])
             attention.query.bound = None
         x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
-            out = fused_qkv.parts(torch.compile(fused_qkv.project, backend="aot_eager", fullgraph=True)(x, layers), layers)
+            out = fused_qkv.split(torch.compile(fused_qkv.project, backend="aot_eager", fullgraph=True)(x, layers), layers)
             alone = attention.query(x)
         torch.cat([*out, alone], -1).float().square().sum().backward()
         found.append([out[0], alone, *(layer.weight.grad for layer in layers)])
@@ -252,7 +252,7 @@ def test_a_block_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def on_gpu(made: Transformer, compiled: bool) -> dict[str, Tensor]:
         if compiled:
             checkpoint_blocks(made, kind)
-            for block in made.trunk.blocks:
+            for block in made.decoder.blocks:
                 block.compile(fullgraph=True, options={"comprehensive_padding": False})
         with torch.autocast("cuda", torch.bfloat16):
             made(ids().cuda()).float().square().mean().backward()

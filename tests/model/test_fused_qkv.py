@@ -22,7 +22,7 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
     assert whole.shape == (2, 5, 64)
     assert not whole[..., 61:].any()
     outs = whole[..., :61].split([40, 12, 9], -1)
-    assert fused_qkv.side_by_side(linears)[0].shape == (64, 24)
+    assert fused_qkv.concat_linears(linears)[0].shape == (64, 24)
     weights = [torch.randn_like(out) for out in wanted]
     grads = (torch.autograd.grad(sum((o * w).sum() for o, w in zip(side, weights, strict=True)), parameters) for side in (outs, wanted))
     for actual, right in zip((*outs, *next(grads)), (*wanted, *next(grads)), strict=True):
@@ -32,5 +32,5 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
 def test_other_layers_keep_their_own_products() -> None:
     x = torch.zeros(1, 8)
     linears = [Linear(8, 8), torch.nn.Linear(8, 8)]
-    assert not fused_qkv.worth(x, linears)
-    assert not fused_qkv.worth(x, linears[:1]), "on a CPU"
+    assert not fused_qkv.should_fuse(x, linears)
+    assert not fused_qkv.should_fuse(x, linears[:1]), "on a CPU"

@@ -66,28 +66,28 @@ def test_normal_spreads_are_those_documented() -> None:
 
 def test_a_given_spread_replaces_the_fan_in_alone() -> None:
     model = build(init={"std": 0.03})
-    assert spread(model.trunk.blocks[0].attention.query.weight) == pytest.approx(0.03, rel=0.05)
-    assert spread(model.trunk.blocks[0].attention.out.weight) == pytest.approx(0.03 * OUT, rel=0.05)
-    assert spread(model.embedder.tokens.weight) == pytest.approx(0.02, rel=0.05)
+    assert spread(model.decoder.blocks[0].attention.query.weight) == pytest.approx(0.03, rel=0.05)
+    assert spread(model.decoder.blocks[0].attention.out.weight) == pytest.approx(0.03 * OUT, rel=0.05)
+    assert spread(model.embedding.tokens.weight) == pytest.approx(0.02, rel=0.05)
 
 
 def test_gains_and_mixes_start_as_their_parts_say() -> None:
     model = build()
-    block = model.trunk.blocks[3]
+    block = model.decoder.blocks[3]
     assert torch.equal(block.attention_norm.weight, torch.ones(128))
     assert torch.equal(block.attention.qk_norm.query_scale, torch.full((4, 32), 32**0.25))
     assert block.attention.value_mix.weight.item() == 0.5
-    assert model.trunk.mixes[0].weights.tolist() == [1.0, 0.0]
-    assert model.embedder.smear.weight.item() == 0.0
+    assert model.decoder.mixes[0].weights.tolist() == [1.0, 0.0]
+    assert model.embedding.smear.weight.item() == 0.0
 
 
 def test_zero_projections_zero_outputs_and_head_and_spread_embeddings_by_one() -> None:
     model = build(init={"kind": "zero_projections"})
     zero = {name.rsplit(".", 2)[-2] for name, p in model.named_parameters() if p.ndim == 2 and not p.any()}
     assert zero == {"out", "head"}
-    assert spread(model.embedder.tokens.weight) == pytest.approx(1.0, rel=0.05)
+    assert spread(model.embedding.tokens.weight) == pytest.approx(1.0, rel=0.05)
     assert spread(model.value_embedding.table.weight) == pytest.approx(1.0, rel=0.05)
-    assert spread(model.trunk.blocks[0].attention.query.weight) == pytest.approx(128**-0.5, rel=0.05)
+    assert spread(model.decoder.blocks[0].attention.query.weight) == pytest.approx(128**-0.5, rel=0.05)
 
 
 def test_one_seed_is_one_model_and_leaves_the_callers_randomness_alone() -> None:
@@ -141,6 +141,6 @@ class Own(nn.Module):
 
 def test_parts_of_a_users_own_draw_from_the_seed_too() -> None:
     attention = BIG["attention"] | {"mixer": f"{__name__}:Own"}
-    shifts = [build(seed=seed, attention=attention).trunk.blocks[2].attention.shift for seed in (1, 1, 2)]
+    shifts = [build(seed=seed, attention=attention).decoder.blocks[2].attention.shift for seed in (1, 1, 2)]
     assert torch.equal(shifts[0], shifts[1])
     assert not torch.equal(shifts[0], shifts[2])

@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from andromeda.config.model import FeedForwardConfig
 from andromeda.config.train import OptimizerConfig
-from andromeda.model.master_weight_linear import Linear16, exchange, summed
+from andromeda.model.master_weight_linear import MasterWeightLinear, accumulate_weight_grads, convert_to_master_weights
 from andromeda.model.transformer import Transformer
 from andromeda.ops import master_weight_linear, mlp
 from andromeda.optim import build_optimizer
@@ -32,13 +32,13 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def model(kind: str = "gelu", dtype: torch.dtype | None = torch.bfloat16) -> tuple[Transformer, Sequence[Linear16]]:
+def model(kind: str = "gelu", dtype: torch.dtype | None = torch.bfloat16) -> tuple[Transformer, Sequence[MasterWeightLinear]]:
     """A model in float32, or float64 for products of it, and its layers that were exchanged: none without a type."""
     config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     made = Transformer(config, seed=1)
     if dtype == torch.float64:
         made.double()
-    return made, exchange(made.trunk, lambda path: True, dtype) if dtype else []
+    return made, convert_to_master_weights(made.decoder, lambda path: True, dtype) if dtype else []
 
 
 def ids(seed: int = 0) -> Tensor:
@@ -60,7 +60,7 @@ def taken(made: Transformer) -> dict[str, Tensor]:
 
 
 def test_parameters_and_what_is_saved_stay_the_same() -> None:
-    leading = parameters_stay(lambda root: exchange(root, lambda path: True, torch.bfloat16), Linear16, backward)
+    leading = parameters_stay(lambda root: convert_to_master_weights(root, lambda path: True, torch.bfloat16), MasterWeightLinear, backward)
     assert len(leading) == 2 * 4, "queries, values and keys are one"
 
 
@@ -74,7 +74,7 @@ def test_gradients_in_float64(kind: str, several: bool) -> None:
         backward(plain, seed)
     wanted = taken(plain)
     for _ in range(2):
-        with summed(layers if several else []):
+        with accumulate_weight_grads(layers if several else []):
             for seed in (0, 1):
                 backward(made, seed)
         found = taken(made)
@@ -89,7 +89,7 @@ def test_all_gradients_are_added_by_their_products(kind: str, monkeypatch: pytes
     made, layers = model(kind, torch.float64)
     add, added = master_weight_linear.weight_grad_addmm, []
     monkeypatch.setattr(master_weight_linear, "add_product", lambda total, *factors: (added.append(total.data_ptr()), add(total, *factors)))
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         totals = [layer.total for layer in layers]
         backward(made)
     assert sorted(added) == sorted(total.data_ptr() for total in totals if total is not None)
@@ -102,7 +102,7 @@ def test_gradients_that_are_there_are_kept() -> None:
     for seed in (0, 1):
         backward(plain, seed)
     backward(made, 0)
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         backward(made, 1)
     found = taken(made)
     for name, gradient in taken(plain).items():
@@ -119,7 +119,7 @@ def test_weights_are_cast_once() -> None:
         assert layer.rows is not None
         layer.rows.zero_()
     with torch.no_grad():
-        for name, p in plain.trunk.named_parameters():
+        for name, p in plain.decoder.named_parameters():
             if "attention" in name or "feedforward" in name:
                 p.mul_(name.endswith("bias"))
         with torch.autocast("cpu", torch.bfloat16):
@@ -139,7 +139,7 @@ def test_weights_that_were_replaced_are_cast_again() -> None:
 def test_products_of_another_type_are_as_they_were() -> None:
     (plain, _), (made, layers) = model(dtype=None), model()
     backward(made)
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         assert torch.equal(made(ids()), plain(ids()))
 
 
@@ -150,7 +150,7 @@ def test_gradients_in_bfloat16_are_no_farther_than_autocasts(kind: str) -> None:
     right, sides = taken(wide), []
     for dtype in (None, torch.bfloat16):
         made, layers = model(kind, dtype)
-        with summed(layers):
+        with accumulate_weight_grads(layers):
             backward(made)
         sides.append(taken(made))
     far = [sum(float((side[name] - exact).norm() / exact.norm()) for name, exact in right.items()) for side in sides]
@@ -165,11 +165,11 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
     plain, made = model(dtype=torch.bfloat16), model(dtype=torch.bfloat16)
     checkpoint_blocks(made[0], kind)
     counter = CompileCounterWithBackend(backend) if backend else None
-    for block in made[0].trunk.blocks:
+    for block in made[0].decoder.blocks:
         if counter:
             block.compile(fullgraph=True, backend=counter)
     for _ in range(2):
-        with summed(made[1]):
+        with accumulate_weight_grads(made[1]):
             kept = [layer.total for layer in made[1]]
             for seed in (0, 1):
                 backward(made[0], seed)
@@ -192,16 +192,16 @@ def test_compiled_and_recomputed(kind: str, backend: str) -> None:
 def test_frozen_weights_get_no_gradient() -> None:
     """Also one of those that are joined; the others of it get theirs."""
     made, layers = model(dtype=torch.float64)
-    attention = made.trunk.blocks[0].attention
+    attention = made.decoder.blocks[0].attention
     attention.key.weight.requires_grad_(False)  # type: ignore[union-attr]
     attention.out.weight.requires_grad_(False)  # type: ignore[union-attr]
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         backward(made)
     found = taken(made)
     whole, _ = model(dtype=None)
     backward(whole.double())
     wanted = taken(whole)
-    missing = {"trunk.blocks.0.attention.key.weight", "trunk.blocks.0.attention.out.weight"}
+    missing = {"decoder.blocks.0.attention.key.weight", "decoder.blocks.0.attention.out.weight"}
     assert wanted.keys() - found.keys() == missing
     for name, gradient in found.items():
         torch.testing.assert_close(gradient, wanted[name], rtol=1e-10, atol=1e-13, msg=name)
@@ -211,7 +211,7 @@ def test_frozen_weights_get_no_gradient() -> None:
 def test_a_step_is_seen(kind: str) -> None:
     """Whatever the optimizer, the next pass is that of a model which never held another weight, in the same memory."""
     made, layers = model()
-    with summed(layers):
+    with accumulate_weight_grads(layers):
         backward(made)
     places = [layer.rows.data_ptr() for layer in layers if layer.rows is not None]
     build_optimizer(made, OptimizerConfig(kind=kind, lr=1e-1), "off").step()  # type: ignore[arg-type]
@@ -252,9 +252,9 @@ def test_on_a_gpu(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
         made.cuda()
         if exchanged:
             checkpoint_blocks(made, kind)
-            for block in made.trunk.blocks:
+            for block in made.decoder.blocks:
                 block.compile(fullgraph=True, options={"comprehensive_padding": False})
-        with summed(layers):
+        with accumulate_weight_grads(layers):
             for seed in (0, 1):
                 backward(made, seed, "cuda", dtype)
         sides.append({name: gradient.cpu() for name, gradient in taken(made).items()})

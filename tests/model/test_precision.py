@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from andromeda.model import attention, sigmoid_attention
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import attend
@@ -53,7 +53,7 @@ def test_bfloat16_weights(slot: str, value: str, types: set[tuple[torch.dtype, .
     rounded = model.bfloat16()
     with torch.no_grad():
         found = rounded(ids(), span=12)
-        cache = Cache()
+        cache = DynamicKVCache()
         decoded = torch.cat([rounded(part, cache=cache, span=12) for part in ids().split([5, 1, 6], 1)], 1)
     types_seen = set(types)
     with torch.no_grad():

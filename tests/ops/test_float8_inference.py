@@ -75,7 +75,7 @@ def test_activation_and_quantization_at_once(name: str, K: int) -> None:
 def test_a_model_in_8_bits_predicts_nearly_the_same() -> None:
     config = load("nano").model
     model = Transformer(config).eval()
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         nn.init.normal_(block.attention.out.weight, std=0.05)
     ids = torch.randint(config.vocab_size, (1, 64), generator=torch.Generator().manual_seed(2))
     with torch.inference_mode():

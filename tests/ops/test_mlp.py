@@ -101,7 +101,7 @@ class Block(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.norm, self.feedforward = nn.LayerNorm(C), dense.Dense(C, H, "gelu", bias=True)
+        self.norm, self.feedforward = nn.LayerNorm(C), dense.MLP(C, H, "gelu", bias=True)
         for linear in (self.feedforward.inner, self.feedforward.out):
             nn.init.normal_(linear.weight, std=0.2, generator=torch.Generator().manual_seed(0))
 
@@ -116,7 +116,7 @@ class Model(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.blocks: Any = nn.ModuleList([Block(), Block()])
-        self.trunk = SimpleNamespace(blocks=self.blocks)
+        self.decoder = SimpleNamespace(blocks=self.blocks)
 
     def gradients(self, x: Tensor) -> dict[str, Tensor]:
         """Of the sum of squares, under bfloat16 autocast as a training step has it."""
@@ -156,9 +156,9 @@ def test_other_layers_keep_their_own_products(accepted: None, monkeypatch: pytes
     """A network without GELU or without biases, and layers that were exchanged, as for 8 bits."""
     monkeypatch.setattr(mlp, "gelu_mlp", lambda *given: pytest.fail("not this network"))
     x = torch.randn(3, C)
-    dense.Dense(C, H, "relu2", bias=True)(x)
-    dense.Dense(C, H, "gelu", bias=False)(x)
-    exchanged = dense.Dense(C, H, "gelu", bias=True)
+    dense.MLP(C, H, "relu2", bias=True)(x)
+    dense.MLP(C, H, "gelu", bias=False)(x)
+    exchanged = dense.MLP(C, H, "gelu", bias=True)
     exchanged.add_module("out", nn.Linear(H, C))
     exchanged(x)
 

@@ -13,10 +13,9 @@ from torch import Tensor
 from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model import qk_preprocess as seam
 from andromeda.model.position import build_alibi, build_rotary
-from andromeda.model.position.alibi import NoBias
+from andromeda.model.position.alibi import NoPositionBias
 from andromeda.model.position.rotary import Rotation
-from andromeda.model.qk_norm import NoNorm, build_qk_norm
-from andromeda.model.qk_preprocess import plain, prepare
+from andromeda.model.qk_norm import NoQKNorm, build_qk_norm
 from andromeda.ops import qk_preprocess
 from tests.ops import interpreted
 
@@ -35,9 +34,9 @@ SCALE = 0.3
 class Parts(NamedTuple):
     """A layer's parts for one pass."""
 
-    norm: NoNorm
+    norm: NoQKNorm
     rotation: Rotation
-    bias: NoBias
+    bias: NoPositionBias
 
 
 def configure(norm: str, rotary: str, fold: bool, head_dim: int = 16, heads: int = 3, kv_heads: int = 1) -> ModelConfig:
@@ -82,10 +81,10 @@ def project(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: tor
 
 def kernel(q: Tensor, k: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """The kernel, wherever it can run, through the form that the model gives it."""
-    tables = () if seam.LAYOUTS[parts.rotation.turn] == "none" else (*parts.rotation.query, *parts.rotation.key)
+    tables = () if seam.LAYOUTS[parts.rotation.rotate] == "none" else (*parts.rotation.query, *parts.rotation.key)
     form = qk_preprocess.QKPreprocessSpec(
         seam.NORMS[type(parts.norm)],
-        seam.LAYOUTS[parts.rotation.turn],
+        seam.LAYOUTS[parts.rotation.rotate],
         tables,
         *parts.norm.scales,
         parts.bias.tails(SCALE, q.dtype),
@@ -97,7 +96,7 @@ Function = Callable[[Tensor, Tensor, Parts], tuple[Tensor, Tensor]]
 
 
 def reference(q: Tensor, k: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
-    return plain(q, k, *parts, SCALE)
+    return seam.reference(q, k, *parts, SCALE)
 
 
 def results(
@@ -239,7 +238,7 @@ def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyP
 
     def outcome(dtype: torch.dtype) -> list[Tensor]:
         parts, whole = build(config, positions, 3, dtype), start.to(positions.device, dtype).requires_grad_()
-        out = seam.prepare_joined(whole, sizes, *parts, SCALE)
+        out = seam.apply_fused_qkv(whole, sizes, *parts, SCALE)
         assert all(x.is_contiguous() for x in out)
         leaves = [whole, *parts.norm.parameters()]
         return [*out, *torch.autograd.grad(out, leaves, [g.to(x) for g, x in zip(gradients, out, strict=True)])]
@@ -307,7 +306,7 @@ def test_the_model_takes_it_on_a_gpu_unless_in_float64(monkeypatch: pytest.Monke
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         parts = build(config, positions_of(4, 1, torch.device("cuda")), 0, torch.promote_types(dtype, torch.float32))
         _, q, k = project(config, 1, 4, dtype, torch.device("cuda"))
-        prepare(q, k, *parts, SCALE)
+        seam.apply(q, k, *parts, SCALE)
     assert calls == [torch.float32, torch.bfloat16]
 
 
@@ -317,7 +316,7 @@ def test_a_cpu_has_the_parts(norm: str, monkeypatch: pytest.MonkeyPatch) -> None
     config = configure(norm, "xpos", True)
     parts = build(config, positions_of(4, 1, torch.device("cpu")), 0, torch.float32)
     _, q, k = project(config, 1, 4, torch.float32, torch.device("cpu"))
-    for found, wanted in zip(prepare(q, k, *parts, SCALE), reference(q, k, parts), strict=True):
+    for found, wanted in zip(seam.apply(q, k, *parts, SCALE), reference(q, k, parts), strict=True):
         assert torch.equal(found, wanted)
 
 

@@ -42,10 +42,10 @@ def config(kind: str = "serial", depth: int = 3, width: int = 16) -> ModelConfig
 
 def decoder(w: dict[str, Tensor], ids: Tensor, depth: int, parallel: bool) -> Tensor:
     """LN(a x + attention(x)), LN(a x + ffn(x)) for each layer, one head after the other; parallel sums both branches under one norm."""
-    x, alpha = w["embedder.tokens.weight"][ids], (2 * depth) ** 0.25
+    x, alpha = w["embedding.tokens.weight"][ids], (2 * depth) ** 0.25
     causal = torch.full((len(ids), len(ids)), -math.inf, dtype=torch.float64).triu(1)
     for layer in range(depth):
-        p = {name.removeprefix(f"trunk.blocks.{layer}."): value for name, value in w.items()}
+        p = {name.removeprefix(f"decoder.blocks.{layer}."): value for name, value in w.items()}
 
         def attention(x: Tensor, p: dict[str, Tensor] = p) -> Tensor:
             q, k, v = ((x @ p[f"attention.{name}.weight"].T).chunk(2, -1) for name in ("query", "key", "value"))
@@ -84,7 +84,7 @@ def test_the_start_is_xavier_with_beta_on_all_but_queries_and_keys() -> None:
     model = Transformer(config(depth=depth, width=width))
     gains = {"query": 1.0, "key": 1.0, "value": CONSTANTS[6][1], "attention.out": CONSTANTS[6][1], "feedforward": CONSTANTS[6][1]}
     checked = 0
-    for name, parameter in model.trunk.named_parameters():
+    for name, parameter in model.decoder.named_parameters():
         gain = next((gain for part, gain in gains.items() if part in name and parameter.ndim == 2), None)
         if gain is None:
             assert torch.equal(parameter, torch.ones_like(parameter))
@@ -99,7 +99,7 @@ def update(model: Transformer, ids: Tensor, rate: float) -> float:
     before = model.hidden(ids).detach()
     F.cross_entropy(model(ids)[:, :-1].flatten(0, 1), ids[:, 1:].flatten()).backward()
     with torch.no_grad():
-        for parameter in model.trunk.parameters():
+        for parameter in model.decoder.parameters():
             parameter -= rate * parameter.grad
         return float((model.hidden(ids) - before).square().mean().sqrt())
 
@@ -112,7 +112,7 @@ def test_one_step_moves_the_output_far_less_than_without_the_constants(depth: in
         Transformer(config(depth=depth, width=32)).double(),
         Transformer(config(depth=depth, width=32)).double(),
     )
-    for block in plain.trunk.blocks:
+    for block in plain.decoder.blocks:
         block.alpha = 1.0
         with torch.no_grad():
             for weight in (block.attention.value.weight, block.attention.out.weight, *block.feedforward.parameters()):

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, modeling_rope_utils
 from transformers.models.llama import modeling_llama
 
 from andromeda.config.model import AttentionConfig, BlockConfig, FeedForwardConfig, HeadConfig, ModelConfig, RopeScalingConfig, RotaryConfig
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 
 VOCABULARY, WIDTH, DEPTH, HEADS, HEAD_DIM, HIDDEN, ORIGINAL, LENGTH = 53, 32, 3, 4, 8, 40, 24, 96
@@ -111,7 +111,7 @@ def build_ours(theirs: LlamaForCausalLM, rope: dict[str, Any]) -> Transformer:
 
 
 NAMES = SimpleNamespace(
-    ends={"model.embed_tokens.weight": "embedder.tokens.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "head.weight"},
+    ends={"model.embed_tokens.weight": "embedding.tokens.weight", "model.norm.weight": "norm.weight", "lm_head.weight": "head.weight"},
     layer={
         "input_layernorm": "attention_norm",
         "post_attention_layernorm": "feedforward_norm",
@@ -135,7 +135,7 @@ def translated(theirs: dict[str, Tensor]) -> dict[str, Tensor]:
         else:
             _, _, layer, part = name.split(".", 3)
             module, kind = part.rsplit(".", 1)
-            ours[f"trunk.blocks.{layer}.{NAMES.layer[module]}.{kind}"] = value
+            ours[f"decoder.blocks.{layer}.{NAMES.layer[module]}.{kind}"] = value
     return ours
 
 
@@ -157,7 +157,7 @@ def test_dynamic_scaling_with_a_cache_is_their_full_pass() -> None:
     """Theirs rescales as the sequence grows, and with it the keys it has cached under other frequencies; the oracle is its full pass."""
     settings, rope = CASES["dynamic"]
     theirs = build_theirs(settings, rope)
-    ours, cache = build_ours(theirs, rope), Cache()
+    ours, cache = build_ours(theirs, rope), DynamicKVCache()
     ids = torch.randint(0, VOCABULARY, (2, LENGTH), generator=torch.Generator().manual_seed(1))
     pieces = [ours(part, cache=cache, span=LENGTH) for part in ids.split([50, 1, 1, 43, 1], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), theirs(ids, use_cache=False).logits, rtol=1e-9, atol=1e-9)

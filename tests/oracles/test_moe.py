@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from andromeda.config.model import ExpertsConfig, FeedForwardConfig, ModelConfig
 from andromeda.model.feedforward.dense import ACTIVATIONS, GATES
-from andromeda.model.feedforward.moe import AddGradient, MoE, balance_loss, grouped_linear
+from andromeda.model.feedforward.moe import AttachLoss, MoE, balance_loss, grouped_linear
 from andromeda.model.init import initialize
 from andromeda.model.transformer import Transformer
 
@@ -147,7 +147,7 @@ def test_recomputed_activations_do_not_count_the_auxiliary_loss_twice() -> None:
 
 def test_added_gradients_leave_the_value_alone() -> None:
     x, loss = torch.randn(3, requires_grad=True), torch.tensor(2.0, requires_grad=True)
-    out = AddGradient.apply(x, loss, torch.tensor(0.25))
+    out = AttachLoss.apply(x, loss, torch.tensor(0.25))
     assert torch.equal(out, x)
     out.sum().backward()
     assert x.grad is not None
@@ -231,7 +231,7 @@ def test_initialize_fills_every_expert() -> None:
     )
     model = Transformer(config)
     initialize(model, config, seed=3)
-    for name, parameter in model.trunk.blocks[0].feedforward.named_parameters():
+    for name, parameter in model.decoder.blocks[0].feedforward.named_parameters():
         fan_in = parameter.shape[-1]
         expected = fan_in**-0.5 / (2.0 if ".out" in name else 1.0)
         assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.2), name

@@ -85,12 +85,12 @@ def test_windows_reach_as_far_as_they_say_and_every_nth_layer_sees_everything() 
     model = Transformer(model.config.model_copy(update={"num_layers": 6})).double()
     ctx, x, t = model.context(ids()), stream(), 7
     for layer, reach in enumerate((4, 4, 99, 4, 4, 99)):
-        attention = model.trunk.blocks[layer].attention
-        before = attention(x, ctx.at(layer))[:, t]
+        attention = model.decoder.blocks[layer].attention
+        before = attention(x, ctx.for_layer(layer))[:, t]
         for s in range(t + 1):
             changed = x.clone()
             changed[:, s] += 1.0
-            moved = (attention(changed, ctx.at(layer))[:, t] - before).abs().max() > 1e-9
+            moved = (attention(changed, ctx.for_layer(layer))[:, t] - before).abs().max() > 1e-9
             assert bool(moved) == (t - s < reach), (layer, s)
 
 
@@ -111,7 +111,7 @@ def test_a_pass_narrows_windows_but_not_layers_without_one() -> None:
 def test_a_parallel_block_with_one_silent_branch_is_the_serial_block(silent: str) -> None:
     serial, parallel = build(), build(block={"kind": "parallel"})
     for model in (serial, parallel):
-        for block in model.trunk.blocks:
+        for block in model.decoder.blocks:
             getattr(block, silent).out.weight.zero_()
     state = {}
     for name, value in serial.state_dict().items():
@@ -127,7 +127,7 @@ def test_a_parallel_block_with_one_silent_branch_is_the_serial_block(silent: str
 @torch.no_grad()
 def test_a_parallel_block_is_the_sum_of_both_branches() -> None:
     model = build(block={"kind": "parallel"}, shift={"kind": "lerp"})
-    ctx, x, block = model.context(ids()).at(1), stream(), model.trunk.blocks[1]
+    ctx, x, block = model.context(ids()).for_layer(1), stream(), model.decoder.blocks[1]
     seen = block.shift(block.norm(x), ctx)
     agree(block(x, ctx), x + block.attention(seen, ctx) + block.feedforward(seen))
 
@@ -137,18 +137,18 @@ def test_u_net_skips_are_last_in_first_out_and_an_odd_middle_has_none() -> None:
     model = build(skips={"unet": True, "first": True})
     model = Transformer(model.config.model_copy(update={"num_layers": 5})).double()
     weights, mixes = torch.tensor([0.3, 0.7]), torch.arange(10).view(5, 2) / 7 + 0.1
-    model.trunk.skip_weights.copy_(weights)
-    for mix, values in zip(model.trunk.mixes, mixes, strict=True):
+    model.decoder.skip_weights.copy_(weights)
+    for mix, values in zip(model.decoder.mixes, mixes, strict=True):
         mix.weights.copy_(values)
     ctx = model.context(ids())
     first, kept = stream(), {}
     x = first
     for layer, partner in enumerate((None, None, None, 1, 0)):
         if partner is not None:
-            x = x + float(model.trunk.skip_weights[layer - 3]) * kept[partner]
-        a, b = model.trunk.mixes[layer].weights.tolist()
-        kept[layer] = x = model.trunk.blocks[layer](a * x + b * first, ctx.at(layer))
-    agree(model.trunk(first, ctx), x)
+            x = x + float(model.decoder.skip_weights[layer - 3]) * kept[partner]
+        a, b = model.decoder.mixes[layer].weights.tolist()
+        kept[layer] = x = model.decoder.blocks[layer](a * x + b * first, ctx.for_layer(layer))
+    agree(model.decoder(first, ctx), x)
 
 
 # --- feed-forward ---
@@ -171,7 +171,7 @@ def test_activations_are_their_definitions(kind: str) -> None:
 @pytest.mark.parametrize(("kind", "gate"), [("swiglu", "silu"), ("geglu", "gelu"), ("reglu", "relu")])
 @torch.no_grad()
 def test_gated_networks_are_their_definition(kind: str, gate: str) -> None:
-    part, x = build(feedforward={"kind": kind, "bias": True}).trunk.blocks[0].feedforward, stream()
+    part, x = build(feedforward={"kind": kind, "bias": True}).decoder.blocks[0].feedforward, stream()
     gated = (x @ part.gate.weight.T + part.gate.bias).apply_(DEFINITIONS[gate])
     expected = (gated * (x @ part.inner.weight.T + part.inner.bias)) @ part.out.weight.T + part.out.bias
     torch.testing.assert_close(part(x), expected, rtol=1e-9, atol=1e-9)
@@ -191,14 +191,14 @@ def test_chunks_come_from_the_tokens_before(tokens: int) -> None:
             for i in range(1, tokens + 1):
                 part = slice(i * size, (i + 1) * size)
                 expected[b, t, part] = before(x, b, t, i)[part]
-    ctx = model.context(ids(), documents=DOCUMENTS).at(0)
-    assert torch.equal(model.trunk.blocks[0].attention_shift(x, ctx), expected)
+    ctx = model.context(ids(), documents=DOCUMENTS).for_layer(0)
+    assert torch.equal(model.decoder.blocks[0].attention_shift(x, ctx), expected)
 
 
 @torch.no_grad()
 def test_lerp_mixes_each_channel_with_the_token_before() -> None:
-    part = build(shift={"kind": "lerp"}).trunk.blocks[1].feedforward_shift
-    ctx, x = build().context(ids(), documents=DOCUMENTS).at(1), stream()
+    part = build(shift={"kind": "lerp"}).decoder.blocks[1].feedforward_shift
+    ctx, x = build().context(ids(), documents=DOCUMENTS).for_layer(1), stream()
     expected = torch.stack([torch.stack([(1 - part.mix) * x[b, t] + part.mix * before(x, b, t, 1) for t in range(T)]) for b in range(2)])
     agree(part(x, ctx), expected)
 
@@ -206,13 +206,13 @@ def test_lerp_mixes_each_channel_with_the_token_before() -> None:
 @torch.no_grad()
 def test_smear_adds_a_gated_share_of_the_embedding_before() -> None:
     model = build(shift={"kind": "smear"})
-    smear, x = model.embedder.smear, model.embedder.tokens(ids())
+    smear, x = model.embedding.smear, model.embedding.tokens(ids())
     expected = x.clone()
     for b in range(2):
         for t in range(T):
             gate = 1 / (1 + math.exp(-float(smear.gate.weight[0] @ x[b, t, :12])))
             expected[b, t] += smear.weight * gate * before(x, b, t, 1)
-    agree(model.embedder(model.context(ids(), documents=DOCUMENTS)), expected)
+    agree(model.embedding(model.context(ids(), documents=DOCUMENTS)), expected)
 
 
 # --- embedding and head ---
@@ -220,16 +220,16 @@ def test_smear_adds_a_gated_share_of_the_embedding_before() -> None:
 
 @torch.no_grad()
 def test_a_factorized_embedding_is_the_product_of_its_tables() -> None:
-    embedder = build(embedding={"kind": "factorized", "rank": 5}).embedder.tokens
-    agree(embedder(ids()), (embedder.table.weight @ embedder.project.weight.T)[ids()])
+    embedding = build(embedding={"kind": "factorized", "rank": 5}).embedding.tokens
+    agree(embedding(ids()), (embedding.table.weight @ embedding.project.weight.T)[ids()])
 
 
 @torch.no_grad()
 def test_absolute_positions_count_from_the_start_of_the_document() -> None:
-    embedder = (model := build(embedding={"absolute": True})).embedder
+    embedding = (model := build(embedding={"absolute": True})).embedding
     positions = [[0, 1, 2, 0, 1, 2, 3, 0, 1], [0, 0, 1, 2, 3, 4, 0, 1, 2]]
-    expected = embedder.tokens.weight[ids()] + embedder.absolute.table.weight[torch.tensor(positions)]
-    agree(embedder(model.context(ids(), documents=DOCUMENTS)), expected)
+    expected = embedding.tokens.weight[ids()] + embedding.absolute.table.weight[torch.tensor(positions)]
+    agree(embedding(model.context(ids(), documents=DOCUMENTS)), expected)
 
 
 class Waves(nn.Module):
@@ -247,7 +247,7 @@ class Waves(nn.Module):
 def test_a_users_embedding_is_used_as_it_is() -> None:
     own = Waves(config())
     given = Transformer(config(), embedding=own).double()
-    agree(given.embedder(given.context(ids())), own(ids()))
+    agree(given.embedding(given.context(ids())), own(ids()))
     pretrained = nn.Embedding(V, WIDTH)
     weight = pretrained.weight.detach().clone()
     model = Transformer(config(head={"tied": True}), embedding=pretrained)
@@ -270,9 +270,9 @@ def test_values_are_mixed_with_the_layers_share_of_the_token_s_row() -> None:
     model = build(attention={"num_kv_heads": 2}, value_embedding={"kind": "layered"}, shift={"kind": "chunks"})
     table = model.value_embedding.table.weight.view(V, 2, 2, 8)
     for layer in range(2):
-        mix = model.trunk.blocks[layer].attention.value_mix
+        mix = model.decoder.blocks[layer].attention.value_mix
         v, share = stream()[..., :16].unflatten(-1, (2, 8)), float(mix.weight)
-        agree(mix(v, model.context(ids()).at(layer).value), (1 - share) * v + share * table[ids(), layer])
+        agree(mix(v, model.context(ids()).for_layer(layer).value), (1 - share) * v + share * table[ids(), layer])
 
 
 # --- sigmoid attention ---
@@ -282,12 +282,12 @@ def test_values_are_mixed_with_the_layers_share_of_the_token_s_row() -> None:
 def test_sigmoid_attention_weighs_each_key_by_itself() -> None:
     part = (
         build(attention={"mixer": "sigmoid", "num_kv_heads": 2, "sliding_window": 4, "backend": "auto"}, alibi={"num_heads": 2})
-        .trunk.blocks[0]
+        .decoder.blocks[0]
         .attention
     )
     q, k, v = stream()[..., :16].unflatten(-1, (4, 4)), stream()[..., :8].unflatten(-1, (2, 4)), stream()[..., 8:20].unflatten(-1, (2, 6))
     ctx = build(alibi={"num_heads": 2}).context(ids(), documents=DOCUMENTS)
-    found, slopes = part.mix(q, k, v, part.pattern(ctx)), (2**-4, 2**-8, 0.0, 0.0)
+    found, slopes = part.core_attention(q, k, v, part.attention_spec(ctx)), (2**-4, 2**-8, 0.0, 0.0)
     expected = torch.zeros_like(found)
     for b in range(2):
         for t in range(T):

@@ -13,7 +13,7 @@ from torch import Tensor
 from andromeda.config.model import LONGEST, AlibiConfig, AttentionConfig, ModelConfig, RopeScalingConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import slopes
-from andromeda.model.position.rotary import Rotary as RotaryPart
+from andromeda.model.position.rotary import RoPE as RotaryPart
 from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import attend as eager
 

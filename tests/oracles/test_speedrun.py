@@ -49,19 +49,19 @@ def rotate(x: Tensor, position: int) -> Tensor:
 
 def written_out(w: dict[str, Tensor], ids: list[int], documents: list[int], eps: float) -> Tensor:
     """Logits (T, V), token after token."""
-    first = rms(w["embedder.tokens.weight"][ids], eps)
+    first = rms(w["embedding.tokens.weight"][ids], eps)
     x, kept = first, []
     for layer in range(DEPTH):
         if layer >= DEPTH // 2:
-            x = x + w["trunk.skip_weights"][layer - DEPTH // 2] * kept.pop()
-        x = block({name.removeprefix(f"trunk.blocks.{layer}."): value for name, value in w.items()}, x, first, layer, ids, documents, eps)
+            x = x + w["decoder.skip_weights"][layer - DEPTH // 2] * kept.pop()
+        x = block({name.removeprefix(f"decoder.blocks.{layer}."): value for name, value in w.items()}, x, first, layer, ids, documents, eps)
         if layer < DEPTH // 2:
             kept.append(x)
     return 30 * torch.tanh(rms(x, eps) @ w["head.weight"].T / 30)
 
 
 def block(p: dict[str, Tensor], x: Tensor, first: Tensor, layer: int, ids: list[int], documents: list[int], eps: float) -> Tensor:
-    mix = p[f"trunk.mixes.{layer}.weights"]
+    mix = p[f"decoder.mixes.{layer}.weights"]
     x = mix[0] * x + mix[1] * first
     share = p["attention.value_mix.weight"]
     tables = p["value_embedding.table.weight"].view(VOCABULARY, DEPTH, HEADS, HEAD_DIM)
@@ -114,10 +114,10 @@ def test_the_start_is_the_record_s() -> None:
     model = Transformer(load("speedrun", SMALL).model)
     zero = {name for name, p in model.named_parameters() if not p.any()}
     ends = {"attention.out.weight", "feedforward.out.weight"}
-    assert zero == {"head.weight", *(f"trunk.blocks.{layer}.{end}" for layer in range(DEPTH) for end in ends)}
-    assert [mix.weights.tolist() for mix in model.trunk.mixes] == [[1.0, 0.0]] * DEPTH
-    assert model.trunk.skip_weights.tolist() == [1.0] * (DEPTH // 2)
-    assert [b.attention.value_mix.weight.item() for b in model.trunk.blocks] == [0.5] * DEPTH
+    assert zero == {"head.weight", *(f"decoder.blocks.{layer}.{end}" for layer in range(DEPTH) for end in ends)}
+    assert [mix.weights.tolist() for mix in model.decoder.mixes] == [[1.0, 0.0]] * DEPTH
+    assert model.decoder.skip_weights.tolist() == [1.0] * (DEPTH // 2)
+    assert [b.attention.value_mix.weight.item() for b in model.decoder.blocks] == [0.5] * DEPTH
 
 
 def test_value_embeddings_have_the_record_s_size() -> None:

@@ -21,7 +21,7 @@ from x_transformers.attend import Attend
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.model.block import deepnorm_alpha
-from andromeda.model.kv_cache.dynamic import Cache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
 
 VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS, HEAD_DIM = 61, 48, 36, 3, 6, 16
@@ -129,14 +129,14 @@ def translated(theirs: TransformerWrapper, config: ModelConfig) -> dict[str, Ten
     """Their weights by our names."""
     state = {name.replace(".fn.", "."): value for name, value in theirs.state_dict().items()}
     gain = "gamma" if any(name.endswith("gamma") for name in state) else "g"
-    ours = {"embedder.tokens.weight": state["token_emb.emb.weight"]}
-    ours["head.weight"] = state.get("to_logits.weight", ours["embedder.tokens.weight"])
+    ours = {"embedding.tokens.weight": state["token_emb.emb.weight"]}
+    ours["head.weight"] = state.get("to_logits.weight", ours["embedding.tokens.weight"])
     if config.embedding.absolute:
-        ours["embedder.absolute.table.weight"] = state["pos_emb.emb.weight"] * WIDTH**-0.5
+        ours["embedding.absolute.table.weight"] = state["pos_emb.emb.weight"] * WIDTH**-0.5
     if config.block.residual == "pre":
         ours["norm.weight"] = state[f"attn_layers.final_norm.{gain}"] + 1.0
     for layer in range(config.num_layers):
-        ours |= {f"trunk.blocks.{layer}.{name}": value for name, value in layer_weights(state, layer, gain, config).items()}
+        ours |= {f"decoder.blocks.{layer}.{name}": value for name, value in layer_weights(state, layer, gain, config).items()}
     return ours
 
 
@@ -196,7 +196,7 @@ def test_logits_are_theirs(name: str) -> None:
 @torch.no_grad()
 def test_decoding_with_a_cache_is_their_full_pass(name: str) -> None:
     ours, theirs = pair(name)
-    cache = Cache()
+    cache = DynamicKVCache()
     pieces = [ours(part, cache=cache) for part in tokens().split([17, 1, 1, 20, 1], 1)]
     torch.testing.assert_close(torch.cat(pieces, 1), theirs(tokens()), rtol=1e-9, atol=1e-9)
 

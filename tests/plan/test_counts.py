@@ -10,8 +10,8 @@ import torch
 
 from andromeda.config.load import from_values, load
 from andromeda.config.run import RunConfig
-from andromeda.model.kv_cache.dynamic import Cache
-from andromeda.model.meta_model import skeleton
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
 from andromeda.plan.memory import cache_bytes, checkpoint
@@ -53,27 +53,27 @@ def peer(name: str) -> RunConfig:
 def test_parameters_are_those_of_a_built_model(name: str) -> None:
     config = tiny(**VARIANTS[name]).model
     built = {id(p): p.numel() for p in Transformer(config).parameters()}
-    assert count(skeleton(config)).total == sum(built.values())
+    assert count(meta_model(config)).total == sum(built.values())
 
 
 def test_published_counts() -> None:
     """LLaMA's are those of its published weights; GPT-3's is its architecture written out, 174.6 B (the paper says 175.0)."""
-    assert count(skeleton(peer("llama-7b").model)).total == 6_738_415_616
-    assert count(skeleton(peer("llama-65b").model)).total == 65_285_660_672
+    assert count(meta_model(peer("llama-7b").model)).total == 6_738_415_616
+    assert count(meta_model(peer("llama-65b").model)).total == 65_285_660_672
     C, L, V, T = 12288, 96, 50257, 2048
     norms = (2 * L + 1) * C  # ours have no biases
-    assert count(skeleton(peer("gpt3-175b").model)).total == L * (12 * C * C + 9 * C) + (V + T) * C + norms
+    assert count(meta_model(peer("gpt3-175b").model)).total == L * (12 * C * C + 9 * C) + (V + T) * C + norms
 
 
 def test_active_parameters() -> None:
     """A row of each table; the whole of a table that is the head; of 4 experts the 2 that are chosen."""
     speedrun = load("speedrun").model
-    parameters = count(skeleton(speedrun))
+    parameters = count(meta_model(speedrun))
     assert parameters.parts["value embedding"] == 12 * 768 * 50304
     assert parameters.total - parameters.active == (12 * 768 + 768) * (50304 - 1)
-    tied = count(skeleton(tiny(head={"tied": True}).model))
+    tied = count(meta_model(tiny(head={"tied": True}).model))
     assert tied.active == tied.total
-    moe = count(skeleton(tiny(**VARIANTS["moe"]).model))
+    moe = count(meta_model(tiny(**VARIANTS["moe"]).model))
     assert moe.total - moe.active == 255 * 64 + 2 * 3 * (3 * 64 * 96)
 
 
@@ -88,7 +88,7 @@ def test_state_is_what_a_step_leaves_behind(name: str, kind: str) -> None:
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
     optimizer.step()
-    planned = state_bytes(skeleton(config.model), config.train)
+    planned = state_bytes(meta_model(config.model), config.train)
     assert planned.weights == held([*model.parameters(), *model.buffers()])
     assert planned.gradients == held([p.grad for p in model.parameters()])
     assert planned.optimizer == held(optimizer.tensors().values())
@@ -105,7 +105,7 @@ def held(tensors: Any) -> int:
 
 def test_cache_is_what_decoding_holds() -> None:
     config = tiny().model
-    cache, model = Cache(capacity=24), Transformer(config).bfloat16()
+    cache, model = DynamicKVCache(capacity=24), Transformer(config).bfloat16()
     with torch.no_grad():
         model(torch.zeros(1, 24, dtype=torch.long), cache=cache)
     assert cache_bytes(config, 24) == cache.bytes()

@@ -64,7 +64,7 @@ class Real:
         self.model = Transformer(run.model)
         checkpoint_blocks(self.model, run.train.activation_checkpointing)
         if compiled:
-            for block in self.model.trunk.blocks:
+            for block in self.model.decoder.blocks:
                 block.compile()
         ids = torch.randint(0, run.model.vocab_size, (ROWS, T))
         self.rows, self.objective = Rows(ids, ids, None), NextToken(self.model)
@@ -198,7 +198,7 @@ def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
     """One copy of every matrix of a product and of every gain of the stream, two bytes a number; in float32 there is none."""
     run = config("none", head={"bias": True})
     planned = passing(run, ROWS, T, "bf16", gpu=False, compiled=False)
-    copied = [p for name, p in Transformer(run.model).named_parameters() if ("trunk" in name and p.ndim == 2) or "norm" in name]
+    copied = [p for name, p in Transformer(run.model).named_parameters() if ("decoder" in name and p.ndim == 2) or "norm" in name]
     assert planned.saved_copies == 2 * sum(p.numel() for p in copied)
     assert planned.forward_copies >= planned.saved_copies
     assert passing(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
@@ -210,7 +210,7 @@ def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: boo
     """Two bytes a number, all the time, and not among what is saved; with fsdp, which gathers them, there are none."""
     run = config("none", num_layers=5)
     planned = passing(run, ROWS, T, precision, gpu=True, compiled=compiled)
-    matrices = [p for name, p in Transformer(run.model).named_parameters() if "trunk" in name and p.ndim == 2]
+    matrices = [p for name, p in Transformer(run.model).named_parameters() if "decoder" in name and p.ndim == 2]
     assert planned.casts == 2 * sum(p.numel() for p in matrices)
     assert planned.saved_copies < planned.casts / 100
     assert passing(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
@@ -243,7 +243,7 @@ def test_what_muons_update_takes() -> None:
     optim = run.train.optim.model_copy(update={"kind": "muon"})
     model = Transformer(run.model)
     muon = Muon(
-        [nn.Parameter(p.detach()) for name, p in model.named_parameters() if "trunk" in name and p.ndim == 2 and "qk_norm" not in name]
+        [nn.Parameter(p.detach()) for name, p in model.named_parameters() if "decoder" in name and p.ndim == 2 and "qk_norm" not in name]
     )
     for group in muon.param_groups:
         for parameter in group["params"]:

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from andromeda.cli.main import app
 from andromeda.config.load import load
-from andromeda.model.meta_model import skeleton
+from andromeda.model.meta_model import meta_model
 from andromeda.plan import Place, plan
 from andromeda.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
 from andromeda.plan.parameters import count
@@ -48,7 +48,7 @@ def small(tmp_path: Path) -> str:
 def test_floors_of_the_long_context_model_on_an_h200() -> None:
     """3.55e14 operations for 32,768 tokens at 735 TFLOP/s take 483 ms; 2.33 B weights at 4.27 TB/s take 1.09 ms a token."""
     config = load("andromeda", ["model.max_seq_len=32768"])
-    served = serving(config.model, count(skeleton(config.model)).active, HARDWARE["h200"], "bf16")
+    served = serving(config.model, count(meta_model(config.model)).active, HARDWARE["h200"], "bf16")
     assert served is not None
     assert served.prefill == pytest.approx(0.483, rel=0.01)
     assert served.token == pytest.approx(1.09e-3, rel=0.01)
@@ -58,7 +58,7 @@ def test_floors_of_the_long_context_model_on_an_h200() -> None:
 def test_a_step_takes_its_operations_over_the_rate() -> None:
     config = load("andromeda", ["train.activation_checkpointing=none", "train.batch_size=1"])
     slow = Hardware("slow", 1e9, 1e9, {"bf16": 1e12}, "invented")
-    parameters = count(skeleton(config.model)).active
+    parameters = count(meta_model(config.model)).active
     # 6 N T of the projections, 12 L H D (T + 1) / 2 T of attention and once more its scores.
     T, L, H, D = 8192, 32, 24, 128
     expected = (6 * parameters + 14 * L * H * D * (T + 1) / 2) * T / 1e12
@@ -150,7 +150,7 @@ def test_the_command_prints_what_was_computed(small: str) -> None:
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
     assert [p["name"] for p in made["plans"]] == [small, "llama-7b"]
-    assert sum(made["plans"][0]["parameters"]["parts"].values()) == count(skeleton(load(small).model)).total
+    assert sum(made["plans"][0]["parameters"]["parts"].values()) == count(meta_model(load(small).model)).total
     assert made["mesh"] == {"dp": 2, "fsdp": 1, "tp": 1}
 
 

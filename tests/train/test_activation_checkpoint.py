@@ -93,7 +93,7 @@ def test_checkpointed_blocks_are_still_compiled(tiny: Callable[..., RunConfig], 
     torch._dynamo.reset()
     model = Transformer(tiny().model)
     checkpoint_blocks(model, kind)
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.compile(backend=backend)
     model(torch.zeros(1, 8, dtype=torch.long)).sum().backward()
     assert graphs

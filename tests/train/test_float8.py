@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from andromeda.config.model import ExpertsConfig, FeedForwardConfig
-from andromeda.model.float8_linear import Linear8
+from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8
 from andromeda.train import convert_float8, precision
@@ -37,15 +37,15 @@ def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
     )
     kinds = {name: type(module).__name__ for name, module in Float8(CPU).prepare(Transformer(odd)).named_modules()}
     exchanged = {name for name, kind in kinds.items() if kind == "Float8Linear"}
-    assert exchanged == {f"trunk.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
+    assert exchanged == {f"decoder.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
 
 
-@pytest.mark.parametrize(("triton", "kind"), [(True, "Linear8"), (False, "Float8Linear")])
+@pytest.mark.parametrize(("triton", "kind"), [(True, "Float8TrainingLinear"), (False, "Float8Linear")])
 def test_our_own_layers_where_they_can_run(triton: bool, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(float8, "TRITON", triton)
     on_gpu = Float8(CPU)
     on_gpu.device = torch.device("cuda")
-    kinds = {type(module).__name__ for module in on_gpu.prepare(Transformer(CONFIG)).trunk.modules() if isinstance(module, nn.Linear)}
+    kinds = {type(module).__name__ for module in on_gpu.prepare(Transformer(CONFIG)).decoder.modules() if isinstance(module, nn.Linear)}
     assert kinds == {kind}
 
 
@@ -58,8 +58,8 @@ def test_a_router_is_left_alone() -> None:
         }
     )
     model = Transformer(mixture)
-    convert_float8.exchange(model.trunk, precision._chosen)
-    exchanged = {name for name, module in model.trunk.named_modules() if isinstance(module, Linear8)}
+    convert_float8.convert_to_float8(model.decoder, precision._chosen)
+    exchanged = {name for name, module in model.decoder.named_modules() if isinstance(module, Float8TrainingLinear)}
     attention = {f"attention.{part}" for part in ("query", "key", "value", "out")}
     shared = {f"feedforward.shared.0.{part}" for part in ("gate", "inner")}
     assert exchanged == {f"blocks.{layer}.{part}" for layer in (0, 1) for part in attention | shared}
@@ -68,7 +68,7 @@ def test_a_router_is_left_alone() -> None:
 def test_a_product_is_that_of_the_rounded_factors() -> None:
     """Each factor is rounded to e4m3 after its largest value has been scaled to 448; the product itself is exact but for float32."""
     model = Float8(CPU).prepare(Transformer(CONFIG))
-    layer = model.trunk.blocks[0].attention.query
+    layer = model.decoder.blocks[0].attention.query
     x = torch.randn(1, 5, 32)
 
     def rounded(t: torch.Tensor) -> torch.Tensor:

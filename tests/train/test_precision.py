@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from andromeda.config.model import AttentionConfig, FeedForwardConfig, ModelConfig
-from andromeda.model.master_weight_linear import Linear16
+from andromeda.model.master_weight_linear import MasterWeightLinear
 from andromeda.model.transformer import Transformer
 from andromeda.train.precision import Float16, build_precision
 from andromeda.utils.errors import ConfigError
@@ -105,12 +105,12 @@ def test_layers_of_the_blocks_are_exchanged_on_a_gpu(name: str, dtype: torch.dty
     )
     made = build_precision(name, CPU)
     plain = made.prepare(Transformer(config))
-    assert not any(isinstance(module, Linear16) for module in plain.modules())
+    assert not any(isinstance(module, MasterWeightLinear) for module in plain.modules())
     made.device = torch.device("cuda")
     on_gpu = made.prepare(Transformer(config))
-    exchanged = {path: module.dtype for path, module in on_gpu.named_modules() if isinstance(module, Linear16)}
-    assert exchanged == {f"trunk.blocks.0.attention.{part}": dtype for part in ("query", "key", "value", "out")}
+    exchanged = {path: module.dtype for path, module in on_gpu.named_modules() if isinstance(module, MasterWeightLinear)}
+    assert exchanged == {f"decoder.blocks.0.attention.{part}": dtype for part in ("query", "key", "value", "out")}
     with made.summing():
-        query = on_gpu.trunk.blocks[0].attention.query
+        query = on_gpu.decoder.blocks[0].attention.query
         assert query.weight.grad is not None
     assert query.total is None

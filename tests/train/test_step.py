@@ -13,7 +13,7 @@ from torch import Tensor
 
 from andromeda.config.run import RunConfig
 from andromeda.model.feedforward.moe import Router
-from andromeda.model.master_weight_linear import exchange, summed
+from andromeda.model.master_weight_linear import accumulate_weight_grads, convert_to_master_weights
 from andromeda.train.objective import NextToken, Rows, Sums
 from andromeda.train.precision import Precision
 from andromeda.train.state import Session, build_session
@@ -86,11 +86,11 @@ def test_gradient_is_that_of_the_whole_batch(tiny: Callable[..., RunConfig], mic
 def test_gradient_that_products_add_up(tiny: Callable[..., RunConfig], micro_batch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """As layers in 16 bits do it, and only where there is something to add: one micro-batch takes no memory for it beforehand."""
     step, used = Kept(tiny(train__batch_size=6, train__micro_batch_size=micro_batch, train__clip={"kind": "none"})), []
-    layers = exchange(step.session.model.trunk, lambda path: True, torch.float64)
+    layers = convert_to_master_weights(step.session.model.decoder, lambda path: True, torch.float64)
 
     def summing() -> contextlib.AbstractContextManager[None]:
         used.append(True)
-        return summed(layers)
+        return accumulate_weight_grads(layers)
 
     monkeypatch.setattr(step.session.precision, "summing", summing)
     for _ in range(2):

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from andromeda.config.model import ModelConfig
-from andromeda.model.feedforward.dense import build_dense
+from andromeda.model.feedforward.dense import build_mlp
 from andromeda.model.feedforward.moe import MoE
 
 
 def build_feedforward(config: ModelConfig) -> nn.Module:
     """The network that the configuration asks for: a module (B, T, C) -> (B, T, C)."""
     ff = config.feedforward
-    return MoE(config) if ff.kind == "moe" else build_dense(config, ff.kind, ff.bias)
+    return MoE(config) if ff.kind == "moe" else build_mlp(config, ff.kind, ff.bias)

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model import fused_qkv
-from andromeda.model.cached_cast_linear import CastLinear
-from andromeda.model.float8_linear import Linear8
+from andromeda.model.cached_cast_linear import CachedCastLinear
+from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.layers import Linear
-from andromeda.model.master_weight_linear import Linear16, weight16
+from andromeda.model.master_weight_linear import MasterWeightLinear, compute_weight
 from andromeda.ops import mlp
 from andromeda.ops.mlp_float8 import gelu_mlp_fp8
 
@@ -36,7 +36,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 
 
-class Dense(nn.Module):
+class MLP(nn.Module):
     """W_out act(W_in x)."""
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
@@ -50,14 +50,14 @@ class Dense(nn.Module):
         """x (..., C)."""
         # As one step where it may be: layers that were exchanged for others keep their own products.
         inner, out = self.inner, self.out
-        if self._whole and type(inner) is type(out) in (Linear, Linear16) and mlp.is_supported(x, *self.parameters()):
-            return mlp.gelu_mlp(x, weight16(inner, x), inner.weight, inner.bias, weight16(out, x), out.weight, out.bias)
-        if self._whole and isinstance(inner, Linear8) and isinstance(out, Linear8) and inner.accepts(x):
-            return gelu_mlp_fp8(x, inner.cast(), inner.weight, inner.bias, out.cast(), out.weight, out.bias, inner.bound)
+        if self._whole and type(inner) is type(out) in (Linear, MasterWeightLinear) and mlp.is_supported(x, *self.parameters()):
+            return mlp.gelu_mlp(x, compute_weight(inner, x), inner.weight, inner.bias, compute_weight(out, x), out.weight, out.bias)
+        if self._whole and isinstance(inner, Float8TrainingLinear) and isinstance(out, Float8TrainingLinear) and inner.accepts(x):
+            return gelu_mlp_fp8(x, inner.cached_weight(), inner.weight, inner.bias, out.cached_weight(), out.weight, out.bias, inner.bound)
         return out(self.activation(inner(x)))
 
 
-class Gated(nn.Module):
+class GatedMLP(nn.Module):
     """W_out (gate(W_gate x) * W_in x)."""
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
@@ -71,11 +71,11 @@ class Gated(nn.Module):
         """x (..., C)."""
         pair = (self.gate, self.inner)
         # Weights that are cast side by side anyway; others would have to be copied.
-        together = isinstance(self.gate, CastLinear) and fused_qkv.worth(x, pair)
-        gate, inner = fused_qkv.parts(fused_qkv.project(x, pair), pair) if together else (part(x) for part in pair)
+        together = isinstance(self.gate, CachedCastLinear) and fused_qkv.should_fuse(x, pair)
+        gate, inner = fused_qkv.split(fused_qkv.project(x, pair), pair) if together else (part(x) for part in pair)
         return self.out(self.activation(gate) * inner)
 
 
-def build_dense(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
+def build_mlp(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
     """A dense or gated network of the configured inner width."""
-    return (Gated if kind in GATES else Dense)(config.hidden_size, intermediate_size(config), kind, bias)
+    return (GatedMLP if kind in GATES else MLP)(config.hidden_size, intermediate_size(config), kind, bias)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
-from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_dense
+from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_mlp
 from andromeda.model.layers import Linear
 
 ALIGNMENT = 16
@@ -36,10 +36,10 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return torch.cat([F.linear(rows, matrix) for rows, matrix in zip(groups, weight, strict=True)])
 
 
-SCORES: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
+ROUTER_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"sigmoid": torch.sigmoid, "softmax": partial(torch.softmax, dim=-1)}
 
 
-class AddGradient(torch.autograd.Function):
+class AttachLoss(torch.autograd.Function):
     """x unchanged; its backward pass also sends `scale` into `loss`, as if loss * scale were part of the total.
 
     The auxiliary loss thus needs no way out of the model, and recomputed activations do not count it twice.
@@ -73,7 +73,7 @@ class Router(nn.Module):
         e = config.experts
         self.count, self.active, self.normalize, self.balance = e.num_experts, e.top_k, e.normalize, e.balance
         self.bias_update_rate, self.aux_loss_coef = e.bias_update_rate, e.aux_loss_coef
-        self.score = SCORES[e.router_activation]
+        self.score = ROUTER_ACTIVATIONS[e.router_activation]
         self.project = Linear(config.hidden_size, e.num_experts, bias=False)
         # Both are whole numbers, which no change of the model's precision rounds.
         self.register_buffer("votes", torch.zeros(e.num_experts, dtype=torch.int64))
@@ -108,7 +108,7 @@ class Router(nn.Module):
         if self.balance != "loss":
             return gates
         loss = self.aux_loss_coef * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
-        return AddGradient.apply(gates, loss, self.loss_scale.to(loss.dtype))
+        return AttachLoss.apply(gates, loss, self.loss_scale.to(loss.dtype))
 
     @torch.no_grad()
     def step(self) -> None:
@@ -149,7 +149,7 @@ class MoE(nn.Module):
         super().__init__()
         e = config.experts
         self.router, self.experts = Router(config), Experts(config)
-        self.shared = nn.ModuleList(build_dense(config, e.kind, bias=False) for _ in range(e.num_shared_experts))
+        self.shared = nn.ModuleList(build_mlp(config, e.kind, bias=False) for _ in range(e.num_shared_experts))
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C)."""

@@ -1,7 +1,7 @@
 """Decode state: what each part remembers of the tokens before, so that a forward pass can go on where the last one ended.
 
-Every layer has a `State`, which its parts call: `extend` (attention: all keys and values so far), `recall` (token shift:
-the last few vectors), `get` and `put` (anything else, a recurrence's sum say). Without a cache, `Nothing` answers the same
+Every layer has a `State`, which its parts call: `update` (attention: all keys and values so far), `shift_state` (token shift:
+the last few vectors), `get` and `put` (anything else, a recurrence's sum say). Without a cache, `NoKVCache` answers the same
 calls, so parts never ask whether there is one.
 """
 
@@ -25,7 +25,7 @@ class LayerContents:
 
 
 @dataclass(frozen=True)
-class Contents:
+class CacheContents:
     """All that a cache holds, for another kind of cache to go on from."""
 
     layers: dict[int, LayerContents]
@@ -38,7 +38,7 @@ class Contents:
 
 
 @dataclass(frozen=True)
-class Mark:
+class CacheCheckpoint:
     """A place in a sequence that a cache can go back to."""
 
     length: int
@@ -47,10 +47,10 @@ class Mark:
     recent: dict[int, dict[str, Tensor]]
 
 
-class State:
+class NoDecodeState:
     """What one layer remembers: nothing, in a pass over whole sequences."""
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values so far, these included."""
         return k, v
 
@@ -61,14 +61,14 @@ class State:
     def put(self, slot: str, value: Tensor) -> None:
         """Keep `value` (B, ...) for the next pass; `slot` tells the parts of one layer apart."""
 
-    def recall(self, slot: str, x: Tensor, count: int) -> Tensor:
+    def shift_state(self, slot: str, x: Tensor, count: int) -> Tensor:
         """The `count` vectors (B, count, C) before x (B, T, C), zeros before the first token; keeps x's own last ones."""
         past = self.get(slot, x, (x.shape[0], count, x.shape[2]))
         self.put(slot, torch.cat([past, x[:, -count:]], 1)[:, -count:])
         return past
 
 
-class Nothing:
+class NoKVCache:
     """The identity cache of a forward pass over whole sequences."""
 
     length: int | Tensor = 0
@@ -76,9 +76,9 @@ class Nothing:
     """Where the token of a pass is kept among the keys, if not behind all others."""
 
     def __init__(self) -> None:
-        self._state = State()
+        self._state = NoDecodeState()
 
-    def state(self, layer: int) -> State:
+    def state(self, layer: int) -> NoDecodeState:
         """The state of layer number `layer` (-1: of the embedding)."""
         return self._state
 
@@ -94,7 +94,7 @@ class Nothing:
         """Nothing to remember."""
 
 
-class Cache(Nothing):
+class DynamicKVCache(NoKVCache):
     """The state of all layers, and the document numbers and positions of the tokens seen so far, for B sequences.
 
     Buffers double when they are full, so that T tokens cost O(T) copies in all; `capacity` reserves room beforehand.
@@ -103,13 +103,13 @@ class Cache(Nothing):
     def __init__(self, capacity: int = 0) -> None:
         self.length: int = 0
         self.capacity = capacity
-        self._states: dict[int, LayerState] = {}
+        self._states: dict[int, LayerKVCache] = {}
         self._documents: Tensor | None = None
         self._last_position: Tensor | None = None
 
-    def state(self, layer: int) -> State:
+    def state(self, layer: int) -> NoDecodeState:
         """The state of layer number `layer` (-1: of the embedding)."""
-        return self._states.setdefault(layer, LayerState(self))
+        return self._states.setdefault(layer, LayerKVCache(self))
 
     def documents(self, documents: Tensor | None) -> Tensor | None:
         """Document numbers of all keys (B, S): the past ones and those of this pass."""
@@ -134,26 +134,26 @@ class Cache(Nothing):
         self._documents, self._last_position = documents, positions[:, -1:]
         self.length += count
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Go on with the sequences at the indices `rows` (n,) only, in that order."""
         for state in self._states.values():
-            state.keep(rows)
+            state.select_rows(rows)
         self._documents = None if self._documents is None else self._documents[rows]
         if self._last_position is not None and self._documents is not None:
             self._last_position = self._last_position[rows]
 
-    def mark(self) -> Mark:
-        """Where it stands, for `rewind`. Costs nothing: keys and values stay where they are."""
+    def checkpoint(self) -> CacheCheckpoint:
+        """Where it stands, for `rollback`. Costs nothing: keys and values stay where they are."""
         recent = {layer: dict(state.recent) for layer, state in self._states.items()}
-        return Mark(self.length, self._documents, self._last_position, recent)
+        return CacheCheckpoint(self.length, self._documents, self._last_position, recent)
 
-    def rewind(self, mark: Mark) -> None:
-        """Forget all that came after `mark`, so that another continuation of the same prompt can be read."""
-        self.length, self._documents, self._last_position = mark.length, mark.documents, mark.last_position
+    def rollback(self, checkpoint: CacheCheckpoint) -> None:
+        """Forget all that came after `checkpoint`, so that another continuation of the same prompt can be read."""
+        self.length, self._documents, self._last_position = checkpoint.length, checkpoint.documents, checkpoint.last_position
         for layer, state in self._states.items():
-            state.recent = dict(mark.recent.get(layer, {}))
+            state.recent = dict(checkpoint.recent.get(layer, {}))
 
-    def contents(self) -> Contents:
+    def contents(self) -> CacheContents:
         """All that it holds. Raises ValueError when it has seen nothing yet."""
         if self._last_position is None or not self._states:
             raise ValueError("a cache that has seen no token has no contents")
@@ -164,7 +164,7 @@ class Cache(Nothing):
         if documents is None:
             x = next(x for state in self._states.values() for x in (*state.buffers, *state.recent.values()))
             documents = torch.zeros(x.shape[0], self.length, dtype=torch.long, device=x.device)
-        return Contents(layers, documents, self._last_position, self.length)
+        return CacheContents(layers, documents, self._last_position, self.length)
 
     def bytes(self) -> int:
         """Memory held by the buffers, in bytes."""
@@ -172,15 +172,15 @@ class Cache(Nothing):
         return sum(x.numel() * x.element_size() for x in held)
 
 
-class LayerState(State):
+class LayerKVCache(NoDecodeState):
     """What one layer remembers of the tokens that its cache has seen."""
 
-    def __init__(self, cache: Cache) -> None:
+    def __init__(self, cache: DynamicKVCache) -> None:
         self.cache = cache
         self.buffers: tuple[Tensor, ...] = ()
         self.recent: dict[str, Tensor] = {}
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, T, G, D) and return all of them (B, S, G, D), S = length + T."""
         start = self.cache.length
         end = start + k.shape[1]
@@ -206,7 +206,7 @@ class LayerState(State):
         """Keep `value` (B, ...) for the next pass."""
         self.recent[slot] = value.detach()
 
-    def keep(self, rows: Tensor) -> None:
+    def select_rows(self, rows: Tensor) -> None:
         """Forget all other sequences."""
         self.buffers = tuple(x[rows] for x in self.buffers)
         self.recent = {slot: x[rows] for slot, x in self.recent.items()}

@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from andromeda.model.kv_cache.dynamic import Contents, LayerContents, Nothing, State
+from andromeda.model.kv_cache.dynamic import CacheContents, LayerContents, NoDecodeState, NoKVCache
 
 PADDING = -1
 """Document number below all others."""
 
 
-class FixedCache(Nothing):
+class StaticKVCache(NoKVCache):
     """State of `rows` sequences that sees `capacity` tokens, the one of the next pass included."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
@@ -27,11 +27,11 @@ class FixedCache(Nothing):
         self.index: Tensor = torch.zeros((), dtype=torch.long, device=device)
         self._last_position = torch.zeros(rows, 1, dtype=torch.long, device=device)
         self._documents = torch.full((rows, capacity), PADDING, device=device)
-        self._states: dict[int, FixedState] = {}
+        self._states: dict[int, StaticLayerKVCache] = {}
 
-    def state(self, layer: int) -> State:
+    def state(self, layer: int) -> NoDecodeState:
         """The state of layer number `layer` (-1: of the embedding)."""
-        return self._states.setdefault(layer, FixedState(self.capacity, self.index))
+        return self._states.setdefault(layer, StaticLayerKVCache(self.capacity, self.index))
 
     def documents(self, documents: Tensor | None) -> Tensor | None:
         """Document numbers of all keys (B, S) with those of this pass (B, 1) at its index."""
@@ -50,7 +50,7 @@ class FixedCache(Nothing):
         # A pass too many must not write behind the end.
         self.index.copy_(self.length.clamp(max=self.capacity - 1))
 
-    def load(self, contents: Contents) -> None:
+    def load(self, contents: CacheContents) -> None:
         """Go on from what another cache holds. A pass must have been made before, so that every layer has its buffers."""
         for layer, state in self._states.items():
             state.load(contents.layers[layer])
@@ -59,12 +59,12 @@ class FixedCache(Nothing):
         self.length.copy_(torch.as_tensor(contents.length))
         self.index.copy_(self.length)
 
-    def contents(self) -> Contents:
+    def contents(self) -> CacheContents:
         """All that it holds."""
         layers = {layer: LayerContents(state.buffers, state.recent) for layer, state in self._states.items()}
-        return Contents(layers, self._documents, self._last_position, self.length)
+        return CacheContents(layers, self._documents, self._last_position, self.length)
 
-    def restart(self, rows: Tensor) -> None:
+    def reset_rows(self, rows: Tensor) -> None:
         """Let the sequences at the indices `rows` begin anew: they are over, and must not reach positions that do not exist."""
         self._last_position[rows] = 0
 
@@ -74,7 +74,7 @@ class FixedCache(Nothing):
         return sum(x.numel() * x.element_size() for x in held)
 
 
-class FixedState(State):
+class StaticLayerKVCache(NoDecodeState):
     """What one layer remembers, in buffers that stay where they are."""
 
     def __init__(self, capacity: int, index: Tensor) -> None:
@@ -83,7 +83,7 @@ class FixedState(State):
         self.buffers: tuple[Tensor, ...] = ()
         self.recent: dict[str, Tensor] = {}
 
-    def extend(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """All keys and values (B, S, G, D), those of this pass (B, 1, G, D) at their index."""
         if not self.buffers:
             self.buffers = tuple(x.new_zeros(x.shape[0], self.capacity, *x.shape[2:]) for x in (k, v))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.position.alibi import Alibi, FoldedAlibi, NoAlibi
-from andromeda.model.position.rotary import NoRotary, Rotary, XPos
+from andromeda.model.position.rotary import NoRotary, RoPE, XPos
 
 
 def build_alibi(config: ModelConfig) -> NoAlibi:
@@ -16,4 +16,4 @@ def build_alibi(config: ModelConfig) -> NoAlibi:
 
 def build_rotary(config: ModelConfig) -> NoRotary:
     """The rotary part that the configuration asks for."""
-    return {"none": NoRotary, "rope": Rotary, "xpos": XPos}[config.rotary.kind](config)
+    return {"none": NoRotary, "rope": RoPE, "xpos": XPos}[config.rotary.kind](config)

@@ -29,7 +29,7 @@ def slopes(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(torch.where(h < closest, h + 1, h - closest + 0.5) * (-8 / closest))
 
 
-class NoBias:
+class NoPositionBias:
     """One pass without ALiBi."""
 
     slopes: Tensor | None = None
@@ -44,7 +44,7 @@ class NoBias:
         return q, k
 
 
-class SlopeBias(NoBias):
+class SlopeBias(NoPositionBias):
     """One pass in which the kernel is given slopes (H,)."""
 
     def __init__(self, slopes: Tensor) -> None:
@@ -52,7 +52,7 @@ class SlopeBias(NoBias):
 
 
 @dataclass(frozen=True)
-class FoldedBias(NoBias):
+class FoldedBias(NoPositionBias):
     """One pass in which queries and keys carry the bias."""
 
     weights: Tensor
@@ -78,9 +78,9 @@ class FoldedBias(NoBias):
 class NoAlibi(nn.Module):
     """No bias."""
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
         """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
-        return NoBias()
+        return NoPositionBias()
 
 
 class Alibi(NoAlibi):
@@ -98,7 +98,7 @@ class Alibi(NoAlibi):
         """Slope of every query head (H,) in float64, zero where there is no bias."""
         return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
         """Slopes for the kernel."""
         return SlopeBias(self.head_slopes(device))
 
@@ -106,7 +106,7 @@ class Alibi(NoAlibi):
 class FoldedAlibi(Alibi):
     """The same bias, carried by the last four dimensions of queries and keys."""
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
         """Slopes and digits."""
         index = start + torch.arange(length, device=device)
         digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)

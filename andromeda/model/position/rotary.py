@@ -20,33 +20,33 @@ Table = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class Rotation:
-    """How queries and keys of one pass are turned; `turn` is chosen once by the layout."""
+    """How queries and keys of one pass are rotated; `rotate` is chosen once by the layout."""
 
-    turn: Callable[[Tensor, Table], Tensor]
+    rotate: Callable[[Tensor, Table], Tensor]
     query: Table
     key: Table
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D), turned."""
-        return self.turn(q, self.query), self.turn(k, self.key)
+        """q (B, T, H, D), k (B, T, G, D), rotated."""
+        return self.rotate(q, self.query), self.rotate(k, self.key)
 
 
 @dataclass(frozen=True)
-class ShareRotation(Rotation):
+class PartialHeadsRotation(Rotation):
     """One pass in which the first heads, which ALiBi has, are not turned."""
 
-    still: tuple[int, int]
+    unrotated: tuple[int, int]
     """How many query heads and how many key heads stay."""
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D): heads from `still` on turned."""
-        return self._from(q, self.query, self.still[0]), self._from(k, self.key, self.still[1])
+        """q (B, T, H, D), k (B, T, G, D): heads from `unrotated` on turned."""
+        return self._from(q, self.query, self.unrotated[0]), self._from(k, self.key, self.unrotated[1])
 
-    def _from(self, x: Tensor, table: Table, still: int) -> Tensor:
-        return torch.cat([x[:, :, :still], self.turn(x[:, :, still:], table)], 2)
+    def _from(self, x: Tensor, table: Table, unrotated: int) -> Tensor:
+        return torch.cat([x[:, :, :unrotated], self.rotate(x[:, :, unrotated:], table)], 2)
 
 
-def turn_halves(x: Tensor, table: Table) -> Tensor:
+def rotate_half(x: Tensor, table: Table) -> Tensor:
     """Turn the pairs (i, i + R/2) of the first R dimensions of x (B, T, H, D)."""
     cos, sin = table
     rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
@@ -54,7 +54,7 @@ def turn_halves(x: Tensor, table: Table) -> Tensor:
     return torch.cat([(a * cos - b * sin).to(x.dtype), (b * cos + a * sin).to(x.dtype), rest], -1)
 
 
-def turn_interleaved(x: Tensor, table: Table) -> Tensor:
+def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
     """Turn the pairs (2i, 2i + 1) of the first R dimensions of x (B, T, H, D)."""
     cos, sin = table
     rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
@@ -63,12 +63,12 @@ def turn_interleaved(x: Tensor, table: Table) -> Tensor:
     return torch.cat([turned.to(x.dtype), rest], -1)
 
 
-def stay(x: Tensor, table: Table) -> Tensor:
+def no_rotation(x: Tensor, table: Table) -> Tensor:
     """No rotation."""
     return x
 
 
-TURNS = {"half": turn_halves, "interleaved": turn_interleaved}
+ROTATIONS = {"half": rotate_half, "interleaved": rotate_interleaved}
 
 
 class NoRotary(nn.Module):
@@ -82,10 +82,10 @@ class NoRotary(nn.Module):
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The identity."""
         nothing = (positions, positions)
-        return Rotation(stay, nothing, nothing)
+        return Rotation(no_rotation, nothing, nothing)
 
 
-class Rotary(NoRotary):
+class RoPE(NoRotary):
     """RoPE's table of angles for the rotated share of the head dimensions."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -93,9 +93,9 @@ class Rotary(NoRotary):
         self.config, self.context, self.dim = config.rotary, config.max_seq_len, rotated_dims(config)
         self.original = original_max_seq_len(config)
         self.rule = RULES[config.rotary.scaling.kind]
-        self.turn = TURNS[config.rotary.layout]
+        self.rotate = ROTATIONS[config.rotary.layout]
         a, biased = config.attention, config.alibi.num_heads
-        self.still = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
+        self.unrotated = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
 
     def scaled(self, span: int, device: torch.device) -> Scaled:
@@ -104,7 +104,9 @@ class Rotary(NoRotary):
 
     def rotation(self, query: Table, key: Table) -> Rotation:
         """Of all heads, or of those without ALiBi."""
-        return Rotation(self.turn, query, key) if self.still is None else ShareRotation(self.turn, query, key, self.still)
+        return (
+            Rotation(self.rotate, query, key) if self.unrotated is None else PartialHeadsRotation(self.rotate, query, key, self.unrotated)
+        )
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions` (B, T); `span` is the length of the whole sequence."""
@@ -113,7 +115,7 @@ class Rotary(NoRotary):
         return self.rotation(table, table)
 
 
-class XPos(Rotary):
+class XPos(RoPE):
     """RoPE with a decay: a pair's share of the logit shrinks by zeta^(distance / scale_base).
 
     zeta_i = (2i/R + 0.4) / 1.4 lies between 0.286 and 1. Queries carry zeta^(+(t - c)/base), keys the inverse, and c

@@ -50,7 +50,7 @@ class Health:
             logits.append(scale * q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
 
         with ExitStack() as hooks, torch.compiler.set_stance("force_eager"), self._precision.autocast():
-            for block in self._model.trunk.blocks:
+            for block in self._model.decoder.blocks:
                 hooks.enter_context(_hooked(block, keep_output))
             for module in self._model.modules():
                 if isinstance(module, Attention):

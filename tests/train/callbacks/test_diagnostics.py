@@ -34,7 +34,7 @@ def test_figures(tiny: Callable[..., RunConfig], qk_norm: str) -> None:
 
     logits: list[torch.Tensor] = []
     largest: list[torch.Tensor] = []
-    for block in model.trunk.blocks:
+    for block in model.decoder.blocks:
         block.register_forward_hook(lambda _, __, x: largest.append(x.abs().max()))
     for module in model.modules():
         if isinstance(module, Attention):
