@@ -22,7 +22,7 @@ from andromeda.config.load import load
 from andromeda.data.augmentation import FIM, MASK, FillInTheMiddle
 from andromeda.data.build import build
 from andromeda.data.loader import open_stream
-from andromeda.data.packing import IGNORE, Row
+from andromeda.data.packing import IGNORE, PackedSequence
 from andromeda.evaluate.bits import held_out_bits
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import linear_cross_entropy
@@ -74,8 +74,8 @@ def main(steps: int) -> None:
 def corpora(work: Path) -> tuple[Path, Path]:
     """Python sources with the special tokens reserved, and this project's documentation in the same tokens."""
     code, prose = work / "code", work / "prose"
-    build(["python"], code, BuildConfig(vocab_size=2048, specials=(*FIM, MASK), max_bytes=8_000_000, validation=0.03))
-    build(["docs"], prose, BuildConfig(tokenizer_path=str(code), include=(".md",), cut=4000, validation=0.2))
+    build(["python"], code, BuildConfig(vocab_size=2048, special_tokens=(*FIM, MASK), max_bytes=8_000_000, validation_fraction=0.03))
+    build(["docs"], prose, BuildConfig(tokenizer=str(code), include=(".md",), split_documents_at=4000, validation_fraction=0.2))
     return code, prose
 
 
@@ -100,12 +100,12 @@ def middle_bits(model: Transformer, corpus: Path) -> float:
     stream = open_stream(DataConfig(corpus=str(corpus), packing="documents"), CONTEXT, 0, "val")
     tokenizer = stream.tokenizer
     assert tokenizer is not None
-    tokens = tuple(tokenizer.specials[name] for name in FIM)
+    tokens = tuple(tokenizer.special_tokens[name] for name in FIM)
     stage, lengths = FillInTheMiddle(AugmentationConfig(fim=1.0, fim_spm=0.0), tokens, tokenizer.eos, 0), tokenizer.byte_lengths()
     nats = size = 0.0
-    for number in range(min(200, stream.rows_available or 0)):
-        batch = stream.rows(number, 1)
-        row = stage(Row(batch.ids[0].numpy(), batch.targets[0].numpy(), batch.documents[0].numpy()), number)
+    for number in range(min(200, stream.num_sequences or 0)):
+        batch = stream.batch(number, 1)
+        row = stage(PackedSequence(batch.ids[0].numpy(), batch.targets[0].numpy(), batch.documents[0].numpy()), number)
         targets = np.where(in_middle(row, tokens[2]), row.targets, IGNORE)
         hidden = model.hidden(torch.from_numpy(row.ids)[None], documents=batch.documents)
         head = model.head
@@ -114,7 +114,7 @@ def middle_bits(model: Transformer, corpus: Path) -> float:
     return nats / math.log(2) / size
 
 
-def in_middle(row: Row, token: int) -> np.ndarray:
+def in_middle(row: PackedSequence, token: int) -> np.ndarray:
     """Which positions of a row come at or after their document's middle token."""
     begun = np.cumsum(row.ids == token)
     first = np.r_[True, np.diff(row.documents) != 0]

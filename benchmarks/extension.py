@@ -205,7 +205,7 @@ class Experiment:
         made = build(
             [str(texts)],
             self.work / "code",
-            BuildConfig(vocab_size=self.size.vocab, validation=self.size.validation),
+            BuildConfig(vocab_size=self.size.vocab, validation_fraction=self.size.validation),
             workers=len(os.sched_getaffinity(0)),
         )
         shutil.rmtree(texts)
@@ -228,7 +228,7 @@ class Experiment:
             return
         tokenizer = Tokenizer.load(self.work / "code")
         stream = open_stream(DataConfig(corpus=str(self.work / "code"), shuffle=False), 1 << 16, 0)
-        some = [stream.rows(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
+        some = [stream.batch(i, 1).ids[0] for i in range(min(64, int(stream.epochs(1)[0] ** -1)))]
         text = torch.cat(some).numpy()
         for length, folder in missing.items():
             folder.mkdir(parents=True, exist_ok=True)

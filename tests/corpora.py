@@ -17,5 +17,5 @@ def short_documents(place: Path, count: int, validation: float) -> Path:
     texts.mkdir()
     for number in range(count):
         (texts / f"{number:02}.txt").write_text(" ".join(draw.choices(WORDS, k=60)) + f" {number}.\n")
-    build([str(texts)], place / "corpus", BuildConfig(tokenizer="bytes", validation=validation))
+    build([str(texts)], place / "corpus", BuildConfig(tokenizer="bytes", validation_fraction=validation))
     return place / "corpus"

@@ -47,7 +47,7 @@ def measure(config: RunConfig, steps: int) -> Cost:
     stream = open_stream(config.data, stream_length(config), config.seed)
     session = build_session(config, device, stream.fingerprint)
     stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
-    batch = stream.rows(0, config.train.batch_size)
+    batch = stream.batch(0, config.train.batch_size)
     work = Work(Rows.of(batch, config.data.document_mask), batch.tokens, (0, config.train.batch_size))
     session.optimizer.set_factor(1e-3, 0)
     times = [_timed(stepper, work, device) for _ in range(WARMUP + steps)]

@@ -14,7 +14,7 @@ from typing import Any
 from andromeda.bench.competitors import CONTEXT, PEER, ROWS, SIDES, VOCABULARY, Side, Way, build_side
 from andromeda.bench.timing import alternate
 from andromeda.config.data import DataConfig
-from andromeda.data.loader import Stream, open_stream
+from andromeda.data.loader import TokenStream, open_stream
 from andromeda.utils.errors import DataError
 
 WINDOW = 0.1
@@ -26,7 +26,7 @@ def measure(corpus: str, steps: int, way: Way) -> dict[str, Any]:
     """Train all sides for `steps` steps on a corpus folder. Raises DataError when its vocabulary is too large."""
     stream = open_stream(DataConfig(corpus=corpus), CONTEXT, 0)
     if stream.vocab_size > VOCABULARY:
-        raise DataError(f"The corpus {corpus} has {stream.vocab_size} tokens: build one with --vocab {VOCABULARY}.")
+        raise DataError(f"The corpus {corpus} has {stream.vocab_size} tokens: build one with --vocab-size {VOCABULARY}.")
     sides = {name: build_side(name, way) for name in SIDES}
     losses: dict[str, list[float]] = {name: [] for name in SIDES}
     works = {name: partial(_learn, side, stream, steps, losses[name]) for name, side in sides.items()}
@@ -41,8 +41,8 @@ def factor(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def _learn(side: Side, stream: Stream, steps: int, losses: list[float], step: int) -> None:
-    batch = stream.rows(step * ROWS, ROWS)
+def _learn(side: Side, stream: TokenStream, steps: int, losses: list[float], step: int) -> None:
+    batch = stream.batch(step * ROWS, ROWS)
     losses.append(float(side.step(batch.ids, batch.targets, factor(step, steps))))
 
 

@@ -21,10 +21,9 @@ from andromeda.config.mistakes import read
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.compare_tokenizers import compare
-from andromeda.data.ingest import Report
+from andromeda.data.corpus import HELD_OUT_TEXT, CorpusManifest
 from andromeda.data.loader import open_stream
-from andromeda.data.manifest import HELD_OUT_TEXT, Manifest
-from andromeda.data.tokenizer import PROBE, Tokenizer
+from andromeda.data.tokenizer import ROUND_TRIP_TEXT, Tokenizer
 from andromeda.evaluate.bits import held_out_bits
 from andromeda.model.flops import training_flops_per_token
 from andromeda.train.progress import Screen
@@ -32,6 +31,7 @@ from andromeda.train.trainer import stream_length, train
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
+from andromeda.utils.progress_callback import ProgressCallback
 
 KINDS = ("bpe", "unigram", "bytes")
 NAME = "tokenizers.json"
@@ -64,7 +64,7 @@ class Plan:
 class Surroundings:
     """What is told to whom."""
 
-    report: Report
+    report: ProgressCallback
     note: Callable[[str], None]
     screens: Callable[[int], Screen]
     workers: int = 1
@@ -115,7 +115,7 @@ def speeds(tokenizer: Tokenizer, text: bytes) -> dict[str, Any]:
     return {
         "encode_mb_per_second": size / (encoded - begun),
         "decode_mb_per_second": size / (decoded - encoded),
-        "lossless": back == pieces and all(tokenizer.decode(tokenizer.encode(each)) == each for each in (PROBE, whole)),
+        "lossless": back == pieces and all(tokenizer.decode(tokenizer.encode(each)) == each for each in (ROUND_TRIP_TEXT, whole)),
     }
 
 
@@ -127,7 +127,7 @@ def steps_for(config: RunConfig, flops: float) -> int:
 
 def configuration(plan: Plan, corpus: Path) -> RunConfig:
     """The model of one tokenizer: the preset with its vocabulary, and as many steps as the operations allow."""
-    vocab = Manifest.load(corpus).tokenizer.vocab_size
+    vocab = CorpusManifest.load(corpus).tokenizer.vocab_size
     changes = [f"data.corpus={corpus}", f"model.vocab_size={vocab}", "train.eval_every=0", *plan.overrides]
     # One step first, for the count: the schedule must fit whatever comes out.
     once = load(
@@ -224,7 +224,7 @@ def _names(plan: Plan) -> list[str]:
 
 def _build_config(plan: Plan, name: str) -> BuildConfig:
     kind, _, size = name.partition("-")
-    given: dict[str, Any] = {"tokenizer": kind, "max_bytes": plan.max_bytes, "validation": plan.validation}
+    given: dict[str, Any] = {"tokenizer": kind, "max_bytes": plan.max_bytes, "validation_fraction": plan.validation}
     if size:
         given["vocab_size"] = int(size)
     return read(BuildConfig, given)

@@ -14,8 +14,8 @@ import typer
 from andromeda.utils.errors import Interrupted
 
 if TYPE_CHECKING:
-    from andromeda.data.ingest import Report
-    from andromeda.data.manifest import Manifest
+    from andromeda.data.corpus import CorpusManifest
+    from andromeda.utils.progress_callback import ProgressCallback
 
 app = typer.Typer(help="Build a corpus from raw text, and look at one.", no_args_is_help=True)
 Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON.")]
@@ -25,37 +25,37 @@ Json = Annotated[bool, typer.Option("--json", help="Print the manifest as JSON."
 def build(
     sources: Annotated[list[str], typer.Argument(metavar="SRC", help="Files, folders, hf:NAME[:CONFIG][:SPLIT], or `python`.")],
     out: Annotated[Path, typer.Option(help="Folder of the corpus.")],
-    tokenizer: Annotated[str | None, typer.Option(help="bpe (default), unigram or bytes.")] = None,
-    vocab: Annotated[int | None, typer.Option(help="Entries of the vocabulary (4096; bytes: 257).")] = None,
-    tokenizer_path: Annotated[str | None, typer.Option(help="Use this tokenizer instead of training one.")] = None,
-    special: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
-    digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe; 2).")] = None,
-    validation: Annotated[float | None, typer.Option(help="Share of documents held out (0.01).")] = None,
-    field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets (text).")] = None,
-    include: Annotated[list[str] | None, typer.Option(help="An ending to read, such as .py; may be repeated.")] = None,
-    shortest: Annotated[int | None, typer.Option(help="Skip documents of fewer bytes.")] = None,
-    longest: Annotated[int | None, typer.Option(help="Skip documents of more bytes.")] = None,
-    cut: Annotated[int | None, typer.Option(help="Cut longer documents at line ends into pieces of this many bytes.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="bpe (default), unigram, bytes, or the path of a trained tokenizer.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary size (4096; bytes: 257).")] = None,
+    special_token: Annotated[list[str] | None, typer.Option(help="A further special token; may be repeated.")] = None,
+    max_digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe; 2).")] = None,
+    validation_fraction: Annotated[float | None, typer.Option(help="Fraction of the documents held out (0.01).")] = None,
+    text_field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets (text).")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="A file extension to read, such as .py; may be repeated.")] = None,
+    min_document_bytes: Annotated[int | None, typer.Option(help="Skip shorter documents.")] = None,
+    max_document_bytes: Annotated[int | None, typer.Option(help="Skip longer documents.")] = None,
+    split_documents_at: Annotated[
+        int | None, typer.Option(help="Split longer documents at line ends, at most this many bytes each.")
+    ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Read this many bytes of each source.")] = None,
     shard_tokens: Annotated[int | None, typer.Option(help="Tokens of one shard (16 Mi).")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes; 0 takes one a core.")] = 0,
+    workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 starts one per core.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Read, check, deduplicate, split and tokenize text into a corpus folder. Run it again after an interruption to go on."""
+    """Read, check, deduplicate, split and tokenize text into a corpus folder. After an interruption the same command resumes."""
     from andromeda.data.build import build as run
 
     given: dict[str, Any] = {
         "tokenizer": tokenizer,
-        "tokenizer_path": tokenizer_path,
-        "vocab_size": vocab,
-        "digits": digits,
-        "validation": validation,
-        "text_field": field,
+        "vocab_size": vocab_size,
+        "special_tokens": tuple(special_token) if special_token else None,
+        "max_digits": max_digits,
+        "validation_fraction": validation_fraction,
+        "text_field": text_field,
         "include": tuple(include) if include else None,
-        "specials": tuple(special) if special else None,
-        "shortest": shortest,
-        "longest": longest,
-        "cut": cut,
+        "min_document_bytes": min_document_bytes,
+        "max_document_bytes": max_document_bytes,
+        "split_documents_at": split_documents_at,
         "max_bytes": max_bytes,
         "shard_tokens": shard_tokens,
     }
@@ -64,7 +64,7 @@ def build(
         with progress() as report:
             manifest = run(sources, out, config, workers=workers or _cores(), report=report)
     except KeyboardInterrupt:
-        raise Interrupted("interrupted; the same command goes on from here.") from None
+        raise Interrupted("interrupted; the same command resumes here.") from None
     _print(manifest, out, as_json)
 
 
@@ -75,10 +75,10 @@ def show(
     as_json: Json = False,
 ) -> None:
     """Print what a corpus holds and where it came from."""
-    from andromeda.data.manifest import Manifest
-    from andromeda.data.verify import verify as check
+    from andromeda.data.corpus import CorpusManifest
+    from andromeda.data.corpus import verify_corpus as check
 
-    manifest = check(folder) if verify else Manifest.load(folder)
+    manifest = check(folder) if verify else CorpusManifest.load(folder)
     _print(manifest, folder, as_json)
     if verify and not as_json:
         print("verified    every shard, the document borders, the tokenizer and the held-out text")
@@ -129,7 +129,7 @@ def _cores() -> int:
 
 
 @contextmanager
-def progress() -> Iterator[Report]:
+def progress() -> Iterator[ProgressCallback]:
     """A progress bar on stderr when that is a terminal, else silence."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
@@ -153,7 +153,7 @@ def progress() -> Iterator[Report]:
         yield report
 
 
-def _print(manifest: Manifest, folder: Path, as_json: bool) -> None:
+def _print(manifest: CorpusManifest, folder: Path, as_json: bool) -> None:
     if as_json:
         print(manifest.model_dump_json(indent=2))
         return

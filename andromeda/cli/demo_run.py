@@ -18,8 +18,7 @@ from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
-from andromeda.data.ingest import Report
-from andromeda.data.manifest import Manifest
+from andromeda.data.corpus import CorpusManifest
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.request import options
 from andromeda.evaluate.result import Result
@@ -31,6 +30,7 @@ from andromeda.train.trainer import Result as Ended
 from andromeda.train.trainer import train
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.files import write_whole
+from andromeda.utils.progress_callback import ProgressCallback
 
 PRESET = "nano"
 CORPUS_BYTES = 40_000_000
@@ -88,13 +88,17 @@ class Measured:
     """Time spent training."""
 
 
-def build_corpus(out: Path, workers: int, report: Report) -> Manifest:
+def build_corpus(out: Path, workers: int, report: ProgressCallback) -> CorpusManifest:
     """Collect, tokenize and split the interpreter's Python sources, once: packages that come later do not make another corpus."""
     if (out / "manifest.json").exists():
-        return Manifest.load(out)
+        return CorpusManifest.load(out)
     vocab = load(PRESET).model.vocab_size
     return build(
-        ["python"], out, BuildConfig(vocab_size=vocab, max_bytes=CORPUS_BYTES, validation=VALIDATION), workers=workers, report=report
+        ["python"],
+        out,
+        BuildConfig(vocab_size=vocab, max_bytes=CORPUS_BYTES, validation_fraction=VALIDATION),
+        workers=workers,
+        report=report,
     )
 
 
@@ -113,7 +117,7 @@ def compressed_bits(text: bytes) -> tuple[float, float]:
     return 8 * len(lzma.compress(text, preset=9)) / len(text), 8 * len(zlib.compress(text, 9)) / len(text)
 
 
-def evaluate(subject: Subject, report: Report, skip: Callable[[str], None]) -> list[Result]:
+def evaluate(subject: Subject, report: ProgressCallback, skip: Callable[[str], None]) -> list[Result]:
     """Measure the trained model; each result is kept in the run folder."""
     found = []
     for task, wishes in EVALUATIONS.items():

@@ -24,6 +24,7 @@ from andromeda.cli.explain import explain
 from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.plan import plan
+from andromeda.cli.renamed_options import renamed
 from andromeda.cli.report import report
 from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
@@ -143,6 +144,9 @@ def _refuse_call(error: Any) -> None:
     sentence = error.format_message().rstrip(".")
     if sentence:
         command = error.ctx.command_path if error.ctx else "andromeda"
+        option = getattr(error, "option_name", "")
+        if new := renamed(command, option):
+            sentence = f"{option} is now called {new}"
         print(f"andromeda: {sentence}: see `{command} --help`.", file=sys.stderr)
     sys.exit(error.exit_code)
 

@@ -31,7 +31,7 @@ def compare(
     flops: Annotated[float, typer.Option(help="Floating-point operations that each model learns with; 0 trains none.")] = 2e13,
     preset: Annotated[str, typer.Option(help="The models' preset or TOML file.")] = "nano",
     max_bytes: Annotated[int, typer.Option(min=0, help="Read this many bytes of each source; 0 reads everything.")] = 0,
-    validation: Annotated[float, typer.Option(help="Share of documents held out.")] = 0.02,
+    validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents held out.")] = 0.02,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Bytes a token, fertility, speed, lossless round trip, and bits per byte of equal-compute models. A repeated call goes on."""
@@ -41,7 +41,9 @@ def compare(
     from andromeda.cli.tables import show
     from andromeda.train.progress import Silent, build_screen
 
-    plan = Plan(tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation)
+    plan = Plan(
+        tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation_fraction
+    )
 
     def note(text: str) -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt
+from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from andromeda.config.base import BaseConfig, Strings, as_tuple
+from andromeda.utils.errors import ConfigError
 
 
 class SourceConfig(BaseConfig):
@@ -19,7 +21,7 @@ class SourceConfig(BaseConfig):
 
 
 class AugmentationConfig(BaseConfig):
-    """Stages that change training rows, never held-out ones; all off by default (docs/data.md has their measured effect)."""
+    """Transforms of training sequences, never of held-out ones; all off by default (docs/data.md has their measured effect)."""
 
     fim: float = Field(0.0, ge=0.0, le=1.0)
     """Share of documents rearranged for fill-in-the-middle (arXiv 2207.14255); its three special tokens are reserved at build time."""
@@ -53,32 +55,67 @@ class DataConfig(BaseConfig):
     """Loader threads; the order does not depend on it."""
 
 
+TOKENIZER_KINDS = ("bpe", "unigram", "bytes")
+"""Tokenizers that `andromeda data build` trains, or in the case of bytes needs no training for."""
+
+RENAMED_BUILD_KEYS = {
+    "tokenizer_path": "tokenizer",
+    "specials": "special_tokens",
+    "digits": "max_digits",
+    "validation": "validation_fraction",
+    "shortest": "min_document_bytes",
+    "longest": "max_document_bytes",
+    "cut": "split_documents_at",
+}
+"""Keys of version 0.1 and what they are called now. Refused in a new configuration, translated in the manifest of an old corpus."""
+
+
 class BuildConfig(BaseConfig):
     """What `andromeda data build` does with raw text."""
 
-    tokenizer: Literal["bpe", "unigram", "bytes"] = "bpe"
-    """Byte-level BPE, SentencePiece Unigram, or the 256 bytes."""
+    tokenizer: str = "bpe"
+    """What to train: bpe (byte-level), unigram (SentencePiece) or bytes; or a trained one to use: a corpus or tokenizer folder, a
+    tokenizer.json or a SentencePiece .model."""
     vocab_size: int = Field(4096, gt=0, le=1 << 24)
-    """Entries of a trained tokenizer, special tokens included."""
-    digits: PositiveInt = 2
-    """Longest run of digits that can be one token (bpe)."""
-    validation: float = Field(0.01, gt=0.0, lt=0.5)
-    """Share of documents held out, chosen by the hash of their content."""
-    shard_tokens: PositiveInt = 1 << 24
-    """Tokens of one file."""
-    text_field: str = "text"
-    """Key of the text in .jsonl and .parquet rows and in datasets."""
-    include: Strings = ()
-    """Endings to read (such as ".py"), unknown ones as plain text; empty reads every known kind."""
-    tokenizer_path: str = ""
-    """A tokenizer to use instead of training one: a folder that `save` wrote, a tokenizer.json or a SentencePiece .model."""
-    specials: Strings = ()
+    """Vocabulary size of a trained tokenizer, special tokens included."""
+    special_tokens: Strings = ()
     """Names of special tokens besides the document separator; text never turns into them."""
-    shortest: PositiveInt = 1
-    """Bytes; a shorter document is skipped."""
-    longest: PositiveInt = 1 << 30
-    """Bytes; a longer document is skipped."""
-    cut: int = Field(0, ge=0)
-    """Bytes; a longer document is cut at line ends into documents of at most this size. 0 leaves documents whole."""
+    max_digits: PositiveInt = 2
+    """Longest run of digits that can be one token (bpe)."""
+    validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
+    """Fraction of the documents held out, chosen by the hash of their content."""
+    shard_tokens: PositiveInt = 1 << 24
+    """Tokens of one shard file."""
+    text_field: str = "text"
+    """Key of the text in .jsonl and .parquet records and in datasets."""
+    include: Strings = ()
+    """File extensions to read (such as ".py"), unknown ones as plain text; empty reads every known kind."""
+    min_document_bytes: PositiveInt = 1
+    """A shorter document is skipped."""
+    max_document_bytes: PositiveInt = 1 << 30
+    """A longer document is skipped."""
+    split_documents_at: int = Field(0, ge=0)
+    """Bytes; a longer document is split at line ends into documents of at most this size. 0 keeps documents whole."""
     max_bytes: int = Field(0, ge=0)
     """Bytes of text to read from each source, in an order drawn by the hash of the file's name; 0 reads everything."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_renamed_keys(cls, values: Any) -> Any:
+        old = [key for key in RENAMED_BUILD_KEYS if isinstance(values, dict) and key in values]
+        if old:
+            raise ConfigError("; ".join(f"{key} is now called {RENAMED_BUILD_KEYS[key]}" for key in old) + ".")
+        return values
+
+    @property
+    def trains_tokenizer(self) -> bool:
+        """Whether `tokenizer` names a kind, not a trained tokenizer's path."""
+        return self.tokenizer in TOKENIZER_KINDS
+
+
+def translate_build_keys(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The build settings that an older version stored, under today's names."""
+    current = {RENAMED_BUILD_KEYS.get(key, key): value for key, value in values.items() if key != "tokenizer_path"}
+    if path := values.get("tokenizer_path"):
+        current["tokenizer"] = path
+    return current

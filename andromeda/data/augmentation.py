@@ -21,24 +21,24 @@ from itertools import pairwise
 import numpy as np
 
 from andromeda.config.data import AugmentationConfig
-from andromeda.data.packing import IGNORE, Row
+from andromeda.data.packing import IGNORE, PackedSequence
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import ConfigError
 
 FIM = ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>")
 MASK = "<|mask|>"
-SHORTEST = 8
+MIN_DOCUMENT_TOKENS = 8
 """Tokens of a document in the row, below which there is nothing worth rearranging."""
 FIM_DRAWS, MASK_DRAWS = 1, 2
 """Keep the draws of stages apart under the same seed."""
 
-Stage = Callable[[Row, int], Row]
+SequenceTransform = Callable[[PackedSequence, int], PackedSequence]
 """A row and its number in the stream to the row that is learned from."""
 
 
-def build_stages(config: AugmentationConfig, tokenizer: Tokenizer | None, seed: int) -> list[Stage]:
+def build_transforms(config: AugmentationConfig, tokenizer: Tokenizer | None, seed: int) -> list[SequenceTransform]:
     """The stages that are on, in order. Raises ConfigError when the tokenizer lacks a special token that one needs."""
-    stages: list[Stage] = []
+    stages: list[SequenceTransform] = []
     if config.fim:
         tokens = _specials(tokenizer, FIM, "data.augment.fim")
         assert tokenizer is not None
@@ -47,15 +47,15 @@ def build_stages(config: AugmentationConfig, tokenizer: Tokenizer | None, seed: 
         if tokenizer is None:
             raise ConfigError("data.augment.mask must know special tokens, and the corpus has no tokenizer: build it from text.")
         special = _specials(tokenizer, (MASK,), "data.augment.mask")[0] if config.mask_with == "special" else None
-        stages.append(Masking(config.mask, special, tokenizer, seed))
+        stages.append(TokenMasking(config.mask, special, tokenizer, seed))
     return stages
 
 
 def _specials(tokenizer: Tokenizer | None, names: tuple[str, ...], key: str) -> tuple[int, ...]:
-    known = tokenizer.specials if tokenizer else {}
+    known = tokenizer.special_tokens if tokenizer else {}
     missing = [name for name in names if name not in known]
     if missing:
-        options = " ".join(f"--special '{name}'" for name in missing)
+        options = " ".join(f"--special-token '{name}'" for name in missing)
         raise ConfigError(f"{key} needs the special tokens {', '.join(missing)}: build the corpus again with {options}.")
     return tuple(known[name] for name in names)
 
@@ -67,15 +67,15 @@ class FillInTheMiddle:
         self._share, self._suffix_first = config.fim, config.fim_spm
         self._tokens, self._separator, self._seed = tokens, separator, seed
 
-    def __call__(self, row: Row, number: int) -> Row:
+    def __call__(self, row: PackedSequence, number: int) -> PackedSequence:
         ids, targets = row.ids.copy(), row.targets.copy()
         draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, FIM_DRAWS]))
         for start, stop in _pieces(row):
             # Drawn for every document, so that what befalls one does not depend on the others.
             chosen, first, *cuts = draw.random(4)
-            if chosen < self._share and stop - start >= SHORTEST:
+            if chosen < self._share and stop - start >= MIN_DOCUMENT_TOKENS:
                 self._rearrange(ids[start:stop], targets[start:stop], first < self._suffix_first, cuts)
-        return Row(ids, targets, row.documents)
+        return PackedSequence(ids, targets, row.documents)
 
     def _rearrange(self, ids: np.ndarray, targets: np.ndarray, suffix_first: bool, cuts: list[float]) -> None:
         """In place. The three special tokens take the place of the last three, which the row loses."""
@@ -91,22 +91,22 @@ class FillInTheMiddle:
         targets[-1] = targets[-1] if ended else IGNORE
 
 
-class Masking:
+class TokenMasking:
     """Exchanges a share of the input tokens, special ones excepted."""
 
     def __init__(self, share: float, token: int | None, tokenizer: Tokenizer, seed: int) -> None:
         self._share, self._token, self._seed = share, token, seed
-        self._kept = np.array(sorted(tokenizer.specials.values()))
+        self._kept = np.array(sorted(tokenizer.special_tokens.values()))
         self._words = np.flatnonzero(tokenizer.byte_lengths())
 
-    def __call__(self, row: Row, number: int) -> Row:
+    def __call__(self, row: PackedSequence, number: int) -> PackedSequence:
         draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, MASK_DRAWS]))
         hit = (draw.random(len(row.ids)) < self._share) & ~np.isin(row.ids, self._kept)
         instead = self._words[draw.integers(0, len(self._words), len(row.ids))] if self._token is None else self._token
-        return Row(np.where(hit, instead, row.ids), row.targets, row.documents)
+        return PackedSequence(np.where(hit, instead, row.ids), row.targets, row.documents)
 
 
-def _pieces(row: Row) -> Iterator[tuple[int, int]]:
+def _pieces(row: PackedSequence) -> Iterator[tuple[int, int]]:
     """Where each document of the row begins and ends; padding, which predicts nothing, is none."""
     borders = [0, *(np.flatnonzero(np.diff(row.documents)) + 1).tolist(), len(row.ids)]
     for start, stop in pairwise(borders):

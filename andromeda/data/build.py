@@ -21,14 +21,15 @@ from typing import Any
 import numpy as np
 
 import andromeda
-from andromeda.config.data import BuildConfig
-from andromeda.data.encode import Written, encode_blocks, write_split, write_text
-from andromeda.data.ingest import Documents, Report, Selection, read_units, select
-from andromeda.data.manifest import FORMAT, HELD_OUT_TEXT, NAME, Manifest, SourceReport, TokenizerReport, fingerprint
-from andromeda.data.sources import Listing, list_source
+from andromeda.config.data import TOKENIZER_KINDS, BuildConfig, translate_build_keys
+from andromeda.data.corpus import FORMAT, HELD_OUT_TEXT, MANIFEST_NAME, CorpusManifest, SourceReport, TokenizerReport, corpus_fingerprint
+from andromeda.data.encode import EncodedSplit, encode_split, write_split, write_text
+from andromeda.data.ingest import DocumentSelection, DocumentTable, read_sources, select
+from andromeda.data.sources import SourceListing, list_source
 from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
-from andromeda.utils.errors import AndromedaError, ConfigError, DataError
+from andromeda.utils.errors import AndromedaError, ConfigError, DataError, nearest
 from andromeda.utils.files import PART, write_whole
+from andromeda.utils.progress_callback import ProgressCallback
 
 WORK = ".work"
 PLAN = "plan.json"
@@ -39,29 +40,41 @@ SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
 """Text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
 
 
-def build(sources: list[str], out: Path, config: BuildConfig, *, workers: int = 1, report: Report = lambda *_: None) -> Manifest:
+def build(
+    sources: list[str], out: Path, config: BuildConfig, *, workers: int = 1, report: ProgressCallback = lambda *_: None
+) -> CorpusManifest:
     """Build a corpus folder, or go on with one that was interrupted; a finished one of the same settings is returned as it is.
 
     `report(stage, done, total)` is called as work proceeds. Raises DataError or ConfigError with the cause and the mend.
     """
     if not sources:
         raise ConfigError("Nothing to build from: name files, folders, hf:NAME or `python`.")
-    trained = config.model_fields_set & {"tokenizer", "vocab_size", "digits", "specials"}
-    if config.tokenizer_path and trained:
-        raise ConfigError(f"A tokenizer that is given is not trained: leave out {', '.join(sorted(trained))} or tokenizer_path.")
+    trained = config.model_fields_set & {"vocab_size", "max_digits", "special_tokens"}
+    if trained and not config.trains_tokenizer:
+        raise ConfigError(f"The tokenizer {config.tokenizer} is trained already: leave out {', '.join(sorted(trained))}.")
     out = Path(out)
     try:
-        given = Tokenizer.load(config.tokenizer_path) if config.tokenizer_path else None
+        given = None if config.trains_tokenizer else _load_tokenizer(config.tokenizer)
         listings = [list_source(i, source, config) for i, source in enumerate(sources)]
         plan = _plan(sources, config, listings, given)
         with _locked(out):
             if not _begin(out, plan):
-                return Manifest.load(out)
-            return _Build(sources, out, config, listings, workers, report).run(given, plan)
+                return CorpusManifest.load(out)
+            return _CorpusBuilder(sources, out, config, listings, workers, report).run(given, plan)
     except OSError as error:
         raise DataError(
             f"{error.filename or out}: {error.strerror or error}; mend that, then the same command goes on from here."
         ) from error
+
+
+def _load_tokenizer(name: str) -> Tokenizer:
+    """The trained tokenizer that `tokenizer` names. Raises ConfigError for a word that is neither a kind nor a path."""
+    if not Path(name).expanduser().exists() and "/" not in name:
+        kinds = ", ".join(TOKENIZER_KINDS)
+        raise ConfigError(
+            f"tokenizer = {name!r} is no kind of tokenizer{nearest(name, TOKENIZER_KINDS)} and no path: take {kinds} or a path."
+        )
+    return Tokenizer.load(Path(name).expanduser())
 
 
 @contextmanager
@@ -81,7 +94,7 @@ def _locked(out: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _plan(sources: list[str], config: BuildConfig, listings: list[Listing], given: Tokenizer | None) -> dict[str, Any]:
+def _plan(sources: list[str], config: BuildConfig, listings: list[SourceListing], given: Tokenizer | None) -> dict[str, Any]:
     """What makes two builds the same: settings, tokenizer, and the files as they were when listed."""
     return {
         "layout": LAYOUT,
@@ -94,7 +107,7 @@ def _plan(sources: list[str], config: BuildConfig, listings: list[Listing], give
 
 def _begin(out: Path, plan: dict[str, Any]) -> bool:
     """True when there is work to do, False when this very build is finished. Refuses a folder that holds anything else."""
-    finished = (out / NAME).is_file()
+    finished = (out / MANIFEST_NAME).is_file()
     path = (out if finished else out / WORK) / PLAN
     if path.is_file():
         _refuse_other(out, plan, path)
@@ -119,6 +132,7 @@ def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
         raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
     if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
         raise DataError(f"{out} holds a build of another version: {mend}.")
+    old["config"] = translate_build_keys(old["config"])
     settings = [k for k, v in plan["config"].items() if old["config"].get(k) != v]
     if plan["sources"] != old["sources"]:
         settings.insert(0, "sources")
@@ -129,16 +143,18 @@ def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
         raise DataError(f"{out} was built from other content ({', '.join(changed) or 'the tokenizer'} changed since): {mend}.")
 
 
-class _Build:
+class _CorpusBuilder:
     """The stages of one build, in order."""
 
-    def __init__(self, sources: list[str], out: Path, config: BuildConfig, listings: list[Listing], workers: int, report: Report) -> None:
+    def __init__(
+        self, sources: list[str], out: Path, config: BuildConfig, listings: list[SourceListing], workers: int, report: ProgressCallback
+    ) -> None:
         self.sources, self.out, self.config, self.listings = sources, out, config, listings
         self.workers, self.report, self.work = workers, report, out / WORK
 
-    def run(self, given: Tokenizer | None, plan: dict[str, Any]) -> Manifest:
-        units = [unit for listing in self.listings for unit in listing.units]
-        read_units(units, self.work, self.config, self.workers, self.report)
+    def run(self, given: Tokenizer | None, plan: dict[str, Any]) -> CorpusManifest:
+        units = [unit for listing in self.listings for unit in listing.tasks]
+        read_sources(units, self.work, self.config, self.workers, self.report)
         try:
             chosen = select(units, self.sources, self.work, self.config)
             tokenizer = self._tokenizer(chosen.train, given)
@@ -159,7 +175,7 @@ class _Build:
         if not any(self.out.iterdir()):
             self.out.rmdir()
 
-    def _tokenizer(self, documents: Documents, given: Tokenizer | None) -> Tokenizer:
+    def _tokenizer(self, documents: DocumentTable, given: Tokenizer | None) -> Tokenizer:
         """The given tokenizer or one trained on the beginning of the training split; kept from an interrupted run."""
         folder = self.out / "tokenizer"
         if (folder / META).is_file():
@@ -170,20 +186,20 @@ class _Build:
         self.report("tokenizer", 1, 1)
         return tokenizer
 
-    def _sample(self, documents: Documents) -> Iterator[str]:
+    def _sample(self, documents: DocumentTable) -> Iterator[str]:
         before = np.cumsum(documents.size) - documents.size
         count = int(np.searchsorted(before, SAMPLE_BYTES[self.config.tokenizer]))
         return (content.decode() for content in documents.part(0, count).contents(self.work))
 
-    def _encode(self, split: str, documents: Documents, tokenizer: Tokenizer) -> Written:
-        blocks = encode_blocks(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report)
+    def _encode(self, split: str, documents: DocumentTable, tokenizer: Tokenizer) -> EncodedSplit:
+        blocks = encode_split(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report)
         return write_split(split, documents, blocks, self.out, self.config.shard_tokens)
 
-    def _manifest(self, chosen: Selection, tokenizer: Tokenizer, train: Written, val: Written) -> Manifest:
+    def _manifest(self, chosen: DocumentSelection, tokenizer: Tokenizer, train: EncodedSplit, val: EncodedSplit) -> CorpusManifest:
         splits = {"train": train, "val": val}
-        return Manifest(
+        return CorpusManifest(
             format=FORMAT,
-            fingerprint=fingerprint(tokenizer.fingerprint, {k: (w.sha256, w.report.offsets_sha256) for k, w in splits.items()}),
+            fingerprint=corpus_fingerprint(tokenizer.fingerprint, {k: (w.sha256, w.report.offsets_sha256) for k, w in splits.items()}),
             tokenizer=TokenizerReport(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eos=tokenizer.eos, fingerprint=tokenizer.fingerprint
             ),
@@ -197,14 +213,14 @@ class _Build:
             },
         )
 
-    def _source(self, i: int, chosen: Selection, train: Written, val: Written) -> SourceReport:
+    def _source(self, i: int, chosen: DocumentSelection, train: EncodedSplit, val: EncodedSplit) -> SourceReport:
         ours = [(d.source == i, d.size, w.counts) for d, w in ((chosen.train, train), (chosen.val, val))]
         return SourceReport(
             name=self.sources[i],
             read=chosen.read[i],
             kept=sum(int(mask.sum()) for mask, _, _ in ours),
             skipped=dict(sorted(chosen.skipped[i].items())),
-            ignored_files=self.listings[i].ignored,
+            ignored_files=self.listings[i].ignored_files,
             bytes=sum(int(size[mask].sum()) for mask, size, _ in ours),
             tokens=sum(int(counts[mask].sum()) for mask, _, counts in ours),
             inputs=self.listings[i].inputs,

@@ -8,13 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from andromeda.data.corpus import open_corpus
-from andromeda.data.manifest import HELD_OUT_TEXT
+from andromeda.data.corpus import HELD_OUT_TEXT, open_corpus
 from andromeda.utils.errors import DataError
 
 
 @dataclass(frozen=True)
-class Comparison:
+class TokenizerStats:
     """One tokenizer measured on a held-out text; separators do not count."""
 
     folder: str
@@ -27,7 +26,7 @@ class Comparison:
     """Share of the vocabulary that occurs in the text."""
 
 
-def compare(folders: Sequence[Path]) -> list[Comparison]:
+def compare(folders: Sequence[Path]) -> list[TokenizerStats]:
     """Measure the tokenizers of corpora that were built from the same documents. Raises DataError when the texts differ."""
     text = _held_out(folders[0])
     for folder in folders[1:]:
@@ -43,15 +42,15 @@ def _held_out(folder: Path) -> bytes:
         raise DataError(f"{folder} has no held-out text ({error.strerror}): name a corpus folder.") from error
 
 
-def _measure(folder: Path, text: bytes) -> Comparison:
+def _measure(folder: Path, text: bytes) -> TokenizerStats:
     corpus = open_corpus(folder, "val")
-    tokenizer, tokens = corpus.tokenizer, corpus.texts.tokens
+    tokenizer, tokens = corpus.tokenizer, corpus.documents.tokens
     assert tokenizer is not None
     counts = np.zeros(tokenizer.vocab_size, dtype=np.int64)
     for start in range(0, tokens.size, 1 << 22):
         counts += np.bincount(tokens.read(start, min(start + (1 << 22), tokens.size)), minlength=tokenizer.vocab_size)
     total = int(counts.sum() - counts[tokenizer.eos])
-    return Comparison(
+    return TokenizerStats(
         folder=str(folder),
         kind=tokenizer.kind,
         vocab_size=tokenizer.vocab_size,

@@ -1,25 +1,133 @@
-"""A corpus opened for reading: one split of a corpus folder, or llm.c shards made elsewhere."""
+"""What a corpus is, in numbers: every document, byte and token accounted for, and the sha256 that names the data."""
 
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Any
 
 import numpy as np
+from pydantic import BeforeValidator, ValidationError
 
-from andromeda.data.manifest import NAME, Manifest
-from andromeda.data.packing import Texts
+from andromeda.config.base import BaseConfig, as_tuple
+from andromeda.config.data import BuildConfig, translate_build_keys
+from andromeda.data.packing import TokenizedDocuments
 from andromeda.data.shards import TokenArray, open_shard
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import DataError
+from andromeda.utils.files import sha256_of, write_whole
+
+MANIFEST_NAME = "manifest.json"
+HELD_OUT_TEXT = "val.txt"
+"""The held-out documents' UTF-8 bytes one after the other, for compressors to be compared on the very same bytes."""
+FORMAT = 1
+
+
+class TokenizerReport(BaseConfig):
+    """Which tokenizer made the tokens."""
+
+    kind: str
+    vocab_size: int
+    eos: int
+    fingerprint: str
+
+
+class SourceReport(BaseConfig):
+    """What became of the documents of one source: `read` = `kept` + the sum of `skipped`."""
+
+    name: str
+    read: int
+    kept: int
+    skipped: dict[str, int]
+    """Reason to number of documents."""
+    ignored_files: int
+    """Files of a folder whose ending was not asked for."""
+    bytes: int
+    """UTF-8 bytes of the documents kept."""
+    tokens: int
+    """Tokens of the documents kept, separators included."""
+    inputs: str
+    """sha256 over names, sizes and times of the files listed."""
+
+
+class ShardReport(BaseConfig):
+    """One token file."""
+
+    file: str
+    tokens: int
+    sha256: str
+
+
+class SplitReport(BaseConfig):
+    """Training or held-out documents."""
+
+    documents: int
+    tokens: int
+    """Separators included."""
+    bytes: int
+    shards: Annotated[tuple[ShardReport, ...], BeforeValidator(as_tuple)]
+    offsets_sha256: str
+
+
+class CorpusManifest(BaseConfig):
+    """Everything that `andromeda data build` did; a corpus folder without it is not finished."""
+
+    format: int
+    fingerprint: str
+    """sha256 of the tokenizer and of every token and document border; equal for equal text and settings, whatever the
+    order of files, the number of workers, or interruptions."""
+    tokenizer: TokenizerReport
+    splits: dict[str, SplitReport]
+    sources: Annotated[tuple[SourceReport, ...], BeforeValidator(as_tuple)]
+    config: BuildConfig
+    made_with: dict[str, str]
+
+    def save(self, folder: Path) -> None:
+        write_whole(folder / MANIFEST_NAME, (self.model_dump_json(indent=2) + "\n").encode())
+
+    @classmethod
+    def load(cls, folder: Path) -> CorpusManifest:
+        """Read a corpus folder's manifest. Raises DataError when there is none or it is damaged."""
+        return cls.model_validate(_parse(folder))
+
+
+def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, str]]) -> str:
+    """sha256 that names the data: the tokenizer's fingerprint and, for each split, the sha256 of its tokens and of its offsets.
+
+    Tokens are hashed without shard headers, so that the size of the shards does not matter.
+    """
+    return hashlib.sha256(json.dumps([tokenizer, *sorted((k, *v) for k, v in splits.items())]).encode()).hexdigest()
+
+
+def _parse(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST_NAME
+    mend = "build it again with `andromeda data build`"
+    if not path.is_file():
+        raise DataError(f"{folder} is no finished corpus (it has no {MANIFEST_NAME}): {mend}.")
+    try:
+        value = json.loads(path.read_text("utf-8"))
+        if isinstance(value, dict) and isinstance(value.get("config"), dict):
+            value["config"] = translate_build_keys(value["config"])
+        CorpusManifest.model_validate(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(map(str, first["loc"]))
+        raise DataError(f"{path} is damaged or of another version ({place}: {first['msg'].lower()}): {mend}.") from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
+    if value["format"] != FORMAT:
+        raise DataError(f"{path} has format {value['format']}, this version reads {FORMAT}: {mend}.")
+    return value
 
 
 @dataclass(frozen=True)
 class Corpus:
     """One split of one corpus. Shards made elsewhere may come without a tokenizer; then bytes cannot be counted."""
 
-    texts: Texts
+    documents: TokenizedDocuments
     tokenizer: Tokenizer | None
     vocab_size: int
     fingerprint: str
@@ -28,12 +136,12 @@ class Corpus:
 def open_corpus(path: Path | str, split: str) -> Corpus:
     """Open one split. `path` is a corpus folder, a folder of *train*.bin and *val*.bin shards, or one .bin (training only)."""
     path = Path(path).expanduser()
-    if (path / NAME).is_file():
+    if (path / MANIFEST_NAME).is_file():
         return _open_built(path, split)
     if path.is_dir():
         shards = sorted(path.glob(f"*{split}*.bin"))
         if not shards:
-            raise DataError(f"{path} is no corpus (no {NAME}, no *{split}*.bin): build one with `andromeda data build`.")
+            raise DataError(f"{path} is no corpus (no {MANIFEST_NAME}, no *{split}*.bin): build one with `andromeda data build`.")
         return _open_foreign(shards)
     if not path.is_file():
         raise DataError(f"There is no corpus at {path}: build one with `andromeda data build`.")
@@ -44,7 +152,7 @@ def open_corpus(path: Path | str, split: str) -> Corpus:
 
 def _open_built(folder: Path, split: str) -> Corpus:
     """A folder made by `andromeda data build`; sizes are checked here, hashes by `andromeda data show --verify`."""
-    manifest = Manifest.load(folder)
+    manifest = CorpusManifest.load(folder)
     report = manifest.splits[split]
     shards = [open_shard(folder / s.file) for s in report.shards]
     for shard, expected in zip(shards, report.shards, strict=True):
@@ -64,7 +172,7 @@ def _open_built(folder: Path, split: str) -> Corpus:
         raise DataError(
             f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
         )
-    return Corpus(Texts(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
+    return Corpus(TokenizedDocuments(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
 
 
 def _open_foreign(paths: list[Path]) -> Corpus:
@@ -84,10 +192,56 @@ def _open_foreign(paths: list[Path]) -> Corpus:
     tokenizer = _tokenizer_beside(paths[0].parent, separator)
     vocab_size = max(largest + 1, tokenizer.vocab_size if tokenizer else 0)
     offsets = np.concatenate([*starts, [before]])
-    return Corpus(Texts(TokenArray(shards), offsets, separator), tokenizer, vocab_size, digest.hexdigest())
+    return Corpus(TokenizedDocuments(TokenArray(shards), offsets, separator), tokenizer, vocab_size, digest.hexdigest())
 
 
 def _tokenizer_beside(folder: Path, separator: int) -> Tokenizer | None:
     if not any((folder / name).exists() for name in ("tokenizer", "tokenizer.json")):
         return None
     return Tokenizer.load(folder, eos=separator)
+
+
+def verify_corpus(folder: Path) -> CorpusManifest:
+    """Hash everything again and decode the held-out split. Raises DataError naming the first file that differs."""
+    manifest = CorpusManifest.load(folder)
+    content: dict[str, tuple[str, str]] = {}
+    for split, report in manifest.splits.items():
+        corpus = open_corpus(folder, split)
+        for shard in report.shards:
+            _expect(folder / shard.file, shard.sha256)
+        _expect(folder / f"{split}-documents.npy", report.offsets_sha256)
+        content[split] = (_tokens_sha256(corpus), report.offsets_sha256)
+        _refuse_other_bytes(folder, split, corpus, report.bytes)
+    tokenizer = corpus.tokenizer.fingerprint if corpus.tokenizer else ""
+    if corpus_fingerprint(tokenizer, content) != manifest.fingerprint:
+        raise DataError(f"The fingerprint in the manifest of {folder} is not that of what the folder holds: build the corpus again.")
+    return manifest
+
+
+def _expect(path: Path, sha256: str) -> None:
+    if sha256_of(path) != sha256:
+        raise DataError(f"{path} does not match its sha256 in the manifest: it was changed or damaged; build the corpus again.")
+
+
+def _blocks(corpus: Corpus, size: int = 1 << 22) -> list[tuple[int, int]]:
+    return [(start, min(start + size, corpus.documents.tokens.size)) for start in range(0, corpus.documents.tokens.size, size)]
+
+
+def _tokens_sha256(corpus: Corpus) -> str:
+    digest = hashlib.sha256()
+    for start, stop in _blocks(corpus):
+        digest.update(corpus.documents.tokens.read(start, stop).astype(corpus.documents.tokens.dtype).tobytes())
+    return digest.hexdigest()
+
+
+def _refuse_other_bytes(folder: Path, split: str, corpus: Corpus, expected: int) -> None:
+    """Tokens must stand for the number of bytes reported, and the held-out ones for the held-out text."""
+    tokenizer, tokens = corpus.tokenizer, corpus.documents.tokens
+    assert tokenizer is not None
+    lengths = tokenizer.byte_lengths()
+    if sum(int(lengths[tokens.read(a, b)].sum()) for a, b in _blocks(corpus)) != expected:
+        raise DataError(f"The {split} tokens of {folder} do not stand for the {expected} bytes reported: build the corpus again.")
+    if split == "val":
+        content = b"".join(tokenizer.decode_bytes(tokens.read(a, b).tolist()) for a, b in _blocks(corpus))
+        if not (folder / HELD_OUT_TEXT).is_file() or (folder / HELD_OUT_TEXT).read_bytes() != content:
+            raise DataError(f"{folder / HELD_OUT_TEXT} is not the text of the held-out tokens: build the corpus again.")

@@ -13,13 +13,14 @@ from pathlib import Path
 
 import numpy as np
 
-from andromeda.data.ingest import Documents, Report
-from andromeda.data.manifest import ShardReport, SplitReport
+from andromeda.data.corpus import ShardReport, SplitReport
+from andromeda.data.ingest import DocumentTable
 from andromeda.data.shards import token_dtype, write_shard
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.data.workers import ordered_map
 from andromeda.utils.errors import DataError
-from andromeda.utils.files import whole_file, write_whole
+from andromeda.utils.files import sha256_of, whole_file, write_whole
+from andromeda.utils.progress_callback import ProgressCallback
 
 BLOCK_BYTES = 4 << 20
 CHUNK = 1 << 18
@@ -27,7 +28,7 @@ WORD_END = re.compile(r"(?<=[^\W_])\n")
 
 
 @dataclass(frozen=True)
-class Block:
+class EncodeTask:
     """Neighboring documents of one split that are encoded together."""
 
     path: Path
@@ -35,17 +36,20 @@ class Block:
     tokenizer: Path
     fingerprint: str
     """Of the tokenizer, which is kept between blocks."""
-    documents: Documents
+    documents: DocumentTable
 
 
-def encode_blocks(split: str, documents: Documents, work: Path, folder: Path, fingerprint: str, workers: int, report: Report) -> list[Path]:
+def encode_split(
+    split: str, documents: DocumentTable, work: Path, folder: Path, fingerprint: str, workers: int, report: ProgressCallback
+) -> list[Path]:
     """Encode a split into block files, those that exist already excepted; returns them in order."""
     ends = np.cumsum(documents.size)
     total = int(ends[-1])
     numbers = (ends - documents.size) // BLOCK_BYTES
     borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(documents)]
     blocks = [
-        Block(work / f"{split}-{i:06d}.npz", work, folder, fingerprint, documents.part(a, b)) for i, (a, b) in enumerate(pairwise(borders))
+        EncodeTask(work / f"{split}-{i:06d}.npz", work, folder, fingerprint, documents.part(a, b))
+        for i, (a, b) in enumerate(pairwise(borders))
     ]
     for stop, _ in zip(borders[1:], ordered_map(_encode, blocks, workers), strict=True):
         report(f"encode {split}", int(ends[stop - 1]), total)
@@ -58,7 +62,7 @@ def _tokenizer(folder: Path, fingerprint: str) -> tuple[Tokenizer, np.ndarray]:
     return tokenizer, tokenizer.byte_lengths()
 
 
-def _encode(block: Block) -> None:
+def _encode(block: EncodeTask) -> None:
     """Encode one block to its file: separator and tokens of each document, and how many they are."""
     if block.path.is_file():
         return
@@ -97,7 +101,7 @@ def chunked(text: str) -> Iterator[str]:
 
 
 @dataclass(frozen=True)
-class Written:
+class EncodedSplit:
     """One finished split: its report, the sha256 of its tokens, and the number of tokens of each document."""
 
     report: SplitReport
@@ -105,7 +109,7 @@ class Written:
     counts: np.ndarray
 
 
-def write_split(split: str, documents: Documents, blocks: list[Path], out: Path, shard_tokens: int) -> Written:
+def write_split(split: str, documents: DocumentTable, blocks: list[Path], out: Path, shard_tokens: int) -> EncodedSplit:
     """Join the blocks into shards of exactly `shard_tokens` tokens (the last one shorter) and write the document offsets."""
     digest, shards = hashlib.sha256(), []
     counts: list[np.ndarray] = []
@@ -125,7 +129,7 @@ def write_split(split: str, documents: Documents, blocks: list[Path], out: Path,
         shards=tuple(shards),
         offsets_sha256=sha256_of(path),
     )
-    return Written(report, digest.hexdigest(), lengths)
+    return EncodedSplit(report, digest.hexdigest(), lengths)
 
 
 def _regroup(blocks: list[Path], size: int, counts: list[np.ndarray]) -> Iterator[np.ndarray]:
@@ -145,13 +149,7 @@ def _regroup(blocks: list[Path], size: int, counts: list[np.ndarray]) -> Iterato
         yield np.concatenate(held)
 
 
-def write_text(documents: Documents, work: Path, path: Path) -> None:
+def write_text(documents: DocumentTable, work: Path, path: Path) -> None:
     """The documents' UTF-8 bytes one after the other, nothing between them."""
     with whole_file(path) as file:
         file.writelines(documents.contents(work))
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file's content."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

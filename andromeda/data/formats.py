@@ -1,4 +1,4 @@
-"""How each kind of file becomes documents. A reader yields a `Found` for every document, read or not, and raises nothing."""
+"""How each kind of file becomes documents. A reader yields a `Document` for every document, read or not, and never raises."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -19,11 +20,8 @@ from andromeda.data.shards import open_shard
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import AndromedaError, DataError, MissingExtra
 
-if TYPE_CHECKING:
-    from andromeda.data.sources import Unit
-
 TEXT = "text"
-KNOWN = {
+FORMAT_BY_EXTENSION = {
     ".jsonl.gz": "packed",
     ".jsonl.zst": "packed",
     ".jsonl": "jsonl",
@@ -36,37 +34,54 @@ KNOWN = {
 """Endings and how they are read; the longer ones first."""
 
 
-class Found(NamedTuple):
+@dataclass(frozen=True)
+class ReadTask:
+    """A piece of reading that one worker does and that is kept once done.
+
+    `files` are (name in reports, path); `start` and `stop` are bytes of a .jsonl, row groups of a .parquet, documents of a
+    corpus, or the shard number and count of a dataset.
+    """
+
+    source: int
+    kind: str
+    files: tuple[tuple[str, str], ...]
+    start: int = 0
+    stop: int = 0
+    size: int = 0
+    """Bytes on disk, for progress only."""
+
+
+class Document(NamedTuple):
     """One document, or the reason why there is none."""
 
-    where: str
+    location: str
     text: str | None
-    reason: str = ""
+    skip_reason: str = ""
 
 
-def read_unit(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def read_documents(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """Every document of a unit in order, with the checks on content and length applied."""
     for found in READERS[unit.kind](unit, config):
         if found.text is None:
             yield found
-        elif config.cut:
-            yield from (_checked(Found(found.where, piece), config) for piece in _cut(found.text, config.cut))
+        elif config.split_documents_at:
+            yield from (_checked(Document(found.location, piece), config) for piece in _cut(found.text, config.split_documents_at))
         else:
             yield _checked(found, config)
 
 
-def _checked(found: Found, config: BuildConfig) -> Found:
+def _checked(found: Document, config: BuildConfig) -> Document:
     text = found.text or ""
     if not text.strip():
-        return Found(found.where, None, "empty")
+        return Document(found.location, None, "empty")
     try:
         size = len(text.encode())
     except UnicodeEncodeError:
-        return Found(found.where, None, "not UTF-8")
-    if size < config.shortest:
-        return Found(found.where, None, "too short")
-    if size > config.longest:
-        return Found(found.where, None, "too long")
+        return Document(found.location, None, "not UTF-8")
+    if size < config.min_document_bytes:
+        return Document(found.location, None, "too short")
+    if size > config.max_document_bytes:
+        return Document(found.location, None, "too long")
     return found
 
 
@@ -89,27 +104,27 @@ def _cut(text: str, limit: int) -> Iterator[str]:
         yield "".join(held)
 
 
-def _read_texts(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_texts(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """Whole files, one document each."""
     for name, path in unit.files:
         try:
-            if os.path.getsize(path) > config.longest and not config.cut:  # known without having it in memory
-                yield Found(name, None, "too long")
+            if os.path.getsize(path) > config.max_document_bytes and not config.split_documents_at:  # known without having it in memory
+                yield Document(name, None, "too long")
                 continue
             content = Path(path).read_bytes()
         except OSError as error:
-            yield Found(name, None, f"unreadable: {error.strerror}")
+            yield Document(name, None, f"unreadable: {error.strerror}")
             continue
         if b"\0" in content[:8192]:
-            yield Found(name, None, "binary")
+            yield Document(name, None, "binary")
             continue
         try:
-            yield Found(name, content.decode("utf-8"))
+            yield Document(name, content.decode("utf-8"))
         except UnicodeDecodeError:
-            yield Found(name, None, "not UTF-8")
+            yield Document(name, None, "not UTF-8")
 
 
-def _read_jsonl(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_jsonl(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """The lines of a plain .jsonl that begin inside the unit's byte range."""
     name, path = unit.files[0]
     try:
@@ -120,10 +135,10 @@ def _read_jsonl(unit: Unit, config: BuildConfig) -> Iterator[Found]:
             while (at := file.tell()) < unit.stop and (line := file.readline()):
                 yield from _read_line(f"{name}@{at}", line, config)
     except OSError as error:
-        yield Found(name, None, f"unreadable: {error.strerror}")
+        yield Document(name, None, f"unreadable: {error.strerror}")
 
 
-def _read_packed(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_packed(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """The lines of a .jsonl.gz or .jsonl.zst; a damaged rest is one skipped document."""
     name, path = unit.files[0]
     try:
@@ -131,7 +146,7 @@ def _read_packed(unit: Unit, config: BuildConfig) -> Iterator[Found]:
             for number, line in enumerate(file, 1):
                 yield from _read_line(f"{name}:{number}", line, config)
     except Exception as error:  # each library has its own family of errors for damaged data
-        yield Found(name, None, f"unreadable: {type(error).__name__}")
+        yield Document(name, None, f"unreadable: {type(error).__name__}")
 
 
 def need_pyarrow(purpose: str) -> Any:
@@ -155,29 +170,29 @@ def _unpacked(path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_line(where: str, line: bytes, config: BuildConfig) -> Iterator[Found]:
+def _read_line(where: str, line: bytes, config: BuildConfig) -> Iterator[Document]:
     """The document of one JSON line; blank lines are no documents."""
     if not line.strip():
         return
     try:
         row = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError:
-        yield Found(where, None, "not UTF-8")
+        yield Document(where, None, "not UTF-8")
     except (ValueError, RecursionError):
-        yield Found(where, None, "bad JSON")
+        yield Document(where, None, "bad JSON")
     else:
         yield _from_row(where, row, config)
 
 
-def _from_row(where: str, row: Any, config: BuildConfig) -> Found:
+def _from_row(where: str, row: Any, config: BuildConfig) -> Document:
     """The text of a row; a missing field's reason names the fields that the row has."""
     if not isinstance(row, dict):
-        return Found(where, None, "bad JSON")
+        return Document(where, None, "bad JSON")
     text = row.get(config.text_field)
     if isinstance(text, str):
-        return Found(where, text)
+        return Document(where, text)
     fields = ", ".join(sorted(str(key) for key, value in row.items() if isinstance(value, str))[:5])
-    return Found(where, None, f"no text in field {config.text_field!r} (fields with text: {fields or 'none'})")
+    return Document(where, None, f"no text in field {config.text_field!r} (fields with text: {fields or 'none'})")
 
 
 def parquet_groups(path: str) -> list[int]:
@@ -195,7 +210,7 @@ def _parquet(path: str) -> Any:
     return need_pyarrow("Reading .parquet files").parquet.ParquetFile(path)
 
 
-def _read_parquet(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_parquet(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     name, path = unit.files[0]
     try:
         file = _parquet(path)
@@ -206,37 +221,37 @@ def _read_parquet(unit: Unit, config: BuildConfig) -> Iterator[Found]:
                 yield _from_row(f"{name}:{unit.start}:{number}", row, config)
                 number += 1
     except Exception as error:  # as above
-        yield Found(name, None, f"unreadable: {type(error).__name__}")
+        yield Document(name, None, f"unreadable: {type(error).__name__}")
 
 
-def _read_shard(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_shard(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """The documents of a .bin shard, decoded; its first token is the separator, as llm.c writes them."""
     name, path = unit.files[0]
     try:
         tokens = open_shard(Path(path)).view()
-        tokenizer = Tokenizer.load(config.tokenizer_path or Path(path).parent)
+        tokenizer = Tokenizer.load(Path(path).parent if config.trains_tokenizer else config.tokenizer)
         starts = np.flatnonzero(tokens == tokens[0])
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield _decoded(f"{name}@{start}", tokenizer.decode_bytes(tokens[start + 1 : stop].tolist()))
     except AndromedaError as error:
-        yield Found(name, None, f"unreadable: {error}")
+        yield Document(name, None, f"unreadable: {error}")
 
 
-def _read_corpus(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_corpus(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """Documents of a finished corpus."""
     split, folder = unit.files[0]
     corpus = open_corpus(folder, split)
-    tokenizer, (tokens, offsets, _) = corpus.tokenizer, corpus.texts
+    tokenizer, (tokens, offsets, _) = corpus.tokenizer, corpus.documents
     assert tokenizer is not None
     for i in range(unit.start, unit.stop):
         yield _decoded(f"{split}:{i}", tokenizer.decode_bytes(tokens.read(int(offsets[i]) + 1, int(offsets[i + 1])).tolist()))
 
 
-def _decoded(where: str, content: bytes) -> Found:
+def _decoded(where: str, content: bytes) -> Document:
     try:
-        return Found(where, content.decode())
+        return Document(where, content.decode())
     except UnicodeDecodeError:
-        return Found(where, None, "not UTF-8")
+        return Document(where, None, "not UTF-8")
 
 
 def open_dataset(source: str) -> Any:
@@ -258,7 +273,7 @@ def _first_line(error: Exception) -> str:
     return str(error).strip().partition("\n")[0].rstrip(".:") or type(error).__name__
 
 
-def _read_dataset(unit: Unit, config: BuildConfig) -> Iterator[Found]:
+def _read_dataset(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     from datasets.distributed import split_dataset_by_node
 
     source = unit.files[0][1]
@@ -270,7 +285,7 @@ def _read_dataset(unit: Unit, config: BuildConfig) -> Iterator[Found]:
         raise DataError(f"The dataset {source} broke off ({_first_line(error)}): run the same command again to go on.") from error
 
 
-READERS: dict[str, Callable[[Unit, BuildConfig], Iterator[Found]]] = {
+READERS: dict[str, Callable[[ReadTask, BuildConfig], Iterator[Document]]] = {
     TEXT: _read_texts,
     "jsonl": _read_jsonl,
     "packed": _read_packed,

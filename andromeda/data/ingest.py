@@ -7,7 +7,7 @@ import io
 import json
 import mmap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -15,18 +15,15 @@ from pathlib import Path
 import numpy as np
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.formats import read_unit
-from andromeda.data.sources import Unit
+from andromeda.data.formats import ReadTask, read_documents
 from andromeda.data.workers import ordered_map
 from andromeda.utils.errors import DataError
 from andromeda.utils.files import whole_file, write_whole
-
-Report = Callable[[str, int, int], None]
-"""Called with (stage, done, total) as work proceeds."""
+from andromeda.utils.progress_callback import ProgressCallback
 
 
 @dataclass(frozen=True)
-class Harvest:
+class UnitIndex:
     """What one unit gave: its documents' digests (N, 32), sizes (N,) and names, and the places and reasons of those skipped."""
 
     digests: np.ndarray
@@ -36,7 +33,7 @@ class Harvest:
 
 
 @dataclass(frozen=True)
-class Documents:
+class DocumentTable:
     """Documents in their final order, as places in the work folder; all arrays are (N,)."""
 
     unit: np.ndarray
@@ -47,8 +44,8 @@ class Documents:
     def __len__(self) -> int:
         return len(self.unit)
 
-    def part(self, start: int, stop: int) -> Documents:
-        return Documents(self.unit[start:stop], self.offset[start:stop], self.size[start:stop], self.source[start:stop])
+    def part(self, start: int, stop: int) -> DocumentTable:
+        return DocumentTable(self.unit[start:stop], self.offset[start:stop], self.size[start:stop], self.source[start:stop])
 
     def contents(self, work: Path) -> Iterator[bytes]:
         """The UTF-8 text of every document."""
@@ -58,11 +55,11 @@ class Documents:
 
 
 @dataclass(frozen=True)
-class Selection:
+class DocumentSelection:
     """The outcome of reading: two splits, and for every source what was read, kept and skipped."""
 
-    train: Documents
-    val: Documents
+    train: DocumentTable
+    val: DocumentTable
     read: list[int]
     skipped: list[Counter[str]]
     log: list[dict[str, str]]
@@ -82,12 +79,12 @@ def _mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def read_units(units: list[Unit], work: Path, config: BuildConfig, workers: int, report: Report) -> None:
+def read_sources(units: list[ReadTask], work: Path, config: BuildConfig, workers: int, report: ProgressCallback) -> None:
     """Read every unit that is not yet in the work folder; units behind a source's `max_bytes` are left alone."""
     held: Counter[int] = Counter()
     total, done = sum(u.size for u in units), 0
 
-    def wanted() -> Iterator[tuple[int, Unit]]:
+    def wanted() -> Iterator[tuple[int, ReadTask]]:
         for number, unit in enumerate(units):
             if not config.max_bytes or held[unit.source] < config.max_bytes:
                 yield number, unit
@@ -99,7 +96,7 @@ def read_units(units: list[Unit], work: Path, config: BuildConfig, workers: int,
     report("read", total, total)
 
 
-def _read_one(task: tuple[int, Unit], work: Path, config: BuildConfig) -> tuple[int, int]:
+def _read_one(task: tuple[int, ReadTask], work: Path, config: BuildConfig) -> tuple[int, int]:
     """Read one unit to its text file and then its index, whose presence says that both are whole; returns (number, bytes)."""
     number, unit = task
     if index_path(work, number).is_file():
@@ -107,15 +104,15 @@ def _read_one(task: tuple[int, Unit], work: Path, config: BuildConfig) -> tuple[
     digests, sizes, names, skipped = [], [], [], []
     held = 0
     with whole_file(text_path(work, number)) as file:
-        for found in read_unit(unit, config):
+        for found in read_documents(unit, config):
             if found.text is None:
-                skipped.append((found.where, found.reason))
+                skipped.append((found.location, found.skip_reason))
                 continue
             content = found.text.encode()
             file.write(content)
             digests.append(hashlib.sha256(content).digest())
             sizes.append(len(content))
-            names.append(found.where)
+            names.append(found.location)
             held += len(content)
             if config.max_bytes and held >= config.max_bytes:
                 break
@@ -130,19 +127,19 @@ def _read_one(task: tuple[int, Unit], work: Path, config: BuildConfig) -> tuple[
     return number, held
 
 
-def _load(work: Path, number: int) -> Harvest:
+def _load(work: Path, number: int) -> UnitIndex:
     with np.load(index_path(work, number)) as index:
         names, skipped = json.loads(index["words"].tobytes())
-        return Harvest(index["digests"], index["sizes"], names, [(where, reason) for where, reason in skipped])
+        return UnitIndex(index["digests"], index["sizes"], names, [(where, reason) for where, reason in skipped])
 
 
-def select(units: list[Unit], sources: list[str], work: Path, config: BuildConfig) -> Selection:
+def select(units: list[ReadTask], sources: list[str], work: Path, config: BuildConfig) -> DocumentSelection:
     """Choose and order the documents. A pure function of what was read, in the order of the units.
 
     Documents are sorted by the sha256 of their text; the held-out split is the beginning of that order, so a document is
     held out or not by its content alone. At least one document is on either side.
     """
-    books = _Books(sources, [0] * len(sources), [Counter() for _ in sources], [])
+    books = _SourceCounts(sources, [0] * len(sources), [Counter() for _ in sources], [])
     columns = [_within_limit(number, unit, work, config, books) for number, unit in enumerate(units)]
     digests, unit, offset, size, source = (np.concatenate(c) for c in zip(*columns, strict=True))
     words = np.ascontiguousarray(digests).view(">u8")
@@ -153,14 +150,14 @@ def select(units: list[Unit], sources: list[str], work: Path, config: BuildConfi
     order = order[~again]
     if len(order) < 2:
         raise DataError(_too_few(len(order), sources, books.skipped))
-    limit = np.uint64(int(config.validation * 2.0**64))
+    limit = np.uint64(int(config.validation_fraction * 2.0**64))
     held_out = min(max(int(np.searchsorted(words[order, 0].astype(np.uint64), limit)), 1), len(order) - 1)
-    documents = Documents(unit[order], offset[order], size[order], source[order])
-    return Selection(documents.part(held_out, len(order)), documents.part(0, held_out), books.read, books.skipped, books.log)
+    documents = DocumentTable(unit[order], offset[order], size[order], source[order])
+    return DocumentSelection(documents.part(held_out, len(order)), documents.part(0, held_out), books.read, books.skipped, books.log)
 
 
 @dataclass
-class _Books:
+class _SourceCounts:
     """The account that `select` keeps, by source."""
 
     sources: list[str]
@@ -178,7 +175,7 @@ class _Books:
 Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
-def _within_limit(number: int, unit: Unit, work: Path, config: BuildConfig, books: _Books) -> Columns:
+def _within_limit(number: int, unit: ReadTask, work: Path, config: BuildConfig, books: _SourceCounts) -> Columns:
     """The documents of a unit that its source's `max_bytes` leaves room for: digests, unit, offset, size, source."""
     if unit.source != books.current:
         books.current, books.held = unit.source, 0
@@ -205,7 +202,7 @@ def _within_limit(number: int, unit: Unit, work: Path, config: BuildConfig, book
 
 
 def _log_duplicates(
-    which: np.ndarray, unit: np.ndarray, offset: np.ndarray, size: np.ndarray, source: np.ndarray, work: Path, books: _Books
+    which: np.ndarray, unit: np.ndarray, offset: np.ndarray, size: np.ndarray, source: np.ndarray, work: Path, books: _SourceCounts
 ) -> None:
     """Book every document whose text came before."""
     named = lru_cache(maxsize=8)(partial(_places, work))
@@ -225,5 +222,7 @@ def _too_few(count: int, sources: list[str], skipped: list[Counter[str]]) -> str
     reasons = sum(skipped, Counter())
     why = "; ".join(f"{reason} {n}" for reason, n in reasons.most_common(3))
     if count == 1:
-        return f"Only one document is left, so none could be held out ({why or 'one file'}): cut long texts with `--cut 20000` or add more."
-    return f"No document is left of {', '.join(sources)} ({why or 'nothing was read'}): check the files and --field, --shortest, --longest."
+        mend = "split long texts with `--split-documents-at 20000` or add more"
+        return f"Only one document is left, so none could be held out ({why or 'one file'}): {mend}."
+    options = "--text-field, --min-document-bytes, --max-document-bytes"
+    return f"No document is left of {', '.join(sources)} ({why or 'nothing was read'}): check the files and {options}."

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 
 from andromeda.config.data import DataConfig, SourceConfig
-from andromeda.data.augmentation import Stage, build_stages
+from andromeda.data.augmentation import SequenceTransform, build_transforms
 from andromeda.data.corpus import Corpus, open_corpus
-from andromeda.data.mixture import Interleaved, Mixture
+from andromeda.data.mixture import MixtureSchedule, ProportionalSchedule
 from andromeda.data.packing import IGNORE, PACKINGS, Packing
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import ConfigError, DataError
@@ -51,16 +51,16 @@ class Batch:
         return replace(self, ids=ids, targets=targets, documents=documents)
 
 
-class Stream:
+class TokenStream:
     """Rows of tokens by number; see `open_stream`."""
 
     def __init__(
         self,
         corpora: list[Corpus],
         packings: list[Packing],
-        schedule: Mixture | Interleaved,
+        schedule: MixtureSchedule | ProportionalSchedule,
         fingerprint: str,
-        stages: Sequence[Stage] = (),
+        stages: Sequence[SequenceTransform] = (),
     ) -> None:
         self._corpora, self._packings, self._schedule, self._stages = corpora, packings, schedule, stages
         self.fingerprint = fingerprint
@@ -69,27 +69,27 @@ class Stream:
         """Every id is below it."""
         self.tokenizer: Tokenizer | None = corpora[0].tokenizer
         """None only for shards that were made elsewhere and lie beside no tokenizer."""
-        lengths = [p.length for p in packings]
-        self.rows_available = None if None in lengths else sum(n for n in lengths if n is not None)
+        lengths = [p.num_sequences for p in packings]
+        self.num_sequences = None if None in lengths else sum(n for n in lengths if n is not None)
         """Rows of a held-out stream; None for training, which never ends."""
         known = self.tokenizer.byte_lengths() if self.tokenizer else np.zeros(0, dtype=np.int64)
         self._byte_lengths = np.pad(known, (0, self.vocab_size - len(known)))
 
-    def rows(self, start: int, count: int) -> Batch:
+    def batch(self, start: int, count: int) -> Batch:
         """Rows `start` to `start + count - 1`; fewer where a held-out stream ends, at least one."""
-        if self.rows_available is not None:
-            count = min(count, self.rows_available - start)
+        if self.num_sequences is not None:
+            count = min(count, self.num_sequences - start)
         if start < 0 or count < 1:
-            end = f"has rows 0 to {self.rows_available - 1}" if self.rows_available else "begins at row 0"
+            end = f"has rows 0 to {self.num_sequences - 1}" if self.num_sequences else "begins at row 0"
             raise DataError(f"There are no {count} rows at row {start}: the stream {end}.")
-        return self.at(range(start, start + count))
+        return self.gather(range(start, start + count))
 
-    def at(self, numbers: Sequence[int]) -> Batch:
+    def gather(self, numbers: Sequence[int]) -> Batch:
         """The rows with these numbers, in this order."""
         rows = []
         for number in numbers:
             source, inside = self._schedule.locate(number)
-            row = self._packings[source].row(inside)
+            row = self._packings[source].sequence(inside)
             for stage in self._stages:
                 row = stage(row, number)
             rows.append(row)
@@ -105,10 +105,10 @@ class Stream:
 
     def epochs(self, row: int) -> tuple[float, ...]:
         """How often each source has been gone through when `row` rows have been read."""
-        return tuple(self._schedule.count(s, row) / p.per_epoch for s, p in enumerate(self._packings))
+        return tuple(self._schedule.count(s, row) / p.sequences_per_epoch for s, p in enumerate(self._packings))
 
 
-class PrefetchedStream(Stream):
+class PrefetchingTokenStream(TokenStream):
     """A stream that reads ahead in threads; what a row holds, and so the order, stays the same.
 
     The next calls are expected at the distance of the last two; another call is answered as well, only without the gain.
@@ -121,7 +121,7 @@ class PrefetchedStream(Stream):
         self._ahead: dict[tuple[int, int], Future[Batch]] = {}
         self._last: int | None = None
 
-    def rows(self, start: int, count: int) -> Batch:
+    def batch(self, start: int, count: int) -> Batch:
         stride = start - self._last if self._last is not None and start > self._last else count
         self._last = start
         ready = self._ahead.pop((start, count), None)
@@ -130,13 +130,13 @@ class PrefetchedStream(Stream):
         for key in self._ahead.keys() - kept.keys():
             self._ahead[key].cancel()
         for key in wanted:
-            if key not in kept and (self.rows_available is None or key[0] < self.rows_available):
-                kept[key] = self._pool.submit(super().rows, *key)
+            if key not in kept and (self.num_sequences is None or key[0] < self.num_sequences):
+                kept[key] = self._pool.submit(super().batch, *key)
         self._ahead = kept
-        return ready.result() if ready else super().rows(start, count)
+        return ready.result() if ready else super().batch(start, count)
 
 
-def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "train") -> Stream:
+def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "train") -> TokenStream:
     """Open the rows of `sequence` tokens that a run reads.
 
     Training never ends: each source starts over when it is used up, reshuffled by (seed, epoch), and sources are mixed row by
@@ -151,27 +151,31 @@ def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "tr
     endless = split == "train"
     shuffle = config.shuffle and endless
     packings: list[Packing] = [
-        PACKINGS[config.packing](corpus.texts, sequence, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
+        PACKINGS[config.packing](corpus.documents, sequence, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
     ]
-    stages = build_stages(config.augment, corpora[0].tokenizer, seed) if endless else []
-    schedule = Mixture(_weights(config, sources, corpora)) if endless else Interleaved([p.length or 0 for p in packings])
-    shares = [str(share) for share in schedule.shares] if isinstance(schedule, Mixture) else []
+    stages = build_transforms(config.augment, corpora[0].tokenizer, seed) if endless else []
+    schedule = (
+        MixtureSchedule(_weights(config, sources, corpora)) if endless else ProportionalSchedule([p.num_sequences or 0 for p in packings])
+    )
+    shares = [str(share) for share in schedule.shares] if isinstance(schedule, MixtureSchedule) else []
     content: list[Any] = [split, [c.fingerprint for c in corpora], shares, config.packing, sequence, seed if shuffle else None]
     if stages:  # absent when off, so that runs from before there were stages can go on
         content.append([config.augment.model_dump(), seed])
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if config.workers:
-        return PrefetchedStream(corpora, packings, schedule, fingerprint, stages, workers=config.workers)
-    return Stream(corpora, packings, schedule, fingerprint, stages)
+        return PrefetchingTokenStream(corpora, packings, schedule, fingerprint, stages, workers=config.workers)
+    return TokenStream(corpora, packings, schedule, fingerprint, stages)
 
 
 def _weights(config: DataConfig, sources: tuple[SourceConfig, ...], corpora: list[Corpus]) -> list[float]:
     """Weights of the mixture; by size, they grow with each source's tokens to the power `upsample`."""
     if not config.by_size:
         return [source.weight for source in sources]
-    largest = max(corpus.texts.tokens.size for corpus in corpora)
+    largest = max(corpus.documents.tokens.size for corpus in corpora)
     # Six digits: shares are exact from here on, and no rounding of a power may change them between machines.
-    return [round(s.weight * (c.texts.tokens.size / largest) ** config.upsample, 6) or 1e-6 for s, c in zip(sources, corpora, strict=True)]
+    return [
+        round(s.weight * (c.documents.tokens.size / largest) ** config.upsample, 6) or 1e-6 for s, c in zip(sources, corpora, strict=True)
+    ]
 
 
 def _sources(config: DataConfig) -> tuple[SourceConfig, ...]:
@@ -186,6 +190,5 @@ def _refuse_different_tokenizers(sources: tuple[SourceConfig, ...], corpora: lis
     for source, name in zip(sources, names, strict=True):
         if name != names[0]:
             raise DataError(
-                f"{source.path} and {sources[0].path} have different tokenizers: "
-                f"build one with `--tokenizer-path` naming the other's folder."
+                f"{source.path} and {sources[0].path} have different tokenizers: build one with `--tokenizer` naming the other's folder."
             )

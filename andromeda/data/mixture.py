@@ -8,10 +8,10 @@ from math import gcd, lcm
 
 import numpy as np
 
-LONGEST_PERIOD = 100_000
+MAX_PERIOD = 100_000
 
 
-class Mixture:
+class MixtureSchedule:
     """An endless schedule over sources, after Tijdeman, "The chairman assignment problem" (Discrete Math. 32, 1980).
 
     After any number of rows n, the rows of a source with share p differ from n p by at most 1 - 1/(2k - 2), with k sources.
@@ -37,7 +37,7 @@ class Mixture:
         return whole * self.quotas[source] + int(np.searchsorted(self._places[source], rest))
 
 
-class Interleaved:
+class ProportionalSchedule:
     """A finite schedule that uses up sources of given lengths in proportion to their lengths (for held-out data)."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
@@ -60,7 +60,7 @@ def whole_quotas(weights: Sequence[float]) -> list[int]:
     exact = [Fraction(str(w)) for w in weights]
     scale = lcm(*(f.denominator for f in exact))
     quotas = [int(f * scale) for f in exact]
-    if sum(quotas) // gcd(*quotas) > LONGEST_PERIOD:
+    if sum(quotas) // gcd(*quotas) > MAX_PERIOD:
         quotas = _rounded(exact)
     common = gcd(*quotas)
     return [q // common for q in quotas]
@@ -69,12 +69,12 @@ def whole_quotas(weights: Sequence[float]) -> list[int]:
 def _rounded(exact: Sequence[Fraction]) -> list[int]:
     """Shares in units of 1/LONGEST_PERIOD by largest remainder, at least one unit each."""
     total = sum(exact)
-    ideal = [f / total * LONGEST_PERIOD for f in exact]
+    ideal = [f / total * MAX_PERIOD for f in exact]
     quotas = [max(int(f), 1) for f in ideal]
     for i in sorted(range(len(ideal)), key=lambda i: int(ideal[i]) - ideal[i]):
-        if sum(quotas) < LONGEST_PERIOD:
+        if sum(quotas) < MAX_PERIOD:
             quotas[i] += 1
-    quotas[quotas.index(max(quotas))] += LONGEST_PERIOD - sum(quotas)
+    quotas[quotas.index(max(quotas))] += MAX_PERIOD - sum(quotas)
     return quotas
 
 

@@ -16,13 +16,13 @@ from andromeda.data.shards import TokenArray
 
 IGNORE = -100
 """Target of a position that has nothing to predict."""
-ROWS = 1
+SEQUENCE_ORDER = 1
 """Keeps the order of rows apart from the order of documents under the same seed."""
-OPEN_ROWS = 64
+OPEN_SEQUENCES = 64
 """Unfinished rows that first-fit looks at."""
 
 
-class Row(NamedTuple):
+class PackedSequence(NamedTuple):
     """One row, each (T,) int64: token ids, targets, and the number of the document inside the row (0, 1, 2, ...)."""
 
     ids: np.ndarray
@@ -30,22 +30,22 @@ class Row(NamedTuple):
     documents: np.ndarray
 
 
-class Texts(NamedTuple):
+class TokenizedDocuments(NamedTuple):
     """The documents to pack: all tokens, where each document starts (N + 1,), and the separator's id."""
 
     tokens: TokenArray
     offsets: np.ndarray
-    separator: int
+    eos: int
 
 
 class Packing(Protocol):
     """Rows by number. `per_epoch` is the number of rows in which every document comes once."""
 
-    per_epoch: float
-    length: int | None
+    sequences_per_epoch: float
+    num_sequences: int | None
     """Number of rows, or None when the packing goes on for ever."""
 
-    def row(self, number: int) -> Row: ...
+    def sequence(self, number: int) -> PackedSequence: ...
 
 
 class StreamPacking:
@@ -56,15 +56,15 @@ class StreamPacking:
     would teach little more than one.
     """
 
-    def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+    def __init__(self, texts: TokenizedDocuments, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
         self._texts, self._T, self._seed = texts, sequence, seed
         self._lengths = np.diff(texts.offsets)
         self._size = texts.tokens.size
         rows = -(-(self._size - 1) // sequence)
-        self.length = None if endless else rows
+        self.num_sequences = None if endless else rows
         # A text of one token has nothing to predict; an endless stream of it is rows of padding.
         self._count = max(1, rows)
-        self.per_epoch = float(self._count)
+        self.sequences_per_epoch = float(self._count)
         self._epoch = lru_cache(maxsize=3)(self._arrange)
 
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -73,10 +73,10 @@ class StreamPacking:
             order, rows = np.arange(len(self._lengths)), np.arange(self._count)
         else:
             order = shuffled(len(self._lengths), *self._seed, epoch)
-            rows = shuffled(self._count, *self._seed, epoch, ROWS)
+            rows = shuffled(self._count, *self._seed, epoch, SEQUENCE_ORDER)
         return order, np.cumsum(self._lengths[order]), rows
 
-    def row(self, number: int) -> Row:
+    def sequence(self, number: int) -> PackedSequence:
         epoch, inside = divmod(number, self._count)
         order, ends, rows = self._epoch(epoch)
         at = int(rows[inside]) * self._T
@@ -87,7 +87,7 @@ class StreamPacking:
             at += len(parts[-1])
         tokens = np.concatenate(parts)
         owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
-        return _padded(tokens[:-1], tokens[1:], owner[:-1], self._T, self._texts.separator)
+        return _padded(tokens[:-1], tokens[1:], owner[:-1], self._T, self._texts.eos)
 
     def _piece(self, order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> np.ndarray:
         """Tokens from `at` up to `stop` of an epoch's text, to the end of the document at most."""
@@ -105,7 +105,7 @@ class DocumentPacking:
     without packing the epochs before it.
     """
 
-    def __init__(self, texts: Texts, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+    def __init__(self, texts: TokenizedDocuments, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
         self._texts, self._T, self._seed = texts, sequence, seed
         starts, lengths = _pieces(texts.offsets, sequence)
         order = np.arange(len(starts)) if seed is None else shuffled(len(starts), *seed)
@@ -115,14 +115,14 @@ class DocumentPacking:
         self._starts, self._stops = starts[by_row], starts[by_row] + lengths[by_row]
         self._borders = np.concatenate([[0], np.cumsum(np.bincount(rows))])
         self._count = len(self._borders) - 1
-        self.per_epoch = float(self._count)
-        self.length = None if endless else self._count
+        self.sequences_per_epoch = float(self._count)
+        self.num_sequences = None if endless else self._count
         self._epoch = lru_cache(maxsize=3)(self._arrange)
 
     def _arrange(self, epoch: int) -> np.ndarray:
         return np.arange(self._count) if self._seed is None else shuffled(self._count, *self._seed, epoch)
 
-    def row(self, number: int) -> Row:
+    def sequence(self, number: int) -> PackedSequence:
         epoch, inside = divmod(number, self._count)
         row = self._epoch(epoch)[inside]
         first, last = self._borders[row], self._borders[row + 1]
@@ -130,21 +130,21 @@ class DocumentPacking:
         for start, stop in zip(self._starts[first:last].tolist(), self._stops[first:last].tolist(), strict=True):
             tokens = self._texts.tokens.read(start, min(stop + 1, self._texts.tokens.size))
             ids.append(tokens[: stop - start])
-            targets.append(np.append(tokens, self._texts.separator)[1 : stop - start + 1])
+            targets.append(np.append(tokens, self._texts.eos)[1 : stop - start + 1])
         owner = np.repeat(np.arange(len(ids)), [len(p) for p in ids])
-        return _padded(np.concatenate(ids), np.concatenate(targets), owner, self._T, self._texts.separator)
+        return _padded(np.concatenate(ids), np.concatenate(targets), owner, self._T, self._texts.eos)
 
 
 PACKINGS: dict[str, type[StreamPacking] | type[DocumentPacking]] = {"stream": StreamPacking, "documents": DocumentPacking}
 
 
-def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, T: int, separator: int) -> Row:
+def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, T: int, separator: int) -> PackedSequence:
     """Fill a row up to T with separators that predict nothing and are a document of their own."""
     missing = T - len(ids)
     if not missing:
-        return Row(ids, targets, documents)
+        return PackedSequence(ids, targets, documents)
     own = documents[-1] + 1 if len(documents) else 0
-    return Row(
+    return PackedSequence(
         np.concatenate([ids, np.full(missing, separator)]),
         np.concatenate([targets, np.full(missing, IGNORE)]),
         np.concatenate([documents, np.full(missing, own)]),
@@ -164,8 +164,8 @@ def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
 def first_fit(lengths: np.ndarray, T: int) -> np.ndarray:
     """Row of each piece (N,): the first of the open rows with room, else a new one; the fullest row closes when too many are open."""
     rows = np.zeros(len(lengths), dtype=np.int64)
-    room = np.zeros(OPEN_ROWS, dtype=np.int64)
-    name = np.zeros(OPEN_ROWS, dtype=np.int64)
+    room = np.zeros(OPEN_SEQUENCES, dtype=np.int64)
+    name = np.zeros(OPEN_SEQUENCES, dtype=np.int64)
     used = 0
     for i, length in enumerate(lengths.tolist()):
         slot = int((room >= length).argmax())

@@ -14,46 +14,29 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.formats import KNOWN, TEXT, need_pyarrow, open_dataset, parquet_groups
-from andromeda.data.manifest import NAME as MANIFEST
-from andromeda.data.manifest import Manifest
+from andromeda.data.corpus import MANIFEST_NAME as MANIFEST
+from andromeda.data.corpus import CorpusManifest
+from andromeda.data.formats import FORMAT_BY_EXTENSION, TEXT, ReadTask, need_pyarrow, open_dataset, parquet_groups
 from andromeda.utils.errors import ConfigError, DataError, nearest
 
-UNIT_BYTES = 4 << 20
+TASK_BYTES = 4 << 20
 PACKAGES = frozenset({"site-packages", "dist-packages"})
 RANGE_BYTES = 64 << 20
 """Larger plain .jsonl files are read in ranges of this size, so that several workers share one file."""
 
 
 @dataclass(frozen=True)
-class Unit:
-    """A piece of reading that one worker does and that is kept once done.
-
-    `files` are (name in reports, path); `start` and `stop` are bytes of a .jsonl, row groups of a .parquet, documents of a
-    corpus, or the shard number and count of a dataset.
-    """
-
-    source: int
-    kind: str
-    files: tuple[tuple[str, str], ...]
-    start: int = 0
-    stop: int = 0
-    size: int = 0
-    """Bytes on disk, for progress only."""
-
-
-@dataclass(frozen=True)
-class Listing:
+class SourceListing:
     """What a source holds before anything is read."""
 
-    units: list[Unit]
-    ignored: int
+    tasks: list[ReadTask]
+    ignored_files: int
     """Files of a folder whose ending is not read, and named pipes, sockets and devices, from which one could wait for ever."""
     inputs: str
     """sha256 of names, sizes and times: tells whether a source changed between two runs."""
 
 
-def list_source(index: int, source: str, config: BuildConfig) -> Listing:
+def list_source(index: int, source: str, config: BuildConfig) -> SourceListing:
     """List one source. Raises DataError when it does not exist or nothing in it can be read."""
     if source.startswith("hf:"):
         return _list_dataset(index, source)
@@ -66,10 +49,10 @@ def list_source(index: int, source: str, config: BuildConfig) -> Listing:
         return _list_files(index, source, _walk(str(path)), config)
     if path.is_file():
         ending = _ending(path.name)
-        if ending not in KNOWN and ending not in config.include:
-            raise DataError(
-                f"{source} has an unknown ending{nearest(ending, KNOWN)}: known are {' '.join(KNOWN)}; `--include {ending}` reads it."
-            )
+        if ending not in FORMAT_BY_EXTENSION and ending not in config.include:
+            known = " ".join(FORMAT_BY_EXTENSION)
+            hint = nearest(ending, FORMAT_BY_EXTENSION)
+            raise DataError(f"{source} has an unknown extension{hint}: known are {known}; `--include {ending}` reads it as text.")
         return _list_files(index, source, iter([(path.name, str(path))]), config, only=ending)
     known = ["python"] if "/" not in source else []
     raise DataError(f"There is no file or folder {source}{nearest(source, known)}: check the path.")
@@ -78,7 +61,7 @@ def list_source(index: int, source: str, config: BuildConfig) -> Listing:
 def _ending(name: str) -> str:
     """The known ending of a file's name, double ones such as .jsonl.gz included, else its last suffix."""
     name = name.lower()
-    return next((e for e in KNOWN if name.endswith(e)), os.path.splitext(name)[1])
+    return next((e for e in FORMAT_BY_EXTENSION if name.endswith(e)), os.path.splitext(name)[1])
 
 
 def _walk(root: str, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
@@ -99,9 +82,9 @@ def _python_files() -> Iterator[tuple[str, str]]:
         yield from ((f"{label}/{name}", path) for name, path in _walk(root, PACKAGES) if name.endswith(".py"))
 
 
-def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], config: BuildConfig, only: str = "") -> Listing:
+def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], config: BuildConfig, only: str = "") -> SourceListing:
     """Group files into units: small text files together, large containers in ranges."""
-    endings = [only] if only else [e if e.startswith(".") else f".{e}" for e in config.include] or [*KNOWN]
+    endings = [only] if only else [e if e.startswith(".") else f".{e}" for e in config.include] or [*FORMAT_BY_EXTENSION]
     files, ignored = [], 0
     for name, path in found:
         if _ending(name) in endings and not _is_special(path):
@@ -112,21 +95,21 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], confi
         raise DataError(f"{source} holds no file that can be read: known endings are {' '.join(endings)}.")
     if config.max_bytes:  # a sample of the whole folder rather than its first files in the alphabet
         files.sort(key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest())
-    digest, units, held = hashlib.sha256(), list[Unit](), 0
+    digest, units, held = hashlib.sha256(), list[ReadTask](), 0
     group: list[tuple[str, str]] = []
     for name, path in files:
         size = _stamp(digest, name, path)
-        kind = KNOWN.get(_ending(name), TEXT)
+        kind = FORMAT_BY_EXTENSION.get(_ending(name), TEXT)
         if kind != TEXT:
             units += [*_flush(index, group, held), *_ranges(index, kind, name, path, size)]
             group, held = [], 0
             continue
         group.append((name, path))
         held += size
-        if held >= UNIT_BYTES or len(group) >= 2048:
+        if held >= TASK_BYTES or len(group) >= 2048:
             units += _flush(index, group, held)
             group, held = [], 0
-    return Listing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
+    return SourceListing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
 
 
 def _is_special(path: str) -> bool:
@@ -148,42 +131,42 @@ def _stamp(digest: Any, name: str, path: str) -> int:
     return size
 
 
-def _flush(index: int, group: list[tuple[str, str]], held: int) -> list[Unit]:
-    return [Unit(index, TEXT, tuple(group), size=held)] if group else []
+def _flush(index: int, group: list[tuple[str, str]], held: int) -> list[ReadTask]:
+    return [ReadTask(index, TEXT, tuple(group), size=held)] if group else []
 
 
-def _ranges(index: int, kind: str, name: str, path: str, size: int) -> list[Unit]:
+def _ranges(index: int, kind: str, name: str, path: str, size: int) -> list[ReadTask]:
     """One container as units: byte ranges of a plain .jsonl, row groups of a .parquet, else the file as a whole."""
     files = ((name, path),)
     if kind == "jsonl":
         borders = [*range(0, max(size, 1), RANGE_BYTES), size]
-        return [Unit(index, kind, files, a, b, b - a) for a, b in pairwise(borders)]
+        return [ReadTask(index, kind, files, a, b, b - a) for a, b in pairwise(borders)]
     if kind == "parquet":
         sizes = parquet_groups(path)
-        return [Unit(index, kind, files, i, i + 1, held) for i, held in enumerate(sizes)]
+        return [ReadTask(index, kind, files, i, i + 1, held) for i, held in enumerate(sizes)]
     if name.lower().endswith(".zst"):
         need_pyarrow("Reading .zst files")
-    return [Unit(index, kind, files, size=size)]
+    return [ReadTask(index, kind, files, size=size)]
 
 
-def _list_corpus(index: int, folder: Path) -> Listing:
+def _list_corpus(index: int, folder: Path) -> SourceListing:
     """A finished corpus, decoded again: for another tokenizer on the same documents."""
-    manifest = Manifest.load(folder)
+    manifest = CorpusManifest.load(folder)
     units = []
     for split, report in manifest.splits.items():
-        step = max(report.documents * UNIT_BYTES // max(report.bytes, 1), 1)
+        step = max(report.documents * TASK_BYTES // max(report.bytes, 1), 1)
         files = ((split, str(folder)),)
         for start in range(0, report.documents, step):
             stop = min(start + step, report.documents)
-            units.append(Unit(index, "corpus", files, start, stop, (stop - start) * report.bytes // report.documents))
-    return Listing(units, 0, manifest.fingerprint)
+            units.append(ReadTask(index, "corpus", files, start, stop, (stop - start) * report.bytes // report.documents))
+    return SourceListing(units, 0, manifest.fingerprint)
 
 
-def _list_dataset(index: int, source: str) -> Listing:
+def _list_dataset(index: int, source: str) -> SourceListing:
     """A Hugging Face dataset `hf:name[:config][:split]`, one unit for each of its files, streamed."""
     parts = source.split(":")
     if len(parts) > 4 or not parts[1]:
         raise ConfigError(f"{source} is no dataset name: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     count = open_dataset(source).n_shards
-    units = [Unit(index, "dataset", ((source, source),), i, count) for i in range(count)]
-    return Listing(units, 0, hashlib.sha256(f"{source} {count}".encode()).hexdigest())
+    units = [ReadTask(index, "dataset", ((source, source),), i, count) for i in range(count)]
+    return SourceListing(units, 0, hashlib.sha256(f"{source} {count}".encode()).hexdigest())

@@ -20,7 +20,7 @@ META = "andromeda.json"
 LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
-PROBE = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
+ROUND_TRIP_TEXT = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
 """Text that every tokenizer must give back: other projects' tokenizers often normalize or drop some of it."""
 
 
@@ -34,12 +34,12 @@ class Tokenizer:
     def __init__(self, encoder: Encoder, eos: int | None = None) -> None:
         self._encoder = encoder
         self.kind = encoder.kind
-        self.specials = dict(encoder.specials)
-        self._table = list(encoder.table)
-        known = [self.specials[name] for name in SEPARATORS if name in self.specials]
+        self.special_tokens = dict(encoder.special_tokens)
+        self._table = list(encoder.token_bytes)
+        known = [self.special_tokens[name] for name in SEPARATORS if name in self.special_tokens]
         self.eos = eos if eos is not None else known[0] if known else len(self._table)
         self._table += [b""] * (self.eos + 1 - len(self._table))
-        self.specials.setdefault(SEPARATOR, self.eos)
+        self.special_tokens.setdefault(SEPARATOR, self.eos)
 
     @property
     def vocab_size(self) -> int:
@@ -50,7 +50,7 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """sha256 over the model file, its kind and the separator."""
         head = json.dumps([self.kind, self.eos, self.vocab_size]).encode()
-        return hashlib.sha256(head + b"\0" + self._encoder.blob).hexdigest()
+        return hashlib.sha256(head + b"\0" + self._encoder.model_file).hexdigest()
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without separator."""
@@ -77,9 +77,9 @@ class Tokenizer:
         """Text of a token sequence; bytes that are no UTF-8 (a sequence cut inside a character) become U+FFFD."""
         return self.decode_bytes(ids).decode("utf-8", "replace")
 
-    def stream(self) -> TextStream:
+    def stream(self) -> DecodeStream:
         """A decoder for tokens that arrive one at a time."""
-        return TextStream(self)
+        return DecodeStream(self)
 
     def byte_lengths(self) -> np.ndarray:
         """int64 (V,): UTF-8 bytes each token stands for, 0 for special tokens. Sums to a document's exact length."""
@@ -89,8 +89,14 @@ class Tokenizer:
         """Write the model file and `andromeda.json` into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        write_whole(folder / self._encoder.file, self._encoder.blob)
-        meta = {"kind": self.kind, "file": self._encoder.file, "eos": self.eos, "vocab_size": self.vocab_size, "sha256": self.fingerprint}
+        write_whole(folder / self._encoder.file_name, self._encoder.model_file)
+        meta = {
+            "kind": self.kind,
+            "file": self._encoder.file_name,
+            "eos": self.eos,
+            "vocab_size": self.vocab_size,
+            "sha256": self.fingerprint,
+        }
         write_whole(folder / META, (json.dumps(meta, indent=2) + "\n").encode())
 
     @classmethod
@@ -108,7 +114,7 @@ class Tokenizer:
         return _load_foreign(path, eos)
 
 
-class TextStream:
+class DecodeStream:
     """Turns tokens into text as they come, holding back the bytes of an unfinished character."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -126,12 +132,12 @@ class TextStream:
 
 def train_tokenizer(texts: Iterable[str], config: BuildConfig) -> Tokenizer:
     """Train the tokenizer that the configuration asks for. The result depends on the texts and the configuration alone."""
-    if len({SEPARATOR, *config.specials}) != 1 + len(config.specials):
-        raise ConfigError(f"Special tokens must differ from each other and from {SEPARATOR}: {', '.join(config.specials)}.")
+    if len({SEPARATOR, *config.special_tokens}) != 1 + len(config.special_tokens):
+        raise ConfigError(f"Special tokens must differ from each other and from {SEPARATOR}: {', '.join(config.special_tokens)}.")
     if config.tokenizer == "bytes":
         encoder = raw.create(config)
-        if "vocab_size" in config.model_fields_set and config.vocab_size != len(encoder.table):
-            raise ConfigError(f"The bytes tokenizer has {len(encoder.table)} entries, not {config.vocab_size}: leave vocab_size out.")
+        if "vocab_size" in config.model_fields_set and config.vocab_size != len(encoder.token_bytes):
+            raise ConfigError(f"The bytes tokenizer has {len(encoder.token_bytes)} entries, not {config.vocab_size}: leave vocab_size out.")
         return Tokenizer(encoder)
     if config.tokenizer == "unigram":
         return Tokenizer(unigram.train(texts, config))
@@ -159,6 +165,6 @@ def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
     if path.suffix not in kinds:
         raise DataError(f"{path.name} is no tokenizer file{nearest(path.suffix, kinds)}: name a tokenizer.json or a SentencePiece .model.")
     tokenizer = Tokenizer(kinds[path.suffix](path.read_bytes()), eos)
-    if tokenizer.decode(tokenizer.encode(PROBE)) != PROBE:
+    if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
         raise DataError(f"The tokenizer {path.name} changes text (it normalizes or drops characters): use a byte-level one.")
     return tokenizer

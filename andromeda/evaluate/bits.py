@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from andromeda.data.ingest import Report
-from andromeda.data.loader import Stream
+from andromeda.data.loader import TokenStream
 from andromeda.evaluate.score import rows_at_once, token_nats
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import DataError
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -51,10 +51,6 @@ def windows(length: int, context: int, stride: int) -> Iterator[tuple[int, int, 
         yield end - context, scored, end
 
 
-def quiet(stage: str, done: int, total: int) -> None:
-    """A report to nobody."""
-
-
 def text_nats(
     model: Transformer,
     ids: Tensor,
@@ -64,7 +60,7 @@ def text_nats(
     stride: int,
     documents: Tensor | None = None,
     batch: int = 0,
-    report: Report = quiet,
+    report: ProgressCallback = no_progress,
 ) -> float:
     """Sum of the losses of targets (N,) after ids (N,), in windows of `context` tokens of which `stride` are scored.
 
@@ -86,12 +82,12 @@ def text_nats(
     return nats
 
 
-def held_out_bits(model: Transformer, stream: Stream, *, context: int, stride: int, batch: int = 0) -> Bits:
+def held_out_bits(model: Transformer, stream: TokenStream, *, context: int, stride: int, batch: int = 0) -> Bits:
     """Measure `model` on a whole held-out stream whose rows follow one another (data.packing `stream`).
 
     context: tokens of a window; stride: tokens that each window but the first scores, at most `context`.
     """
-    rows = stream.rows(0, stream.rows_available or 0)
+    rows = stream.batch(0, stream.num_sequences or 0)
     if not rows.bytes:
         raise DataError("The corpus has no tokenizer beside it, so that its bytes are unknown: build it with `andromeda data build`.")
     kept = rows.targets.flatten() != -100

@@ -87,8 +87,8 @@ def _held_out(subject: Subject, corpus: str) -> Text:
     _refuse_other_tokenizer(subject, corpora, paths)
     ids, starts, begin = [], [0], 0
     for one in corpora:
-        ids.append(one.texts.tokens.read(0, one.texts.tokens.size).astype(np.int64))
-        starts += (np.asarray(one.texts.offsets[1:]) + begin).tolist()
+        ids.append(one.documents.tokens.read(0, one.documents.tokens.size).astype(np.int64))
+        starts += (np.asarray(one.documents.offsets[1:]) + begin).tolist()
         begin = starts[-1]
     known = corpora[0].tokenizer
     lengths = torch.from_numpy(known.byte_lengths()) if known else torch.zeros(0, dtype=torch.long)

@@ -7,12 +7,11 @@ from typing import NamedTuple
 
 import torch
 
-from andromeda.data.ingest import Report
-from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.score import padded, rows_at_once
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORE_INDEX
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 Pair = tuple[Sequence[int], Sequence[int]]
 """Context, at least one token, and continuation."""
@@ -27,7 +26,7 @@ class Likelihood(NamedTuple):
     """Whether every token is the likeliest one."""
 
 
-def likelihoods(model: Transformer, pairs: Sequence[Pair], report: Report = quiet) -> list[Likelihood]:
+def likelihoods(model: Transformer, pairs: Sequence[Pair], report: ProgressCallback = no_progress) -> list[Likelihood]:
     """The likelihood of each continuation, in the order given. Long ones are read first, so that a lack of memory shows at once."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
     found: dict[int, Likelihood] = {}

@@ -11,12 +11,11 @@ from typing import Any
 from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
-from andromeda.data.ingest import Report
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.likelihood import Likelihood, likelihoods
 from andromeda.generate.engine import Engine
 from andromeda.model.transformer import Transformer
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 NEW_TOKENS = 256
 
@@ -27,7 +26,7 @@ class HarnessModel(TemplateLM):
     What is longer than the model's context loses its beginning, as with the harness's own models.
     """
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, begin: bool = True, report: Report = quiet) -> None:
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, *, begin: bool = True, report: ProgressCallback = no_progress) -> None:
         super().__init__()
         self.model, self._tokenizer, self._begin, self._report = model, tokenizer, begin, report
         self._engine = Engine(model, tokenizer)

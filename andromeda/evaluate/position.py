@@ -14,13 +14,12 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from andromeda.data.ingest import Report
-from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.held_out_text import Text
 from andromeda.evaluate.score import rows_at_once, token_nats
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class Curve:
     """Whether windows hold several documents, because no document is long enough."""
 
 
-def loss_by_position(model: Transformer, text: Text, *, length: int, windows: int, report: Report = quiet) -> Curve:
+def loss_by_position(model: Transformer, text: Text, *, length: int, windows: int, report: ProgressCallback = no_progress) -> Curve:
     """Measure at most `windows` windows of `length` tokens, spread evenly over the text.
 
     Windows lie within documents where there are long enough ones. Raises RequestError for a text that is too short.
@@ -68,7 +67,7 @@ def binned(curve: Curve) -> tuple[list[int], list[float], list[int]]:
 
 
 def loss_by_context(
-    model: Transformer, text: Text, *, contexts: tuple[int, ...], targets: int, places: int, report: Report = quiet
+    model: Transformer, text: Text, *, contexts: tuple[int, ...], targets: int, places: int, report: ProgressCallback = no_progress
 ) -> Tensor:
     """Mean loss of the same targets after contexts of different lengths: float64 (contexts, places).
 

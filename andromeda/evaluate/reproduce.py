@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 
-from andromeda.data.ingest import Report
 from andromeda.evaluate.comparison import Check, Places, difference, threads
 from andromeda.evaluate.training import last_start, repeats_exactly
 from andromeda.train.metrics import TIMED, Metrics, read_metrics
@@ -21,6 +20,7 @@ from andromeda.train.run_dir import RunFolder
 from andromeda.train.trainer import train
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import RequestError
+from andromeda.utils.progress_callback import ProgressCallback
 
 LOOSE = 0.02
 """Relative difference of the last losses of two trainings that differ by rounding. Another seed, of a small run, differs by as much."""
@@ -29,7 +29,7 @@ LOOSE = 0.02
 class Progress(Silent):
     """Reports the steps of a training."""
 
-    def __init__(self, steps: int, report: Report) -> None:
+    def __init__(self, steps: int, report: ProgressCallback) -> None:
         self._steps, self._report = steps, report
 
     def write(self, step: int, figures: Figures) -> None:
@@ -37,7 +37,7 @@ class Progress(Silent):
         self._report("training again", step, self._steps)
 
 
-def repeat(run: Path, place: Path, places: Places, report: Report) -> Iterator[Check]:
+def repeat(run: Path, place: Path, places: Places, report: ProgressCallback) -> Iterator[Check]:
     """Train the run again on the CPU, in the new folder `place`, and compare. Raises RequestError for a run that cannot be repeated."""
     folder = RunFolder(run)
     config, start, old = folder.config(), last_start(folder), read_metrics(folder.metrics_file)

@@ -9,9 +9,9 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig, Strings, as_tuple
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.utils.errors import ConfigError, RequestError
+from andromeda.utils.progress_callback import ProgressCallback
 
 Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)]
@@ -69,7 +69,7 @@ class Evaluation(Protocol):
     def read(self, values: dict[str, Any]) -> BaseConfig:
         """Settings that were stored. Raises ConfigError when they are of another version."""
 
-    def measure(self, subject: Subject, settings: Any, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: Any, report: ProgressCallback) -> Outcome:
         """Do it. Raises an AndromedaError, one sentence."""
 
 

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from andromeda.config.base import BaseConfig
-from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.request import Evaluation, Options
 from andromeda.evaluate.result import Result
@@ -17,6 +16,7 @@ from andromeda.evaluate.tasks.reasoning import Reasoning
 from andromeda.evaluate.tasks.retrieval import Retrieval
 from andromeda.evaluate.tasks.text import BitsPerByte, Position, VariedContext
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError, RequestError, nearest
+from andromeda.utils.progress_callback import ProgressCallback
 
 _ALL: tuple[Evaluation, ...] = (
     BitsPerByte(),
@@ -52,7 +52,7 @@ def check_names(tasks: Sequence[str]) -> None:
             raise RequestError(f"There is no evaluation {task!r}{nearest(task, TASKS)}: the tasks are {', '.join(TASKS)}.")
 
 
-def each(subject: Subject, tasks: Sequence[str], options: Options, report: Report, skip: Skip) -> Iterator[Result]:
+def each(subject: Subject, tasks: Sequence[str], options: Options, report: ProgressCallback, skip: Skip) -> Iterator[Result]:
     """The results that are asked for, the default ones when none is, as they come.
 
     Raises RequestError for a task that cannot be done, before any work where that can be known; of the default ones, those
@@ -82,7 +82,7 @@ def _refuse(task: str, error: AndromedaError, named: bool, skip: Skip) -> None:
     skip(f"{task} is left out: {error}")
 
 
-def evaluate(subject: Subject, request: Request, report: Report) -> Result:
+def evaluate(subject: Subject, request: Request, report: ProgressCallback) -> Result:
     """Do it. Raises an AndromedaError, one sentence."""
     outcome = request.evaluation.measure(subject, request.settings, report)
     where, made_of = subject.circumstances()

@@ -9,7 +9,7 @@ from typing import Any
 
 from andromeda.config.keys import flatten
 from andromeda.config.run import RunConfig
-from andromeda.data.loader import Stream, open_stream
+from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.comparison import Check, Places
 from andromeda.train import checkpoint
@@ -23,7 +23,7 @@ def records(folder: RunFolder, metrics: Metrics, places: Places) -> Iterator[Che
     """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
     state, config = _remembered(folder), folder.config()
     try:
-        stream: Stream | AndromedaError = open_stream(places.data(config.data), stream_length(config), config.seed)
+        stream: TokenStream | AndromedaError = open_stream(places.data(config.data), stream_length(config), config.seed)
     except AndromedaError as error:
         stream = error
     yield from _data(folder, state, stream)
@@ -48,7 +48,7 @@ def _remembered(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _data(folder: RunFolder, state: dict[str, Any], stream: Stream | AndromedaError) -> Iterator[Check]:
+def _data(folder: RunFolder, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[Check]:
     """The fingerprint of the training stream that manifest and checkpoint name."""
     manifest = folder.manifest()
     if not manifest and state.get("cursor", {}).get("step"):
@@ -64,7 +64,7 @@ def _data(folder: RunFolder, state: dict[str, Any], stream: Stream | AndromedaEr
         yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note)
 
 
-def _tokenizer(folder: RunFolder, metrics: Metrics, stream: Stream) -> Iterator[Check]:
+def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iterator[Check]:
     """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
     kept = folder.path / "tokenizer"
     if not (kept.exists() or metrics.last("bits_per_byte")):

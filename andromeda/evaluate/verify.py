@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from andromeda.data.ingest import Report
 from andromeda.evaluate.comparison import SHARES, TOLERANCE, Check, Places, difference, same_arithmetic, threads
 from andromeda.evaluate.loaded_model import Subject, open_subject
 from andromeda.evaluate.result import Result, plain, results
@@ -22,9 +21,10 @@ from andromeda.evaluate.training import training_loss
 from andromeda.train.metrics import read_metrics
 from andromeda.train.run_dir import RunFolder
 from andromeda.utils.errors import AndromedaError
+from andromeda.utils.progress_callback import ProgressCallback
 
 
-def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[Check]:
+def verify(run: Path, places: Places, device: str, report: ProgressCallback) -> Iterator[Check]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
     folder = RunFolder(run)
     metrics = read_metrics(folder.metrics_file)
@@ -34,7 +34,7 @@ def verify(run: Path, places: Places, device: str, report: Report) -> Iterator[C
         yield from _result(run, stored, places, device, report)
 
 
-def _result(run: Path, stored: Result, places: Places, device: str, report: Report) -> Iterator[Check]:
+def _result(run: Path, stored: Result, places: Places, device: str, report: ProgressCallback) -> Iterator[Check]:
     """Weights, data and figures of one result."""
     settings = _moved(dict(stored.settings), places)
     average = bool(settings.pop("average", False))

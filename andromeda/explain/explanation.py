@@ -119,7 +119,7 @@ def spell(model: Andromeda, token: int) -> str:
     if model.tokenizer is None:
         return str(token)
     text = model.tokenizer.decode([token]) if token < model.tokenizer.vocab_size else ""
-    names = {number: name for name, number in model.tokenizer.specials.items()}
+    names = {number: name for name, number in model.tokenizer.special_tokens.items()}
     return text or names.get(token, f"<{token}>")
 
 

@@ -29,7 +29,7 @@ Report = Callable[[int], None]
 def held_out_tokens(data: DataConfig, seed: int) -> Tensor:
     """All tokens of the held-out text (N,), documents one after the other."""
     stream = open_stream(data.model_copy(update={"packing": "stream", "workers": 0}), 1024, seed, "val")
-    rows = stream.rows(0, stream.rows_available or 0)
+    rows = stream.batch(0, stream.num_sequences or 0)
     kept = rows.targets.flatten() != -100
     return torch.cat([rows.ids.flatten()[:1], rows.targets.flatten()[kept]])
 
@@ -42,7 +42,7 @@ def windows(tokens: Tensor, length: int, samples: int, tail: int) -> Tensor:
     if len(tokens) < length + 1:
         raise DataError(
             f"The held-out text has {len(tokens):,} tokens, fewer than a context of {length:,}: "
-            "build the corpus with a larger --validation, or name another with --held-out."
+            "build the corpus with a larger --validation-fraction, or name another with --held-out."
         )
     spare = len(tokens) - length - 1
     count = max(1, min(samples, 1 + spare // tail))

@@ -7,7 +7,7 @@ from typing import Any
 from andromeda.config.keys import flatten
 from andromeda.config.load import dumps
 from andromeda.config.run import RunConfig
-from andromeda.data.manifest import Manifest
+from andromeda.data.corpus import CorpusManifest
 from andromeda.report.parts import command, empty
 from andromeda.report.record import Record
 from andromeda.utils.html import Child, Html, Section, details, el, facts, join, table
@@ -48,7 +48,7 @@ def _starts(starts: list[dict[str, Any]]) -> Html | None:
     return details(f"{len(starts)} starts", table(["time", "at step", "device", "keys that changed"], rows, text=4))
 
 
-def _corpora(corpora: dict[str, Manifest]) -> list[Html]:
+def _corpora(corpora: dict[str, CorpusManifest]) -> list[Html]:
     shown = []
     for path, corpus in corpora.items():
         splits = [[name, f"{s.documents:,}", f"{s.tokens:,}", f"{s.bytes:,}"] for name, s in corpus.splits.items()]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.run import RunConfig
-from andromeda.data.manifest import Manifest
+from andromeda.data.corpus import CorpusManifest
 from andromeda.evaluate.result import Result, readable
 from andromeda.train import checkpoint
 from andromeda.train.metrics import Metrics, is_number, read_metrics
@@ -39,7 +39,7 @@ class Record:
     metrics: Metrics
     evaluations: dict[str, Result]
     samples: list[Sample]
-    corpora: dict[str, Manifest]
+    corpora: dict[str, CorpusManifest]
     """Manifests of the corpora that are still where the run found them, by path."""
     compressors: dict[str, float] = field(default_factory=dict)
     """Bits per byte that general compressors need for the held-out text, where the run has measured them."""
@@ -112,12 +112,12 @@ def _or_nothing(read: Any, problems: list[str]) -> Any:
         return {}
 
 
-def _corpora(config: RunConfig) -> dict[str, Manifest]:
+def _corpora(config: RunConfig) -> dict[str, CorpusManifest]:
     found = {}
     for path in [config.data.corpus, *(source.path for source in config.data.sources)]:
         try:
             if path:
-                found[path] = Manifest.load(Path(path))
+                found[path] = CorpusManifest.load(Path(path))
         except AndromedaError:
             continue
     return found

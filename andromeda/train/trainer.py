@@ -11,7 +11,7 @@ from typing import Any
 
 from andromeda.config.keys import flatten
 from andromeda.config.run import RunConfig
-from andromeda.data.loader import Stream, open_stream
+from andromeda.data.loader import TokenStream, open_stream
 from andromeda.optim import build_schedule
 from andromeda.optim.schedules import build_window
 from andromeda.train import checkpoint
@@ -40,7 +40,7 @@ class Surroundings:
     """What the loop reads from and writes to."""
 
     folder: RunFolder
-    stream: Stream
+    stream: TokenStream
     validation: NoValidation
     probes: Probes
     metrics: MetricsFile
@@ -81,7 +81,7 @@ class Loop:
         session, cursor, size = self._session, self._session.cursor, self._train.batch_size
         first = session.guard.next_row(cursor.rows)
         with self._around.speed.running(cursor):
-            batch = self._around.stream.rows(first, size)
+            batch = self._around.stream.batch(first, size)
         work = Work(Rows.of(batch, self._config.data.document_mask), batch.tokens, (first, first + size), self._window(cursor.step))
         session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
         watched = self._due(self._train.log.diagnostics_every, cursor.step + 1)
@@ -234,7 +234,7 @@ def stream_length(config: RunConfig) -> int:
     return config.train.seq_len or config.model.max_seq_len
 
 
-def open_data(config: RunConfig) -> tuple[Stream, NoValidation]:
+def open_data(config: RunConfig) -> tuple[TokenStream, NoValidation]:
     """What a run reads: its training rows, and the held-out ones.
 
     Raises an AndromedaError where the corpus is missing, damaged, or has tokens that the model has no vector for.

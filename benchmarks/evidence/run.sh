@@ -38,8 +38,8 @@ code=0
 while [ $# -gt 0 ]; do
   size=$1
   corpus=$work/corpus-${vocab[$size]}
-  [ -e "$corpus/manifest.json" ] || andromeda data build python --out "$corpus" --vocab "${vocab[$size]}" --max-bytes "${bytes[$size]}" \
-    --validation 0.03 --workers "$(getconf _NPROCESSORS_ONLN)"
+  [ -e "$corpus/manifest.json" ] || andromeda data build python --out "$corpus" --vocab-size "${vocab[$size]}" --max-bytes "${bytes[$size]}" \
+    --validation-fraction 0.03 --workers "$(getconf _NPROCESSORS_ONLN)"
   # A run that is stopped still saves its state, and the table is drawn.
   limit=$(((seconds - SECONDS - 20) / $#))
   amount=TOKENS_$size

@@ -268,7 +268,7 @@ def test_runs_of_other_data_are_not_mixed(tiny: str, tmp_path: Path, capsys: pyt
     asked = ["ablate", tiny, "train.steps=2", "train.schedule.cooldown=0", "train.schedule.warmup=0", "--vary", "model.num_layers=1"]
     asked += ["--seeds", "1", "--cost-steps", "0", "--lean", "--out", str(tmp_path / "out")]
     assert call(*asked) == 0
-    other = BuildConfig(tokenizer="bytes", include=(".py",), max_bytes=20_000, validation=0.2)
+    other = BuildConfig(tokenizer="bytes", include=(".py",), max_bytes=20_000, validation_fraction=0.2)
     build([str(Path(__file__).parents[1] / "optim")], tmp_path / "other", other)
     assert call(*asked, f"data.corpus={tmp_path / 'other'}") == 2
     assert "was trained on other data" in capsys.readouterr().err

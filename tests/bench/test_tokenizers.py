@@ -101,7 +101,7 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
         (["--sizes", "100"], "no room for the 256 bytes"),
         (["--flops", "-1"], "no number of operations"),
         (["--flops", "nan"], "no number of operations"),
-        (["--validation", "2"], "validation must be below 0.5"),
+        (["--validation-fraction", "2"], "validation_fraction must be below 0.5"),
         (["--preset", "nanno"], "There is no preset and no file 'nanno'"),
         (["--set", "model.widht=3"], "did you mean"),
         (["--set", "train.steps=3"], "is decided by the comparison"),

@@ -40,7 +40,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus\n" * 3)
     assert (
-        call("data", "build", str(texts), "--out", str(place / "corpus"), "--tokenizer", "bytes", "--validation", "0.2", "--workers", "1")
+        call(
+            "data",
+            "build",
+            str(texts),
+            "--out",
+            str(place / "corpus"),
+            "--tokenizer",
+            "bytes",
+            "--validation-fraction",
+            "0.2",
+            "--workers",
+            "1",
+        )
         == 0
     )
     assert call("train", "nano", *RUN, f"data.corpus={place / 'corpus'}", "--out", str(place / "run")) == 0
@@ -189,10 +201,15 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ),
     ("parquet that is none", write("p.parquet", b"PAR0"), ["data", "build", "p.parquet", "--out", "built", "--workers", "1"], "p.parquet"),
     ("unknown tokenizer", nothing, [*BUILD, "--tokenizer", "wordpiece"], "tokenizer"),
-    ("vocabulary too small", nothing, [*BUILD, "--vocab", "10"], "vocab"),
-    ("vocabulary beyond any text", nothing, [*BUILD, "--vocab", "99999999999"], "vocab"),
-    ("share that is none", nothing, [*BUILD, "--validation", "1.5"], "validation"),
-    ("out folder of another build", nothing, ["data", "build", "texts", "--out", "corpus", "--vocab", "300", "--workers", "1"], "corpus"),
+    ("vocabulary too small", nothing, [*BUILD, "--vocab-size", "10"], "vocab"),
+    ("vocabulary beyond any text", nothing, [*BUILD, "--vocab-size", "99999999999"], "vocab"),
+    ("share that is none", nothing, [*BUILD, "--validation-fraction", "1.5"], "validation"),
+    (
+        "out folder of another build",
+        nothing,
+        ["data", "build", "texts", "--out", "corpus", "--vocab-size", "300", "--workers", "1"],
+        "corpus",
+    ),
     ("out that is a file", write("afile", b"x"), ["data", "build", "texts", "--out", "afile", "--workers", "1"], "afile"),
     ("show of nothing", nothing, ["data", "show", "nowhere"], "nowhere"),
     # runs and checkpoints

@@ -30,7 +30,9 @@ def write_files(folder: Path, documents: list[str], ending: str = ".txt") -> Pat
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of 300 documents with a trained BPE."""
     root = tmp_path_factory.mktemp("corpus")
-    build([str(write_files(root / "raw", texts(300)))], root / "out", BuildConfig(vocab_size=300, validation=0.1, shard_tokens=4096))
+    build(
+        [str(write_files(root / "raw", texts(300)))], root / "out", BuildConfig(vocab_size=300, validation_fraction=0.1, shard_tokens=4096)
+    )
     return root / "out"
 
 
@@ -38,6 +40,6 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def second_corpus(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     """Other documents with the first corpus's tokenizer."""
     root = tmp_path_factory.mktemp("second")
-    config = BuildConfig(tokenizer_path=str(corpus), validation=0.1)
+    config = BuildConfig(tokenizer=str(corpus), validation_fraction=0.1)
     build([str(write_files(root / "raw", texts(120, seed=7, longest=200)))], root / "out", config)
     return root / "out"

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from andromeda.config.data import AugmentationConfig, BuildConfig, DataConfig, SourceConfig
 from andromeda.data.augmentation import FIM, MASK
 from andromeda.data.build import build
+from andromeda.data.corpus import CorpusManifest
 from andromeda.data.loader import Batch, open_stream
-from andromeda.data.manifest import Manifest
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import ConfigError
 from tests.data.conftest import texts, write_files
@@ -28,13 +28,13 @@ def reserved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus whose tokenizer has the special tokens."""
     root = tmp_path_factory.mktemp("reserved")
     raw = write_files(root / "raw", texts(200))
-    build([str(raw)], root / "out", BuildConfig(vocab_size=300, validation=0.1, specials=(*FIM, MASK)))
+    build([str(raw)], root / "out", BuildConfig(vocab_size=300, validation_fraction=0.1, special_tokens=(*FIM, MASK)))
     return root / "out"
 
 
 def rows(path: Path, packing: str = "stream", split: str = "train", count: int = 40, **augment: object) -> Batch:
     config = DataConfig(corpus=str(path), packing=packing, augment=AugmentationConfig(**augment))  # type: ignore[arg-type]
-    return open_stream(config, ROW, 5, split).rows(0, count)  # type: ignore[arg-type]
+    return open_stream(config, ROW, 5, split).batch(0, count)  # type: ignore[arg-type]
 
 
 def pieces(batch: Batch, number: int) -> list[tuple[list[int], list[int]]]:
@@ -57,7 +57,7 @@ def put_back(ids: list[int], fim: list[int]) -> tuple[list[int], str]:
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_what_is_rearranged_is_the_document_less_three_tokens(reserved: Path, packing: str) -> None:
     tokenizer = Tokenizer.load(reserved)
-    fim = [tokenizer.specials[name] for name in FIM]
+    fim = [tokenizer.special_tokens[name] for name in FIM]
     plain, filled = rows(reserved, packing), rows(reserved, packing, fim=1.0)
     assert torch.equal(plain.documents, filled.documents)
     formats = []
@@ -83,10 +83,10 @@ def test_shares_are_as_asked(reserved: Path, fim: float, spm: float) -> None:
     tokenizer = Tokenizer.load(reserved)
     filled, plain = (rows(reserved, count=400, fim=share, fim_spm=spm) for share in (fim, 0.0))
     long = sum(len(ids) >= 8 and set(aims) != {-100} for n in range(400) for ids, aims in pieces(plain, n))
-    hit = int((filled.ids == tokenizer.specials[FIM[0]]).sum())
+    hit = int((filled.ids == tokenizer.special_tokens[FIM[0]]).sum())
     assert abs(hit / long - fim) < 4 * math.sqrt(fim * (1 - fim) / long)
-    after_prefix = filled.ids.roll(-1, 1)[filled.ids == tokenizer.specials[FIM[0]]]
-    assert ((after_prefix == tokenizer.specials[FIM[1]]).double().mean() > 0.5) == (spm > 0.5)
+    after_prefix = filled.ids.roll(-1, 1)[filled.ids == tokenizer.special_tokens[FIM[0]]]
+    assert ((after_prefix == tokenizer.special_tokens[FIM[1]]).double().mean() > 0.5) == (spm > 0.5)
 
 
 @pytest.mark.parametrize("instead", ["random", "special"])
@@ -99,9 +99,9 @@ def test_masking_touches_inputs_alone(reserved: Path, instead: str) -> None:
     assert abs(float(changed.double().mean()) - 0.2) < 0.02
     assert not (plain.ids[changed] == tokenizer.eos).any()
     if instead == "special":
-        assert set(masked.ids[changed].tolist()) == {tokenizer.specials[MASK]}
+        assert set(masked.ids[changed].tolist()) == {tokenizer.special_tokens[MASK]}
     else:
-        assert not set(masked.ids[changed].tolist()) & set(tokenizer.specials.values())
+        assert not set(masked.ids[changed].tolist()) & set(tokenizer.special_tokens.values())
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
@@ -109,10 +109,10 @@ def test_masking_touches_inputs_alone(reserved: Path, instead: str) -> None:
 @settings(max_examples=15, deadline=None)
 def test_a_row_depends_on_its_number_alone(reserved: Path, packing: str, start: int, counts: list[int]) -> None:
     config = DataConfig(corpus=str(reserved), packing=packing, augment=AugmentationConfig(fim=0.5, mask=0.1))
-    whole = open_stream(config, ROW, 5).rows(start, sum(counts))
+    whole = open_stream(config, ROW, 5).batch(start, sum(counts))
     stream, at = open_stream(config.model_copy(update={"workers": 2}), ROW, 5), 0
     for count in counts:
-        part = stream.rows(start + at, count)
+        part = stream.batch(start + at, count)
         assert torch.equal(part.ids, whole.ids[at : at + count])
         assert torch.equal(part.targets, whole.targets[at : at + count])
         at += count
@@ -123,17 +123,17 @@ def test_held_out_rows_and_old_fingerprints_stay(reserved: Path) -> None:
     on = off.model_copy(update={"augment": AugmentationConfig(fim=0.5, mask=0.1)})
     plain, augmented = (open_stream(config, ROW, 5, "val") for config in (off, on))
     assert plain.fingerprint == augmented.fingerprint
-    assert torch.equal(plain.rows(0, 5).ids, augmented.rows(0, 5).ids)
+    assert torch.equal(plain.batch(0, 5).ids, augmented.batch(0, 5).ids)
     assert open_stream(on, ROW, 5).fingerprint != open_stream(off, ROW, 5).fingerprint
 
 
 def test_an_epoch_of_another_seed_is_augmented_otherwise(reserved: Path) -> None:
     config = DataConfig(corpus=str(reserved), shuffle=False, augment=AugmentationConfig(fim=1.0))
-    assert not torch.equal(open_stream(config, ROW, 1).rows(0, 5).ids, open_stream(config, ROW, 2).rows(0, 5).ids)
+    assert not torch.equal(open_stream(config, ROW, 1).batch(0, 5).ids, open_stream(config, ROW, 2).batch(0, 5).ids)
 
 
 def test_a_tokenizer_without_the_special_tokens_is_refused_with_the_mend(corpus: Path) -> None:
-    with pytest.raises(ConfigError, match=r"build the corpus again with --special '<\|fim_prefix\|>' --special"):
+    with pytest.raises(ConfigError, match=r"build the corpus again with --special-token '<\|fim_prefix\|>' --special-token"):
         rows(corpus, fim=0.5)
     with pytest.raises(ConfigError, match="mask"):
         rows(corpus, mask=0.1, mask_with="special")
@@ -143,7 +143,7 @@ def test_a_tokenizer_without_the_special_tokens_is_refused_with_the_mend(corpus:
 @pytest.mark.parametrize(("power", "share"), [(1.0, None), (0.0, 0.5), (0.5, None)])
 def test_sources_are_mixed_by_their_sizes_to_a_power(corpus: Path, second_corpus: Path, power: float, share: float | None) -> None:
     paths = (str(corpus), str(second_corpus))
-    tokens = [Manifest.load(Path(path)).splits["train"].tokens for path in paths]
+    tokens = [CorpusManifest.load(Path(path)).splits["train"].tokens for path in paths]
     # After 1,000 rows no share is further off than the schedule's bound, a row.
     config = DataConfig(sources=tuple(SourceConfig(path=path) for path in paths), by_size=True, upsample=power)
     stream = open_stream(config, 16, 0)

@@ -23,22 +23,20 @@ import tokenizers
 import torch
 import zstandard
 
-from andromeda.config.data import BuildConfig, DataConfig
+from andromeda.config.data import RENAMED_BUILD_KEYS, BuildConfig, DataConfig
 from andromeda.data.build import build
-from andromeda.data.corpus import open_corpus
+from andromeda.data.corpus import CorpusManifest, open_corpus, verify_corpus
 from andromeda.data.encode import chunked
-from andromeda.data.formats import read_unit
+from andromeda.data.formats import ReadTask, read_documents
 from andromeda.data.loader import open_stream
-from andromeda.data.manifest import Manifest
 from andromeda.data.shards import write_shard
-from andromeda.data.sources import RANGE_BYTES, Unit, list_source
+from andromeda.data.sources import RANGE_BYTES, list_source
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.data.verify import verify
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts, write_files
 
 DOCUMENTS = texts(200)
-CONFIG = BuildConfig(tokenizer="bytes", validation=0.1)
+CONFIG = BuildConfig(tokenizer="bytes", validation_fraction=0.1)
 
 
 def lines(documents: list[str]) -> bytes:
@@ -104,14 +102,14 @@ def _bytes_tokenizer(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def plain(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+def plain(tmp_path_factory: pytest.TempPathFactory) -> CorpusManifest:
     root = tmp_path_factory.mktemp("plain")
     return build([as_txt(root)], root / "out", CONFIG)
 
 
 @pytest.mark.parametrize("container", [as_py_in_folders, as_jsonl, as_gz, as_zst, as_parquet, as_dataset, as_shards])
 def test_the_container_does_not_matter(
-    plain: Manifest, tmp_path: Path, container: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+    plain: CorpusManifest, tmp_path: Path, container: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same documents give the same fingerprint from any kind of file, in any order, under any name."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
@@ -121,7 +119,7 @@ def test_the_container_does_not_matter(
     assert manifest.splits == plain.splits
 
 
-def test_documents_are_those_given(plain: Manifest, tmp_path: Path) -> None:
+def test_documents_are_those_given(plain: CorpusManifest, tmp_path: Path) -> None:
     """Shards decoded with numpy alone, and the split recomputed from the documents' hashes."""
     out = tmp_path / "out"
     build([as_txt(tmp_path)], out, CONFIG)
@@ -140,7 +138,7 @@ def test_documents_are_those_given(plain: Manifest, tmp_path: Path) -> None:
     assert (out / "val.txt").read_bytes() == b"".join(held_out)
 
 
-def test_adding_documents_moves_none_between_the_splits(plain: Manifest, tmp_path: Path) -> None:
+def test_adding_documents_moves_none_between_the_splits(plain: CorpusManifest, tmp_path: Path) -> None:
     folder = Path(as_txt(tmp_path))
     write_files(folder / "more", texts(100, seed=9))
     build([str(folder)], tmp_path / "out", CONFIG)
@@ -152,7 +150,7 @@ def test_adding_documents_moves_none_between_the_splits(plain: Manifest, tmp_pat
 
 def test_workers_and_shard_size_do_not_matter(tmp_path: Path) -> None:
     source = as_txt(tmp_path)
-    config = BuildConfig(vocab_size=300, validation=0.1)
+    config = BuildConfig(vocab_size=300, validation_fraction=0.1)
     alone = build([source], tmp_path / "a", config, workers=1)
     together = build([source], tmp_path / "b", config, workers=3)
     small = build([source], tmp_path / "c", config.model_copy(update={"shard_tokens": 700}))
@@ -212,7 +210,7 @@ def test_every_document_is_accounted_for(tmp_path: Path) -> None:
     log = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
     assert len(log) == sum(report.skipped.values()) + 1
     assert {"source": str(folder), "where": "copy.md", "reason": "duplicate"} in log
-    assert verify(tmp_path / "out") == manifest
+    assert verify_corpus(tmp_path / "out") == manifest
 
 
 @pytest.mark.parametrize(("ending", "pack"), [(".gz", gzip.compress), (".zst", zstandard.compress)])
@@ -222,9 +220,9 @@ def test_a_packed_file_that_was_cut_off_says_so(tmp_path: Path, ending: str, pac
     path = tmp_path / f"a.jsonl{ending}"
     for keep in (1, 20, len(packed) // 2, len(packed) - 20, len(packed) - 1):
         path.write_bytes(packed[:keep])
-        *found, last = read_unit(Unit(0, "packed", (("a", str(path)),)), BuildConfig())
+        *found, last = read_documents(ReadTask(0, "packed", (("a", str(path)),)), BuildConfig())
         assert last.text is None
-        assert last.reason.startswith("unreadable")
+        assert last.skip_reason.startswith("unreadable")
         whole = [f.text for f in found if f.text is not None]
         assert whole == given[: len(whole)]
         assert len(found) - len(whole) <= 1  # at most one line that is no longer JSON
@@ -232,7 +230,9 @@ def test_a_packed_file_that_was_cut_off_says_so(tmp_path: Path, ending: str, pac
 
 def test_lengths_are_bytes(tmp_path: Path) -> None:
     folder = write_files(tmp_path / "raw", ["é" * 10, "a" * 19, "a" * 21, "b" * 20, "c" * 20])
-    report = build([str(folder)], tmp_path / "out", CONFIG.model_copy(update={"shortest": 20, "longest": 20})).sources[0]
+    report = build([str(folder)], tmp_path / "out", CONFIG.model_copy(update={"min_document_bytes": 20, "max_document_bytes": 20})).sources[
+        0
+    ]
     assert (report.kept, report.skipped) == (3, {"too long": 1, "too short": 1})
 
 
@@ -240,7 +240,7 @@ def test_lengths_are_bytes(tmp_path: Path) -> None:
 def test_cutting_keeps_the_text(tmp_path: Path, limit: int) -> None:
     text = "".join(DOCUMENTS[:20]) + "x" * 500 + "é" * 300
     (tmp_path / "a.txt").write_bytes(text.encode())
-    pieces = list(read_unit(Unit(0, "text", (("a", str(tmp_path / "a.txt")),)), BuildConfig(cut=limit)))
+    pieces = list(read_documents(ReadTask(0, "text", (("a", str(tmp_path / "a.txt")),)), BuildConfig(split_documents_at=limit)))
     if limit == 50:
         assert "".join(p.text for p in pieces) == text
     assert all(p.text is None or len(p.text.encode()) <= max(limit, 4) for p in pieces)
@@ -270,11 +270,11 @@ def test_ranges_of_a_large_jsonl_give_every_line_once(tmp_path: Path) -> None:
         [0, *(s - 1 for s in starts), size],
         sorted([0, size, *random.Random(0).choices(range(size), k=40)]),
     ):
-        units = [Unit(0, "jsonl", (("a", str(path)),), a, b) for a, b in pairwise(borders)]
-        assert [f.text for u in units for f in read_unit(u, CONFIG)] == DOCUMENTS
+        units = [ReadTask(0, "jsonl", (("a", str(path)),), a, b) for a, b in pairwise(borders)]
+        assert [f.text for u in units for f in read_documents(u, CONFIG)] == DOCUMENTS
     with path.open("ab") as file:
         file.truncate(3 * RANGE_BYTES + 5)  # sparse
-    assert [(u.start, u.stop) for u in list_source(0, str(path), CONFIG).units] == [
+    assert [(u.start, u.stop) for u in list_source(0, str(path), CONFIG).tasks] == [
         (0, RANGE_BYTES), (RANGE_BYTES, 2 * RANGE_BYTES), (2 * RANGE_BYTES, 3 * RANGE_BYTES), (3 * RANGE_BYTES, 3 * RANGE_BYTES + 5)
     ]  # fmt: skip
 
@@ -296,7 +296,7 @@ def test_python_source_is_this_interpreters(tmp_path: Path) -> None:
     config = CONFIG.model_copy(update={"max_bytes": 300_000})
     manifest = build(["python"], tmp_path / "out", config)
     assert 100_000 < manifest.sources[0].bytes <= 300_000
-    listed = {name: path for unit in list_source(0, "python", CONFIG).units for name, path in unit.files}
+    listed = {name: path for unit in list_source(0, "python", CONFIG).tasks for name, path in unit.files}
     assert listed["stdlib/os.py"] == str(Path(sysconfig.get_paths()["stdlib"]) / "os.py")
     assert listed["packages/numpy/__init__.py"] == np.__file__
     assert len(set(listed.values())) == len(listed)
@@ -305,12 +305,12 @@ def test_python_source_is_this_interpreters(tmp_path: Path) -> None:
 
 def test_a_corpus_is_tokenized_again_on_the_same_documents(corpus: Path, tmp_path: Path) -> None:
     """A finished corpus as a source of another tokenizer's: the same held-out bytes."""
-    build([str(corpus)], tmp_path / "out", BuildConfig(tokenizer="bytes", validation=0.1))
+    build([str(corpus)], tmp_path / "out", BuildConfig(tokenizer="bytes", validation_fraction=0.1))
     assert (tmp_path / "out" / "val.txt").read_bytes() == (corpus / "val.txt").read_bytes()
 
 
 def test_a_given_tokenizer_is_used(corpus: Path, second_corpus: Path) -> None:
-    assert Manifest.load(second_corpus).tokenizer == Manifest.load(corpus).tokenizer
+    assert CorpusManifest.load(second_corpus).tokenizer == CorpusManifest.load(corpus).tokenizer
     assert (second_corpus / "tokenizer" / "tokenizer.json").read_bytes() == (corpus / "tokenizer" / "tokenizer.json").read_bytes()
 
 
@@ -326,14 +326,14 @@ def test_another_build_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     source = as_txt(tmp_path)
     out = tmp_path / "out"
     build([source], out, CONFIG)
-    with pytest.raises(DataError, match=r"other settings \(validation\)"):
-        build([source], out, CONFIG.model_copy(update={"validation": 0.2}))
+    with pytest.raises(DataError, match=r"other settings \(validation_fraction\)"):
+        build([source], out, CONFIG.model_copy(update={"validation_fraction": 0.2}))
     with pytest.raises(DataError, match=r"other settings \(sources\)"):
         build([source, source], out, CONFIG)
     (Path(source) / "00000.txt").write_text("changed since")
     with pytest.raises(DataError, match="changed since"):
         build([source], out, CONFIG)
-    assert verify(out).sources[0].read == 200
+    assert verify_corpus(out).sources[0].read == 200
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("mine")
     with pytest.raises(DataError, match="not empty"):
@@ -357,7 +357,7 @@ def test_a_damaged_plan_is_refused(tmp_path: Path, plan: str | None, sentence: s
     path.write_text(plan or path.read_text().replace('"layout": 1', '"layout": 0'))
     with pytest.raises(DataError, match=sentence):
         build([source], out, CONFIG)
-    verify(out)
+    verify_corpus(out)
 
 
 def test_a_refused_build_leaves_nothing_in_the_way(tmp_path: Path) -> None:
@@ -374,15 +374,15 @@ def test_a_folder_used_again_holds_only_the_new_build(tmp_path: Path) -> None:
     """Nothing of a deleted or refused build is remembered by the process."""
     out = tmp_path / "out"
     for seed, kind in ((1, {"vocab_size": 300}), (2, {"vocab_size": 310}), (3, {"tokenizer": "bytes"})):
-        config = BuildConfig(validation=0.1, **kind)
+        config = BuildConfig(validation_fraction=0.1, **kind)
         source = str(write_files(tmp_path / f"{seed}", [t.ljust(200) for t in texts(50, seed=seed, longest=5)]))
         with pytest.raises(ConfigError):
             build([source], out, BuildConfig(vocab_size=99_999))
         manifest = build([source], out, config)
-        rows = open_stream(DataConfig(corpus=str(out)), 50, 0).rows(0, 20).ids
+        rows = open_stream(DataConfig(corpus=str(out)), 50, 0).batch(0, 20).ids
         fresh = tmp_path / f"fresh-{seed}"
-        assert build([source], fresh, config) == manifest == verify(out)
-        assert torch.equal(open_stream(DataConfig(corpus=str(fresh)), 50, 0).rows(0, 20).ids, rows)
+        assert build([source], fresh, config) == manifest == verify_corpus(out)
+        assert torch.equal(open_stream(DataConfig(corpus=str(fresh)), 50, 0).batch(0, 20).ids, rows)
         shutil.rmtree(out)
 
 
@@ -403,10 +403,15 @@ def test_two_builds_at_once_are_refused(tmp_path: Path) -> None:
         ("a.txt", b"", {}, "No document is left .*empty 1"),
         ("a.txt", b"\0\1\2", {}, "No document is left .*binary 1"),
         ("a.jsonl", b"{\n{\n", {}, "No document is left .*bad JSON 2"),
-        ("a.csv", b"a,b", {}, r"unknown ending: known are .*--include \.csv"),
+        ("a.csv", b"a,b", {}, r"unknown extension: known are .*--include \.csv"),
         ("a.jsnl", b"a,b", {}, r"did you mean \.jsonl\?"),
-        ("a.txt", b"some\ntext\none\nmore\n" * 50, {"tokenizer": "bpe", "vocab_size": 9999, "cut": 10}, "allows a bpe vocabulary of only"),
-        ("a.txt", b"some\ntext", {"tokenizer_path": "/nowhere"}, "no tokenizer at /nowhere"),
+        (
+            "a.txt",
+            b"some\ntext\none\nmore\n" * 50,
+            {"tokenizer": "bpe", "vocab_size": 9999, "split_documents_at": 10},
+            "allows a bpe vocabulary of only",
+        ),
+        ("a.txt", b"some\ntext", {"tokenizer": "/nowhere"}, "no tokenizer at /nowhere"),
     ],
 )
 def test_impossible_sources_are_one_sentence(tmp_path: Path, name: str, content: bytes, changes: dict, sentence: str) -> None:
@@ -433,7 +438,7 @@ def test_missing_sources_are_one_sentence(tmp_path: Path, monkeypatch: pytest.Mo
     with pytest.raises(AndromedaError, match="Nothing to build from"):
         build([], tmp_path / "out", CONFIG)
     with pytest.raises(AndromedaError, match="leave out vocab_size"):
-        build(["python"], tmp_path / "out", BuildConfig(vocab_size=300, tokenizer_path=str(tmp_path)))
+        build(["python"], tmp_path / "out", BuildConfig(vocab_size=300, tokenizer=str(tmp_path)))
     assert not (tmp_path / "out").exists()
 
 
@@ -446,15 +451,15 @@ def flip(path: Path, at: int) -> None:
 @pytest.mark.parametrize("name", ["train-00000.bin", "val-00000.bin", "train-documents.npy", "val-documents.npy", "val.txt"])
 def test_verification_finds_one_flipped_bit(corpus: Path, tmp_path: Path, name: str) -> None:
     folder = shutil.copytree(corpus, tmp_path / "c")
-    verify(folder)
+    verify_corpus(folder)
     flip(folder / name, (folder / name).stat().st_size - 5)
     with pytest.raises(DataError):
-        verify(folder)
+        verify_corpus(folder)
 
 
 def test_a_corpus_with_another_tokenizer_of_its_size_is_not_opened(corpus: Path, tmp_path: Path) -> None:
     """Its tokens would be other text, or none."""
-    build([str(write_files(tmp_path / "raw", texts(50, seed=9)))], tmp_path / "other", BuildConfig(vocab_size=300, validation=0.1))
+    build([str(write_files(tmp_path / "raw", texts(50, seed=9)))], tmp_path / "other", BuildConfig(vocab_size=300, validation_fraction=0.1))
     folder = shutil.copytree(corpus, tmp_path / "c")
     shutil.rmtree(folder / "tokenizer")
     shutil.copytree(tmp_path / "other" / "tokenizer", folder / "tokenizer")
@@ -472,7 +477,7 @@ def test_a_missing_or_empty_file_is_one_sentence(corpus: Path, tmp_path: Path, n
     if empty:
         (folder / name).touch()
     with pytest.raises(DataError, match=sentence):
-        verify(folder)
+        verify_corpus(folder)
 
 
 def test_a_script_without_a_main_guard_gets_a_sentence(tmp_path: Path) -> None:
@@ -484,3 +489,18 @@ def test_a_script_without_a_main_guard_gets_a_sentence(tmp_path: Path) -> None:
     result = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
     assert result.returncode == 1
     assert "if __name__ == '__main__'" in result.stderr.splitlines()[-1]
+
+
+def test_keys_of_an_older_version_are_refused_by_their_new_names_and_read_in_an_older_manifest(corpus: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="shortest is now called min_document_bytes; cut is now called split_documents_at"):
+        BuildConfig(**{"shortest": 5, "cut": 9})
+    folder = shutil.copytree(corpus, tmp_path / "c")
+    value = json.loads((folder / "manifest.json").read_text())
+    config = value["config"]
+    for old, new in RENAMED_BUILD_KEYS.items():
+        if old != "tokenizer_path":
+            config[old] = config.pop(new)
+    (folder / "manifest.json").write_text(json.dumps(value | {"config": config | {"tokenizer_path": ""}}))
+    assert CorpusManifest.load(folder) == CorpusManifest.load(corpus)
+    (folder / "manifest.json").write_text(json.dumps(value | {"config": config | {"tokenizer_path": "/a/tokenizer.json"}}))
+    assert CorpusManifest.load(folder).config.tokenizer == "/a/tokenizer.json"

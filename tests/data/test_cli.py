@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 
 from andromeda.cli.main import main
-from andromeda.data.manifest import Manifest
+from andromeda.data.corpus import CorpusManifest
 from tests.data.conftest import texts, write_files
 
 
@@ -28,16 +28,16 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], *ar
 
 def test_build_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     raw, out = write_files(tmp_path / "raw", texts(60)), tmp_path / "out"
-    options = ["--tokenizer", "unigram", "--vocab", "300", "--special", "<|a|>", "--special", "<|b|>", "--workers", "1"]
+    options = ["--tokenizer", "unigram", "--vocab-size", "300", "--special-token", "<|a|>", "--special-token", "<|b|>", "--workers", "1"]
     code, text, err = run(monkeypatch, capsys, "build", raw, "--out", out, *options)
     assert (code, err) == (0, "")
-    manifest = Manifest.load(out)
+    manifest = CorpusManifest.load(out)
     assert manifest.fingerprint in text
     assert f"{manifest.splits['train'].tokens:,}" in text
     code, shown, _ = run(monkeypatch, capsys, "show", out)
     assert (code, shown) == (0, text)
     code, shown, _ = run(monkeypatch, capsys, "show", out, "--json")
-    assert Manifest.model_validate_json(shown) == manifest
+    assert CorpusManifest.model_validate_json(shown) == manifest
     code, again, _ = run(monkeypatch, capsys, "build", raw, "--out", out, *options, "--json")
     assert json.loads(again) == json.loads(shown)
     code, shown, _ = run(monkeypatch, capsys, "show", out, "--verify")
@@ -47,7 +47,7 @@ def test_build_and_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys:
 def test_compare_counts_on_the_same_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     raw = write_files(tmp_path / "raw", texts(60))
     for kind, vocab in (("bytes", "257"), ("bpe", "300")):
-        run(monkeypatch, capsys, "build", raw, "--out", tmp_path / kind, "--tokenizer", kind, "--vocab", vocab, "--workers", "1")
+        run(monkeypatch, capsys, "build", raw, "--out", tmp_path / kind, "--tokenizer", kind, "--vocab-size", vocab, "--workers", "1")
     code, out, _ = run(monkeypatch, capsys, "compare", tmp_path / "bytes", tmp_path / "bpe", "--json")
     raw_bytes, pairs = json.loads(out)
     held_out = (tmp_path / "bytes" / "val.txt").read_bytes()
@@ -73,7 +73,7 @@ def test_an_interruption_says_that_work_is_kept(
     with monkeypatch.context() as patch:
         patch.setattr("andromeda.data.build.write_text", stop)
         code, _, err = run(monkeypatch, capsys, *arguments)
-    assert (code, err) == (130, "andromeda: interrupted; the same command goes on from here.\n")
+    assert (code, err) == (130, "andromeda: interrupted; the same command resumes here.\n")
     assert run(monkeypatch, capsys, *arguments)[0] == 0
 
 
@@ -81,11 +81,13 @@ def test_an_interruption_says_that_work_is_kept(
     ("arguments", "sentence"),
     [
         (["build", "{raw}/missing.txt", "--out", "{out}"], "There is no file or folder"),
-        (["build", "{raw}", "--out", "{out}", "--tokenizer", "bpee"], "tokenizer = 'bpee'"),
-        (["build", "{raw}", "--out", "{out}", "--validation", "0.9"], "validation = 0.9"),
-        (["build", "{raw}", "--out", "{out}", "--vocab", "0"], "vocab_size = 0"),
-        (["build", "{raw}", "--out", "{out}", "--vocab", "50"], "too small"),
-        (["build", "{raw}", "--out", "{out}", "--vocab", "999999"], "allows a bpe vocabulary of only"),
+        (["build", "{raw}", "--out", "{out}", "--tokenizer", "bpee"], "tokenizer = 'bpee' is no kind of tokenizer (did you mean bpe?)"),
+        (["build", "{raw}", "--out", "{out}", "--cut", "50"], "--cut is now called --split-documents-at"),
+        (["build", "{raw}", "--out", "{out}", "--vocab=50"], "--vocab is now called --vocab-size"),
+        (["build", "{raw}", "--out", "{out}", "--validation-fraction", "0.9"], "validation_fraction = 0.9"),
+        (["build", "{raw}", "--out", "{out}", "--vocab-size", "0"], "vocab_size = 0"),
+        (["build", "{raw}", "--out", "{out}", "--vocab-size", "50"], "too small"),
+        (["build", "{raw}", "--out", "{out}", "--vocab-size", "999999"], "allows a bpe vocabulary of only"),
         (["build", "{raw}", "--out", "{raw}"], "not empty"),
         (["build", "{raw}", "--out", "{raw}/00000.txt"], "is a file"),
         (["build", "{raw}", "--out", "/proc/nothing"], "/proc/nothing"),

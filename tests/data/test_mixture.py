@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from andromeda.data.mixture import LONGEST_PERIOD, Interleaved, Mixture, whole_quotas
+from andromeda.data.mixture import MAX_PERIOD, MixtureSchedule, ProportionalSchedule, whole_quotas
 from andromeda.data.permutation import GOLDEN, mix, shuffled
 
 weights = st.lists(st.integers(1, 40), min_size=2, max_size=9)
@@ -19,7 +19,7 @@ weights = st.lists(st.integers(1, 40), min_size=2, max_size=9)
 @settings(max_examples=60, deadline=None)
 def test_every_prefix_is_within_tijdemans_bound(weights: list[int]) -> None:
     """|rows of a source after n rows - n x share| <= 1 - 1/(2k - 2), exactly, over more than one period."""
-    mixture = Mixture([float(w) for w in weights])
+    mixture = MixtureSchedule([float(w) for w in weights])
     k, total = len(weights), sum(weights)
     counts = [0] * k
     for n in range(1, mixture.period + 20):
@@ -32,7 +32,7 @@ def test_every_prefix_is_within_tijdemans_bound(weights: list[int]) -> None:
 
 
 def test_a_far_row_is_found_without_the_rows_before_it() -> None:
-    mixture = Mixture([0.7, 0.2, 0.1])
+    mixture = MixtureSchedule([0.7, 0.2, 0.1])
     far = 10**15 + 3
     assert [mixture.count(s, far) for s in range(3)] == [
         7 * 10**14 + mixture.count(0, 3),
@@ -54,14 +54,14 @@ def test_decimal_weights_are_taken_exactly(weights: list[float], quotas: list[in
 def test_unwieldy_weights_are_rounded_to_the_longest_period(weights: list[float]) -> None:
     quotas = whole_quotas(weights)
     assert min(quotas) >= 1
-    assert sum(quotas) <= LONGEST_PERIOD
+    assert sum(quotas) <= MAX_PERIOD
     for quota, weight in zip(quotas, weights, strict=True):
-        assert abs(quota / sum(quotas) - weight / sum(weights)) <= (len(weights) + 1) / LONGEST_PERIOD
+        assert abs(quota / sum(quotas) - weight / sum(weights)) <= (len(weights) + 1) / MAX_PERIOD
 
 
 @given(lengths=st.lists(st.integers(0, 50), min_size=1, max_size=5).filter(any))
 def test_held_out_sources_end_together(lengths: list[int]) -> None:
-    schedule = Interleaved(lengths)
+    schedule = ProportionalSchedule(lengths)
     total = sum(lengths)
     seen = [schedule.locate(n) for n in range(total)]
     assert sorted(seen) == [(s, i) for s, n in enumerate(lengths) for i in range(n)]

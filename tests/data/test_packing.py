@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from andromeda.data.packing import IGNORE, OPEN_ROWS, DocumentPacking, StreamPacking, Texts, first_fit
+from andromeda.data.packing import IGNORE, OPEN_SEQUENCES, DocumentPacking, StreamPacking, TokenizedDocuments, first_fit
 
 SEPARATOR = 0
 lengths_ = st.lists(st.integers(1, 30), min_size=1, max_size=25)
@@ -27,12 +27,12 @@ class Plain:
         return self.tokens[start:stop]
 
 
-def make(lengths: list[int]) -> tuple[Texts, list[list[int]]]:
+def make(lengths: list[int]) -> tuple[TokenizedDocuments, list[list[int]]]:
     """Documents of given lengths (separator included) whose other tokens are all different."""
     unique = iter(range(1, 10**6))
     documents = [[SEPARATOR, *(next(unique) for _ in range(n - 1))] for n in lengths]
     tokens = np.array([t for d in documents for t in d], dtype=np.int64)
-    return Texts(Plain(tokens), np.cumsum([0, *lengths]), SEPARATOR), documents  # type: ignore[arg-type]
+    return TokenizedDocuments(Plain(tokens), np.cumsum([0, *lengths]), SEPARATOR), documents  # type: ignore[arg-type]
 
 
 def naive_rows(documents: list[list[int]], order: list[int], T: int) -> list[tuple[list[int], list[int], list[int]]]:
@@ -54,18 +54,18 @@ def naive_rows(documents: list[list[int]], order: list[int], T: int) -> list[tup
 def test_an_epoch_of_a_stream_is_its_documents_concatenated_cut_and_shuffled(lengths: list[int], T: int, seed: int) -> None:
     texts, documents = make(lengths)
     packing = StreamPacking(texts, T, (seed,), endless=True)
-    count = int(packing.per_epoch)
+    count = int(packing.sequences_per_epoch)
     for epoch in (2, 0, 1):  # any order of asking gives the same rows
         order = packing._epoch(epoch)[0].tolist()
         assert sorted(order) == list(range(len(lengths)))
-        rows = [tuple(column.tolist() for column in packing.row(epoch * count + i)) for i in range(count)]
+        rows = [tuple(column.tolist() for column in packing.sequence(epoch * count + i)) for i in range(count)]
         assert sorted(rows) == sorted(naive_rows(documents, order, T))
 
 
 def test_rows_of_one_document_are_spread_over_the_epoch() -> None:
     texts, _ = make([400] * 10)
     packing = StreamPacking(texts, 10, (0,), endless=True)
-    firsts = [int(packing.row(r).ids[-1]) // 400 for r in range(int(packing.per_epoch))]
+    firsts = [int(packing.sequence(r).ids[-1]) // 400 for r in range(int(packing.sequences_per_epoch))]
     neighbors = sum(a == b for a, b in pairwise(firsts)) / len(firsts)
     assert neighbors < 0.25  # 1/10 by chance, 39/40 in the text's order
 
@@ -75,7 +75,7 @@ def test_rows_of_one_document_are_spread_over_the_epoch() -> None:
 def test_a_finite_stream_predicts_every_token_once(lengths: list[int], T: int) -> None:
     texts, documents = make(lengths)
     packing = StreamPacking(texts, T, None, endless=False)
-    rows = [packing.row(r) for r in range(packing.length)]
+    rows = [packing.sequence(r) for r in range(packing.num_sequences)]
     flat = [t for d in documents for t in d]
     targets = np.concatenate([r.targets for r in rows]) if rows else np.zeros(0)
     assert targets[targets != IGNORE].tolist() == flat[1:]
@@ -94,8 +94,8 @@ def test_document_packing_loses_nothing_and_splits_only_what_is_too_long(lengths
     texts, documents = make(lengths)
     packing = DocumentPacking(texts, T, None if seed is None else (seed,), endless=False)
     inputs, pieces = [], []
-    for r in range(packing.length):
-        row = packing.row(r)
+    for r in range(packing.num_sequences):
+        row = packing.sequence(r)
         assert all(len(column) == T for column in row)
         real = row.targets != IGNORE
         inputs += row.ids[real].tolist()
@@ -114,12 +114,12 @@ def test_document_packing_loses_nothing_and_splits_only_what_is_too_long(lengths
 @given(lengths=st.lists(st.integers(1, 20), min_size=1, max_size=200))
 @settings(max_examples=100, deadline=None)
 def test_first_fit_against_a_plain_loop(lengths: list[int]) -> None:
-    room, name = [0] * OPEN_ROWS, [-1] * OPEN_ROWS
+    room, name = [0] * OPEN_SEQUENCES, [-1] * OPEN_SEQUENCES
     rows, used = [], 0
     for length in lengths:
-        slot = next((i for i in range(OPEN_ROWS) if room[i] >= length), None)
+        slot = next((i for i in range(OPEN_SEQUENCES) if room[i] >= length), None)
         if slot is None:
-            slot = min(range(OPEN_ROWS), key=lambda i: room[i])
+            slot = min(range(OPEN_SEQUENCES), key=lambda i: room[i])
             room[slot], name[slot] = 20, used
             used += 1
         room[slot] -= length
@@ -139,8 +139,8 @@ def test_first_fit_wastes_little() -> None:
 def test_document_epochs_hold_the_same_rows_in_another_order() -> None:
     texts, _ = make([7, 30, 5, 5, 9, 14, 3, 22] * 5)
     packing = DocumentPacking(texts, 16, (3,), endless=True)
-    count = int(packing.per_epoch)
-    epochs = [[tuple(packing.row(e * count + r).ids.tolist()) for r in range(count)] for e in range(3)]
+    count = int(packing.sequences_per_epoch)
+    epochs = [[tuple(packing.sequence(e * count + r).ids.tolist()) for r in range(count)] for e in range(3)]
     assert sorted(epochs[0]) == sorted(epochs[1]) == sorted(epochs[2])
     assert epochs[0] != epochs[1] != epochs[2]
 
@@ -148,5 +148,5 @@ def test_document_epochs_hold_the_same_rows_in_another_order() -> None:
 @pytest.mark.parametrize("path", [StreamPacking, DocumentPacking])
 def test_one_token_corpora_work(path: type, tmp_path: Path) -> None:
     texts, _ = make([1])
-    row = path(texts, 4, (0,), endless=True).row(5)
+    row = path(texts, 4, (0,), endless=True).sequence(5)
     assert row.ids.tolist() == [0, 0, 0, 0]

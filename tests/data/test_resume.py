@@ -15,10 +15,10 @@ import pytest
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.build import build
-from andromeda.data.verify import verify
+from andromeda.data.corpus import verify_corpus
 from tests.data.conftest import texts, write_files
 
-CONFIG = BuildConfig(tokenizer="bytes", validation=0.1, shard_tokens=9000)
+CONFIG = BuildConfig(tokenizer="bytes", validation_fraction=0.1, shard_tokens=9000)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -61,7 +61,7 @@ def killed_child(source: str, out: Path, step: int) -> bool:
 
 @pytest.fixture
 def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    monkeypatch.setattr("andromeda.data.sources.UNIT_BYTES", 6_000)
+    monkeypatch.setattr("andromeda.data.sources.TASK_BYTES", 6_000)
     monkeypatch.setattr("andromeda.data.encode.BLOCK_BYTES", 6_000)
     return str(write_files(tmp_path / "raw", texts(60)))
 
@@ -101,17 +101,17 @@ def test_finished_work_is_not_done_again(source: str, tmp_path: Path, monkeypatc
         patch.setattr("andromeda.data.build.write_text", stop)
         with pytest.raises(KeyboardInterrupt):
             build([source], tmp_path / "out", CONFIG)
-    monkeypatch.setattr("andromeda.data.ingest.read_unit", stop)
+    monkeypatch.setattr("andromeda.data.ingest.read_documents", stop)
     monkeypatch.setattr("andromeda.data.tokenizer.Tokenizer.encode_batch", stop)
     build([source], tmp_path / "out", CONFIG)
-    verify(tmp_path / "out")
+    verify_corpus(tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_worker_processes_survive_kills_at_random_times(tmp_path: Path) -> None:
     """The real command with two workers and a trained tokenizer, killed after random times; no worker outlives it."""
     source = str(write_files(tmp_path / "raw", [t * 20 for t in texts(600)]))
-    command = [sys.executable, "-m", "andromeda.cli.main", "data", "build", source, "--vocab", "400", "--workers", "2", "--out"]
+    command = [sys.executable, "-m", "andromeda.cli.main", "data", "build", source, "--vocab-size", "400", "--workers", "2", "--out"]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     draw, kills = random.Random(0), 0
     while True:  # each run gets a little longer, so that it ends on any machine

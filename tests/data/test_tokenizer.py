@@ -15,17 +15,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders.bpe import LONGEST_WORD
-from andromeda.data.encoders.unigram import SENTENCE, SPACE
-from andromeda.data.tokenizer import META, PROBE, Tokenizer, train_tokenizer
+from andromeda.data.encoders.bpe import MAX_TRAINING_WORD
+from andromeda.data.encoders.unigram import MAX_TRAINING_SENTENCE, SPACE
+from andromeda.data.tokenizer import META, ROUND_TRIP_TEXT, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts
 
 KINDS = ["bpe", "unigram", "bytes"]
 CONFIGS = {
-    "bpe": BuildConfig(tokenizer="bpe", vocab_size=320, specials=("<|user|>",)),
-    "unigram": BuildConfig(tokenizer="unigram", vocab_size=320, specials=("<|user|>",)),
-    "bytes": BuildConfig(tokenizer="bytes", specials=("<|user|>",)),
+    "bpe": BuildConfig(tokenizer="bpe", vocab_size=320, special_tokens=("<|user|>",)),
+    "unigram": BuildConfig(tokenizer="unigram", vocab_size=320, special_tokens=("<|user|>",)),
+    "bytes": BuildConfig(tokenizer="bytes", special_tokens=("<|user|>",)),
 }
 AWKWARD = [
     "\r\n",
@@ -62,7 +62,7 @@ def test_round_trip_keeps_every_character(trained: dict[str, Tokenizer], kind: s
     assert tokenizer.decode(ids) == text
     assert int(tokenizer.byte_lengths()[ids].sum()) == len(text.encode())
     assert all(0 <= i < tokenizer.vocab_size for i in ids)
-    assert not set(ids) & set(tokenizer.specials.values())
+    assert not set(ids) & set(tokenizer.special_tokens.values())
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -95,7 +95,7 @@ def test_bpe_agrees_with_its_library(trained: dict[str, Tokenizer], tmp_path: Pa
         assert trained["bpe"].decode(ids) == library.decode(ids)
 
 
-@pytest.mark.parametrize(("kind", "longest"), [("bpe", LONGEST_WORD), ("unigram", SENTENCE)])
+@pytest.mark.parametrize(("kind", "longest"), [("bpe", MAX_TRAINING_WORD), ("unigram", MAX_TRAINING_SENTENCE)])
 def test_an_unbroken_run_is_learned_from_like_its_pieces(kind: Literal["bpe", "unigram"], longest: int) -> None:
     config = BuildConfig(tokenizer=kind, vocab_size=268)
     run = "gattaca" * 100_000
@@ -118,23 +118,27 @@ def test_saved_and_loaded_is_the_same(trained: dict[str, Tokenizer], kind: str, 
     trained[kind].save(tmp_path / "t")
     loaded = Tokenizer.load(tmp_path / "t")
     assert loaded.fingerprint == trained[kind].fingerprint
-    assert (loaded.eos, loaded.vocab_size, loaded.specials) == (trained[kind].eos, trained[kind].vocab_size, trained[kind].specials)
-    assert loaded.encode(PROBE) == trained[kind].encode(PROBE)
+    assert (loaded.eos, loaded.vocab_size, loaded.special_tokens) == (
+        trained[kind].eos,
+        trained[kind].vocab_size,
+        trained[kind].special_tokens,
+    )
+    assert loaded.encode(ROUND_TRIP_TEXT) == trained[kind].encode(ROUND_TRIP_TEXT)
     assert loaded.byte_lengths().tolist() == trained[kind].byte_lengths().tolist()
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_special_tokens_exist_and_stand_for_nothing(trained: dict[str, Tokenizer], kind: str) -> None:
     tokenizer = trained[kind]
-    assert tokenizer.specials["<|endoftext|>"] == tokenizer.eos
-    assert tokenizer.decode([tokenizer.eos, tokenizer.specials["<|user|>"]]) == ""
-    assert tokenizer.byte_lengths()[[tokenizer.eos, tokenizer.specials["<|user|>"]]].tolist() == [0, 0]
+    assert tokenizer.special_tokens["<|endoftext|>"] == tokenizer.eos
+    assert tokenizer.decode([tokenizer.eos, tokenizer.special_tokens["<|user|>"]]) == ""
+    assert tokenizer.byte_lengths()[[tokenizer.eos, tokenizer.special_tokens["<|user|>"]]].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(("digits", "size"), [(1, 257), (2, 290), (3, 275)])
 def test_no_token_holds_more_digits_than_allowed(digits: int, size: int) -> None:
     years = [" ".join(str(n) for n in range(1900 + i, 2100, 3)) for i in range(20)]
-    tokenizer = train_tokenizer(years, BuildConfig(vocab_size=size, digits=digits))
+    tokenizer = train_tokenizer(years, BuildConfig(vocab_size=size, max_digits=digits))
     spelled = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
     longest = max(len(run) for word in spelled for run in re.findall(r"\d+", word))
     assert longest == digits
@@ -164,7 +168,7 @@ def test_bpe_does_not_depend_on_the_order_of_texts() -> None:
         ({"tokenizer": "unigram", "vocab_size": 100}, "too small"),
         ({"tokenizer": "unigram", "vocab_size": 100_000}, r"at most \d+, not 100000"),
         ({"tokenizer": "bytes", "vocab_size": 100}, "has 257 entries, not 100"),
-        ({"specials": ("<|endoftext|>",)}, "must differ"),
+        ({"special_tokens": ("<|endoftext|>",)}, "must differ"),
     ],
 )
 def test_impossible_settings_are_refused(settings_: dict, sentence: str) -> None:
@@ -210,7 +214,7 @@ def test_another_projects_bpe_is_read_and_its_separator_appended(tmp_path: Path)
     path = gpt2_like(tmp_path / "tokenizer.json")
     tokenizer = Tokenizer.load(tmp_path)
     assert (tokenizer.eos, tokenizer.vocab_size) == (300, 301)
-    assert tokenizer.encode(PROBE) == tokenizers.Tokenizer.from_file(str(path)).encode(PROBE).ids
+    assert tokenizer.encode(ROUND_TRIP_TEXT) == tokenizers.Tokenizer.from_file(str(path)).encode(ROUND_TRIP_TEXT).ids
     assert Tokenizer.load(path, eos=5).eos == 5
 
 
@@ -225,7 +229,10 @@ def test_another_projects_sentencepiece_is_read_when_lossless(tmp_path: Path) ->
         Tokenizer.load(tmp_path / "usual.model")
     train_tokenizer(texts(50), CONFIGS["unigram"]).save(tmp_path)
     (tmp_path / META).unlink()
-    assert Tokenizer.load(tmp_path / "tokenizer.model").decode(Tokenizer.load(tmp_path / "tokenizer.model").encode(PROBE)) == PROBE
+    assert (
+        Tokenizer.load(tmp_path / "tokenizer.model").decode(Tokenizer.load(tmp_path / "tokenizer.model").encode(ROUND_TRIP_TEXT))
+        == ROUND_TRIP_TEXT
+    )
 
 
 def damage_meta(folder: Path) -> None:

@@ -40,7 +40,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus, café\n" * 20)
     assert (
-        call("data", "build", str(texts), "--out", str(place / "corpus"), "--tokenizer", "bytes", "--validation", "0.2", "--workers", "1")
+        call(
+            "data",
+            "build",
+            str(texts),
+            "--out",
+            str(place / "corpus"),
+            "--tokenizer",
+            "bytes",
+            "--validation-fraction",
+            "0.2",
+            "--workers",
+            "1",
+        )
         == 0
     )
     assert call("train", "nano", *SHAPE, f"data.corpus={place / 'corpus'}", "--out", str(place / "run")) == 0

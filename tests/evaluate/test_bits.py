@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from andromeda.config.data import BuildConfig, DataConfig
 from andromeda.config.model import AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.data.build import build
-from andromeda.data.loader import Stream, open_stream
+from andromeda.data.loader import TokenStream, open_stream
 from andromeda.evaluate.bits import held_out_bits, windows
 from andromeda.model.transformer import Transformer
 
@@ -27,12 +27,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts.mkdir()
     for i in range(60):
         (texts / f"{i}.txt").write_text(f"line {i} of the café\n" * (1 + i % 3))
-    build([str(texts)], folder / "built", BuildConfig(tokenizer="bytes", vocab_size=257, validation=0.2))
+    build([str(texts)], folder / "built", BuildConfig(tokenizer="bytes", vocab_size=257, validation_fraction=0.2))
     return folder / "built"
 
 
 @pytest.fixture
-def stream(corpus: Path) -> Stream:
+def stream(corpus: Path) -> TokenStream:
     return open_stream(DataConfig(corpus=str(corpus)), CONTEXT, 0, "val")
 
 
@@ -60,7 +60,7 @@ def test_windows_score_every_token_once_with_the_context_promised(length: int, c
     assert scored == list(range(length))
 
 
-def test_a_uniform_model_scores_log_vocabulary_on_exactly_the_held_out_bytes(corpus: Path, stream: Stream) -> None:
+def test_a_uniform_model_scores_log_vocabulary_on_exactly_the_held_out_bytes(corpus: Path, stream: TokenStream) -> None:
     model = tiny()
     torch.nn.init.zeros_(model.head.weight)
     bits = held_out_bits(model, stream, context=CONTEXT, stride=5)
@@ -69,9 +69,9 @@ def test_a_uniform_model_scores_log_vocabulary_on_exactly_the_held_out_bytes(cor
     assert bits.per_byte == pytest.approx(bits.tokens * math.log2(257) / bits.bytes, rel=1e-12)
 
 
-def test_bits_equal_a_sum_over_single_tokens(stream: Stream) -> None:
+def test_bits_equal_a_sum_over_single_tokens(stream: TokenStream) -> None:
     model = tiny()
-    rows = stream.rows(0, stream.rows_available or 0)
+    rows = stream.batch(0, stream.num_sequences or 0)
     ids = rows.ids.flatten().tolist()
     count = rows.tokens
     sequence = [*ids[:count], rows.targets.flatten()[count - 1].item()]

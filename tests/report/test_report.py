@@ -36,7 +36,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     texts.mkdir()
     for i in range(40):
         (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus, not like the {i + 1}th\n" * 6)
-    build([str(texts)], place / "corpus", BuildConfig(tokenizer="bytes", validation=0.2))
+    build([str(texts)], place / "corpus", BuildConfig(tokenizer="bytes", validation_fraction=0.2))
     config = from_values(
         {
             "name": "small <b>run</b>",

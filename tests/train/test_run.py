@@ -161,7 +161,11 @@ def test_other_data(command: Command, settings: Path, tmp_path: Path, corpus: Pa
     assert command("train", f"data.corpus={moved}", "--out", tmp_path / "run", "--resume")[0] == 0
     (tmp_path / "text.txt").write_text("quite another text " * 200 + "\n" + "and more of it " * 200)
     (tmp_path / "more.txt").write_text("held out or not " * 300)
-    build([str(tmp_path / "text.txt"), str(tmp_path / "more.txt")], tmp_path / "other", BuildConfig(tokenizer="bytes", validation=0.4))
+    build(
+        [str(tmp_path / "text.txt"), str(tmp_path / "more.txt")],
+        tmp_path / "other",
+        BuildConfig(tokenizer="bytes", validation_fraction=0.4),
+    )
     told = sentence(command("train", f"data.corpus={tmp_path / 'other'}", "--out", tmp_path / "run", "--resume"))
     assert "The data has changed since the checkpoint" in told
 

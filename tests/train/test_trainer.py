@@ -19,7 +19,7 @@ from torch import Tensor
 from andromeda.config.data import BuildConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
-from andromeda.data.loader import Stream
+from andromeda.data.loader import TokenStream
 from andromeda.train import checkpoint, trainer
 from andromeda.train.objective import NextToken, Rows, Sums
 from andromeda.train.trainer import TrainingFailed, train
@@ -33,7 +33,7 @@ def corpus_of(texts: list[str], folder: Path) -> str:
     (folder / "text").mkdir()
     for number, text in enumerate(texts):
         (folder / "text" / f"{number:03}.txt").write_text(text)
-    build([str(folder / "text")], folder / "corpus", BuildConfig(tokenizer="bytes", validation=0.2))
+    build([str(folder / "text")], folder / "corpus", BuildConfig(tokenizer="bytes", validation_fraction=0.2))
     return str(folder / "corpus")
 
 
@@ -93,7 +93,7 @@ def test_figures_are_what_they_say(tiny: Tiny, tmp_path: Path, corpus: Path, met
     from andromeda.data.loader import open_stream
     from andromeda.model.transformer import Transformer
 
-    batch = open_stream(config.data, 32, config.seed).rows(0, 4)
+    batch = open_stream(config.data, 32, config.seed).batch(0, 4)
     logits = Transformer(config.model, seed=config.seed)(batch.ids, documents=batch.documents)
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).item()
     assert first["loss"] == pytest.approx(loss, rel=1e-5)
@@ -127,7 +127,7 @@ def poison(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], 
 
     def make(first: int, end: int) -> None:
         config = tiny()
-        rows = open_stream(config.data, 32, config.seed).rows(first, end - first).ids
+        rows = open_stream(config.data, 32, config.seed).batch(first, end - first).ids
         monkeypatch.setattr(trainer, "NextToken", Poison(rows).objective)
 
     return make
@@ -135,12 +135,12 @@ def poison(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], 
 
 def without(monkeypatch: pytest.MonkeyPatch, first: int, end: int) -> None:
     """A stream in which the rows [first, end) never were, numbered as if they had been."""
-    real = Stream.rows
+    real = TokenStream.batch
 
-    def shorter(self: Stream, start: int, count: int) -> Any:
-        return real(self, start + (end - first) if self.rows_available is None and start >= first else start, count)
+    def shorter(self: TokenStream, start: int, count: int) -> Any:
+        return real(self, start + (end - first) if self.num_sequences is None and start >= first else start, count)
 
-    monkeypatch.setattr(Stream, "rows", shorter)
+    monkeypatch.setattr(TokenStream, "rows", shorter)
 
 
 def test_one_bad_batch_is_left_out(tiny: Tiny, tmp_path: Path, metrics: Metrics, poison: Callable[[int, int], None]) -> None:

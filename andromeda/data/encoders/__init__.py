@@ -12,13 +12,13 @@ class Encoder(Protocol):
     """What a tokenizer needs of its kind; everything else (decoding, lengths, streaming) follows from `table`."""
 
     kind: str
-    file: str
+    file_name: str
     """Name of the model's file in a tokenizer folder."""
-    blob: bytes
+    model_file: bytes
     """Content of that file."""
-    table: list[bytes]
+    token_bytes: list[bytes]
     """UTF-8 bytes that each token id stands for; empty for special tokens."""
-    specials: dict[str, int]
+    special_tokens: dict[str, int]
     """Ids of the special tokens by name."""
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:

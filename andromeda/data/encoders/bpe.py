@@ -8,7 +8,7 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
 from andromeda.utils.errors import ConfigError, DataError
 
-LONGEST_WORD = 256
+MAX_TRAINING_WORD = 256
 """Characters of a word that merges are learned from. The trainer's time grows with the square of a word's length, and an unbroken
 run of millions of letters (a genome, an encoded picture) would keep it busy for days."""
 
@@ -40,16 +40,16 @@ def byte_of_character() -> dict[str, int]:
     return {chr(b): b for b in plain} | {chr(256 + i): b for i, b in enumerate(others)}
 
 
-class BytePairs:
+class BPEEncoder:
     """A byte-level BPE; special tokens are never read from text, only placed by id."""
 
     kind = "bpe"
-    file = "tokenizer.json"
+    file_name = "tokenizer.json"
 
     def __init__(self, blob: bytes) -> None:
         from tokenizers import Tokenizer
 
-        self.blob = blob
+        self.model_file = blob
         try:
             self._model = Tokenizer.from_str(blob.decode())
         except Exception as error:  # the library raises bare Exception
@@ -58,16 +58,16 @@ class BytePairs:
         self._model.no_truncation()
         self._model.no_padding()
         added = self._model.get_added_tokens_decoder()
-        self.specials = {token.content: i for i, token in added.items() if token.special}
+        self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         plain = {i: token.content.encode() for i, token in added.items() if not token.special}
-        self.table = self._spell(plain)
+        self.token_bytes = self._spell(plain)
 
     def _spell(self, plain: dict[int, bytes]) -> list[bytes]:
         """Bytes of every id, from the vocabulary's stand-in characters; ids that no token has stay empty."""
         byte = byte_of_character()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
         table = [b""] * (max(vocabulary.values()) + 1)
-        special = set(self.specials.values())
+        special = set(self.special_tokens.values())
         for word, i in vocabulary.items():
             if i in plain:
                 table[i] = plain[i]
@@ -82,19 +82,19 @@ class BytePairs:
         return [e.ids for e in self._model.encode_batch_fast(texts, add_special_tokens=False)]
 
 
-def train(texts: Iterable[str], config: BuildConfig) -> BytePairs:
+def train(texts: Iterable[str], config: BuildConfig) -> BPEEncoder:
     """Learn `config.vocab_size` entries: special tokens, the 256 bytes, then merges in order of frequency."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
-    specials = [SEPARATOR, *config.specials]
+    specials = [SEPARATOR, *config.special_tokens]
     least = 256 + len(specials)
     if config.vocab_size < least:
         raise ConfigError(
             f"A bpe vocabulary of {config.vocab_size} is too small: it holds at least {least} (256 bytes and special tokens)."
         )
     model = Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(pattern(config.digits)), "isolated")
-    shorten = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{LONGEST_WORD}}}"), "isolated")
+    cut = pre_tokenizers.Split(Regex(pattern(config.max_digits)), "isolated")
+    shorten = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_TRAINING_WORD}}}"), "isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([cut, shorten, spell])
     model.decoder = decoders.ByteLevel()
@@ -110,8 +110,8 @@ def train(texts: Iterable[str], config: BuildConfig) -> BytePairs:
     size = model.get_vocab_size()
     if size < config.vocab_size:
         raise ConfigError(f"The text allows a bpe vocabulary of only {size}, not {config.vocab_size}: ask for {size} or give more text.")
-    return BytePairs(model.to_str().encode())
+    return BPEEncoder(model.to_str().encode())
 
 
-def load(blob: bytes) -> BytePairs:
-    return BytePairs(blob)
+def load(blob: bytes) -> BPEEncoder:
+    return BPEEncoder(blob)

@@ -8,25 +8,25 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
 
 
-class RawBytes:
+class ByteEncoder:
     """Ids 0 to 255 are the bytes, the special tokens follow."""
 
     kind = "bytes"
-    file = "bytes.json"
+    file_name = "bytes.json"
 
     def __init__(self, specials: list[str]) -> None:
-        self.blob = json.dumps(specials).encode()
-        self.specials = {name: 256 + i for i, name in enumerate(specials)}
-        self.table = [bytes([i]) for i in range(256)] + [b""] * len(specials)
+        self.model_file = json.dumps(specials).encode()
+        self.special_tokens = {name: 256 + i for i, name in enumerate(specials)}
+        self.token_bytes = [bytes([i]) for i in range(256)] + [b""] * len(specials)
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         return [list(text.encode()) for text in texts]
 
 
-def create(config: BuildConfig) -> RawBytes:
+def create(config: BuildConfig) -> ByteEncoder:
     """The byte tokenizer with the configuration's special tokens."""
-    return RawBytes([SEPARATOR, *config.specials])
+    return ByteEncoder([SEPARATOR, *config.special_tokens])
 
 
-def load(blob: bytes) -> RawBytes:
-    return RawBytes(json.loads(blob))
+def load(blob: bytes) -> ByteEncoder:
+    return ByteEncoder(json.loads(blob))

@@ -15,28 +15,28 @@ SPACE = "\u2581"
 THREADS = 4
 """Fixed, because the trainer's sums depend on the number of threads and its result must not depend on the machine."""
 
-SENTENCE = 4096
+MAX_TRAINING_SENTENCE = 4096
 """Characters that are trained on at once. The trainer's time grows with the square of a repetition's length, such as a run of spaces."""
 
 
-class Unigram:
+class UnigramEncoder:
     """A SentencePiece model with byte fallback; decoding goes through our own table, so it is exact."""
 
     kind = "unigram"
-    file = "tokenizer.model"
+    file_name = "tokenizer.model"
 
     def __init__(self, blob: bytes) -> None:
         from sentencepiece import SentencePieceProcessor
 
-        self.blob = blob
+        self.model_file = blob
         try:
             self._model = SentencePieceProcessor(model_proto=blob)
         except RuntimeError as error:
             raise DataError("The SentencePiece model cannot be read: build or export it again.") from error
         model, ids = self._model, range(self._model.vocab_size())
-        self.specials = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
-        self.table = [self._spell(i) for i in ids]
-        self._space_ids = [self.table.index(bytes([b])) for b in SPACE.encode()] if self._has_bytes() else []
+        self.special_tokens = {model.id_to_piece(i): i for i in ids if model.is_control(i)}
+        self.token_bytes = [self._spell(i) for i in ids]
+        self._space_ids = [self.token_bytes.index(bytes([b])) for b in SPACE.encode()] if self._has_bytes() else []
 
     def _spell(self, i: int) -> bytes:
         if self._model.is_control(i) or self._model.is_unknown(i):
@@ -60,18 +60,22 @@ class Unigram:
         return first + [i for part in rest for i in (*self._space_ids, *part)]
 
 
-def train(texts: Iterable[str], config: BuildConfig) -> Unigram:
+def train(texts: Iterable[str], config: BuildConfig) -> UnigramEncoder:
     """Learn `config.vocab_size` pieces: special tokens, the 256 bytes, then the pieces of the likeliest segmentations."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=(text[i : i + SENTENCE].replace(SPACE, " ") for text in texts for i in range(0, len(text), SENTENCE)),
+            sentence_iterator=(
+                text[i : i + MAX_TRAINING_SENTENCE].replace(SPACE, " ")
+                for text in texts
+                for i in range(0, len(text), MAX_TRAINING_SENTENCE)
+            ),
             model_writer=model,
             model_type="unigram",
             vocab_size=config.vocab_size,
-            control_symbols=[SEPARATOR, *config.specials],
+            control_symbols=[SEPARATOR, *config.special_tokens],
             normalization_rule_name="identity",
             byte_fallback=True,
             add_dummy_prefix=False,
@@ -87,7 +91,7 @@ def train(texts: Iterable[str], config: BuildConfig) -> Unigram:
         )
     except (RuntimeError, OSError) as error:
         raise ConfigError(_explain(str(error), config)) from error
-    return Unigram(model.getvalue())
+    return UnigramEncoder(model.getvalue())
 
 
 def _explain(message: str, config: BuildConfig) -> str:
@@ -99,5 +103,5 @@ def _explain(message: str, config: BuildConfig) -> str:
     return f"The unigram tokenizer cannot be trained on this text ({message.splitlines()[0] if message else 'no text'}): give more text."
 
 
-def load(blob: bytes) -> Unigram:
-    return Unigram(blob)
+def load(blob: bytes) -> UnigramEncoder:
+    return UnigramEncoder(blob)

@@ -13,9 +13,7 @@ from random import Random
 
 import torch
 
-from andromeda.data.ingest import Report
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.evaluate.bits import quiet
 from andromeda.evaluate.retrieval.problem import Problem, Task
 from andromeda.evaluate.retrieval.prompt import TooShort, build_prompt, joined
 from andromeda.evaluate.retrieval.style import Style
@@ -23,6 +21,7 @@ from andromeda.evaluate.score import Prompts, rows_at_once
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 SPARE = 4
 """Tokens that a greedy answer may be longer than the right one."""
@@ -111,7 +110,7 @@ def grid(
     depths: Sequence[float],
     samples: int,
     seed: int,
-    report: Report = quiet,
+    report: ProgressCallback = no_progress,
 ) -> list[list[Cell]]:
     """Scores by length and depth. Raises RequestError for a length that is too short."""
     found: list[list[Cell]] = []

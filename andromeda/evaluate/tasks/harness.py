@@ -12,11 +12,11 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig, Strings
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.request import Options, Outcome
 from andromeda.evaluate.result import file_name
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
+from andromeda.utils.progress_callback import ProgressCallback
 
 
 class HarnessSettings(BaseConfig):
@@ -50,7 +50,7 @@ class Harness:
         """Settings that were stored."""
         return read(HarnessSettings, values)
 
-    def measure(self, subject: Subject, settings: HarnessSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: HarnessSettings, report: ProgressCallback) -> Outcome:
         """Every figure that the harness computes. Raises MissingExtra where it is not installed."""
         _check_extra()
         from lm_eval import simple_evaluate

@@ -12,7 +12,6 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.evaluate.likelihood import likelihoods
 from andromeda.evaluate.loaded_model import Subject, sha256
 from andromeda.evaluate.questions import Choice, Solved, parted, read_choices, read_solved
@@ -20,6 +19,7 @@ from andromeda.evaluate.request import Options, Outcome, existing
 from andromeda.evaluate.result import file_name
 from andromeda.generate.engine import Engine
 from andromeda.utils.errors import RequestError
+from andromeda.utils.progress_callback import ProgressCallback
 
 NEW_TOKENS = 256
 FINAL = re.compile(r"#### (-?[0-9.,]+)")
@@ -50,7 +50,7 @@ class FewShot:
         """Settings that were stored."""
         return read(QuestionSettings, values)
 
-    def measure(self, subject: Subject, settings: QuestionSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: QuestionSettings, report: ProgressCallback) -> Outcome:
         """Both accuracies, and that of guessing."""
         path, tokenizer = existing(settings.file, "fewshot"), subject.tokenizer("Multiple choice")
         questions = read_choices(path)
@@ -105,7 +105,7 @@ class Gsm8k:
         """Settings that were stored."""
         return read(QuestionSettings, values)
 
-    def measure(self, subject: Subject, settings: QuestionSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: QuestionSettings, report: ProgressCallback) -> Outcome:
         """Greedy answers. An answer without a final number is wrong."""
         path, tokenizer = existing(settings.file, "gsm8k"), subject.tokenizer("GSM8K")
         questions = read_solved(path)

@@ -10,7 +10,6 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.request import Options, Outcome
@@ -19,6 +18,7 @@ from andromeda.generate.engine import eval_mode
 from andromeda.train.callbacks.probes.score import Batch
 from andromeda.train.callbacks.probes.task import Task
 from andromeda.train.precision import Precision
+from andromeda.utils.progress_callback import ProgressCallback
 
 
 class ReasoningSettings(BaseConfig):
@@ -42,7 +42,7 @@ class Reasoning:
         """Settings that were stored."""
         return read(ReasoningSettings, values)
 
-    def measure(self, subject: Subject, settings: ReasoningSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: ReasoningSettings, report: ProgressCallback) -> Outcome:
         """Both forms of every task; None where problems are longer than the context, or need more different tokens than there are."""
         result = {}
         for number, (name, pair) in enumerate(REASONING.items()):

@@ -11,7 +11,6 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.loaded_model import Subject
 from andromeda.evaluate.request import Depths, Lengths, Options, Outcome, check_lengths
@@ -20,6 +19,7 @@ from andromeda.evaluate.retrieval.measure import build, grid
 from andromeda.evaluate.retrieval.problem import chance
 from andromeda.evaluate.retrieval.style import STYLES
 from andromeda.utils.errors import ConfigError, RequestError, nearest
+from andromeda.utils.progress_callback import ProgressCallback
 
 SAMPLES, DEPTHS = 20, 5
 
@@ -83,7 +83,7 @@ class Retrieval:
             raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL)}.")
         return settings
 
-    def measure(self, subject: Subject, settings: RetrievalSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: RetrievalSettings, report: ProgressCallback) -> Outcome:
         """The grid."""
         task, tokenizer = RETRIEVAL[settings.task], subject.tokenizer("Retrieval")
         cells = grid(

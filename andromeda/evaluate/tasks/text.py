@@ -10,7 +10,6 @@ from torch import Tensor
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.data.ingest import Report
 from andromeda.evaluate.bits import Bits, text_nats
 from andromeda.evaluate.held_out_text import HELD_OUT, Text, open_text
 from andromeda.evaluate.loaded_model import Subject
@@ -18,6 +17,7 @@ from andromeda.evaluate.position import binned, loss_by_context, loss_by_positio
 from andromeda.evaluate.request import Lengths, Options, Outcome, check_lengths
 from andromeda.evaluate.result import file_name
 from andromeda.utils.errors import RequestError
+from andromeda.utils.progress_callback import ProgressCallback
 
 SHORTEST_CONTEXT = 64
 TARGETS = 16
@@ -55,7 +55,7 @@ class BitsPerByte:
         """Settings that were stored."""
         return read(BitsSettings, values)
 
-    def measure(self, subject: Subject, settings: BitsSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: BitsSettings, report: ProgressCallback) -> Outcome:
         """Every token of the text but the first."""
         text = open_text(subject, settings.text, settings.corpus)
         ids, targets, numbers = text.ids[:-1], text.ids[1:], text.numbers()
@@ -96,7 +96,7 @@ class Position:
         """Settings that were stored."""
         return read(PositionSettings, values)
 
-    def measure(self, subject: Subject, settings: PositionSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: PositionSettings, report: ProgressCallback) -> Outcome:
         """Means over bins that double."""
         text = open_text(subject, settings.text, settings.corpus)
         curve = loss_by_position(subject.model, text, length=settings.length, windows=settings.windows, report=report)
@@ -134,7 +134,7 @@ class VariedContext:
         """Settings that were stored."""
         return read(ContextSettings, values)
 
-    def measure(self, subject: Subject, settings: ContextSettings, report: Report) -> Outcome:
+    def measure(self, subject: Subject, settings: ContextSettings, report: ProgressCallback) -> Outcome:
         """Mean and standard error over the places, and what the longest context gains over the shortest."""
         text = open_text(subject, settings.text, settings.corpus)
         found = loss_by_context(

@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from andromeda.data.loader import Stream
+from andromeda.data.loader import TokenStream
 from andromeda.train.objective import Rows, Sums
 from andromeda.train.precision import Precision
 
@@ -30,9 +30,9 @@ class Validation(NoValidation):
     Not its first: a long document or two would be all that is measured.
     """
 
-    def __init__(self, stream: Stream, tokens: int, sequence: int, rows_at_once: int, document_mask: bool) -> None:
+    def __init__(self, stream: TokenStream, tokens: int, sequence: int, rows_at_once: int, document_mask: bool) -> None:
         self._stream, self._mask, self._at_once = stream, document_mask, rows_at_once
-        available = stream.rows_available or 0
+        available = stream.num_sequences or 0
         count = min(max(1, tokens // sequence), available)
         self._rows = [i * available // count for i in range(count)]
 
@@ -43,7 +43,7 @@ class Validation(NoValidation):
         targets, text = 0, 0
         model.eval()
         for start in range(0, len(self._rows), self._at_once):
-            batch = self._stream.at(self._rows[start : start + self._at_once])
+            batch = self._stream.gather(self._rows[start : start + self._at_once])
             with precision.autocast():
                 nll += objective(Rows.of(batch, self._mask).to(precision.device), 0).nll
             targets, text = targets + batch.tokens, text + batch.bytes

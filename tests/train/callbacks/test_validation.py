@@ -12,7 +12,7 @@ from torch import nn
 from andromeda.config.data import BuildConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
-from andromeda.data.loader import Stream, open_stream
+from andromeda.data.loader import TokenStream, open_stream
 from andromeda.train.callbacks.validation import Validation
 from andromeda.train.objective import Rows, Sums
 from andromeda.train.precision import Precision
@@ -23,13 +23,13 @@ BIGRAM = torch.rand(257, 257, generator=torch.Generator().manual_seed(0), dtype=
 
 
 @pytest.fixture(scope="module")
-def stream(tmp_path_factory: pytest.TempPathFactory) -> Stream:
+def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
     """Long held-out documents, half of them of one letter, the others of another."""
     place = tmp_path_factory.mktemp("sorted")
     (place / "text").mkdir()
     for number in range(60):
         (place / "text" / f"{number:03}.txt").write_text(f"{number} " + "ab"[number % 2] * 2000)
-    build([str(place / "text")], place / "corpus", BuildConfig(tokenizer="bytes", validation=0.3))
+    build([str(place / "text")], place / "corpus", BuildConfig(tokenizer="bytes", validation_fraction=0.3))
     return open_stream(RunConfig.model_validate({"data": {"corpus": str(place / "corpus")}}).data, LENGTH, 0, "val")
 
 
@@ -44,17 +44,17 @@ def bigrams(seen: list[torch.Tensor]) -> Callable[[Rows, int], Sums]:
     return objective
 
 
-def measured(stream: Stream, rows: int, at_once: int) -> tuple[dict[str, float], torch.Tensor]:
+def measured(stream: TokenStream, rows: int, at_once: int) -> tuple[dict[str, float], torch.Tensor]:
     seen: list[torch.Tensor] = []
     figures = Validation(stream, rows * LENGTH, LENGTH, at_once, False)(nn.Module(), bigrams(seen), Precision(torch.device("cpu")))
     return figures, torch.cat(seen)
 
 
 @pytest.mark.parametrize("at_once", [1, 3, 7, 1000])
-def test_all_rows_are_all_the_held_out_text(stream: Stream, at_once: int) -> None:
+def test_all_rows_are_all_the_held_out_text(stream: TokenStream, at_once: int) -> None:
     """Every target once, by a plain sum over rows read one by one."""
-    assert stream.rows_available
-    every = [stream.rows(number, 1) for number in range(stream.rows_available)]
+    assert stream.num_sequences
+    every = [stream.batch(number, 1) for number in range(stream.num_sequences)]
     nll = math.fsum(float((BIGRAM[b.ids, b.targets.clamp(min=0)] * (b.targets >= 0)).sum()) for b in every)
     figures, seen = measured(stream, 10**6, at_once)
     assert figures["validation/loss"] == pytest.approx(nll / sum(b.tokens for b in every), rel=1e-12)
@@ -62,7 +62,7 @@ def test_all_rows_are_all_the_held_out_text(stream: Stream, at_once: int) -> Non
     assert torch.equal(seen, torch.cat([b.ids for b in every]))
 
 
-def test_a_part_is_like_the_whole(stream: Stream) -> None:
+def test_a_part_is_like_the_whole(stream: TokenStream) -> None:
     """The first rows would be of one document."""
 
     def share(ids: torch.Tensor) -> float:
@@ -71,7 +71,7 @@ def test_a_part_is_like_the_whole(stream: Stream) -> None:
 
     whole = share(measured(stream, 10**6, 8)[1])
     assert 0.3 < whole < 0.7
-    assert share(stream.rows(0, 50).ids) in (0.0, 1.0)
+    assert share(stream.batch(0, 50).ids) in (0.0, 1.0)
     figures, seen = measured(stream, 50, 8)
     assert len(seen) == 50
     assert abs(share(seen) - whole) < 0.05

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from andromeda.config.run import RunConfig
-from andromeda.data.loader import Stream
+from andromeda.data.loader import TokenStream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.model.transformer import Transformer
 from andromeda.train.callbacks.probes.arithmetic import Arithmetic
@@ -67,7 +67,7 @@ class Probes:
         return {f"probe/{name}": score for name, score in scores.items()} | {f"probe/{name}/chance": TASKS[name].chance for name in scores}
 
 
-def build_probes(config: RunConfig, stream: Stream) -> Probes:
+def build_probes(config: RunConfig, stream: TokenStream) -> Probes:
     """The probes that `train.probes` names, drawn from the run's seed by generators of their own.
 
     Raises ConfigError for an unknown task, for a text task without a tokenizer, and for problems longer than the model's context.
@@ -78,7 +78,7 @@ def build_probes(config: RunConfig, stream: Stream) -> Probes:
     return Probes({name: _batch(name, config, stream) for name in wanted.tasks})
 
 
-def _batch(name: str, config: RunConfig, stream: Stream) -> Batch:
+def _batch(name: str, config: RunConfig, stream: TokenStream) -> Batch:
     if name not in TASKS:
         raise ConfigError(f"There is no probe {name!r}{nearest(name, TASKS)}: train.probes.tasks takes {', '.join(TASKS)}.")
     random, alphabet = Random(f"{config.seed} {name}"), ordinary_tokens(stream)
@@ -92,14 +92,14 @@ def _batch(name: str, config: RunConfig, stream: Stream) -> Batch:
     return batch
 
 
-def ordinary_tokens(stream: Stream) -> list[int]:
+def ordinary_tokens(stream: TokenStream) -> list[int]:
     """Ids that stand for text: all, where there is no tokenizer to ask."""
     if stream.tokenizer is None:
         return list(range(stream.vocab_size))
     return np.flatnonzero(stream.tokenizer.byte_lengths()).tolist()
 
 
-def _begin(stream: Stream) -> list[int]:
+def _begin(stream: TokenStream) -> list[int]:
     """The separator that begins every document."""
     return [] if stream.tokenizer is None else [stream.tokenizer.eos]
 
