@@ -103,7 +103,7 @@ def parse_json(content: str | bytes) -> Any:
 
 
 def printable(text: str) -> str:
-    r"""A text from a file as it may be shown on a terminal: control characters, bidirectional overrides and lone surrogates are escaped (\x1b).
+    r"""A text from a file as it may be shown on a terminal: control characters, bidirectional overrides and lone surrogates escaped (\x1b).
 
     Line ends are escaped too, so that one value stays in one line.
     """
