@@ -44,6 +44,16 @@ num_heads = 2
 
 Values are as in TOML; on the command line, text needs no quotes. A key that does not exist, a value of the wrong type
 and parts that do not fit together are refused before any work is done, in one sentence that names the key.
+
+Two values are settled when a configuration is read, and stand in the run's `config.toml` as numbers:
+
+- `model.vocab_size`, where only a preset gives it, becomes the vocabulary size of the corpus, rounded up as the preset's
+  is (to a multiple of at most 128). Set it to keep your own.
+- `train.schedule.warmup` and `train.schedule.cooldown` may be fractions of `train.steps`, so that a preset can be trained
+  for any number of steps.
+
+Keys of nanoGPT, Hugging Face and torchtitan (`n_layer`, `learning_rate`, `training.local_batch_size`) are refused with the
+name that they have here.
 """
 NAMES = """
 ## Names that are understood too
@@ -160,7 +170,9 @@ def _values(field: FieldInfo) -> str:
 SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
-def _name(kind: type) -> str:
+def _name(kind: Any) -> str:
+    if kind == int | float:
+        return "whole number, or fraction ≥ 0, < 1"
     return {int: "whole number", float: "number", bool: "true, false", str: "text"}[kind]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict
+from pydantic_core import PydanticCustomError
 
 
 class BaseConfig(BaseModel):
@@ -18,7 +19,16 @@ def as_tuple(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
+def steps_or_fraction(value: Any) -> int | float:
+    """A count of steps as an int, a fraction of the run as a float below 1."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    if isinstance(value, float) and 0.0 <= value < 1.0:
+        return value
+    raise PydanticCustomError("steps_or_fraction", "a number of steps, or a fraction of train.steps below 1")
+
+
+StepsOrFraction = Annotated[int | float, BeforeValidator(steps_or_fraction)]
 # TOML and JSON have only lists; the configuration holds tuples because it is frozen.
 Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Floats = Annotated[tuple[float, ...], BeforeValidator(as_tuple)]
 Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]

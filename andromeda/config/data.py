@@ -80,7 +80,7 @@ class BuildConfig(BaseConfig):
     """Vocabulary size of a trained tokenizer, special tokens included."""
     special_tokens: Strings = ()
     """Names of special tokens besides the document separator; text never turns into them."""
-    max_digits: PositiveInt = 2
+    max_digits: int = Field(2, gt=0, le=1000)
     """Longest run of digits that can be one token (bpe)."""
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)
     """Fraction of the documents held out, chosen by the hash of their content."""

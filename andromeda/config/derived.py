@@ -20,6 +20,11 @@ XPOS_BITS = math.log2(1.4 / 0.4)
 GATED = ("swiglu", "geglu", "reglu")
 
 
+def in_steps(value: int | float, steps: int) -> int:
+    """A part of a schedule in steps: a whole number as it is, a fraction (a float below 1) of a run of `steps` steps."""
+    return value if isinstance(value, int) else round(value * steps)
+
+
 def intermediate_size(model: ModelConfig) -> int:
     """Inner width of the feed-forward: `hidden`, or mult x width; gated kinds take two thirds of that, to a multiple of 64."""
     ff = model.feedforward

@@ -1,7 +1,10 @@
 """Reading a configuration: from a preset, a TOML file or a run folder, with overrides; and writing it back.
 
 A layer is what one source says. The preset comes first, the file's own keys change it, overrides change both. Every
-layer may use the flat names (names.py) in its [model] table. What comes out is typed, and its parts fit together.
+layer may use the flat names (aliases.py) in its [model] table. What comes out is typed, and its parts fit together.
+
+Two things are settled here, so that every command and the run folder hold the same numbers: a vocabulary size that only
+a preset gives is replaced by the corpus's, and warm-up and cooldown given as fractions become steps.
 """
 
 from __future__ import annotations
@@ -12,19 +15,27 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import tomli_w
 
 from andromeda.config.aliases import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
-from andromeda.config.keys import is_text, merge, place, show
+from andromeda.config.keys import fields, is_text, merge, place, show, table
 from andromeda.config.mistakes import read, refuse_huge
 from andromeda.config.model import ModelConfig
-from andromeda.config.rules import check, check_model
+from andromeda.config.rules import check, check_model, schedule_in_steps
 from andromeda.config.run import RunConfig
+from andromeda.config.vocabulary import VOCAB_SIZE_NAMES, corpus_vocab_size, padded
 from andromeda.utils.errors import ConfigError, nearest
 
 Values = Mapping[str, Any]
+
+
+class Layer(NamedTuple):
+    """What one source says."""
+
+    values: Values
+    is_preset: bool = False
 
 
 def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -35,7 +46,16 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, one sentence.
     """
     source = str(source)
-    return _checked([*_layers(_read(source), source), _override_values(overrides)])
+    layers = [*_layers(_read(source), source, is_preset=source in presets()), Layer(_override_values(overrides))]
+    return _checked(layers)
+
+
+def check_overrides(source: str | Path, overrides: Sequence[str]) -> None:
+    """Raise ConfigError for an override of `source` whose key does not exist or whose value has the wrong type or range.
+
+    Whether the parts fit together is not checked, for a command that changes more of them (`andromeda extend`).
+    """
+    _change(load(source), _override_values(overrides))
 
 
 def from_values(values: Values) -> RunConfig:
@@ -73,33 +93,48 @@ def presets() -> dict[str, str]:
     return {name: named[name].read_text("utf-8").partition("\n")[0].lstrip("# ").strip() for name in sorted(named)}
 
 
-def _checked(layers: Sequence[Values]) -> RunConfig:
+def _checked(layers: Sequence[Layer]) -> RunConfig:
     config = RunConfig()
     for layer in layers:
-        config = _change(config, layer)
+        config = _change(config, layer.values)
+    if not any(_sets_vocab_size(layer.values) for layer in layers if not layer.is_preset):
+        config = _with_vocabulary_of_corpus(config)
     check(config)
-    return config
+    return schedule_in_steps(config)
 
 
-def _change(config: RunConfig, layer: Values) -> RunConfig:
-    """The configuration with one layer's keys in the place of its own."""
-    layer = dict(layer)
+def _change(config: RunConfig, values: Values) -> RunConfig:
+    """The configuration with one layer's values in the place of its own."""
+    values = dict(values)
     spelled: Values = {}
-    refuse_huge(layer)
-    if isinstance(layer.get("model"), Mapping):
-        layer["model"], spelled = translate(layer["model"], config.model)
-    return read(RunConfig, merge(config.model_dump(), layer), spelled=spelled)
+    refuse_huge(values)
+    if isinstance(values.get("model"), Mapping):
+        values["model"], spelled = translate(values["model"], config.model)
+    return read(RunConfig, merge(config.model_dump(), values), spelled=spelled)
 
 
-def _layers(values: Values, source: str) -> Iterator[Values]:
+def _sets_vocab_size(values: Values) -> bool:
+    model = values.get("model")
+    return isinstance(model, Mapping) and not model.keys().isdisjoint(VOCAB_SIZE_NAMES)
+
+
+def _with_vocabulary_of_corpus(config: RunConfig) -> RunConfig:
+    """The configuration with as many entries as its corpus has, padded as its preset's are; unchanged where none says it."""
+    entries = corpus_vocab_size(config.data)
+    if entries is None:
+        return config
+    return read(RunConfig, merge(config.model_dump(), {"model": {"vocab_size": padded(entries, config.model.vocab_size)}}))
+
+
+def _layers(values: Values, source: str, is_preset: bool = False) -> Iterator[Layer]:
     """The layers that a file's values stand for: those of the preset that it names, then its own."""
     own = dict(values)
     name = own.pop("preset", None)
     if name is not None:
         if not isinstance(name, str) or name not in presets():
             raise ConfigError(f"{source} starts from preset {show(name)}, which does not exist{_hint(str(name))}.")
-        yield from _layers(_preset(name), name)
-    yield own
+        yield from _layers(_preset(name), name, is_preset=True)
+    yield Layer(own, is_preset)
 
 
 def _hint(name: str) -> str:
@@ -146,7 +181,10 @@ def _override_values(overrides: Sequence[str]) -> Values:
             raise ConfigError(f"{override!r} is not an override: write key.path=value, such as train.steps=100.")
         if key == "preset":
             raise ConfigError("preset cannot be overridden: name the preset as the configuration itself.")
-        place(values, key, _value(key, text.strip()))
+        value = _value(key, text.strip())
+        if value == {} and key in fields() and table(fields()[key]):
+            raise ConfigError(f"{key}={{}} sets nothing: write the keys inside it, such as {key}.name=value.")
+        place(values, key, value)
     return values
 
 

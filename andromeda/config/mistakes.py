@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
-from andromeda.config.aliases import NAMES
 from andromeda.config.base import BaseConfig
 from andromeda.config.keys import flatten, show, walk
+from andromeda.config.suggestions import unknown_key
 from andromeda.utils.errors import ConfigError, nearest
 
 P = TypeVar("P", bound=BaseConfig)
@@ -22,6 +22,7 @@ WANTED = {
     "bool_type": "true or false",
     "string_type": "text in quotes",
     "tuple_type": "a list",
+    "steps_or_fraction": "a whole number of steps, or a fraction of train.steps below 1, such as 0.1",
     "model_type": "a table of keys",
     "greater_than": "above {gt:.12g}",
     "greater_than_equal": "at least {ge:.12g}",
@@ -29,35 +30,6 @@ WANTED = {
     "less_than_equal": "at most {le:.12g}",
 }
 """What a value must be, by pydantic's name for the mistake."""
-
-RENAMED = {
-    "model.width": "model.hidden_size",
-    "model.context": "model.max_seq_len",
-    "model.attention.kv_heads": "model.attention.num_kv_heads",
-    "model.attention.heads": "model.attention.num_heads",
-    "model.attention.mechanism": "model.attention.mixer",
-    "model.attention.window": "model.attention.sliding_window",
-    "model.attention.global_every": "model.attention.full_attention_interval",
-    "model.feedforward.hidden": "model.feedforward.intermediate_size",
-    "model.feedforward.mult": "model.feedforward.mlp_ratio",
-    "model.experts.count": "model.experts.num_experts",
-    "model.experts.active": "model.experts.top_k",
-    "model.experts.shared": "model.experts.num_shared_experts",
-    "model.experts.score": "model.experts.router_activation",
-    "model.experts.normalise": "model.experts.normalize",
-    "model.experts.rate": "model.experts.bias_update_rate (balance bias) or model.experts.aux_loss_coef (balance loss)",
-    "model.alibi.heads": "model.alibi.num_heads",
-    "model.alibi.fold": "model.alibi.fold_into_qk",
-    "model.rotary.scaling.original_context": "model.rotary.scaling.original_max_seq_len",
-    "train.sequence": "train.seq_len",
-    "train.batch": "train.batch_size",
-    "train.micro_batch": "train.micro_batch_size",
-    "train.checkpointing": "train.activation_checkpointing",
-    "train.guard": "train.spike_guard",
-    "train.schedule.final": "train.schedule.min_lr_ratio",
-    "train.log.health": "train.log.diagnostics_every",
-}
-"""Keys of version 0.1 and what they are called now; remove after one release."""
 
 LARGEST_NUMBER = 2**53
 """Up to here a whole number is also a floating-point number, so that nothing that is computed from it can overflow."""
@@ -88,28 +60,12 @@ def sentence(clauses: Iterable[str]) -> str:
     return " ".join("; ".join(dict.fromkeys(clauses)).split()) + "."
 
 
-def unknown(path: str, known: Sequence[str]) -> str:
-    """The clause for a key that is not among the known paths, with the one that was probably meant."""
-    plain = re.sub(r"\[\d+\]", "[]", path)
-    if plain in RENAMED:
-        return f"{path} is now called {RENAMED[plain]}"
-    table, _, name = plain.rpartition(".")
-    elsewhere = [f"model.{name}"] if name in NAMES else [other for other in known if other.rpartition(".")[2] == name]
-    if 1 <= len(elsewhere) <= 2:
-        return f"there is no key {path} (did you mean {' or '.join(elsewhere)}?)"
-    siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == table]
-    hint = nearest(name, [*siblings, *(NAMES if table == "model" else ())])
-    if hint and table:
-        hint = hint.replace("mean ", f"mean {path.rpartition('.')[0]}.")
-    return f"there is no key {path}" + (hint or nearest(plain, known))
-
-
 def _clause(finding: Any, prefix: str, spelled: Mapping[str, str], known: Sequence[str]) -> str:
     path = _path(finding["loc"], prefix)
     name = _name(path, spelled)
     kind, context, value = finding["type"], finding.get("ctx", {}), finding["input"]
     if kind == "extra_forbidden":
-        return unknown(path, known)
+        return unknown_key(path, known, value)
     if kind == "missing":
         return f"{name} is missing"
     if kind == "too_long":

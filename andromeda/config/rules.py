@@ -19,6 +19,7 @@ from andromeda.config.derived import (
     GATED,
     content_dim,
     find_class,
+    in_steps,
     intermediate_size,
     original_max_seq_len,
     rotated_dims,
@@ -193,13 +194,14 @@ RUN: tuple[Rule, ...] = (
     ),
     # Schedule
     (
-        lambda c: c.train.schedule.kind == "wsd" and c.train.schedule.warmup + c.train.schedule.cooldown > c.train.steps,
+        lambda c: c.train.schedule.kind == "wsd" and _warmup(c) + _cooldown(c) > c.train.steps,
         "train.schedule.warmup = {c.train.schedule.warmup} and train.schedule.cooldown = {c.train.schedule.cooldown} do not fit into "
-        "train.steps = {c.train.steps}",
+        "train.steps = {c.train.steps}: give fractions of the steps, such as train.schedule.warmup=0.05 train.schedule.cooldown=0.4",
     ),
     (
-        lambda c: c.train.schedule.kind != "wsd" and c.train.schedule.warmup > c.train.steps,
-        "train.schedule.warmup = {c.train.schedule.warmup} does not fit into train.steps = {c.train.steps}",
+        lambda c: c.train.schedule.kind != "wsd" and _warmup(c) > c.train.steps,
+        "train.schedule.warmup = {c.train.schedule.warmup} does not fit into train.steps = {c.train.steps}: "
+        "give it as a fraction of the steps, such as train.schedule.warmup=0.05",
     ),
     (
         lambda c: c.train.schedule.kind != "wsd" and c.train.schedule.cooldown,
@@ -341,6 +343,7 @@ def check_training(config: RunConfig) -> None:
 def resolve(config: RunConfig) -> RunConfig:
     """The configuration, checked, with every 0 that stands for another key's value replaced by that value."""
     check(config)
+    config = schedule_in_steps(config)
     train, rotary = config.train, config.model.rotary
     train = train.model_copy(
         update={"seq_len": train.seq_len or config.model.max_seq_len, "micro_batch_size": train.micro_batch_size or train.batch_size}
@@ -349,6 +352,12 @@ def resolve(config: RunConfig) -> RunConfig:
         scaling = rotary.scaling.model_copy(update={"original_max_seq_len": original_max_seq_len(config.model)})
         rotary = rotary.model_copy(update={"scaling": scaling})
     return config.model_copy(update={"train": train, "model": config.model.model_copy(update={"rotary": rotary})})
+
+
+def schedule_in_steps(config: RunConfig) -> RunConfig:
+    """The configuration with warm-up and cooldown as counts of steps where they were fractions of the run."""
+    schedule = config.train.schedule.model_copy(update={"warmup": _warmup(config), "cooldown": _cooldown(config)})
+    return config.model_copy(update={"train": config.train.model_copy(update={"schedule": schedule})})
 
 
 def notes(config: RunConfig) -> list[str]:
@@ -398,6 +407,14 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
         retention=_retention(m),
         quarter=_decay(m, 4.0),
     )
+
+
+def _warmup(c: RunConfig) -> int:
+    return in_steps(c.train.schedule.warmup, c.train.steps)
+
+
+def _cooldown(c: RunConfig) -> int:
+    return in_steps(c.train.schedule.cooldown, c.train.steps)
 
 
 def _divides_heads(m: ModelConfig) -> bool:

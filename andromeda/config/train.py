@@ -6,18 +6,18 @@ from typing import Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from andromeda.config.base import BaseConfig, Pair, Strings
+from andromeda.config.base import BaseConfig, Pair, StepsOrFraction, Strings
 
 
 class ScheduleConfig(BaseConfig):
-    """Learning-rate factor over the steps, from 0 to 1 and down to `final`."""
+    """Learning-rate factor over the steps, from 0 to 1 and down to `min_lr_ratio`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
     """After the warm-up: constant, linear or cosine descent, or constant until the cooldown (warm-up, stable, decay)."""
-    warmup: NonNegativeInt = 0
-    """Steps of linear warm-up."""
-    cooldown: NonNegativeInt = 0
-    """kind wsd: steps of the linear descent at the end."""
+    warmup: StepsOrFraction = 0
+    """Steps of linear warm-up, or their fraction of `train.steps` (a number below 1, such as 0.01)."""
+    cooldown: StepsOrFraction = 0
+    """kind wsd: steps of the linear descent at the end, or their fraction of `train.steps` (such as 0.4)."""
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
     """Factor that the descent ends at."""
 
@@ -50,7 +50,7 @@ class OptimizerConfig(BaseConfig):
     """Muon: momentum at the first step."""
     momentum_warmup: NonNegativeInt = 300
     """Muon: steps over which the momentum rises from `momentum_start` to `momentum`."""
-    newton_schulz_steps: PositiveInt = 5
+    newton_schulz_steps: int = Field(5, gt=0, le=100)
     """Muon: iterations of the orthogonalization."""
     embedding_lr: NonNegativeFloat = 0.0
     """Learning rate of embedding tables; 0 takes `lr` (AdamW) or 0.3 (Muon)."""
@@ -67,7 +67,7 @@ class SpikeGuardConfig(BaseConfig):
     """Watch the steps; off lets every step through."""
     spike: PositiveFloat = 20.0
     """A gradient norm above this multiple of the recent median is bad."""
-    history: PositiveInt = 64
+    history: int = Field(64, gt=0, le=1_000_000)
     """Steps that the median looks back on."""
     patience: PositiveInt = 3
     """Bad steps in a row before the run rolls back to its last good checkpoint and skips their batches."""
@@ -91,7 +91,7 @@ class ProbesConfig(BaseConfig):
     """Steps; 0 is off."""
     tasks: Strings = ("arithmetic", "recall", "induction", "multihop")
     """Which tasks."""
-    samples: PositiveInt = 64
+    samples: int = Field(64, gt=0, le=100_000)
     """Questions of each task."""
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from andromeda.config.derived import in_steps
 from andromeda.config.train import ScheduleConfig, WindowWarmupConfig
 from andromeda.utils.errors import ConfigError
 
@@ -26,23 +27,23 @@ def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
 
     Raises ConfigError when warm-up and cooldown do not fit in the run.
     """
-    cooldown = config.cooldown if config.kind == "wsd" else 0
-    if config.warmup + cooldown > steps:
+    warmup, cooldown = in_steps(config.warmup, steps), in_steps(config.cooldown, steps) if config.kind == "wsd" else 0
+    if warmup + cooldown > steps:
         raise ConfigError(
-            f"The schedule's warm-up ({config.warmup}) and cooldown ({cooldown}) do not fit in {steps} steps: "
+            f"The schedule's warm-up ({warmup}) and cooldown ({cooldown}) do not fit in {steps} steps: "
             "lower train.schedule.warmup or train.schedule.cooldown, or raise train.steps."
         )
     start, curve = {
         "constant": (steps, _constant),
-        "linear": (config.warmup, _linear),
-        "cosine": (config.warmup, _cosine),
+        "linear": (warmup, _linear),
+        "cosine": (warmup, _cosine),
         "wsd": (steps - cooldown, _linear),
     }[config.kind]
     final = config.min_lr_ratio
 
     def factor(step: int) -> float:
-        if step < config.warmup:
-            return (step + 1) / config.warmup
+        if step < warmup:
+            return (step + 1) / warmup
         if step < start:
             return 1.0
         return curve(min(1.0, (step - start) / max(1, steps - start)), final)

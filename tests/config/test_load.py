@@ -45,6 +45,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
 def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind is bool:
         return st.booleans()
+    if kind == int | float:  # steps, or a fraction of the run
+        return st.integers(0, LARGEST_NUMBER) | st.floats(0.0, 1.0, exclude_max=True)
     if kind is str:
         return st.text()
     if kind is int:

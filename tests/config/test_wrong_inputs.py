@@ -10,8 +10,9 @@ import pytest
 
 from andromeda.config.keys import fields, place
 from andromeda.config.load import from_values, load, model_from_names
-from andromeda.config.mistakes import RENAMED
 from andromeda.config.rules import check_training
+from andromeda.config.run import RunConfig
+from andromeda.config.suggestions import ELSEWHERE, RENAMED, our_name
 from andromeda.utils.errors import ConfigError
 
 SMALL = Path(__file__).with_name("small.toml")
@@ -33,7 +34,27 @@ def assert_one_sentence(message: str, *parts: str) -> None:
 # ` | ` stands between two overrides.
 OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     # Keys that do not exist
-    ("modle.hidden_size=64", ("modle", "did you mean model?")),
+    ("modle.hidden_size=64", ("modle.hidden_size", "did you mean model.hidden_size?")),
+    ("modle.x=64", ("modle", "did you mean model?")),
+    # Names of nanoGPT, Hugging Face and torchtitan
+    ("model.n_layer=6", ("there is no key model.n_layer; it is called model.num_layers",)),
+    ("model.n_embd=64 | model.n_head=4", ("model.n_embd; it is called model.hidden_size", "model.n_head; it is called model.attention")),
+    ("model.block_size=64", ("model.block_size; it is called model.max_seq_len",)),
+    ("train.learning_rate=0.1", ("train.learning_rate; it is called train.optim.lr",)),
+    ("learning_rate=0.1", ("learning_rate; it is called train.optim.lr",)),
+    ("max_iters=5", ("max_iters; it is called train.steps",)),
+    ("train.gradient_accumulation_steps=8", ("it is called train.micro_batch_size",)),
+    ("training.steps=5", ("training.steps", "did you mean train.steps?")),
+    ("training.local_batch_size=5", ("training.local_batch_size; it is called train.micro_batch_size",)),
+    ("optimizer.name=AdamW", ("optimizer.name; it is called train.optim.kind",)),
+    ("output_dir=x", ("output_dir; use the option --out",)),
+    ("model.dropout=0.1", ("model.dropout", "no dropout")),
+    # Tables that are empty, and settings without end
+    ("model.num_layers={}", ("model.num_layers", "whole number", "a table")),
+    ("model.attention={}", ("model.attention={}", "sets nothing")),
+    ("model.nothing={}", ("model.nothing",)),
+    ("train.optim.newton_schulz_steps=2000000000", ("train.optim.newton_schulz_steps", "at most 100")),
+    ("train.probes.samples=2000000000", ("train.probes.samples", "at most 100000")),
     ("model.hiden_size=64", ("model.hiden_size", "did you mean model.hidden_size?")),
     ("model.dimm=64", ("model.dimm", "did you mean model.dim?")),
     ("model.attention.kv_head=1", ("model.attention.kv_head", "model.attention.num_kv_heads?")),
@@ -135,7 +156,10 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.shift.kind=chunks | model.shift.tokens=256", ("model.shift.tokens = 256", "model.hidden_size = 256")),
     ("train.batch_size=10 | train.micro_batch_size=4", ("train.batch_size = 10", "train.micro_batch_size = 4")),
     ("train.seq_len=512", ("train.seq_len = 512", "model.max_seq_len = 256")),
-    ("train.steps=100", ("train.schedule.cooldown = 400", "train.steps = 100")),
+    ("train.steps=100", ("train.schedule.cooldown = 400", "train.steps = 100", "train.schedule.cooldown=0.4")),
+    ("train.schedule.warmup=1.5", ("train.schedule.warmup", "whole number of steps", "fraction", "1.5")),
+    ("train.schedule.cooldown=-1", ("train.schedule.cooldown", "whole number of steps", "-1")),
+    ("train.schedule.warmup=true", ("train.schedule.warmup", "true")),
     ("train.schedule.kind=cosine | train.schedule.cooldown=10", ("train.schedule.cooldown", "wsd")),
     (
         "train.schedule.kind=cosine | train.schedule.cooldown=0 | train.schedule.warmup=5000",
@@ -281,3 +305,20 @@ def test_a_key_of_the_last_version_is_refused_with_its_new_name(path: str) -> No
     assert_one_sentence(str(caught.value), path, RENAMED[path])
     for new in re.findall(r"[a-z]+(?:\.[a-z_]+)+", RENAMED[path]):
         assert new in fields(), f"{new} is no key"
+
+
+@pytest.mark.parametrize("name", sorted(ELSEWHERE))
+def test_a_name_of_another_library_leads_to_a_key_that_exists(name: str) -> None:
+    ours = our_name(name, [*fields()])
+    assert ours == ELSEWHERE[name]
+    assert ours.startswith("--") or all(key in fields() for key in re.split(r" or ", ours.partition(" (")[0]))
+    assert name not in fields()
+
+
+def test_an_empty_table_in_a_file_is_no_plain_value(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("[model]\nnum_layers = {}\n")
+    with pytest.raises(ConfigError, match=r"model\.num_layers must be a whole number, not a table"):
+        load(path)
+    path.write_text("[model.attention]\n")  # a table without keys says nothing, and is no mistake
+    assert load(path) == RunConfig()
