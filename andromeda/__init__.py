@@ -4,20 +4,22 @@
 starts at once.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+import typing as _typing
 
 __version__ = "0.1.0"
 __all__ = ["Andromeda", "__version__"]
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from andromeda.api import Andromeda
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     if name == "Andromeda":
         from andromeda.api import Andromeda
 
         return Andromeda
     raise AttributeError(f"module 'andromeda' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
+__all__ = ["SEPARATOR", "Encoder"]
+
 SEPARATOR = "<|endoftext|>"
 """Name of the token that stands before every document."""
 

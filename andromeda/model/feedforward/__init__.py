@@ -8,6 +8,8 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.feedforward.dense import build_mlp
 from andromeda.model.feedforward.moe import MoE
 
+__all__ = ["build_feedforward"]
+
 
 def build_feedforward(config: ModelConfig) -> nn.Module:
     """The network that the configuration asks for: a module (B, T, C) -> (B, T, C)."""

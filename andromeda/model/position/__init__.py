@@ -6,6 +6,8 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.position.alibi import Alibi, FoldedAlibi, NoAlibi
 from andromeda.model.position.rotary import NoRotary, RoPE, XPos
 
+__all__ = ["build_alibi", "build_rotary"]
+
 
 def build_alibi(config: ModelConfig) -> NoAlibi:
     """The ALiBi part that the configuration asks for."""
