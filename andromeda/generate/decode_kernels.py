@@ -75,12 +75,12 @@ class DecodeKernelBlock(nn.Module):
         outputs = sum(attention.sizes)
         weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
         norm, shift, place = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx), _place(attention, ctx, x)
-        rows, keep = gemv.gemv(x, weight, bias, norm=norm, shift=shift, place=place)
+        rows, keep = gemv.gemv(x, weight, bias, norm=norm, shift=shift, slot=place)
         mixed = self._mix(rows, ctx, placed=place is not None)
-        x, _ = gemv.gemv(mixed, attention.out.weight, attention.out.bias, residual=x, keep=keep)
+        x, _ = gemv.gemv(mixed, attention.out.weight, attention.out.bias, residual=x, pending=keep)
         norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
         hidden, keep = gemv.gemv(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
-        return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, keep=keep)[0]
+        return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, pending=keep)[0]
 
     def _mix(self, rows: Tensor, ctx: ForwardContext, placed: bool) -> Tensor:
         """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
@@ -91,7 +91,7 @@ class DecodeKernelBlock(nn.Module):
             q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
             form = fused_spec(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoPositionBias(), attention.scale)
             if form is not None:
-                form = form._replace(tails=self._tails(ctx.bias, rows.dtype))
+                form = form._replace(alibi=self._tails(ctx.bias, rows.dtype))
                 queries = qk_preprocess.preprocess_qk_into_cache(q_heads, k_heads, form, keys, ctx.index)
                 return attention.core_attention(queries, keys, values, attention.attention_spec(ctx)).flatten(1)
         return attention.attend_projected(q, k, v.contiguous(), ctx).flatten(1)

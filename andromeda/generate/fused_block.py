@@ -85,7 +85,7 @@ class FusedAddNormShift(nn.Module):
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
         if accepts(x, self.norm, self.shift, ctx):
             made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.fp8)
-            return MatmulInput(made.y, made.scale), made.total
+            return MatmulInput(made.y, made.scale), made.residual
         x = x if delta is None else x + delta
         return to_matmul_input(self.shift(self.norm(x), ctx), self.fp8), x if bias is None else x + bias
 

@@ -23,7 +23,7 @@ def add_norm_shift(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.M
     worth = isinstance(shift, ChunkShift) or x.shape[-1] > NARROW
     if worth and accepts(x, norm, shift, ctx):
         made = fused(x, delta, norm, shift, ctx)
-        return made.y, made.total
+        return made.y, made.residual
     x = x if delta is None else x + delta
     return shift(norm(x), ctx), x
 
@@ -64,7 +64,9 @@ def fused(
     weight = None if isinstance(norm, RMSNormNoGain) else norm.weight.to(x.dtype)
     documents = ctx.documents[0] if ctx.documents and slot is not None else None
     layer = isinstance(norm, LayerNorm)
-    made = kernel.add_norm_shift(x, delta, weight, bias, past, documents, layer=layer, eps=norm.eps, moved=channels, eight_bits=eight_bits)
+    made = kernel.add_norm_shift(
+        x, delta, weight, bias, past, documents, layer_norm=layer, eps=norm.eps, shift_channels=channels, fp8=eight_bits
+    )
     if slot is not None:
         ctx.state.put(slot, made.last)
     return made

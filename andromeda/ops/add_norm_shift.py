@@ -74,8 +74,8 @@ class _NormShiftPassThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer_norm: bool, eps: float, shift_begin: int,
-        shift_end: int,
+        ctx: Any, x: Tensor, weight: Tensor | None, past: Tensor | None, documents: Tensor | None, layer_norm: bool, eps: float,
+        shift_begin: int, shift_end: int,
     ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
         y, _, _, last = _add_norm_shift_op(x, None, weight, None, past, documents, layer_norm, eps, shift_begin, shift_end, False)
         ctx.save_for_backward(x, weight, documents)
@@ -123,8 +123,8 @@ def _empty_output(x: Tensor, delta: Tensor | None, bias: Tensor | None, shift_be
 
 @_add_norm_shift_op.register_fake
 def _(
-    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer_norm: bool, eps: float, shift_begin: int, shift_end: int,
-    fp8: bool,
+    x: Tensor, delta: Any, weight: Any, bias: Any, past: Any, documents: Any, layer_norm: bool, eps: float,
+    shift_begin: int, shift_end: int, fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     output = _empty_output(x, delta, bias, shift_begin, shift_end, fp8)
     return output.y, output.scale, output.residual, output.last
@@ -132,8 +132,8 @@ def _(
 
 @torch.library.custom_op("andromeda::norm_shift_backward", mutates_args=())
 def _gradients(
-    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float, shift_begin: int,
-    shift_end: int,
+    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float,
+    shift_begin: int, shift_end: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of what was normalized (B, T, C) and of the gain (C,), empty where there is none."""
     from andromeda.ops.triton import add_norm_shift as kernels

@@ -63,7 +63,7 @@ def linear_cross_entropy(
     on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    options = (softcap, z_loss, chunk or _chunk_tokens(x.kernels.type, len(flat), weight.shape[0]), compute_dtype(x))
+    options = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x))
     tokens = (labels != IGNORE_INDEX).sum()
     if reduction == "sum" and torch.is_grad_enabled():
         total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, options)

@@ -69,7 +69,7 @@ class Float8DynamicLinear(nn.Module):
     def product(self, rows: Tensor, scale: Tensor) -> Tensor:
         """rows (M, K) and scale (M, 1), as `quantize` gives them -> (M, N) in bfloat16."""
         bias = None if self.bias is None else self.bias.to(torch.bfloat16)
-        if rows.kernels.type == "cpu":
+        if rows.device.type == "cpu":
             # Emulated: PyTorch 2.11 has no product with a scale a row here, and no CPU is faster for it.
             x, weight = rows.float() * scale, self.weight.float() * self.scale.T
             return F.linear(x, weight, None if bias is None else bias.float()).to(torch.bfloat16)

@@ -114,7 +114,7 @@ def normalize(x: Tensor, norm: GemvNorm, shift: GemvTokenShift | None = None) ->
     return _normalize_op(x, norm.gain, past, q_documents, k_documents, at, norm.kind, norm.eps)
 
 
-@torch.library.custom_op("andromeda::gemv", mutates_args=("old", "cache"))
+@torch.library.custom_op("andromeda::gemv", mutates_args=("pending_past", "cache"))
 def _gemv_op(
     x: Tensor,
     weight: Tensor,
@@ -152,8 +152,8 @@ def _gemv_op(
 @_gemv_op.register_fake
 def _(
     x: Tensor, weight: Tensor, bias: Tensor | None, residual: Tensor | None, gain: Tensor | None, past: Tensor | None,
-    q_documents: Tensor | None, k_documents: Tensor | None, index: Tensor | None, pending_past: Tensor | None, pending_normalized: Tensor | None, cache: Tensor | None,
-    at: Tensor | None, begin: int, kind: str, eps: float, activation: str,
+    q_documents: Tensor | None, k_documents: Tensor | None, index: Tensor | None, pending_past: Tensor | None,
+    pending_normalized: Tensor | None, cache: Tensor | None, at: Tensor | None, begin: int, kind: str, eps: float, activation: str,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     return _empty_outputs(x, weight, past)
 

@@ -105,7 +105,7 @@ def _preprocess_qk_into_cache_op(
 ) -> Tensor:
     from andromeda.ops.triton import qk_preprocess as kernels
 
-    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout, place=(keys, index))[0]
+    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout, slot=(keys, index))[0]
 
 
 @_preprocess_qk_into_cache_op.register_fake

@@ -30,7 +30,7 @@ def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         return "it computes one query at a time"
     if any(x.requires_grad for x in (q, k, v)):
         return "it has no backward pass"
-    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF_DTYPES and q.kernels.type != "cuda" else None
+    return "it has no products of 16 bits outside of CUDA" if q.dtype in HALF_DTYPES and q.device.type != "cuda" else None
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
@@ -73,11 +73,11 @@ def matmul_attention(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Te
     logits = _bmm_float32(rows, keys.mT).view(B, H, 1, S) * spec.scale
     if spec.softcap:
         logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    bias = spec.bias(1, S, q.kernels)
+    bias = spec.bias(1, S, q.device)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
     if spec.window or spec.documents is not None or spec.index is not None:
-        logits = logits.masked_fill(~spec.visible(1, S, q.kernels), float("-inf"))
+        logits = logits.masked_fill(~spec.visible(1, S, q.device), float("-inf"))
     weights = logits.softmax(-1).to(v.dtype).view(B * G, H // G, S)
     return torch.bmm(weights, values).view(B, 1, H, -1)
 

@@ -198,8 +198,8 @@ def decode_attention(
     with torch.cuda.device_of(q):
         optional: tuple[Any, ...] = (q_documents, k_documents, q if slopes is None else slopes, q if index is None else index)
         _split_kernel[(B * G, P)](
-            q, k, v, *optional, total, peak, parts, S, length, scale, softcap or 1.0, window, *strides, constants=constants, num_warps=config.warps,
-            **pdl_launch_options(constants.pdl),
+            q, k, v, *optional, total, peak, parts, S, length, scale, softcap or 1.0, window, *strides, constants=constants,
+            num_warps=config.warps, **pdl_launch_options(constants.pdl),
         )  # fmt: skip
         _combine_kernel[(B * H, triton.cdiv(DV, constants.COLUMNS))](
             total, peak, parts, out, P, constants=constants, num_warps=config.warps, **pdl_launch_options(constants.pdl)

@@ -86,6 +86,7 @@ def gelu_fp8_backward(
     with torch.cuda.device_of(u):
         _gelu_fp8_backward_kernel[(num_tiles(N, H, FP8_BACKWARD_TILE),)](
             *(da, u, bias, a_scale, dz_scale, dz, *words, sums, N, H),
-            **constants, ROWS=FP8_BACKWARD_TILE.rows, COLUMNS=FP8_BACKWARD_TILE.columns, num_warps=FP8_BACKWARD_TILE.warps, maxnreg=FP8_BACKWARD_REGISTERS,
+            **constants, ROWS=FP8_BACKWARD_TILE.rows, COLUMNS=FP8_BACKWARD_TILE.columns, num_warps=FP8_BACKWARD_TILE.warps,
+            maxnreg=FP8_BACKWARD_REGISTERS,
         )  # fmt: skip
     return dz, dz_columns, a_columns, sums.sum(0)

@@ -381,19 +381,19 @@ def preprocess_qk(
     norm: str,
     layout: str,
     config: QKLaunchConfig | None = None,
-    index: tuple[Tensor, Tensor] | None = None,
+    slot: tuple[Tensor, Tensor] | None = None,
 ) -> TensorPair:
     """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns.
     Arguments as in `andromeda.ops.qk_preprocess.QKPreprocessSpec`.
 
-    place: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
+    slot: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
     """
     N, T = _token_counts(xs[0])
-    D = xs[0].constants[-1]
+    D = xs[0].shape[-1]
     config = config or (DECODE if N <= FEW_TOKENS else FORWARD)
-    out = D + (alibi[1].constants[-1] if alibi else 0)
-    cache, index = index or (xs[1].new_empty(*xs[1].constants[:-1], out), None)
-    ys = [xs[0].new_empty(*xs[0].constants[:-1], out), cache]
+    out = D + (alibi[1].shape[-1] if alibi else 0)
+    cache, index = slot or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
+    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
     xs = _make_readable(xs, layout)
     constants = _constants(D, out, [*xs, *ys], tables, norm, layout, config)._replace(pdl=index is not None and supports_pdl(xs[0]))
     q, k = (
@@ -419,7 +419,7 @@ def preprocess_qk_backward(
     dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
     long as heads lie side by side.
     """
-    D = dxs[0].constants[-1]
+    D = dxs[0].shape[-1]
     N, T = _token_counts(dys[0])
     scaled = any(s is not None for s in scales)
     config = config or (BACKWARD_SCALED if scaled else BACKWARD)
@@ -429,7 +429,7 @@ def preprocess_qk_backward(
     partial = dys[0].new_empty(chunks, sum(sizes), dtype=torch.float32)
     dys = _make_readable(dys, layout)
     xs = _make_readable((raw[0], raw[1]), layout) if raw else dys
-    outputs = [dx if _is_readable(dx, layout) else dx.new_empty(dx.constants) for dx in dxs]
+    outputs = [dx if _is_readable(dx, layout) else dx.new_empty(dx.shape) for dx in dxs]
     constants = _constants(D, D, [*xs, *dys, *outputs], tables, norm, layout, config)
     q, k = (
         _head_group(constants, query, x, dy, scale, tables)._replace(
@@ -453,14 +453,14 @@ def _head_group(constants: QKConstants, query: bool, x: Tensor, y: Tensor, scale
     cos, sin = [t.contiguous() for t in (tables[:2] if query else tables[2:])] or (None, None)
     return HeadGroup(
         tl.constexpr(query),
-        tl.constexpr(y.constants[2]),
+        tl.constexpr(y.shape[2]),
         *(x, _stride_in_units(x, 0, constants), _stride_in_units(x, 1, constants), tl.constexpr(x.stride(2))),
         *(y, _stride_in_units(y, 0, constants), _stride_in_units(y, 1, constants), tl.constexpr(y.stride(2))),
         cos,
         sin,
-        0 if cos is None or cos.constants[0] == 1 else cos.constants[1],
+        0 if cos is None or cos.shape[0] == 1 else cos.shape[1],
         None if scale is None else scale.contiguous(),
-        tl.constexpr(scale is not None and scale.constants[-1] > 1),
+        tl.constexpr(scale is not None and scale.shape[-1] > 1),
     )
 
 
@@ -483,7 +483,7 @@ def _is_readable(x: Tensor, layout: str) -> bool:
 def _constants(
     D: int, out: int, tensors: list[Tensor], tables: list[Tensor], norm: str, layout: str, config: QKLaunchConfig
 ) -> QKConstants:
-    half = tables[0].constants[-1] if tables else 0
+    half = tables[0].shape[-1] if tables else 0
     interleaved = layout == "interleaved"
     unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
     # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbors end there.
@@ -493,7 +493,7 @@ def _constants(
 
 def _token_counts(x: Tensor) -> tuple[int, int]:
     """Tokens of x (B, T, ...), in all and in a sequence."""
-    return x.constants[0] * x.constants[1], x.constants[1]
+    return x.shape[0] * x.shape[1], x.shape[1]
 
 
 def _launch_kernel(kernel: Any, arguments: tuple[Any, ...], indices: int, constants: QKConstants, config: QKLaunchConfig) -> None:
