@@ -22,7 +22,7 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from andromeda.ops.triton import (
+from andromeda.ops.triton import (  # noqa: E402
     activation,
     add_norm_shift,
     cross_entropy,
