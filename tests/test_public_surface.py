@@ -14,7 +14,7 @@ from andromeda import Andromeda
 from andromeda.model.transformer import Transformer
 from tests.source_tree import is_package, trees
 
-METHODS = {"from_preset", "from_run", "save", "generate", "num_parameters", "optimise"}
+METHODS = {"from_preset", "from_run", "save", "generate", "num_parameters", "optimize_for_inference"}
 """Of Andromeda, apart from what it is as a `torch.nn.Module`."""
 
 

@@ -50,9 +50,9 @@ def list_source(index: int, source: str, config: BuildConfig) -> SourceListing:
     if path.is_file():
         ending = _ending(path.name)
         if ending not in FORMAT_BY_EXTENSION and ending not in config.include:
-            known = " ".join(FORMAT_BY_EXTENSION)
+            endings = " ".join(FORMAT_BY_EXTENSION)
             hint = nearest(ending, FORMAT_BY_EXTENSION)
-            raise DataError(f"{source} has an unknown extension{hint}: known are {known}; `--include {ending}` reads it as text.")
+            raise DataError(f"{source} has an unknown extension{hint}: known are {endings}; `--include {ending}` reads it as text.")
         return _list_files(index, source, iter([(path.name, str(path))]), config, only=ending)
     known = ["python"] if "/" not in source else []
     raise DataError(f"There is no file or folder {source}{nearest(source, known)}: check the path.")
