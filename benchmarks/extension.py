@@ -36,9 +36,9 @@ from andromeda.data.shards import token_dtype, write_shard
 from andromeda.data.sources import _python_files
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.extend import needles
-from andromeda.extend.plot import draw
-from andromeda.extend.run import extend
-from andromeda.extend.training_config import Wishes
+from andromeda.extend.extension import extend
+from andromeda.extend.results import draw
+from andromeda.extend.training_config import ExtendRequest
 from andromeda.train.progress import Lines
 from andromeda.train.run_dir import RunFolder
 from andromeda.train.trainer import train
@@ -348,7 +348,7 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
     if job == FAR:
         return read_far(work, size)
     to = size.to[which]
-    wishes = Wishes(
+    wishes = ExtendRequest(
         str(work / "base"),
         to,
         steps=size.steps,
@@ -365,7 +365,7 @@ def read_far(work: Path, size: Size) -> dict[str, Any]:
     """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
     overrides = ("train.micro_batch_size=1", "train.batch_size=1")
-    wishes = Wishes(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
+    wishes = ExtendRequest(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
     return extend(wishes, "yarn", work / f"far-{folders[-1].name}", Lines, print).values
 
 

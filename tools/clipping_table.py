@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Any
 
-from andromeda.ablate.table import DASH, cells, lines, mean
+from andromeda.ablate.ablation_tables import DASH, cells, lines, mean
 
 MARK = ", clipped"
 HEAD = ("learning rate", "without clipping", "clipped", "effect of clipping", "95 % interval", "verdict", "steps to the loss without")

@@ -14,10 +14,10 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from andromeda.ablate.table import DASH, UNITS, cells, evenness, legend, lines, mean, verdicts
-from andromeda.extend.page import sections as extensions
+from andromeda.ablate.ablation_tables import DASH, UNITS, cells, evenness, legend, lines, mean, verdicts
 from andromeda.utils.errors import ConfigError
 from tools import clipping_table
+from tools.extension_section import sections as extensions
 
 ROWS = {
     "A2": "Flash attention",

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from andromeda.bench.models import LLAMA, UNFUSED
+from andromeda.bench.models import ANDROMEDA_UNFUSED, LLAMA
 
 Result = dict[str, Any]
 GIB = 1 << 30
@@ -106,7 +106,7 @@ GOALS = (
     Goal("  same bits twice", "embedding", repeats, 1.0),
     Goal("head and loss, peak above the inputs, GiB", "loss", side("Andromeda", "peak", GIB), 1.0, True),
     Goal("  time over compiled PyTorch's with all logits", "loss", ratio("ms", "Andromeda", "PyTorch, compiled"), 1.0, True),
-    Goal("flash attention on over off, training, times", "train-flash", ratio("tokens_per_second", "Andromeda", UNFUSED), 1.0),
+    Goal("flash attention on over off, training, times", "train-flash", ratio("tokens_per_second", "Andromeda", ANDROMEDA_UNFUSED), 1.0),
     Goal("8 bits: loss above bfloat16's, nats a byte", "precision", cost, 0.02, True),
 )  # fmt: skip
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from andromeda.plan.tables import size
+from andromeda.plan.plan_tables import size
 from tools import arithmetic_table
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"

@@ -7,19 +7,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from andromeda.ablate.budget import spent
-from andromeda.ablate.cost import Cost
-from andromeda.ablate.grid import BASELINE, Grid
-from andromeda.ablate.jobs import Planned
-from andromeda.ablate.outcome import Outcome
-from andromeda.ablate.statistics import Effect, Losses, Prior, effect, holm, shared_prior, verdict
+from andromeda.ablate.grid import BASELINE, AblationGrid
+from andromeda.ablate.jobs import PlannedVariant, spent
+from andromeda.ablate.statistics import Effect, Losses, VariancePrior, effect, holm, shared_prior, verdict
+from andromeda.ablate.worker import RunResult, StepCost
 
-Runs = Mapping[str, Mapping[int, Outcome]]
+Runs = Mapping[str, Mapping[int, RunResult]]
 """Finished runs by arm and seed."""
 
 
 @dataclass(frozen=True)
-class Compared:
+class VariantComparison:
     """One arm beside what it is compared with."""
 
     effect: Effect | None
@@ -28,7 +26,7 @@ class Compared:
     verdict: str
 
 
-def compare(planned: Sequence[Planned], runs: Runs, grid: Grid) -> dict[str, Compared]:
+def compare(planned: Sequence[PlannedVariant], runs: Runs, grid: AblationGrid) -> dict[str, VariantComparison]:
     """Each arm but the baseline. Arms that were not trained have no effect."""
     arms = [plan.arm for plan in planned if plan.arm.name != BASELINE and plan.arm.train]
     finite = {name: figures(of, grid.metric) for name, of in runs.items()}
@@ -42,10 +40,10 @@ def compare(planned: Sequence[Planned], runs: Runs, grid: Grid) -> dict[str, Com
     return {arm.name: _compared(found.get(arm.name), corrected.get(arm.name), lost[arm.name]) for arm in arms}
 
 
-def _compared(found: Effect | None, corrected: float | None, lost: str) -> Compared:
+def _compared(found: Effect | None, corrected: float | None, lost: str) -> VariantComparison:
     if lost:
-        return Compared(None, None, lost)
-    return Compared(found, corrected, verdict(found, corrected)) if found else Compared(None, None, "not run")
+        return VariantComparison(None, None, lost)
+    return VariantComparison(found, corrected, verdict(found, corrected)) if found else VariantComparison(None, None, "not run")
 
 
 def _divergence(runs: Runs, name: str, on: str) -> str:
@@ -57,7 +55,7 @@ def _divergence(runs: Runs, name: str, on: str) -> str:
     return f"diverges: {fallen} of {len(arm)} runs" if fallen else ""
 
 
-def _prior(plain: Mapping[str, Effect], grid: Grid) -> Prior | None:
+def _prior(plain: Mapping[str, Effect], grid: AblationGrid) -> VariancePrior | None:
     if grid.spread == "own":
         return None
     seeds = max((found.seeds for found in plain.values()), default=0)
@@ -65,13 +63,13 @@ def _prior(plain: Mapping[str, Effect], grid: Grid) -> Prior | None:
     return shared_prior([spread**2 for spread in spreads], seeds - 1) if seeds > 1 else None
 
 
-def figures(of: Mapping[int, Outcome], metric: str) -> Losses:
+def figures(of: Mapping[int, RunResult], metric: str) -> Losses:
     """The finite figures of an arm by seed."""
     every = {seed: getattr(run, metric) for seed, run in of.items()}
     return {seed: figure for seed, figure in every.items() if figure is not None}
 
 
-def results(planned: Sequence[Planned], runs: Runs, costs: Mapping[str, Cost], grid: Grid) -> dict[str, Any]:
+def results(planned: Sequence[PlannedVariant], runs: Runs, costs: Mapping[str, StepCost], grid: AblationGrid) -> dict[str, Any]:
     """Everything about a comparison in plain values, for results.json."""
     compared = compare(planned, runs, grid)
     sizes = {plan.arm.name: plan.parameters for plan in planned}
@@ -91,7 +89,9 @@ def results(planned: Sequence[Planned], runs: Runs, costs: Mapping[str, Cost], g
     }
 
 
-def _row(plan: Planned, of: Mapping[int, Outcome], costs: Mapping[str, Cost], compared: Compared | None, grid: Grid) -> dict[str, Any]:
+def _row(
+    plan: PlannedVariant, of: Mapping[int, RunResult], costs: Mapping[str, StepCost], compared: VariantComparison | None, grid: AblationGrid
+) -> dict[str, Any]:
     arm, own, base = plan.arm, costs.get(plan.arm.name), costs.get(plan.arm.on)
     found = figures(of, grid.metric)
     return {

@@ -15,11 +15,11 @@ from andromeda.config.mistakes import read
 from andromeda.utils.errors import ConfigError, nearest
 
 BASELINE = "baseline"
-FOLLOWS = {"seed": "the grid's seeds", "train.steps": "the budget: give the arm a share of it instead"}
+RESERVED_KEYS = {"seed": "the grid's seeds", "train.steps": "the budget: give the arm a share of it instead"}
 """Keys that no arm may set, and what they follow from."""
 
 
-class Arm(BaseConfig):
+class Variant(BaseConfig):
     """One variant of the baseline."""
 
     name: str
@@ -36,10 +36,10 @@ class Arm(BaseConfig):
     """Off measures time and memory alone, for what cannot change what is learned."""
 
 
-class Grid(BaseConfig):
+class AblationGrid(BaseConfig):
     """A whole comparison."""
 
-    arm: Annotated[tuple[Arm, ...], BeforeValidator(as_tuple)] = ()
+    arm: Annotated[tuple[Variant, ...], BeforeValidator(as_tuple)] = ()
     base: Strings = ()
     """Changes to the configuration that make the baseline."""
     budget: Literal["tokens", "flops", "seconds"] = "tokens"
@@ -55,7 +55,7 @@ class Grid(BaseConfig):
     """Variance of each arm by itself, or steadied by that of all arms (few seeds, many arms)."""
 
 
-def read_grid(path: str | Path) -> Grid:
+def read_grid(path: str | Path) -> AblationGrid:
     """A grid from a TOML file. Raises ConfigError, one sentence."""
     try:
         return grid_from_values(tomllib.loads(Path(path).read_text("utf-8")), str(path))
@@ -67,17 +67,17 @@ def read_grid(path: str | Path) -> Grid:
         raise ConfigError(f"The grid {path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
 
 
-def grid_from_values(values: dict[str, Any], source: str = "the grid") -> Grid:
+def grid_from_values(values: dict[str, Any], source: str = "the grid") -> AblationGrid:
     """A grid from nested values, checked. Raises ConfigError."""
     try:
-        grid = read(Grid, values)
+        grid = read(AblationGrid, values)
     except ConfigError as error:
         raise ConfigError(f"In {source}: {error}") from None
     check_grid(grid, source)
     return grid
 
 
-def varied(given: Sequence[str]) -> list[Arm]:
+def variants_of(given: Sequence[str]) -> list[Variant]:
     """An arm for each value of each `key=value,value`. Raises ConfigError."""
     arms = []
     for text in given:
@@ -85,7 +85,7 @@ def varied(given: Sequence[str]) -> list[Arm]:
         if not equals or not key.strip() or not values.strip():
             raise ConfigError(f"--vary {text!r} is not understood: write key.path=value,value, such as model.block.kind=parallel.")
         short = key.strip().split(".", 1)[-1]
-        arms += [Arm(name=f"{short}={value}", changes=(f"{key.strip()}={value}",)) for value in split(values)]
+        arms += [Variant(name=f"{short}={value}", changes=(f"{key.strip()}={value}",)) for value in split(values)]
     return arms
 
 
@@ -100,7 +100,7 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9._=+-]+", "-", name.lower()).strip("-.") or "arm"
 
 
-def check_grid(grid: Grid, source: str = "the grid") -> None:
+def check_grid(grid: AblationGrid, source: str = "the grid") -> None:
     """Raises ConfigError, one sentence, when arms cannot be told apart, stand on one that is not there, or are none at all."""
     if not grid.arm:
         raise ConfigError(f"There is nothing to compare in {source}: give arms in --grid FILE, or --vary key.path=value,value.")
@@ -120,6 +120,6 @@ def check_grid(grid: Grid, source: str = "the grid") -> None:
             known = list(seen.values())
             raise ConfigError(f"Arm {arm.name!r} of {source} is on {arm.on!r}, which no arm above it is called{nearest(arm.on, known)}.")
         for key in (change.partition("=")[0].strip() for change in arm.changes):
-            if key in FOLLOWS:
-                raise ConfigError(f"Arm {arm.name!r} of {source} sets {key}, which follows from {FOLLOWS[key]}.")
+            if key in RESERVED_KEYS:
+                raise ConfigError(f"Arm {arm.name!r} of {source} sets {key}, which follows from {RESERVED_KEYS[key]}.")
         seen[slug(arm.name)] = arm.name

@@ -1,33 +1,93 @@
-"""Every run that a grid stands for, each with its whole configuration, checked before the first one begins."""
+"""An equal budget for every arm: how many steps it gets, and its schedule stretched to fit them."""
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from andromeda.ablate.budget import amount_of, flops_per_token, steps_for, with_steps
-from andromeda.ablate.grid import BASELINE, Arm, Grid, slug
+from andromeda.ablate.grid import BASELINE, AblationGrid, Variant, slug
 from andromeda.config.keys import flatten
-from andromeda.config.load import load
+from andromeda.config.load import from_values, load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
+from andromeda.model.flops import training_flops_per_token
 from andromeda.model.meta_model import meta_model
-from andromeda.plan.parameters import count
+from andromeda.optim.schedules import build_window
+from andromeda.plan.estimate import count_parameters
 from andromeda.train.run_dir import RunFolder
 from andromeda.train.state import find_device
 from andromeda.train.trainer import open_data
 from andromeda.utils.errors import AndromedaError, ConfigError
 
-PLACES = ("data.corpus", "data.workers", "train.device")
+SAMPLES = 64
+"""Points of a run at which the window is looked up where it grows."""
+
+
+def tokens_per_step(config: RunConfig) -> int:
+    """Tokens of one optimizer step."""
+    return config.train.batch_size * (config.train.seq_len or config.model.max_seq_len)
+
+
+def flops_per_token(config: RunConfig) -> float:
+    """Model FLOPs of training per token, averaged over the run where the window grows."""
+    sequence, train = config.train.seq_len or config.model.max_seq_len, config.train
+    if not train.window.end:
+        return training_flops_per_token(config.model, sequence)
+    window = build_window(train.window, SAMPLES)
+    return statistics.fmean(training_flops_per_token(config.model, sequence, window=window(at)) for at in range(SAMPLES))
+
+
+def amount_of(kind: str, config: RunConfig) -> float:
+    """Tokens or FLOPs that a configuration is made for."""
+    tokens = float(config.train.steps * tokens_per_step(config))
+    return tokens * flops_per_token(config) if kind == "flops" else tokens
+
+
+def spent(kind: str, config: RunConfig, seconds_per_step: float | None = None) -> float | None:
+    """Tokens, FLOPs or seconds that a run of `config` takes; None for seconds where a step was not measured."""
+    if kind == "seconds":
+        return config.train.steps * seconds_per_step if seconds_per_step else None
+    return amount_of(kind, config)
+
+
+def steps_for(kind: str, amount: float, config: RunConfig, seconds_per_step: float | None = None) -> int:
+    """Steps of `config` that come nearest to `amount` of tokens, FLOPs or seconds. Raises ConfigError when that is less than one."""
+    if kind == "seconds":
+        if not seconds_per_step:
+            raise ConfigError("A budget of seconds needs the time of a step: measure it with --cost-steps above 0.")
+        each = seconds_per_step
+    else:
+        each = tokens_per_step(config) * (flops_per_token(config) if kind == "flops" else 1.0)
+    steps = round(amount / each)
+    if steps < 1:
+        raise ConfigError(f"The budget of {amount:.4g} {kind} is less than one step of {config.name!r}, which takes {each:.4g}: raise it.")
+    return steps
+
+
+def with_steps(config: RunConfig, steps: int) -> RunConfig:
+    """The configuration with this many steps; warm-ups and cooldown keep their share of the run."""
+    ratio = steps / config.train.steps
+    values = config.model_dump()
+    train = values["train"]
+    train["steps"] = steps
+    schedule, optim = train["schedule"], train["optim"]
+    schedule["warmup"] = round(schedule["warmup"] * ratio)
+    schedule["cooldown"] = min(round(schedule["cooldown"] * ratio), steps - schedule["warmup"])
+    optim["momentum_warmup"] = round(optim["momentum_warmup"] * ratio)
+    return from_values(values)
+
+
+LOCAL_KEYS = ("data.corpus", "data.workers", "train.device")
 """Keys that may differ between a kept run and its job: the data's fingerprint is compared instead of its path."""
 
 
 @dataclass(frozen=True)
-class Planned:
+class PlannedVariant:
     """An arm with its configuration (of the first seed)."""
 
-    arm: Arm
+    arm: Variant
     config: RunConfig
     parameters: int
     flops: float
@@ -37,7 +97,7 @@ class Planned:
 
 
 @dataclass(frozen=True)
-class Job:
+class AblationJob:
     """One run."""
 
     arm: str
@@ -46,19 +106,19 @@ class Job:
     config: RunConfig
 
 
-def plan_arms(source: str, changes: Sequence[str], grid: Grid) -> list[Planned]:
+def plan_variants(source: str, changes: Sequence[str], grid: AblationGrid) -> list[PlannedVariant]:
     """The baseline and every arm of the grid, as configured. Raises ConfigError naming the arm that is refused."""
     base = [*grid.base, *changes]
     chains: dict[str, list[str]] = {}
-    planned: list[Planned] = []
-    for arm in (Arm(name=BASELINE, on=""), *grid.arm):
+    planned: list[PlannedVariant] = []
+    for arm in (Variant(name=BASELINE, on=""), *grid.arm):
         chains[arm.name] = [*chains.get(arm.on, []), *arm.changes]
         planned.append(_planned(source, [*base, *chains[arm.name], f"seed={grid.seeds[0]}"], arm, grid.cost))
     _refuse_twins(planned)
     return planned
 
 
-def _planned(source: str, changes: Sequence[str], arm: Arm, cost: Sequence[str]) -> Planned:
+def _planned(source: str, changes: Sequence[str], arm: Variant, cost: Sequence[str]) -> PlannedVariant:
     try:
         config = load(source, changes)
         if not config.train.eval_every:
@@ -68,13 +128,13 @@ def _planned(source: str, changes: Sequence[str], arm: Arm, cost: Sequence[str])
         find_device(config.train.device)
         open_data(config)
         measured = load(source, [*changes, *cost])
-        return Planned(arm, config, count(meta_model(config.model)).total, flops_per_token(config), measured)
+        return PlannedVariant(arm, config, count_parameters(meta_model(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
         where = "The baseline" if arm.name == BASELINE else f"Arm {arm.name!r}"
         raise ConfigError(f"{where} is refused: {error}") from None
 
 
-def _refuse_twins(planned: Sequence[Planned]) -> None:
+def _refuse_twins(planned: Sequence[PlannedVariant]) -> None:
     """Two arms with one configuration would be compared with themselves."""
     seen: dict[tuple[RunConfig, float], str] = {}
     for plan in planned:
@@ -84,13 +144,13 @@ def _refuse_twins(planned: Sequence[Planned]) -> None:
         seen[key] = plan.arm.name
 
 
-def with_budget(planned: Sequence[Planned], grid: Grid, step_seconds: Mapping[str, float]) -> list[Planned]:
+def with_budget(planned: Sequence[PlannedVariant], grid: AblationGrid, step_seconds: Mapping[str, float]) -> list[PlannedVariant]:
     """Every arm with the steps that its share of the budget pays for. step_seconds: by arm, for a budget of seconds."""
     amount = grid.amount or amount_of(grid.budget, planned[0].config)
     return [_paid(plan, grid.budget, amount, step_seconds.get(plan.arm.name)) for plan in planned]
 
 
-def _paid(plan: Planned, kind: str, amount: float, seconds: float | None) -> Planned:
+def _paid(plan: PlannedVariant, kind: str, amount: float, seconds: float | None) -> PlannedVariant:
     try:
         config = with_steps(plan.config, steps_for(kind, amount * plan.arm.share, plan.config, seconds))
     except AndromedaError as error:
@@ -98,24 +158,24 @@ def _paid(plan: Planned, kind: str, amount: float, seconds: float | None) -> Pla
     return replace(plan, config=config)
 
 
-def jobs_of(planned: Sequence[Planned], seeds: Sequence[int], out: Path) -> list[Job]:
+def jobs_of(planned: Sequence[PlannedVariant], seeds: Sequence[int], out: Path) -> list[AblationJob]:
     """All runs, arm by arm in the grid's order: a study that is cut off has whole rows for its first arms, not one seed of each."""
     return [_job(plan, seed, out) for plan in planned if plan.arm.train for seed in seeds]
 
 
-def _job(plan: Planned, seed: int, out: Path) -> Job:
+def _job(plan: PlannedVariant, seed: int, out: Path) -> AblationJob:
     config = plan.config.model_copy(update={"seed": seed, "name": f"{plan.arm.name}, seed {seed}"})
-    return Job(plan.arm.name, seed, out / f"{slug(plan.arm.name)}-s{seed}", config)
+    return AblationJob(plan.arm.name, seed, out / f"{slug(plan.arm.name)}-s{seed}", config)
 
 
-def refuse_other_runs(jobs: Sequence[Job]) -> None:
+def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
     """Raises ConfigError when a run folder already holds another run than the job's, or one of other data."""
     for job in jobs:
         folder = RunFolder(job.folder)
         if not folder.exists:
             continue
         old, new = flatten(folder.config().model_dump()), flatten(job.config.model_dump())
-        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(PLACES))
+        differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(LOCAL_KEYS))
         if differing:
             told = f"{differing[0]} was {old.get(differing[0])!r} and is now {new.get(differing[0])!r}"
             raise ConfigError(f"{job.folder} holds another run ({told}): give the old values, or another --out.")

@@ -18,7 +18,7 @@ from scipy import special, stats
 
 LEVEL = 0.95
 """Of every interval."""
-MODERATED_ARMS = 4
+MIN_SHARED_VARIANTS = 4
 """Arms below which a shared variance cannot be told."""
 
 Losses = Mapping[int, float]
@@ -42,7 +42,7 @@ class Effect:
 
 
 @dataclass(frozen=True)
-class Prior:
+class VariancePrior:
     """What the variances of all arms say about the variance of any one."""
 
     dof: float
@@ -50,7 +50,7 @@ class Prior:
     variance: float
 
 
-def effect(arm: Losses, base: Losses, prior: Prior | None = None) -> Effect:
+def effect(arm: Losses, base: Losses, prior: VariancePrior | None = None) -> Effect:
     """The difference between two sets of runs, each with one finite figure at least."""
     shared = sorted(arm.keys() & base.keys())
     if len(shared) >= 2 or (shared and min(len(arm), len(base)) < 2):
@@ -58,7 +58,7 @@ def effect(arm: Losses, base: Losses, prior: Prior | None = None) -> Effect:
     return _welch(list(arm.values()), list(base.values()))
 
 
-def _paired(differences: list[float], prior: Prior | None) -> Effect:
+def _paired(differences: list[float], prior: VariancePrior | None) -> Effect:
     n, mean = len(differences), statistics.fmean(differences)
     if n < 2:
         return Effect(mean, n, True)
@@ -91,27 +91,27 @@ def t_interval(mean: float, error: float, dof: float) -> tuple[float, float, flo
     return mean - reach, mean + reach, float(2 * t.sf(abs(mean) / error))
 
 
-def moderated(variance: float, dof: float, prior: Prior) -> tuple[float, float]:
+def moderated(variance: float, dof: float, prior: VariancePrior) -> tuple[float, float]:
     """An arm's variance drawn towards that of all arms, and the degrees of freedom it then has."""
     if math.isinf(prior.dof):
         return prior.variance, prior.dof
     return (prior.dof * prior.variance + dof * variance) / (prior.dof + dof), prior.dof + dof
 
 
-def shared_prior(variances: Sequence[float], dof: float) -> Prior | None:
+def shared_prior(variances: Sequence[float], dof: float) -> VariancePrior | None:
     """Fit the scaled F distribution that variances with `dof` degrees of freedom come from; None for too few arms.
 
     Smyth (2004), section 6.2: log s² has the mean log s0² + ψ(d/2) - ψ(d0/2) + log(d0/d) and the variance ψ'(d/2) + ψ'(d0/2).
     """
     known = [v for v in variances if v > 0]
-    if len(known) < MODERATED_ARMS:
+    if len(known) < MIN_SHARED_VARIANTS:
         return None
     centered = np.log(known) - special.digamma(dof / 2) + math.log(dof / 2)
     excess = float(np.var(centered, ddof=1) - special.polygamma(1, dof / 2))
     if excess <= 0:
-        return Prior(math.inf, float(np.exp(centered.mean())))
+        return VariancePrior(math.inf, float(np.exp(centered.mean())))
     prior_dof = 2 * inverse_trigamma(excess)
-    return Prior(prior_dof, float(np.exp(centered.mean() + special.digamma(prior_dof / 2) - math.log(prior_dof / 2))))
+    return VariancePrior(prior_dof, float(np.exp(centered.mean() + special.digamma(prior_dof / 2) - math.log(prior_dof / 2))))
 
 
 def inverse_trigamma(value: float) -> float:

@@ -1,29 +1,146 @@
-"""A process that trains one run after the other: `python -m andromeda.ablate.worker`, spoken to in lines of JSON.
-
-In: {"do": "train", "folder": ..., "config": ..., "lean": bool} or {"do": "cost", "config": ..., "steps": n}.
-Out, one line for each: {"done": true, ...}, {"stopped": signal} or {"error": sentence}. Everything else goes to stderr.
-"""
+"""What a technique costs: time of a step and peak memory, measured while nothing else runs here, on the first rows of the run."""
 
 from __future__ import annotations
 
 import gc
 import json
+import math
 import os
 import shutil
 import signal
+import statistics
 import sys
 import threading
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
-from andromeda.ablate import cost, outcome
+from andromeda.ablate.jobs import tokens_per_step
 from andromeda.config.load import from_values
-from andromeda.train.trainer import TrainingFailed, train
-from andromeda.utils.errors import AndromedaError
+from andromeda.config.run import RunConfig
+from andromeda.data.loader import open_stream
+from andromeda.train.metrics import memory, read_metrics
+from andromeda.train.objective import NextToken, Rows
+from andromeda.train.run_dir import RunFolder
+from andromeda.train.state import build_session, find_device
+from andromeda.train.step import Stepper, Work
+from andromeda.train.trainer import TrainingFailed, stream_length, train
+from andromeda.utils.errors import AndromedaError, CheckpointError
+from andromeda.utils.files import write_whole
+
+WARMUP = 3
+
+
+@dataclass(frozen=True)
+class StepCost:
+    """Of one arm."""
+
+    step_seconds: float
+    """Median of the measured steps."""
+    peak_bytes: int
+    """Most memory that the run held: allocated on a GPU; on a CPU resident in the process, beyond what it held before."""
+    tokens: int
+    """Of one step."""
+
+    @property
+    def seconds_per_token(self) -> float:
+        """So that arms with other batches can be compared."""
+        return self.step_seconds / self.tokens
+
+
+def measure_cost(config: RunConfig, steps: int) -> StepCost:
+    """Take a few real steps of a run that is thrown away."""
+    device = find_device(config.train.device)
+    _forget(device)
+    before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
+    stream = open_stream(config.data, stream_length(config), config.seed)
+    session = build_session(config, device, stream.fingerprint)
+    stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
+    batch = stream.batch(0, config.train.batch_size)
+    work = Work(Rows.of(batch, config.data.document_mask), batch.tokens, (0, config.train.batch_size))
+    session.optimizer.set_factor(1e-3, 0)
+    times = [_timed(stepper, work, device) for _ in range(WARMUP + steps)]
+    return StepCost(statistics.median(times[WARMUP:]), memory(device) - before, tokens_per_step(config))
+
+
+def _timed(stepper: Stepper, work: Work, device: torch.device) -> float:
+    start = time.perf_counter()
+    stepper(work)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - start
+
+
+def _forget(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+RESULT_FILE = "outcome.json"
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """The end of a run."""
+
+    loss: float | None
+    """Held-out nats per token at the last step; None where the run failed or is not finite."""
+    bits_per_byte: float | None
+    steps: int
+    tokens: int
+    seconds: float
+    """Measured training time, over all starts."""
+    curve: list[tuple[int, float | None]]
+    """Step and held-out loss of every validation."""
+    failed: str = ""
+    """Why it could not go on by itself."""
+
+    @property
+    def diverged(self) -> bool:
+        """Whether there is no finite figure at its end."""
+        return self.loss is None
+
+
+def collect_result(folder: Path, failed: str = "") -> RunResult:
+    """The outcome of a run from its metrics.jsonl."""
+    lines = read_metrics(RunFolder(folder).metrics_file).lines
+    timed = [line for line in lines if "seconds" in line]
+    held_out = [line for line in lines if "validation/loss" in line]
+    last: dict[str, Any] = timed[-1] if timed else {"step": 0, "tokens": 0, "seconds": 0.0}
+    end = held_out[-1] if held_out and not failed and held_out[-1]["step"] == lines[-1]["step"] else {}
+    loss, bits = end.get("validation/loss"), end.get("validation/bits_per_byte")
+    return RunResult(
+        loss=loss if loss is not None and math.isfinite(loss) else None,
+        bits_per_byte=bits if bits is not None and math.isfinite(bits) else None,
+        steps=last["step"],
+        tokens=last["tokens"],
+        seconds=last["seconds"],
+        curve=[(line["step"], line["validation/loss"]) for line in held_out],
+        failed=failed,
+    )
+
+
+def save_result(folder: Path, outcome: RunResult) -> None:
+    """Write the outcome: from now on the run is finished."""
+    write_whole(folder / RESULT_FILE, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+
+
+def load_result(folder: Path) -> RunResult | None:
+    """The outcome of a finished run, or None."""
+    path = folder / RESULT_FILE
+    if not path.exists():
+        return None
+    try:
+        values = json.loads(path.read_text("utf-8"))
+        return RunResult(**{**values, "curve": [(step, loss) for step, loss in values["curve"]]})
+    except (ValueError, TypeError, LookupError):
+        raise CheckpointError(f"{path} is damaged: remove it, and the run is counted again from its metrics.") from None
 
 
 def main() -> None:
@@ -50,7 +167,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     config = from_values(request["config"])
     try:
         if request["do"] == "cost":
-            return {"done": True, **asdict(cost.measure(config, request["steps"]))}
+            return {"done": True, **asdict(measure_cost(config, request["steps"]))}
         return _train(config, Path(request["folder"]), request["lean"])
     except AndromedaError as error:
         return {"error": str(error)}
@@ -70,8 +187,8 @@ def _train(config: Any, folder: Path, lean: bool) -> dict[str, Any]:
             return {"stopped": int(result.signal)}
     except TrainingFailed as error:
         failed = str(error)
-    found = outcome.collect(folder, failed)
-    outcome.keep(folder, found)
+    found = collect_result(folder, failed)
+    save_result(folder, found)
     if lean:
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return {"done": True, "loss": found.loss, "seconds": found.seconds}

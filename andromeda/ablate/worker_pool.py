@@ -21,17 +21,17 @@ from typing import IO, Any
 
 import torch
 
-from andromeda.ablate.jobs import Job
+from andromeda.ablate.jobs import AblationJob
 from andromeda.train.signals import SIGNALS
 
-GRACE = 60.0
+GRACE_SECONDS = 60.0
 """Seconds that a stopped run has to write its checkpoint."""
 
 Request = dict[str, Any]
-Told = Callable[[Job, dict[str, Any]], None]
+OnAnswer = Callable[[AblationJob, dict[str, Any]], None]
 
 
-class Worker:
+class WorkerProcess:
     """A child process that answers requests, one at a time; begun when first asked."""
 
     def __init__(self, environment: dict[str, str], log: IO[bytes]) -> None:
@@ -62,7 +62,7 @@ class Worker:
             with suppress(ProcessLookupError):
                 self._process.send_signal(number)
 
-    def close(self, wait: float = GRACE) -> None:
+    def close(self, wait: float = GRACE_SECONDS) -> None:
         """Let it end; a process that does not is killed."""
         if self._process is None:
             return
@@ -107,7 +107,7 @@ def _gpus(device: str) -> list[str]:
 
 
 @dataclass
-class Slots:
+class WorkerPool:
     """Works off jobs with one thread and one process a slot."""
 
     environments: Sequence[dict[str, str]]
@@ -119,19 +119,19 @@ class Slots:
     """The signal that ended it, or 0."""
     late: bool = False
     """Whether the deadline ended it."""
-    _workers: list[Worker] = field(default_factory=list)
+    _workers: list[WorkerProcess] = field(default_factory=list)
     _tell: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, jobs: Sequence[Job], told: Told) -> None:
+    def run(self, jobs: Sequence[AblationJob], told: OnAnswer) -> None:
         """Train every job; `told` hears of each answer, one at a time."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.late = True  # nothing to begin: a process that only starts up cannot be stopped yet
             return
-        waiting: queue.SimpleQueue[Job] = queue.SimpleQueue()
+        waiting: queue.SimpleQueue[AblationJob] = queue.SimpleQueue()
         for job in jobs:
             waiting.put(job)
         with open(self.log, "ab") as log, self._signals():
-            self._workers = [Worker(env, log) for env in self.environments[: max(1, len(jobs))]]
+            self._workers = [WorkerProcess(env, log) for env in self.environments[: max(1, len(jobs))]]
             threads = [threading.Thread(target=self._work, args=(worker, waiting, told), daemon=True) for worker in self._workers]
             for thread in threads:
                 thread.start()
@@ -141,7 +141,7 @@ class Slots:
                     self._stop_all(signal.SIGTERM)
                 time.sleep(0.1)
 
-    def _work(self, worker: Worker, waiting: queue.SimpleQueue[Job], told: Told) -> None:
+    def _work(self, worker: WorkerProcess, waiting: queue.SimpleQueue[AblationJob], told: OnAnswer) -> None:
         with suppress(queue.Empty):
             while not self.stopped and not self.late:
                 job = waiting.get_nowait()

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from andromeda.bench import qk
-from andromeda.bench.arguments import Parser
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.record import command_line, record, save
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.record import BenchmarkParser, command_line, record, save
 from andromeda.model.flops import attention_pairs
 from andromeda.model.position.alibi import FoldedBias, slopes
 from andromeda.model.qk_preprocess import apply
@@ -34,14 +33,14 @@ WINDOW, DOCUMENT = 1024, 2000
 """Tokens that a window spans, and tokens of a document on average."""
 CHECKED = 64
 """Queries whose error is measured."""
-ROOM = 32768
+TOTAL_TOKENS = 32768
 """Tokens in all rows together."""
 PREPARED = "the same, ALiBi folded"
 """Of `bench qk`'s works, the one whose parts are those of preset `andromeda`."""
 
 
 @dataclass(frozen=True)
-class Work:
+class AttentionCase:
     """One kind of attention and the backends that are to compute it."""
 
     name: str
@@ -58,23 +57,23 @@ class Work:
     """0 is as many as make 32,768 tokens."""
 
 
-WORKS = (
-    Work("causal", ("fa4", "cudnn", "flex", "flash")),
-    Work("causal, ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded"),
-    Work("causal, QK norm + xPos + ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded", prepared=True),
-    Work("causal, ALiBi slopes", ("flex",), alibi="slopes"),
-    Work("window", ("fa4", "flex"), WINDOW),
-    Work("window, documents, ALiBi folded", ("fa4", "flex"), WINDOW, documents=True, alibi="folded"),
-    Work("documents", ("fa4",), documents=True),
-    Work("one query", ("flash", "decode", "sdpa", "fa4"), queries=1, rows=1),
-    Work("one query, documents", ("decode", "sdpa"), queries=1, documents=True, rows=1),
-    Work("one query, ALiBi slopes", ("decode",), alibi="slopes", queries=1, rows=1),
-    Work("1024 queries", ("fa4", "flash"), queries=1024, rows=1),
+ATTENTION_CASES = (
+    AttentionCase("causal", ("fa4", "cudnn", "flex", "flash")),
+    AttentionCase("causal, ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded"),
+    AttentionCase("causal, QK norm + xPos + ALiBi folded", ("fa4", "cudnn", "flash"), alibi="folded", prepared=True),
+    AttentionCase("causal, ALiBi slopes", ("flex",), alibi="slopes"),
+    AttentionCase("window", ("fa4", "flex"), WINDOW),
+    AttentionCase("window, documents, ALiBi folded", ("fa4", "flex"), WINDOW, documents=True, alibi="folded"),
+    AttentionCase("documents", ("fa4",), documents=True),
+    AttentionCase("one query", ("flash", "decode", "sdpa", "fa4"), queries=1, rows=1),
+    AttentionCase("one query, documents", ("decode", "sdpa"), queries=1, documents=True, rows=1),
+    AttentionCase("one query, ALiBi slopes", ("decode",), alibi="slopes", queries=1, rows=1),
+    AttentionCase("1024 queries", ("fa4", "flash"), queries=1024, rows=1),
 )
 
 
 @dataclass
-class Row:
+class AttentionTiming:
     """One measurement. Times in milliseconds, rates in TFLOP/s; None was not measured."""
 
     work: str
@@ -103,7 +102,7 @@ Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 """Queries and keys as they are given -> as attention takes them."""
 
 
-def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
+def inputs(work: AttentionCase, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
     """q, k, v in bfloat16 and the pattern, normalized; as they were before, if the work prepares them."""
     g = torch.Generator(device).manual_seed(0)
     content = HEAD_DIM - 4 * (work.alibi == "folded")
@@ -128,11 +127,11 @@ def inputs(work: Work, tokens: int, rows: int, device: torch.device) -> tuple[Te
     return q[:, -queries:].contiguous(), k, v, pattern
 
 
-def preparation(work: Work, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
+def preparation(work: AttentionCase, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
     """What is done to queries and keys within the time, the learned scales in it, and the softmax scale that belongs to it."""
     if not work.prepared:
         return (lambda q, k: (q, k)), [], None
-    arguments, leaves = qk.inputs(**qk.WORKS[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
+    arguments, leaves = qk.inputs(**qk.QK_CASES[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
     return (lambda q, k: apply(q, k, *arguments[2:])), leaves[2:], arguments[-1]
 
 
@@ -148,7 +147,7 @@ def pairs(pattern: AttentionSpec, queries: int, tokens: int, rows: int) -> int:
 
 def floors(operations: float, moved: float, device: torch.device) -> float | None:
     """Least milliseconds for operations and for bytes moved on this device, where its rates are known."""
-    known = ceilings(device)
+    known = measured_hardware(device)
     rate = known and known.rate("bf16")
     return 1e3 * max(operations / rate, moved / known.bandwidth) if known and rate else None
 
@@ -164,10 +163,10 @@ def median_ms(function: Callable[[], Any], device: torch.device, rep: int) -> fl
     return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=rep / 1e3).median * 1e3
 
 
-def measure(work: Work, backend: str, tokens: int, device: torch.device, rep: int) -> Row:
+def measure(work: AttentionCase, backend: str, tokens: int, device: torch.device, rep: int) -> AttentionTiming:
     """One backend on one kind of attention."""
-    B = work.rows or max(1, ROOM // tokens)
-    row = Row(work.name, backend, tokens, B)
+    B = work.rows or max(1, TOTAL_TOKENS // tokens)
+    row = AttentionTiming(work.name, backend, tokens, B)
     q, k, v, pattern = inputs(work, tokens, B, device)
     ready, scales, scale = preparation(work, tokens, device)
     pattern = replace(pattern, scale=scale or pattern.scale)
@@ -223,17 +222,17 @@ def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec)
     return found, own
 
 
-def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> Iterator[Row]:
+def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> Iterator[AttentionTiming]:
     """All rows, as long as the budget of seconds lasts; the rest says that it did not."""
     start = time.perf_counter()
     for tokens in lengths:
         # What was compiled for one length must not be asked to serve another, as in training, where the length is fixed.
         torch._dynamo.reset()
         flex._compiled_flex_attention.cache_clear()
-        for work in WORKS:
+        for work in ATTENTION_CASES:
             for backend in work.backends:
                 if time.perf_counter() - start > budget:
-                    yield Row(work.name, backend, tokens, 0, refused="the time for measuring was over")
+                    yield AttentionTiming(work.name, backend, tokens, 0, refused="the time for measuring was over")
                     continue
                 yield measure(work, backend, tokens, device, rep)
                 if device.type == "cuda":
@@ -242,7 +241,7 @@ def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure and write the result after every row, so that none is lost."""
-    parser = Parser(prog="andromeda bench attention", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = BenchmarkParser(prog="andromeda bench attention", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 8192], help="tokens of a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

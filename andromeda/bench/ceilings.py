@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.timing import device_ms
+from andromeda.bench.timing import median_ms
 from andromeda.ops.float8_inference import FLOAT8_DTYPE
 from andromeda.utils.hardware import Hardware, recognize
 
@@ -21,7 +21,7 @@ SIDE, COPIED, REP = 8192, 4 << 30, 200
 """Rows and columns of a matrix, bytes of a copy, milliseconds for which each is timed."""
 
 
-def ceilings(device: torch.device) -> Hardware | None:
+def measured_hardware(device: torch.device) -> Hardware | None:
     """The device with its measured rates, which are measured once a process; None on a CPU."""
     return _measured(device.index or 0) if device.type == "cuda" else None
 
@@ -48,7 +48,7 @@ def figures() -> dict[str, Any]:
 
 def _product(device: torch.device) -> float:
     a, b = (torch.randn(SIDE, SIDE, device=device, dtype=torch.bfloat16) for _ in range(2))
-    return 2e3 * SIDE**3 / device_ms(lambda: a @ b, device.type, REP)
+    return 2e3 * SIDE**3 / median_ms(lambda: a @ b, device.type, REP)
 
 
 def _product8(device: torch.device) -> float:
@@ -58,9 +58,9 @@ def _product8(device: torch.device) -> float:
     def product() -> Tensor:
         return torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16, use_fast_accum=True)
 
-    return 2e3 * SIDE**3 / device_ms(product, device.type, REP)
+    return 2e3 * SIDE**3 / median_ms(product, device.type, REP)
 
 
 def _copy(device: torch.device) -> float:
     source, target = (torch.empty(COPIED // 2, dtype=torch.uint8, device=device) for _ in range(2))
-    return 1e3 * COPIED / device_ms(lambda: target.copy_(source), device.type, REP)
+    return 1e3 * COPIED / median_ms(lambda: target.copy_(source), device.type, REP)

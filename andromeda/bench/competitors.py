@@ -15,29 +15,34 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
+import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from andromeda.bench.timing import time_alternately
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
 from andromeda.train.objective import NextToken, Rows
-from andromeda.train.precision import PRECISIONS
+from andromeda.train.precision import PRECISIONS, fast_bfloat16
 from andromeda.train.state import build_session
 from andromeda.train.step import Stepper, Work
 from andromeda.utils.errors import MissingExtra
+from andromeda.utils.hardware import matmul_rate
 
-ROWS, CONTEXT, VOCABULARY, RATE, DECAY = 8, 256, 4096, 1e-3, 0.1
-PEER = "transformers Llama"
+ROWS, CONTEXT, VOCABULARY, LEARNING_RATE, WEIGHT_DECAY = 8, 256, 4096, 1e-3, 0.1
+BASELINE = "transformers Llama"
 CPU = torch.device("cpu")
 
 
 @dataclass(frozen=True)
-class Way:
+class ComputeMode:
     """How a side computes."""
 
     compiled: bool = False
@@ -48,7 +53,7 @@ class Way:
 
 
 @dataclass(frozen=True)
-class Side:
+class Competitor:
     """One that takes part, ready to learn."""
 
     step: Callable[[Tensor, Tensor, float], Tensor]
@@ -58,12 +63,12 @@ class Side:
     """Of the matrix products of one step, attention by its mask."""
 
 
-def build_side(name: str, way: Way) -> Side:
+def build_competitor(name: str, way: ComputeMode) -> Competitor:
     """A side by its name in SIDES."""
-    return SIDES[name](way)
+    return COMPETITORS[name](way)
 
 
-def andromeda_config(mixed: bool, way: Way) -> RunConfig:
+def andromeda_config(mixed: bool, way: ComputeMode) -> RunConfig:
     """The run that one of our sides takes steps of."""
     model = {
         "vocab_size": VOCABULARY,
@@ -81,12 +86,12 @@ def andromeda_config(mixed: bool, way: Way) -> RunConfig:
         "device": "cpu",
         "compile": "on" if way.compiled else "off",
         "precision": way.precision,
-        "optim": {"kind": "adamw", "lr": RATE, "weight_decay": DECAY},
+        "optim": {"kind": "adamw", "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
     }
     return from_values({"model": model, "train": train})
 
 
-def _andromeda(mixed: bool, way: Way) -> Side:
+def _andromeda(mixed: bool, way: ComputeMode) -> Competitor:
     config = andromeda_config(mixed, way)
     session = build_session(config, CPU, "bench")
     stepper = Stepper(session, NextToken(session.model), config.train)
@@ -95,24 +100,24 @@ def _andromeda(mixed: bool, way: Way) -> Side:
         session.optimizer.set_factor(factor, 0)
         return stepper(Work(Rows(ids, targets, None), targets.numel(), (0, ROWS))).nll
 
-    return Side(step, sum(p.numel() for p in session.model.parameters()), training_flops_per_token(config.model, CONTEXT))
+    return Competitor(step, sum(p.numel() for p in session.model.parameters()), training_flops_per_token(config.model, CONTEXT))
 
 
-def _llama(way: Way) -> Side:
+def _llama(way: ComputeMode) -> Competitor:
     """With its own loss; fused AdamW, as ours, and weight decay on the same matrices."""
     model, run = _llama_model(way.compiled)
     precision = PRECISIONS[way.precision](CPU)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = set(map(id, matrices))
     groups = [
-        {"params": matrices, "weight_decay": DECAY},
+        {"params": matrices, "weight_decay": WEIGHT_DECAY},
         {"params": [p for p in model.parameters() if id(p) not in known], "weight_decay": 0.0},
     ]
-    optimizer = torch.optim.AdamW(groups, lr=RATE, betas=(0.9, 0.95), fused=True)
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
 
     def step(ids: Tensor, targets: Tensor, factor: float) -> Tensor:
         for group in optimizer.param_groups:
-            group["lr"] = RATE * factor
+            group["lr"] = LEARNING_RATE * factor
         with precision.autocast():
             loss = run(input_ids=ids, labels=targets, shift_labels=targets).loss
         loss.backward()
@@ -123,7 +128,7 @@ def _llama(way: Way) -> Side:
 
     attention = 6 * 4 * 64 * 2 * (CONTEXT + 1) / 2
     products = sum(p.numel() for p in matrices) + VOCABULARY * 256
-    return Side(step, sum(p.numel() for p in model.parameters()), 6.0 * (products + attention))
+    return Competitor(step, sum(p.numel() for p in model.parameters()), 6.0 * (products + attention))
 
 
 def _llama_model(compiled: bool) -> tuple[Any, Any]:
@@ -153,8 +158,47 @@ def _llama_model(compiled: bool) -> tuple[Any, Any]:
     return model, torch.compile(model, dynamic=False) if compiled else model
 
 
-SIDES: dict[str, Callable[[Way], Side]] = {
-    PEER: _llama,
+COMPETITORS: dict[str, Callable[[ComputeMode], Competitor]] = {
+    BASELINE: _llama,
     "Andromeda, same products": lambda way: _andromeda(False, way),
     "Andromeda, value embeddings": lambda way: _andromeda(True, way),
 }
+
+
+WARMUP = 3
+
+Key = tuple[str, ComputeMode]
+
+
+def compute_modes() -> list[ComputeMode]:
+    """All that can be anyone's best here: compiled where there is a compiler, bfloat16 where it is not emulated."""
+    compiled = (False, True) if shutil.which("g++") or shutil.which("clang++") else (False,)
+    precisions = ("fp32", "bf16") if fast_bfloat16(CPU) else ("fp32",)
+    return [ComputeMode(way, precision) for precision in precisions for way in compiled]
+
+
+def measure(rounds: int = 15, chosen: list[ComputeMode] | None = None) -> dict[str, Any]:
+    """Tokens per second of every side in every way, and the ratio of each side's best to the peer's best."""
+    sides: dict[Key, Competitor] = {(name, way): build_competitor(name, way) for way in chosen or compute_modes() for name in COMPETITORS}
+    generator = torch.Generator().manual_seed(0)
+    rows = [torch.randint(0, VOCABULARY, (ROWS, CONTEXT + 1), generator=generator) for _ in range(WARMUP + rounds)]
+    seconds = time_alternately({key: partial(_step, side.step, rows) for key, side in sides.items()}, WARMUP, rounds)
+    return summary(seconds, sides)
+
+
+def _step(step: Callable[[Tensor, Tensor, float], Tensor], rows: list[Tensor], number: int) -> None:
+    step(rows[number][:, :-1].contiguous(), rows[number][:, 1:].contiguous(), 1.0)
+
+
+def summary(seconds: dict[Key, list[float]], sides: dict[Key, Competitor]) -> dict[str, Any]:
+    """Medians as tokens per second, and what follows from them."""
+    found: dict[str, dict[str, Any]] = {}
+    for (name, way), times in seconds.items():
+        side = sides[name, way]
+        known = found.setdefault(name, {"parameters": side.parameters, "flops_per_token": side.flops_per_token, "tokens_per_second": {}})
+        known["tokens_per_second"][str(way)] = ROWS * CONTEXT / statistics.median(times)
+    for known in found.values():
+        known["best"] = max(known["tokens_per_second"].values())
+        known["gflops"] = known["best"] * known["flops_per_token"] / 1e9
+        known["ratio"] = known["best"] / max(found[BASELINE]["tokens_per_second"].values())
+    return {"tokens_per_step": ROWS * CONTEXT, "product_gflops": matmul_rate("fp32") / 1e9, "sides": found}

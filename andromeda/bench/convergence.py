@@ -11,8 +11,8 @@ from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from andromeda.bench.competitors import CONTEXT, PEER, ROWS, SIDES, VOCABULARY, Side, Way, build_side
-from andromeda.bench.timing import alternate
+from andromeda.bench.competitors import BASELINE, COMPETITORS, CONTEXT, ROWS, VOCABULARY, Competitor, ComputeMode, build_competitor
+from andromeda.bench.timing import time_alternately
 from andromeda.config.data import DataConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.utils.errors import DataError
@@ -22,15 +22,15 @@ WINDOW = 0.1
 WARMUP = 20
 
 
-def measure(corpus: str, steps: int, way: Way) -> dict[str, Any]:
+def measure(corpus: str, steps: int, way: ComputeMode) -> dict[str, Any]:
     """Train all sides for `steps` steps on a corpus folder. Raises DataError when its vocabulary is too large."""
     stream = open_stream(DataConfig(corpus=corpus), CONTEXT, 0)
     if stream.vocab_size > VOCABULARY:
         raise DataError(f"The corpus {corpus} has {stream.vocab_size} tokens: build one with --vocab-size {VOCABULARY}.")
-    sides = {name: build_side(name, way) for name in SIDES}
-    losses: dict[str, list[float]] = {name: [] for name in SIDES}
+    sides = {name: build_competitor(name, way) for name in COMPETITORS}
+    losses: dict[str, list[float]] = {name: [] for name in COMPETITORS}
     works = {name: partial(_learn, side, stream, steps, losses[name]) for name, side in sides.items()}
-    seconds = alternate(works, 0, steps)
+    seconds = time_alternately(works, 0, steps)
     return {"way": str(way), "steps": steps, "corpus": stream.fingerprint, "sides": compare(losses, seconds, sides)}
 
 
@@ -41,15 +41,15 @@ def factor(step: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
 
 
-def _learn(side: Side, stream: TokenStream, steps: int, losses: list[float], step: int) -> None:
+def _learn(side: Competitor, stream: TokenStream, steps: int, losses: list[float], step: int) -> None:
     batch = stream.batch(step * ROWS, ROWS)
     losses.append(float(side.step(batch.ids, batch.targets, factor(step, steps))))
 
 
-def compare(losses: dict[str, list[float]], seconds: dict[str, list[float]], sides: dict[str, Side]) -> dict[str, Any]:
+def compare(losses: dict[str, list[float]], seconds: dict[str, list[float]], sides: dict[str, Competitor]) -> dict[str, Any]:
     """Each side's final loss, its time, and the time at which its running loss first was at the peer's final one."""
     smooth = {name: running_mean(values, max(1, int(len(values) * WINDOW))) for name, values in losses.items()}
-    goal = smooth[PEER][-1]
+    goal = smooth[BASELINE][-1]
     found: dict[str, Any] = {}
     for name, means in smooth.items():
         clock = list(accumulate(seconds[name]))

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.models import empty_model
-from andromeda.bench.timing import device_ms
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.models import random_model
+from andromeda.bench.timing import median_ms
 from andromeda.config.load import load
 from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
@@ -37,7 +37,7 @@ def measure(
     """Milliseconds a token of one configuration after contexts of several lengths, `rows` sequences at once."""
     config = load(source, changes).model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = empty_model(config, device, DTYPE)
+    model = random_model(config, device, DTYPE)
     # Only the recorded pass is compiled: what reads the context is not measured here.
     caches = [_read(model, tokens, rows) for tokens in contexts]
     optimize_for_inference(model, fp8=eight_bits, compile=compiled and device.type == "cuda", autotune=tuned, decode_kernels=kernels)
@@ -66,8 +66,8 @@ def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, 
     first = time.perf_counter() - start
     held_weights = (x for part in (model.parameters(), model.buffers()) for x in part)
     weights = sum(x.numel() * x.element_size() for x in held_weights) - _table(model)
-    known = ceilings(device)
-    ms = device_ms(step._run, device.type, rep)
+    known = measured_hardware(device)
+    ms = median_ms(step._run, device.type, rep)
     floor = 1e3 * (weights + held) / known.bandwidth if known else None
     return {
         "context": tokens,

@@ -23,17 +23,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.bench.arguments import Parser
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.record import command_line, record, save
-from andromeda.bench.timing import device_ms
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.record import BenchmarkParser, command_line, record, save
+from andromeda.bench.timing import median_ms
 from andromeda.ops.embedding import embedding_weight_grad, is_supported
 
 TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
 
 
 @dataclass
-class Row:
+class EmbeddingTiming:
     """One measurement; times in milliseconds."""
 
     work: str
@@ -66,7 +65,7 @@ def draw(kind: str, tokens: int, vocabulary: int, device: torch.device) -> Tenso
 
 def floor(moved: float, device: torch.device) -> float | None:
     """Least milliseconds for these bytes."""
-    known = ceilings(device)
+    known = measured_hardware(device)
     return 1e3 * moved / known.bandwidth if known else None
 
 
@@ -87,7 +86,7 @@ def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
     return (square / norm) ** 0.5
 
 
-def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> Iterator[Row]:
+def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> Iterator[EmbeddingTiming]:
     """Both sides on every kind of ids, table and cut."""
     generator = torch.Generator(device).manual_seed(1)
     whole = torch.randn(tokens, LAYERS * WIDTH, device=device, generator=generator, dtype=torch.bfloat16)
@@ -102,14 +101,14 @@ def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> I
                 bytes_ = whole.numel() * 2 + vocabulary * LAYERS * WIDTH * dtype.itemsize
                 for side, function in sides.items():
                     first, second = (function(ids, dys, vocabulary, dtype) for _ in range(2))
-                    row = Row(work, kind, str(dtype).removeprefix("torch."), side, 0.0, floor(bytes_, device))
+                    row = EmbeddingTiming(work, kind, str(dtype).removeprefix("torch."), side, 0.0, floor(bytes_, device))
                     row.repeats, row.error = torch.equal(first, second), relative_error(first, ids, dys)
                     del first, second
-                    row.ms = device_ms(partial(function, ids, dys, vocabulary, dtype), device.type, rep)
+                    row.ms = median_ms(partial(function, ids, dys, vocabulary, dtype), device.type, rep)
                     yield row
 
 
-def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width: int = 2560) -> Iterator[Row]:
+def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width: int = 2560) -> Iterator[EmbeddingTiming]:
     """Gather and norm: whether fusing them by hand could pay."""
     ids = draw("zipf", tokens, vocabulary, device)
     weight = torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16)
@@ -125,12 +124,14 @@ def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width:
     for work, function in (("gather", gather), ("gather, RMS norm", normed)):
         for side, run in (("pytorch", function), ("compiled", torch.compile(function))):
             run(ids, weight)  # compiles
-            yield Row(work, "zipf", "bfloat16", side, device_ms(partial(run, ids, weight), device.type, rep), floor(bytes_, device))
+            yield EmbeddingTiming(
+                work, "zipf", "bfloat16", side, median_ms(partial(run, ids, weight), device.type, rep), floor(bytes_, device)
+            )
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = Parser(prog="andromeda bench embedding", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = BenchmarkParser(prog="andromeda bench embedding", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--tokens", type=int, default=TOKENS)
     parser.add_argument("--vocabulary", type=int, default=VOCABULARY)

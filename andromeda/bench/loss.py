@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.timing import device_ms
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.timing import median_ms
 from andromeda.ops.cross_entropy import linear_cross_entropy
 
 TOKENS, WIDTH, VOCABULARY = 32768, 2560, 50432
@@ -40,7 +40,7 @@ def plain(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return F.cross_entropy((x @ weight.T).float(), targets, reduction="sum")
 
 
-def sides(cuda: bool) -> dict[str, Loss]:
+def loss_functions(cuda: bool) -> dict[str, Loss]:
     """Everyone who is installed."""
     found: dict[str, Loss] = {"Andromeda": ours, "PyTorch, compiled": torch.compile(plain, dynamic=False)}
     if cuda:
@@ -82,13 +82,13 @@ def measure(device: torch.device, tokens: int = TOKENS, vocabulary: int = VOCABU
     x = torch.randn(tokens, width, device=device, generator=g).bfloat16().requires_grad_()
     weight = (torch.randn(vocabulary, width, device=device, generator=g) * width**-0.5).bfloat16().requires_grad_()
     targets = torch.randint(vocabulary, (tokens,), device=device, generator=g)
-    known = ceilings(device)
+    known = measured_hardware(device)
     rate = known.rate("bf16") if known else None
     return {
         "shape": {"tokens": tokens, "width": width, "vocabulary": vocabulary, "dtype": "bfloat16"},
         "floor_ms": 6e3 * tokens * width * vocabulary / rate if rate else None,
         "gradients": 2 * (x.numel() + weight.numel()),
-        "sides": {name: _side(loss, x, weight, targets, rep) for name, loss in sides(x.is_cuda).items()},
+        "sides": {name: _side(loss, x, weight, targets, rep) for name, loss in loss_functions(x.is_cuda).items()},
     }
 
 
@@ -99,7 +99,7 @@ def _side(loss: Loss, x: Tensor, weight: Tensor, targets: Tensor, rep: int) -> d
     try:
         both()
         peak, gradients = _peak(both) if x.is_cuda else (None, both())
-        return {"ms": device_ms(both, x.device.type, rep), "peak": peak, "error": _error(gradients[0], x, weight, targets)}
+        return {"ms": median_ms(both, x.device.type, rep), "peak": peak, "error": _error(gradients[0], x, weight, targets)}
     except Exception as error:
         # A library that fails on this machine is a finding, not the end of the benchmark.
         return {"failed": f"{type(error).__name__}: {str(error)[:200]}"}

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
-from andromeda.plan import Place, plan
-from andromeda.plan.mesh import Mesh
+from andromeda.plan import HardwareSetup, plan
+from andromeda.plan.device_mesh import DeviceMeshShape
 from andromeda.train.objective import NextToken, Rows
 from andromeda.train.state import build_session, find_device
 from andromeda.train.step import Stepper, Work
@@ -31,7 +31,7 @@ def measure(source: str, changes: list[str]) -> dict[str, Any]:
     micro = config.train.micro_batch_size or config.train.batch_size
     config = load(source, [*changes, f"train.batch_size={min(config.train.batch_size, 2 * micro)}", f"train.micro_batch_size={micro}"])
     device = find_device(config.train.device)
-    planned = plan(source, config, Place(_hardware(device), device.type == "cuda", Mesh()))
+    planned = plan(source, config, HardwareSetup(_hardware(device), device.type == "cuda", DeviceMeshShape()))
     real = _run(config, device)
     peak = peak_flops(str(device), planned.precision)
     rate = real["tokens_per_second"]

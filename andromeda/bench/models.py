@@ -20,13 +20,13 @@ from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
 
 GATED = ("swiglu", "geglu", "reglu")
-UNFUSED = "Andromeda without flash attention"
+ANDROMEDA_UNFUSED = "Andromeda without flash attention"
 LLAMA, X_TRANSFORMERS, X_TRANSFORMERS_ALIBI = "transformers Llama", "x-transformers without ALiBi", "x-transformers"
 PEERS = {"llama": LLAMA, "x-transformers": X_TRANSFORMERS, "x-transformers-alibi": X_TRANSFORMERS_ALIBI}
 """Peers by the words that ask for them; x-transformers' ALiBi fills the memory with T x T numbers a head."""
 
 
-def peers(text: str) -> list[str]:
+def parse_peers(text: str) -> list[str]:
     """The peers that a user asks for, words with commas between, or all. Raises RequestError."""
     words = list(PEERS) if text == "all" else [word for word in text.split(",") if word]
     for word in words:
@@ -48,7 +48,7 @@ def unfused_attention() -> Iterator[None]:
         torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(before)
 
 
-def empty_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
+def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> Transformer:
     """A model of this shape with random weights, in evaluation mode."""
     with torch.device(device):
         model = Transformer(config)

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.models import LLAMA, UNFUSED, X_TRANSFORMERS_ALIBI, empty_model, llama, unfused_attention, x_transformer
-from andromeda.bench.timing import device_ms
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.models import ANDROMEDA_UNFUSED, LLAMA, X_TRANSFORMERS_ALIBI, llama, random_model, unfused_attention, x_transformer
+from andromeda.bench.timing import median_ms
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.generate.optimize import optimize_for_inference
@@ -30,7 +30,7 @@ DTYPE = torch.bfloat16
 
 
 @dataclass(frozen=True)
-class Read:
+class PrefillMode:
     """A way of reading a prompt."""
 
     run: Callable[[Tensor], Tensor]
@@ -61,31 +61,31 @@ def measure(
     """
     config = load(source, changes).model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    makers: dict[str, Callable[[], list[Read]]] = {"Andromeda": partial(_andromeda, config, device, eight_bits, list(chunks))}
+    makers: dict[str, Callable[[], list[PrefillMode]]] = {"Andromeda": partial(_andromeda, config, device, eight_bits, list(chunks))}
     if unfused:
-        makers[UNFUSED] = partial(_unfused, config, device)
+        makers[ANDROMEDA_UNFUSED] = partial(_unfused, config, device)
     makers |= {name: partial(_peer, name, config, device) for name in peers}
     rows = [
-        {"side": name, **floors(config, row["tokens"], device, eight_bits), **row}
+        {"side": name, **prefill_floor(config, row["tokens"], device, eight_bits), **row}
         for name, make in makers.items()
         for row in _side(make, config, list(lengths), device, rep)
     ]
     return {"configuration": [source, *changes], "linear_layers": "fp8" if eight_bits else "bf16", "rows": rows}
 
 
-def floors(config: ModelConfig, tokens: int, device: torch.device, eight_bits: bool) -> dict[str, float | None]:
+def prefill_floor(config: ModelConfig, tokens: int, device: torch.device, eight_bits: bool) -> dict[str, float | None]:
     """Operations, and the least milliseconds for them."""
     parts = forward_flops_per_token(config, tokens)
     attention = tokens * (parts["scores"] + parts["weighted values"])
     linear = prefill_flops(config, tokens) - attention
-    known = ceilings(device)
+    known = measured_hardware(device)
     rates = (known.rate("fp8" if eight_bits else "bf16"), known.rate("bf16")) if known else (None, None)
     floor = 1e3 * (linear / rates[0] + attention / rates[1]) if rates[0] and rates[1] else None
     return {"operations": linear + attention, "floor_ms": floor}
 
 
 def _side(
-    make: Callable[[], list[Read]], config: ModelConfig, lengths: list[int], device: torch.device, rep: int
+    make: Callable[[], list[PrefillMode]], config: ModelConfig, lengths: list[int], device: torch.device, rep: int
 ) -> Iterator[dict[str, Any]]:
     """A row for every length and way of reading; what does not fit says so."""
     try:
@@ -119,23 +119,23 @@ def _forget(device: torch.device) -> None:
 
 # Not inference_mode: kernels share masks among the layers only of tensors that count their changes.
 @torch.no_grad()
-def _timed(way: Read, ids: Tensor, rep: int) -> tuple[dict[str, Any], Tensor]:
+def _timed(way: PrefillMode, ids: Tensor, rep: int) -> tuple[dict[str, Any], Tensor]:
     """Figures, and the logits (1, V) in float32. The first call's time holds all compilation."""
     start = time.perf_counter()
     logits = way(ids).float()
     finite = bool(logits.isfinite().all())
     first = time.perf_counter() - start
-    ms = device_ms(lambda: way(ids), ids.device.type, rep)
+    ms = median_ms(lambda: way(ids), ids.device.type, rep)
     peak = torch.cuda.max_memory_allocated() if ids.is_cuda else None
     return {"first_seconds": first, "ms": ms, "peak": peak, "finite": finite}, logits
 
 
-def _andromeda(config: ModelConfig, device: torch.device, eight_bits: bool, chunks: list[int]) -> list[Read]:
-    model = optimize_for_inference(empty_model(config, device, DTYPE), fp8=eight_bits, compile=device.type == "cuda")
-    return [Read(partial(read_prompt, model, chunk=chunk), chunk) for chunk in chunks]
+def _andromeda(config: ModelConfig, device: torch.device, eight_bits: bool, chunks: list[int]) -> list[PrefillMode]:
+    model = optimize_for_inference(random_model(config, device, DTYPE), fp8=eight_bits, compile=device.type == "cuda")
+    return [PrefillMode(partial(read_prompt, model, chunk=chunk), chunk) for chunk in chunks]
 
 
-def _unfused(config: ModelConfig, device: torch.device) -> list[Read]:
+def _unfused(config: ModelConfig, device: torch.device) -> list[PrefillMode]:
     attention = config.attention.model_copy(update={"backend": "sdpa"})
     (way,) = _andromeda(config.model_copy(update={"attention": attention}), device, False, [0])
 
@@ -143,7 +143,7 @@ def _unfused(config: ModelConfig, device: torch.device) -> list[Read]:
         with unfused_attention():
             return way(ids)
 
-    return [Read(run)]
+    return [PrefillMode(run)]
 
 
 def read_prompt(model: Transformer, ids: Tensor, chunk: int = 0) -> Tensor:
@@ -155,10 +155,10 @@ def read_prompt(model: Transformer, ids: Tensor, chunk: int = 0) -> Tensor:
     return model.head(hidden[:, -1])
 
 
-def _peer(name: str, config: ModelConfig, device: torch.device) -> list[Read]:
+def _peer(name: str, config: ModelConfig, device: torch.device) -> list[PrefillMode]:
     if name == LLAMA:
         model: Any = llama(config, device, DTYPE).eval()
         run = torch.compile(model, dynamic=False) if device.type == "cuda" else model
-        return [Read(lambda ids: run(input_ids=ids, logits_to_keep=1).logits[:, -1])]
+        return [PrefillMode(lambda ids: run(input_ids=ids, logits_to_keep=1).logits[:, -1])]
     model = x_transformer(config, device, DTYPE, alibi=name == X_TRANSFORMERS_ALIBI).eval()
-    return [Read(lambda ids: model.to_logits(model(ids, return_embeddings=True)[:, -1]))]
+    return [PrefillMode(lambda ids: model.to_logits(model(ids, return_embeddings=True)[:, -1]))]

@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.arguments import Parser
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.record import command_line, record, save
-from andromeda.bench.timing import device_ms
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.record import BenchmarkParser, command_line, record, save
+from andromeda.bench.timing import median_ms
 from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.qk_norm import build_qk_norm
@@ -30,7 +29,7 @@ from andromeda.model.qk_preprocess import apply, reference
 
 TOKENS, HEADS, KV_HEADS, HEAD_DIM = 32768, 24, 1, 128
 LONG_RANGE = RotaryConfig(kind="xpos", fraction=0.5, layout="interleaved", scale_base=TOKENS)
-WORKS: dict[str, dict[str, Any]] = {
+QK_CASES: dict[str, dict[str, Any]] = {
     "RMS norm, RoPE on whole heads": {"norm": "rms", "rotary": RotaryConfig(kind="rope"), "fold": False},
     "learned L2 norm, xPos on half heads, interleaved": {"norm": "l2_dim_scale", "rotary": LONG_RANGE, "fold": False},
     "the same, ALiBi folded": {"norm": "l2_dim_scale", "rotary": LONG_RANGE, "fold": True},
@@ -41,7 +40,7 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 
 
 @dataclass
-class Row:
+class QKTiming:
     """One measurement; times in milliseconds."""
 
     work: str
@@ -101,9 +100,9 @@ def results(function: Function, arguments: list[Any], leaves: list[Tensor]) -> l
     return [x.detach() for x in (*out, *torch.autograd.grad(out, leaves, gradients))]
 
 
-def measure(work: str, side: str, function: Function, exact: list[Tensor], tokens: int, device: torch.device, rep: int) -> Row:
+def measure(work: str, side: str, function: Function, exact: list[Tensor], tokens: int, device: torch.device, rep: int) -> QKTiming:
     """One side of one work."""
-    arguments, leaves = inputs(**WORKS[work], tokens=tokens, device=device, dtype=torch.bfloat16)
+    arguments, leaves = inputs(**QK_CASES[work], tokens=tokens, device=device, dtype=torch.bfloat16)
     found = results(function, arguments, leaves)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
     gradients = [torch.randn_like(x) for x in found[:2]]
@@ -111,16 +110,16 @@ def measure(work: str, side: str, function: Function, exact: list[Tensor], token
     def both() -> None:
         torch.autograd.grad(function(*arguments), leaves, gradients)
 
-    known = ceilings(device)
+    known = measured_hardware(device)
     floors = [1e3 * size / known.bandwidth if known else None for size in moved(arguments, (found[0], found[1]))]
     with torch.no_grad():
-        forward_ms = device_ms(lambda: function(*arguments), device.type, rep, graph=True)
-    return Row(work, side, forward_ms, floors[0], device_ms(both, device.type, rep, graph=True), floors[1], max(errors))
+        forward_ms = median_ms(lambda: function(*arguments), device.type, rep, graph=True)
+    return QKTiming(work, side, forward_ms, floors[0], median_ms(both, device.type, rep, graph=True), floors[1], max(errors))
 
 
-def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
+def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[QKTiming]:
     """All sides of all works."""
-    for work, parts in WORKS.items():
+    for work, parts in QK_CASES.items():
         arguments, leaves = inputs(**parts, tokens=tokens, device=device, dtype=torch.float64)
         exact = results(reference, arguments, leaves)
         del arguments, leaves
@@ -132,7 +131,7 @@ def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[Row]:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
-    parser = Parser(prog="andromeda bench qk", description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = BenchmarkParser(prog="andromeda bench qk", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
     parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a row")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import platform
 import shlex
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -55,3 +56,11 @@ def save(path: Path, result: dict[str, Any]) -> None:
     """Write a result."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
+
+
+class BenchmarkParser(argparse.ArgumentParser):
+    """argparse that says what is wrong in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End with the sentence and exit code 2."""
+        self.exit(2, f"andromeda: {message}: see `{self.prog} --help`.\n")

@@ -11,7 +11,7 @@ import torch
 Key = TypeVar("Key", bound=Hashable)
 
 
-def alternate(works: Mapping[Key, Callable[[int], object]], warmup: int, rounds: int) -> dict[Key, list[float]]:
+def time_alternately(works: Mapping[Key, Callable[[int], object]], warmup: int, rounds: int) -> dict[Key, list[float]]:
     """Seconds of each work in every timed round.
 
     A round calls every work once with the round's number, in the given order in even rounds and backwards in odd ones, so
@@ -27,7 +27,7 @@ def alternate(works: Mapping[Key, Callable[[int], object]], warmup: int, rounds:
     return seconds
 
 
-def device_ms(function: Callable[[], object], device: str, rep: int, graph: bool = False) -> float:
+def median_ms(function: Callable[[], object], device: str, rep: int, graph: bool = False) -> float:
     """Median milliseconds of a call over about `rep` milliseconds (of one that takes longer: its time once, so call it before); on a
     GPU with a cold cache, or as replayed from a graph.
 

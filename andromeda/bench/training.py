@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.bench.ceilings import ceilings
-from andromeda.bench.models import LLAMA, UNFUSED, X_TRANSFORMERS_ALIBI, llama, unfused_attention, x_transformer
+from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench.models import ANDROMEDA_UNFUSED, LLAMA, X_TRANSFORMERS_ALIBI, llama, unfused_attention, x_transformer
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
@@ -45,7 +45,7 @@ def measure(
     device = find_device(config.train.device)
     makers: dict[str, Callable[[], Step]] = {"Andromeda": partial(_andromeda, config, device)}
     if unfused:
-        makers[UNFUSED] = partial(_unfused, config, device)
+        makers[ANDROMEDA_UNFUSED] = partial(_unfused, config, device)
     makers |= {name: partial(_peer, name, config, device, micro) for name in peers}
     sides = {name: _side(make, config, device, steps) for name, make in makers.items()}
     tokens = rows * _sequence(config)
@@ -55,7 +55,7 @@ def measure(
 def summary(sides: dict[str, dict[str, Any]], config: RunConfig, device: torch.device) -> dict[str, dict[str, Any]]:
     """With rates. A side that failed says why."""
     tokens, flops = config.train.batch_size * _sequence(config), training_flops_per_token(config.model, _sequence(config))
-    known = ceilings(device)
+    known = measured_hardware(device)
     ceiling = known.rate("bf16") if known else None
     for side in sides.values():
         if "seconds" in side:

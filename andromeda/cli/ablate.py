@@ -15,8 +15,8 @@ import typer
 from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
-    from andromeda.ablate.grid import Grid
-    from andromeda.ablate.run import Say, Study
+    from andromeda.ablate.ablation import AblationResult, OnProgress
+    from andromeda.ablate.grid import AblationGrid
 
 
 def ablate(
@@ -37,11 +37,11 @@ def ablate(
     """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. Run it again to go on."""
     compared = _grid(grid, vary or [], budget, amount, seeds)
 
-    from andromeda.ablate.run import Settings, ablate
+    from andromeda.ablate.ablation import AblationSettings, ablate
     from andromeda.config.load import load
 
     place = out or Path("runs") / f"ablation-{load(config, [*compared.base, *(changes or [])]).name}"
-    settings = Settings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, limit, cost_steps, lean)
+    settings = AblationSettings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, limit, cost_steps, lean)
     with _progress(as_json) as say:
         study = ablate(config, changes or [], compared, settings, say)
     _show(study, place, as_json)
@@ -51,13 +51,13 @@ def ablate(
         raise typer.Exit(1)
 
 
-def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int | None) -> Grid:
+def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int | None) -> AblationGrid:
     """What the options and the file ask for together; options win."""
-    from andromeda.ablate.grid import Grid, grid_from_values, read_grid, varied
+    from andromeda.ablate.grid import AblationGrid, grid_from_values, read_grid, variants_of
 
-    given = read_grid(path) if path else Grid()
+    given = read_grid(path) if path else AblationGrid()
     values: dict[str, Any] = given.model_dump(mode="json")
-    values["arm"] += [arm.model_dump(mode="json") for arm in varied(vary)]
+    values["arm"] += [arm.model_dump(mode="json") for arm in variants_of(vary)]
     values |= {"budget": budget} if budget else {}
     values |= {"amount": amount} if amount else {}
     values |= {"seeds": list(range(seeds))} if seeds else {}
@@ -67,7 +67,7 @@ def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds:
 
 
 @contextmanager
-def _progress(as_json: bool) -> Iterator[Say]:
+def _progress(as_json: bool) -> Iterator[OnProgress]:
     """A bar on a terminal, lines when piped; on stderr when stdout is for JSON."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -85,9 +85,9 @@ def _progress(as_json: bool) -> Iterator[Say]:
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
-def _show(study: Study, out: Path, as_json: bool) -> None:
-    from andromeda.ablate.run import OUTPUTS
-    from andromeda.ablate.table import cells, head, verdicts
+def _show(study: AblationResult, out: Path, as_json: bool) -> None:
+    from andromeda.ablate.ablation import OUTPUTS
+    from andromeda.ablate.ablation_tables import cells, head, verdicts
     from andromeda.cli.tables import show
 
     if as_json:

@@ -36,7 +36,7 @@ def bench() -> None:
 @app.command()
 def cpu(rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15, out: Out = None, as_json: Json = False) -> None:
     """Speed of a training step of a small model on the CPU, beside transformers' Llama."""
-    from andromeda.bench.cpu import measure
+    from andromeda.bench.competitors import measure
 
     def rows(result: dict[str, Any]) -> Rows:
         ways = next(iter(result["sides"].values()))["tokens_per_second"]
@@ -65,11 +65,11 @@ def learn(
     as_json: Json = False,
 ) -> None:
     """What the same small models learn on the CPU: loss after equal tokens, and time to the peer's loss."""
-    from andromeda.bench.competitors import PEER, Way
+    from andromeda.bench.competitors import BASELINE, ComputeMode
     from andromeda.bench.convergence import measure
 
     def rows(result: dict[str, Any]) -> Rows:
-        peer = result["sides"][PEER]["seconds"]
+        peer = result["sides"][BASELINE]["seconds"]
         body = []
         for name, known in result["sides"].items():
             reached = known["seconds_to_peers_loss"]
@@ -78,7 +78,7 @@ def learn(
         return [["side", "parameters", "final loss", "time", "time to the peer's loss", "ratio"], *body]
 
     command = f"andromeda bench learn {corpus} --steps {steps} --{'' if compiled else 'no-'}compiled"
-    _finish(command, measure(corpus, steps, Way(compiled)), rows, out, as_json)
+    _finish(command, measure(corpus, steps, ComputeMode(compiled)), rows, out, as_json)
 
 
 @app.command()
@@ -90,7 +90,7 @@ def memory(
 ) -> None:
     """Memory and speed of a training step on this device, beside what `andromeda plan` says."""
     from andromeda.bench.memory import measure
-    from andromeda.plan.tables import size
+    from andromeda.plan.plan_tables import size
 
     def rows(result: dict[str, Any]) -> Rows:
         planned, real = result["planned"], result["measured"]
@@ -129,7 +129,7 @@ def train(
     from andromeda.bench.training import measure
     from tools.performance_page import training_rows
 
-    changed, beside = changes or [], models.peers(peers)
+    changed, beside = changes or [], models.parse_peers(peers)
     command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused)
     _finish(command, measure(source, changed, rows, steps, beside, unfused), training_rows, out, as_json)
 
@@ -151,7 +151,7 @@ def prefill(
     from andromeda.bench.prefill import measure
     from tools.performance_page import prefill_rows
 
-    changed, beside, read = changes or [], models.peers(peers), _numbers(chunks, least=0)
+    changed, beside, read = changes or [], models.parse_peers(peers), _numbers(chunks, least=0)
     options = ["--eight-bits" * eight_bits, f"--chunks {chunks}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
     command = _command("prefill", source, *changed, f"--lengths {lengths}", *options)
     result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, chunks=read, unfused=unfused, peers=beside)

@@ -28,15 +28,15 @@ def explain(
     numbers = _numbers(layers)
 
     from andromeda.api import Andromeda
-    from andromeda.explain import Wish, write_explanation
+    from andromeda.explain import ExplainRequest, write_explanation
     from andromeda.explain import explain as look
-    from andromeda.explain.figures import figures
+    from andromeda.explain.explanation import explanation_json
 
     model = Andromeda.from_run(run, device=device, dtype="fp64", ema=ema, step=step)
-    found = look(run, model, Wish(text, target, against, position, numbers), step)
+    found = look(run, model, ExplainRequest(text, target, against, position, numbers), step)
     page = write_explanation(found, out)
     if as_json:
-        print(json.dumps(figures(found) | {"page": str(page)}, ensure_ascii=False))
+        print(json.dumps(explanation_json(found) | {"page": str(page)}, ensure_ascii=False))
         return
     for check in found.checks:
         print(f"{'holds' if check.holds else 'DOES NOT HOLD'}: {check.name} (difference {check.error:.1e})")

@@ -36,14 +36,13 @@ def extend(
     if not to:
         raise ConfigError("Say how far to extend, such as --to 65536.")
     from andromeda.cli.tables import show
-    from andromeda.extend.plot import draw
-    from andromeda.extend.results import table, verdicts
-    from andromeda.extend.run import extend as work
-    from andromeda.extend.training_config import Wishes
+    from andromeda.extend.extension import extend as work
+    from andromeda.extend.results import draw, table, verdicts
+    from andromeda.extend.training_config import ExtendRequest
     from andromeda.train.progress import Silent, build_screen
 
     changes = [*(overrides or []), *([f"train.device={device}"] if device else [])]
-    wishes = Wishes(str(run), to, steps, rate, tuple(changes), samples, tail or 0, held_out)
+    wishes = ExtendRequest(str(run), to, steps, rate, tuple(changes), samples, tail or 0, held_out)
     name = "extended" if "," in method or method == "all" else method
     folder = out or run.parent / f"{run.name}-{name}-{to}"
 

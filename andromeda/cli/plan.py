@@ -12,7 +12,7 @@ from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
     from andromeda.config.run import RunConfig
-    from andromeda.plan import Place, Plan
+    from andromeda.plan import HardwareSetup, RunPlan
 
 
 def plan(
@@ -35,13 +35,13 @@ def plan(
 
     Beside presets and files, gpt3-175b, llama-7b and llama-65b can be named.
     """
-    from andromeda.plan import Place
-    from andromeda.plan.mesh import read_mesh
+    from andromeda.plan import HardwareSetup
+    from andromeda.plan.device_mesh import parse_mesh
     from andromeda.utils.hardware import find_hardware
 
     _check(seq, batch, tokens, price)
     changes = [word for word in sources if "=" in word]
-    place = Place(find_hardware(gpu), gpu.lower() != "cpu", read_mesh(parallel), price, mfu)
+    place = HardwareSetup(find_hardware(gpu), gpu.lower() != "cpu", parse_mesh(parallel), price, mfu)
     configs = {word: _load(word, changes, seq, batch) for word in sources if "=" not in word}
     if not configs:
         raise ConfigError(f"{' '.join(sources)} names no configuration: give a preset or a file first, such as `andromeda plan andromeda`.")
@@ -79,7 +79,7 @@ def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -
     return load(path, [*(f"{key}={value}" for key, value in wished.items()), *changes])
 
 
-def _plan(name: str, config: RunConfig, place: Place, tokens: int) -> Plan:
+def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int) -> RunPlan:
     from andromeda.plan import plan
 
     if sys.stderr.isatty():
@@ -87,9 +87,9 @@ def _plan(name: str, config: RunConfig, place: Place, tokens: int) -> Plan:
     return plan(name, config, place, tokens)
 
 
-def _print(plans: list[Plan], place: Place) -> None:
+def _print(plans: list[RunPlan], place: HardwareSetup) -> None:
     from andromeda.cli.tables import show
-    from andromeda.plan.tables import sections
+    from andromeda.plan.plan_tables import sections
 
     names = [plan.name for plan in plans]
     for title, lines in sections(plans, place.mesh.gpus, place.mfu):

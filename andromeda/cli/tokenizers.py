@@ -37,11 +37,11 @@ def compare(
     """Bytes a token, fertility, speed, lossless round trip, and bits per byte of equal-compute models. A repeated call goes on."""
     import json
 
-    from andromeda.bench.tokenizers import Interrupted, Plan, Surroundings, numbers, run, table, words
+    from andromeda.bench.tokenizer_comparison import ComparisonInterrupted, ComparisonIO, TokenizerComparison, numbers, run, table, words
     from andromeda.cli.tables import show
     from andromeda.train.progress import Silent, build_screen
 
-    plan = Plan(
+    plan = TokenizerComparison(
         tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation_fraction
     )
 
@@ -50,9 +50,9 @@ def compare(
 
     try:
         with progress() as report:
-            around = Surroundings(report, note, lambda steps: Silent() if as_json else build_screen(steps), os.cpu_count() or 1)
+            around = ComparisonIO(report, note, lambda steps: Silent() if as_json else build_screen(steps), os.cpu_count() or 1)
             found = run(plan, out, around)
-    except Interrupted as error:
+    except ComparisonInterrupted as error:
         note("interrupted; the state is saved: the same command goes on from here.")
         raise typer.Exit(128 + error.signal) from None
     if as_json:

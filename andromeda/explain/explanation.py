@@ -2,28 +2,28 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from andromeda.api import Andromeda
-from andromeda.explain.integrated_gradients import Gradients, integrated
-from andromeda.explain.logit_lens import Lens, lens
-from andromeda.explain.residual_decomposition import Direct, direct
-from andromeda.explain.trace import Trace, trace
+from andromeda.explain.integrated_gradients import TokenAttributions, integrated_gradients
+from andromeda.explain.residual_decomposition import DirectAttribution, direct_attribution
+from andromeda.explain.trace import ForwardTrace, LogitLens, logit_lens, trace
 from andromeda.generate.prompts import encode
 from andromeda.utils.errors import RequestError
 
-LONGEST = 256
+MAX_TOKENS = 256
 """Tokens of a text; a map of attention has their square."""
-CELLS = 6_000_000
+MAX_MAP_CELLS = 6_000_000
 """Weights of attention on one page, a byte each."""
 
 
 @dataclass(frozen=True)
-class Wish:
+class ExplainRequest:
     """What to explain."""
 
     text: str
@@ -38,7 +38,7 @@ class Wish:
 
 
 @dataclass(frozen=True)
-class Check:
+class IdentityCheck:
     """An identity and how far it is from holding."""
 
     name: str
@@ -58,16 +58,16 @@ class Explanation:
     run: Path
     model: Andromeda
     step: int | None
-    wish: Wish
+    wish: ExplainRequest
     tokens: list[str]
     position: int
     target: int
     beside: int
-    seen: Trace
-    lens: Lens
-    direct: Direct | None
-    gradients: Gradients | None
-    checks: list[Check]
+    seen: ForwardTrace
+    lens: LogitLens
+    direct: DirectAttribution | None
+    gradients: TokenAttributions | None
+    checks: list[IdentityCheck]
     refused: dict[str, str] = field(default_factory=dict)
     """Views that are missing (direct, gradients, attention), each with the reason, a sentence."""
 
@@ -83,7 +83,7 @@ class Explanation:
         return {number: weights[0] for number, weights in found.items() if weights is not None}
 
 
-def explain(run: Path, model: Andromeda, wish: Wish, step: int | None = None) -> Explanation:
+def explain(run: Path, model: Andromeda, wish: ExplainRequest, step: int | None = None) -> Explanation:
     """Explain what `model` (in float64, from the run folder `run`) predicts after a text. Raises RequestError, one sentence."""
     ids = torch.tensor([_ids(model, wish)], device=model.head.weight.device)
     position = _position(wish, ids.shape[1])
@@ -98,14 +98,14 @@ def explain(run: Path, model: Andromeda, wish: Wish, step: int | None = None) ->
         raise RequestError("The token given with --against is the target itself: give another one.")
     refused: dict[str, str] = {}
     try:
-        shares = direct(model, seen, position, target, beside)
+        shares = direct_attribution(model, seen, position, target, beside)
     except RequestError as error:
         shares, refused["direct"] = None, str(error)
     try:
         gradients = _gradients(model, ids, position, target)
     except RequestError as error:
         gradients, refused["gradients"] = None, str(error)
-    looked = lens(model, seen, target)
+    looked = logit_lens(model, seen, target)
     blind = [str(i + 1) for i, layer in enumerate(seen.layers) if layer.weights is None]
     if blind:
         refused["attention"] = f"There is no map of layer {', '.join(blind)}: attention does not average values there."
@@ -123,30 +123,30 @@ def spell(model: Andromeda, token: int) -> str:
     return text or names.get(token, f"<{token}>")
 
 
-def _ids(model: Andromeda, wish: Wish) -> list[int]:
+def _ids(model: Andromeda, wish: ExplainRequest) -> list[int]:
     eos = None if model.tokenizer is None else model.tokenizer.eos
     ids = encode(wish.text, model.tokenizer, eos, model.config.vocab_size)
-    most = min(LONGEST, model.config.max_seq_len)
+    most = min(MAX_TOKENS, model.config.max_seq_len)
     if len(ids) > most:
         raise RequestError(f"The text has {len(ids)} tokens, and at most {most} can be explained on one page: shorten it.")
     return ids
 
 
-def _position(wish: Wish, length: int) -> int:
+def _position(wish: ExplainRequest, length: int) -> int:
     position = length - 1 if wish.position == -1 else wish.position
     if not 0 <= position < length:
         raise RequestError(f"--position {wish.position} is not in the text, which has tokens 0 to {length - 1}.")
     return position
 
 
-def _check_layers(model: Andromeda, wish: Wish, length: int) -> None:
+def _check_layers(model: Andromeda, wish: ExplainRequest, length: int) -> None:
     depth, heads = model.config.num_layers, model.config.attention.num_heads
     wrong = [number for number in wish.layers if not 1 <= number <= depth]
     if wrong:
         raise RequestError(f"There is no layer {wrong[0]}: --layers takes numbers from 1 to {depth}.")
     cells = len(wish.layers or range(depth)) * heads * length**2
-    if cells > CELLS:
-        most = max(1, CELLS // (heads * length**2))
+    if cells > MAX_MAP_CELLS:
+        most = max(1, MAX_MAP_CELLS // (heads * length**2))
         raise RequestError(
             f"The maps of all {depth} layers of {heads} heads over {length} tokens are too much for one page: "
             f"name at most {most} layers, such as --layers 1,{depth}, or shorten the text."
@@ -165,22 +165,57 @@ def _token(model: Andromeda, text: str, option: str) -> int:
     return ids[0]
 
 
-def _gradients(model: Andromeda, ids: Tensor, position: int, target: int) -> Gradients:
+def _gradients(model: Andromeda, ids: Tensor, position: int, target: int) -> TokenAttributions:
     if model.tokenizer is None:
         raise RequestError("Integrated gradients begin at a text of separators, and this model has no tokenizer that has one.")
-    return integrated(model, ids, position, target, torch.full_like(ids, model.tokenizer.eos))
+    return integrated_gradients(model, ids, position, target, torch.full_like(ids, model.tokenizer.eos))
 
 
-def _checks(model: Andromeda, seen: Trace, looked: Lens, shares: Direct | None, gradients: Gradients | None) -> list[Check]:
-    checks = [Check("lens of the last layer = logits", looked.error, 1e-9)]
+def _checks(
+    model: Andromeda, seen: ForwardTrace, looked: LogitLens, shares: DirectAttribution | None, gradients: TokenAttributions | None
+) -> list[IdentityCheck]:
+    checks = [IdentityCheck("lens of the last layer = logits", looked.error, 1e-9)]
     weighed = [layer for layer in seen.layers if layer.weights is not None]
     if weighed:
-        checks.append(Check("averages by the maps = what attention gave", max(layer.weights_error for layer in weighed), 1e-9))
+        checks.append(IdentityCheck("averages by the maps = what attention gave", max(layer.weights_error for layer in weighed), 1e-9))
     if weighed and model.config.attention.mixer == "softmax":
         off = max(float((layer.weights.sum(-1) - 1).abs().max()) for layer in weighed if layer.weights is not None)
-        checks.append(Check("rows of the maps sum to one", off, 1e-9))
+        checks.append(IdentityCheck("rows of the maps sum to one", off, 1e-9))
     if shares:
-        checks.append(Check("direct attributions sum to the logit", shares.error, 1e-9))
+        checks.append(IdentityCheck("direct attributions sum to the logit", shares.error, 1e-9))
     if gradients:
-        checks.append(Check(f"integrated gradients sum to the difference ({gradients.steps} steps)", gradients.gap, gradients.allowed))
+        checks.append(
+            IdentityCheck(f"integrated gradients sum to the difference ({gradients.steps} steps)", gradients.gap, gradients.allowed)
+        )
     return checks
+
+
+def explanation_json(e: Explanation) -> dict[str, Any]:
+    """Everything but the maps, which the page has."""
+    probabilities = e.seen.logits[0, e.position].softmax(-1)
+    top = probabilities.topk(min(10, len(probabilities)))
+    return {
+        "tokens": e.tokens,
+        "position": e.position,
+        "target": e.spell(e.target),
+        "against": e.spell(e.beside),
+        "prediction": [{"token": e.spell(int(i)), "probability": float(p)} for p, i in zip(top.values, top.indices, strict=True)],
+        "lens": {"target": e.lens.target.tolist(), "entropy": e.lens.entropy.tolist(), "first": e.lens.tokens[..., 0].tolist()},
+        "direct": e.direct
+        and {
+            "parts": [{**part._asdict(), "logit": e.direct.parts[part], "lead": e.direct.lead[part]} for part in e.direct.parts],
+            "bias": e.direct.bias,
+            "raw": e.direct.raw,
+            "logit": e.direct.logit,
+        },
+        "gradients": e.gradients
+        and {
+            "shares": e.gradients.shares.tolist(),
+            "logit": e.gradients.logit,
+            "baseline": e.gradients.baseline,
+            "steps": e.gradients.steps,
+            "gap": e.gradients.gap,
+        },
+        "checks": [asdict(check) | {"holds": check.holds} for check in e.checks],
+        "refused": e.refused,
+    }

@@ -24,13 +24,13 @@ from andromeda.utils.errors import RequestError
 
 TOLERANCE = 1e-3
 """Gap of completeness, as a share of all that is summed (the sizes of the shares), below which no more steps are taken."""
-FEWEST, MOST = 16, 512
-ROWS = 16
+MIN_STEPS, MAX_STEPS = 16, 512
+STEPS_PER_PASS = 16
 """Steps computed at once."""
 
 
 @dataclass(frozen=True)
-class Gradients:
+class TokenAttributions:
     """Shares of the tokens of one text in one logit."""
 
     shares: Tensor
@@ -58,7 +58,9 @@ class Gradients:
         return self.gap <= self.allowed
 
 
-def integrated(model: Transformer, ids: Tensor, position: int, target: int, baseline: Tensor, documents: Tensor | None = None) -> Gradients:
+def integrated_gradients(
+    model: Transformer, ids: Tensor, position: int, target: int, baseline: Tensor, documents: Tensor | None = None
+) -> TokenAttributions:
     """Shares of the tokens ids (1, T) in the logit of `target` at `position`. baseline (1, T): the text of nothing.
 
     Raises RequestError for a mixture of experts: routing jumps on the way, and a jump has no gradient.
@@ -71,11 +73,11 @@ def integrated(model: Transformer, ids: Tensor, position: int, target: int, base
     with torch.no_grad():
         here, there = (float(model(x, documents=documents)[0, position, target]) for x in (ids, baseline))
         ends = [_inputs(model, x) for x in (baseline, ids)]
-    steps = FEWEST
+    steps = MIN_STEPS
     while True:
         shares = _integral(model, ids, position, target, ends, steps, documents)
-        found = Gradients(shares, here, there, steps)
-        if found.complete or steps >= MOST:
+        found = TokenAttributions(shares, here, there, steps)
+        if found.complete or steps >= MAX_STEPS:
             return found
         steps *= 2
 
@@ -92,7 +94,7 @@ def _integral(
     nodes, weights = (torch.from_numpy(x) for x in np.polynomial.legendre.leggauss(steps))
     way = [(low, high - low) for low, high in zip(*ends, strict=True)]
     shares = torch.zeros(ids.shape[1], dtype=torch.float64, device=ids.device)
-    for at, share in zip(((nodes + 1) / 2).split(ROWS), (weights / 2).split(ROWS), strict=True):
+    for at, share in zip(((nodes + 1) / 2).split(STEPS_PER_PASS), (weights / 2).split(STEPS_PER_PASS), strict=True):
         at, share = at.to(ids.device), share.to(ids.device)
         inputs = [(low + at.to(low).view(-1, *[1] * (low.ndim - 1)) * step).requires_grad_() for low, step in way]
         logits = _from_inputs(model, ids.expand(len(at), -1), inputs, documents)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from andromeda.explain.trace import Layer, Trace
+from andromeda.explain.trace import ForwardTrace, LayerTrace
 from andromeda.model.block import ParallelBlock, ParallelDeepNormBlock, SerialBlock, SerialDeepNormBlock
 from andromeda.model.decoder_stack import EmbeddingMix, UNetDecoderStack
 from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
@@ -22,7 +22,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
 
-class Part(NamedTuple):
+class ResidualPart(NamedTuple):
     """What adds to the stream. layer: from 0, -1 for the embedding. head: from 0, -1 for none."""
 
     kind: str
@@ -31,28 +31,28 @@ class Part(NamedTuple):
     head: int = -1
 
 
-class Ledger(dict[Part, Tensor]):
+class ResidualParts(dict[ResidualPart, Tensor]):
     """Parts of one position's stream, each (C,)."""
 
-    def plus(self, other: Ledger, factor: Tensor | float = 1.0) -> Ledger:
+    def plus(self, other: ResidualParts, factor: Tensor | float = 1.0) -> ResidualParts:
         """The sum with `factor` times another."""
-        return Ledger({part: self.get(part, 0.0) + factor * other.get(part, torch.zeros(())) for part in {**self, **other}})
+        return ResidualParts({part: self.get(part, 0.0) + factor * other.get(part, torch.zeros(())) for part in {**self, **other}})
 
-    def times(self, factor: Tensor | float) -> Ledger:
+    def times(self, factor: Tensor | float) -> ResidualParts:
         """All parts multiplied."""
-        return Ledger({part: factor * x for part, x in self.items()})
+        return ResidualParts({part: factor * x for part, x in self.items()})
 
     def total(self) -> Tensor:
         """The stream (C,)."""
         return torch.stack(list(self.values())).sum(0)
 
-    def normed(self, norm: nn.Module) -> Ledger:
+    def normed(self, norm: nn.Module) -> ResidualParts:
         """Through a norm whose statistics are those of the whole."""
         at = self.total()
-        return Ledger({part: frozen(norm, x, at) for part, x in self.items()})
+        return ResidualParts({part: apply_frozen_norm(norm, x, at) for part, x in self.items()})
 
 
-def frozen(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
+def apply_frozen_norm(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     """What `norm` makes of x (C,) when its statistics are those of `at` (C,): linear in x, and the norm itself for x = at."""
     if isinstance(norm, nn.Identity):
         return x
@@ -68,20 +68,20 @@ def frozen(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     return scaled if weight is None else scaled * weight
 
 
-def added(layer: Layer, number: int, row: int, position: int) -> tuple[Ledger, Ledger]:
+def block_contributions(layer: LayerTrace, number: int, row: int, position: int) -> tuple[ResidualParts, ResidualParts]:
     """What attention and the network of a block added at one position."""
-    attention = Ledger()
+    attention = ResidualParts()
     if layer.heads is None:
-        attention[Part("attention", number)] = layer.attention[row, position]
+        attention[ResidualPart("attention", number)] = layer.attention[row, position]
     else:
         for head in range(layer.heads.shape[2]):
-            attention[Part("head", number, head)] = layer.heads[row, position, head]
+            attention[ResidualPart("head", number, head)] = layer.heads[row, position, head]
         if layer.bias is not None:
-            attention[Part("attention bias", number)] = layer.bias
-    return attention, Ledger({Part("feed-forward", number): layer.feedforward[row, position]})
+            attention[ResidualPart("attention bias", number)] = layer.bias
+    return attention, ResidualParts({ResidualPart("feed-forward", number): layer.feedforward[row, position]})
 
 
-def through(block: Any, stream: Ledger, attention: Ledger, network: Ledger) -> Ledger:
+def apply_block(block: Any, stream: ResidualParts, attention: ResidualParts, network: ResidualParts) -> ResidualParts:
     """The stream after a block. Raises RequestError for a block that is none of ours."""
     if isinstance(block, SerialDeepNormBlock):
         middle = stream.times(block.alpha).plus(attention).normed(block.attention_norm)
@@ -94,32 +94,32 @@ def through(block: Any, stream: Ledger, attention: Ledger, network: Ledger) -> L
 
 
 @torch.no_grad()
-def ledger(model: Transformer, seen: Trace, position: int, row: int = 0) -> Ledger:
+def decompose_residual(model: Transformer, seen: ForwardTrace, position: int, row: int = 0) -> ResidualParts:
     """The last hidden state (after the final norm) of one position, by part."""
     decoder: Any = model.decoder
-    first = stream = Ledger({Part("embedding"): seen.embedded[row, position]})
+    first = stream = ResidualParts({ResidualPart("embedding"): seen.embedded[row, position]})
     half = len(decoder.skip_weights) if isinstance(decoder, UNetDecoderStack) else 0
     depth = len(decoder.blocks)
-    outputs: list[Ledger] = []
+    outputs: list[ResidualParts] = []
     for i, block in enumerate(decoder.blocks):
         if half and i >= depth - half:
             stream = stream.plus(outputs.pop(), decoder.skip_weights[i - depth + half])
         mix = decoder.mixes[i]
         if isinstance(mix, EmbeddingMix):
             stream = stream.times(mix.weights[0]).plus(first, mix.weights[1])
-        stream = through(block, stream, *added(seen.layers[i], i, row, position))
+        stream = apply_block(block, stream, *block_contributions(seen.layers[i], i, row, position))
         if i < half:
             outputs.append(stream)
     return stream.normed(model.norm)
 
 
 @dataclass(frozen=True)
-class Direct:
+class DirectAttribution:
     """Shares of one logit; they and `bias` add up to `raw`."""
 
-    parts: dict[Part, float]
+    parts: dict[ResidualPart, float]
     """Shares of the target's logit."""
-    lead: dict[Part, float]
+    lead: dict[ResidualPart, float]
     """Shares of the difference between the target's logit and that of the token beside it."""
     bias: float
     """Of the head, for the target."""
@@ -133,9 +133,11 @@ class Direct:
 
 
 @torch.no_grad()
-def direct(model: Transformer, seen: Trace, position: int, target: int, beside: int, *, row: int = 0) -> Direct:
+def direct_attribution(
+    model: Transformer, seen: ForwardTrace, position: int, target: int, beside: int, *, row: int = 0
+) -> DirectAttribution:
     """Shares at one position. Raises RequestError for a norm or block of a user's own, whose rule is not known."""
-    head, found = model.head, ledger(model, seen, position, row)
+    head, found = model.head, decompose_residual(model, seen, position, row)
     weight, rival = head.weight[target], head.weight[beside]
     parts = {part: float(weight @ x) for part, x in found.items()}
     lead = {part: float((weight - rival) @ x) for part, x in found.items()}
@@ -146,4 +148,4 @@ def direct(model: Transformer, seen: Trace, position: int, target: int, beside: 
     summed = sum(parts.values()) + bias
     capped = head.softcap * math.tanh(summed / head.softcap) if head.softcap else summed
     error = max(abs(summed - raw), abs(capped - float(logit)))
-    return Direct(parts, lead, bias, bias - rival_bias, raw, float(logit), error)
+    return DirectAttribution(parts, lead, bias, bias - rival_bias, raw, float(logit), error)

@@ -21,12 +21,12 @@ from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import weighted_values
 
-SAME = 1e-6
+RELATIVE_TOLERANCE = 1e-6
 """Relative difference up to which two ways to compute a branch are the same one."""
 
 
 @dataclass
-class Layer:
+class LayerTrace:
     """What one block did."""
 
     attention: Tensor
@@ -46,19 +46,19 @@ class Layer:
 
 
 @dataclass
-class Trace:
+class ForwardTrace:
     """One pass over ids (B, T)."""
 
     ids: Tensor
     embedded: Tensor
     """(B, T, C), what goes into the first block."""
-    layers: list[Layer]
+    layers: list[LayerTrace]
     logits: Tensor
     """(B, T, V)."""
 
 
 @torch.no_grad()
-def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> Trace:
+def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> ForwardTrace:
     """Run `model` over ids (B, T) and write everything down; documents as in `Transformer.hidden`."""
     kept: dict[str, Any] = {}
     blocks: Any = model.decoder.blocks
@@ -71,11 +71,11 @@ def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> T
             hooks.enter_context(_watched(block.attention, kept, f"{i}.mix"))
         logits = model(ids, documents=documents)
     layers = [_layer(block, kept, i) for i, block in enumerate(blocks)]
-    return Trace(ids, kept["embedded"], layers, logits)
+    return ForwardTrace(ids, kept["embedded"], layers, logits)
 
 
-def _layer(block: Any, kept: dict[str, Any], i: int) -> Layer:
-    layer = Layer(kept[f"{i}.attention"], kept[f"{i}.feedforward"], kept[f"{i}.output"])
+def _layer(block: Any, kept: dict[str, Any], i: int) -> LayerTrace:
+    layer = LayerTrace(kept[f"{i}.attention"], kept[f"{i}.feedforward"], kept[f"{i}.output"])
     seen = kept.get(f"{i}.mix")
     if seen is not None:
         layer.weights, layer.weights_error = _weights(block.attention, *seen)
@@ -90,7 +90,7 @@ def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: Attention
     with _reference(attention):
         weights = type(attention).core_attention(attention, q, k, units, pattern).transpose(1, 2)
     error = float((weighted_values(weights, v) - mixed).abs().max())
-    return (weights, error) if error <= SAME * max(1.0, float(mixed.abs().max())) else (None, error)
+    return (weights, error) if error <= RELATIVE_TOLERANCE * max(1.0, float(mixed.abs().max())) else (None, error)
 
 
 def _heads(attention: Any, mixed: Tensor, output: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -100,7 +100,7 @@ def _heads(attention: Any, mixed: Tensor, output: Tensor) -> tuple[Tensor | None
         return None, None
     heads = torch.einsum("bthd,chd->bthc", mixed, out.weight.unflatten(1, mixed.shape[2:]))
     whole = heads.sum(2) if out.bias is None else heads.sum(2) + out.bias
-    if float((whole - output).abs().max()) > SAME * max(1.0, float(output.abs().max())):
+    if float((whole - output).abs().max()) > RELATIVE_TOLERANCE * max(1.0, float(output.abs().max())):
         return None, None
     return heads, out.bias
 
@@ -153,3 +153,38 @@ def _reference(attention: Any) -> Iterator[None]:
     finally:
         if before is not None:
             attention.backend = before
+
+
+@dataclass(frozen=True)
+class LogitLens:
+    """For the embedding and after each of L layers; N = L + 1, K likeliest tokens."""
+
+    tokens: Tensor
+    """(N, T, K), the likeliest first."""
+    probabilities: Tensor
+    """(N, T, K)."""
+    target: Tensor
+    """(N, T): probability of the target token."""
+    entropy: Tensor
+    """(N, T) in bits."""
+    error: float
+    """Largest difference between the logits of the last layer and the model's."""
+
+
+@torch.no_grad()
+def logit_lens(model: Transformer, seen: ForwardTrace, target: int, *, row: int = 0, likeliest: int = 5) -> LogitLens:
+    """Final norm and head on the stream after every layer.
+
+    With DeepNorm the stream is normalized already and the final norm is the identity; with U-net skips a layer of the first
+    half is shown without the skips that it will take part in.
+    """
+    found: list[tuple[Tensor, ...]] = []
+    logits = seen.logits[row]
+    for x in (seen.embedded, *(layer.output for layer in seen.layers)):
+        logits = model.head(model.norm(x[row]))
+        log_p = logits.log_softmax(-1)
+        top = log_p.topk(min(likeliest, log_p.shape[-1]), -1)
+        entropy = -(log_p.exp() * log_p).sum(-1) / torch.log(torch.tensor(2.0, dtype=log_p.dtype))
+        found.append((top.indices, top.values.exp(), log_p[:, target].exp(), entropy))
+    tokens, probabilities, on_target, entropy = (torch.stack(parts) for parts in zip(*found, strict=True))
+    return LogitLens(tokens, probabilities, on_target, entropy, float((logits - seen.logits[row]).abs().max()))

@@ -22,7 +22,7 @@ def trained_context(config: RunConfig) -> int:
     return config.train.seq_len or config.model.max_seq_len
 
 
-def stretching(old: RunConfig, to: int, method: str) -> list[str]:
+def position_overrides(old: RunConfig, to: int, method: str) -> list[str]:
     """The changes `key.path=value` that make a model of `old` read `to` tokens by `method`.
 
     Raises ConfigError where the model has nothing that the method could stretch.
@@ -36,15 +36,15 @@ def stretching(old: RunConfig, to: int, method: str) -> list[str]:
     return changes
 
 
-def applicable(old: RunConfig) -> list[str]:
+def applicable_methods(old: RunConfig) -> list[str]:
     """The methods that have something to stretch in a model of `old`; `none` always does."""
     kept = [method for method in METHODS if method in ROTARY and old.model.rotary.kind != "none"]
     return [*kept, *["alibi-scale"] * bool(old.model.alibi.num_heads), "none"]
 
 
-def chosen(text: str, old: RunConfig) -> list[str]:
+def parse_methods(text: str, old: RunConfig) -> list[str]:
     """The methods that a user names: one, several with commas, or `all` that apply. Raises ConfigError for an unknown one."""
-    names = applicable(old) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
+    names = applicable_methods(old) if text.strip() == "all" else [name.strip() for name in text.split(",") if name.strip()]
     for name in names:
         if name not in METHODS:
             raise ConfigError(f"There is no method {name!r}{nearest(name, METHODS)}: give all, {', '.join(METHODS)}.")
@@ -74,7 +74,7 @@ def _refuse(old: RunConfig, to: int, method: str) -> None:
         )
     if method in ROTARY and model.rotary.kind == "none":
         raise ConfigError(
-            f"Method {method} scales rotary frequencies, and the model has none: use {' or '.join(applicable(old))} with --method."
+            f"Method {method} scales rotary frequencies, and the model has none: use {' or '.join(applicable_methods(old))} with --method."
         )
     if method == "alibi-scale" and not model.alibi.num_heads:
-        raise ConfigError(f"Method alibi-scale divides ALiBi's slopes, and the model has none: use {' or '.join(applicable(old))}.")
+        raise ConfigError(f"Method alibi-scale divides ALiBi's slopes, and the model has none: use {' or '.join(applicable_methods(old))}.")

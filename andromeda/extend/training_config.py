@@ -9,19 +9,19 @@ from typing import Any
 from andromeda.config.load import load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
-from andromeda.extend.methods import stretching, trained_context
+from andromeda.extend.methods import position_overrides, trained_context
 from andromeda.utils.errors import ConfigError
 
-BESIDE_MUON = {"embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.04}
+MUON_ADAM_LRS = {"embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.04}
 """What a 0 in these keys stands for beside Muon (andromeda/optim/build.py)."""
 
 
-TAIL = 256
+DEFAULT_TAIL = 256
 """Scored targets where the trained context has room for them."""
 
 
 @dataclass(frozen=True)
-class Wishes:
+class ExtendRequest:
     """What a user asks for, the method excepted."""
 
     run: str
@@ -45,7 +45,7 @@ class Wishes:
         return asdict(self) | {"overrides": list(self.overrides)}
 
 
-def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
+def configure(old: RunConfig, wishes: ExtendRequest, method: str) -> RunConfig:
     """The new run's configuration. Raises ConfigError, one sentence."""
     if not 0 < wishes.rate <= 10:
         raise ConfigError(f"--rate {wishes.rate:g} is the share of the old learning rates: give more than 0 and at most 10.")
@@ -53,7 +53,7 @@ def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
         raise ConfigError("Give the steps of the continued training with --steps, from which its schedule follows, not as train.steps.")
     changes = [
         f"name={old.name}-{method}-{wishes.to}",
-        *stretching(old, wishes.to, method),
+        *position_overrides(old, wishes.to, method),
         *_training(old, wishes),
         *_rates(old, wishes.rate),
         *wishes.overrides,
@@ -65,17 +65,17 @@ def configure(old: RunConfig, wishes: Wishes, method: str) -> RunConfig:
     return config
 
 
-def scored(old: RunConfig, wishes: Wishes) -> int:
+def tail_length(old: RunConfig, wishes: ExtendRequest) -> int:
     """Targets of each window that are scored. Raises ConfigError when the trained context has no room for them."""
     trained = trained_context(old)
     if wishes.tail > trained:
         raise ConfigError(f"--tail {wishes.tail} is more than the {trained} tokens that the run was trained on: give {trained} at most.")
-    return wishes.tail or max(1, min(TAIL, trained // 2))
+    return wishes.tail or max(1, min(DEFAULT_TAIL, trained // 2))
 
 
-def unstretched(old: RunConfig, wishes: Wishes) -> RunConfig:
+def without_scaling(old: RunConfig, wishes: ExtendRequest) -> RunConfig:
     """The old model as it is, allowed to read as far as asked for. Raises ConfigError where its xPos cannot."""
-    return load(wishes.run, stretching(old, wishes.to, "none"))
+    return load(wishes.run, position_overrides(old, wishes.to, "none"))
 
 
 def corpus_of(path: str | Path) -> str:
@@ -83,7 +83,7 @@ def corpus_of(path: str | Path) -> str:
     return f"data.corpus={Path(path)}"
 
 
-def _training(old: RunConfig, wishes: Wishes) -> list[str]:
+def _training(old: RunConfig, wishes: ExtendRequest) -> list[str]:
     """As many tokens a step as before, at a rate that rises for a tenth of the steps and falls to zero over their second half."""
     steps, trained = max(1, wishes.steps), trained_context(old)
     batch = max(1, round(old.train.batch_size * trained / wishes.to))
@@ -109,6 +109,6 @@ def _training(old: RunConfig, wishes: Wishes) -> list[str]:
 
 def _rates(old: RunConfig, share: float) -> list[str]:
     optim = old.train.optim
-    defaults = BESIDE_MUON if optim.kind == "muon" else dict.fromkeys(BESIDE_MUON, 0.0)
+    defaults = MUON_ADAM_LRS if optim.kind == "muon" else dict.fromkeys(MUON_ADAM_LRS, 0.0)
     rates = {"lr": optim.lr} | {key: getattr(optim, key) or default for key, default in defaults.items()}
     return [f"train.optim.{key}={share * rate}" for key, rate in rates.items()]

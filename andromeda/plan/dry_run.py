@@ -27,7 +27,7 @@ from andromeda.ops import cross_entropy, mlp
 from andromeda.ops.attention import sdpa
 from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.ops.compute_dtype import HALF_DTYPES, compute_dtype
-from andromeda.plan.memory_tracker import Ledger
+from andromeda.plan.memory_tracker import MemoryTracker
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.objective import NextToken, Rows
 from andromeda.train.precision import PRECISIONS, Half, Precision
@@ -38,7 +38,7 @@ EAGER, COMPILED = "eager", "aot_eager_decomp_partition"
 
 
 @dataclass(frozen=True)
-class Passing:
+class StepMemory:
     """Bytes beyond weights and gradients that one micro-batch holds."""
 
     forward: int
@@ -63,7 +63,7 @@ class Passing:
         return max(self.forward, max(self.saved, gradients) + self.working)
 
 
-def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu: bool, compiled: bool) -> Passing:
+def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu: bool, compiled: bool) -> StepMemory:
     """What a micro-batch of `rows` rows of `sequence` tokens holds.
 
     gpu: attention saves what any fused kernel saves (queries, keys, values, output, one number a row), whatever the pattern;
@@ -74,7 +74,7 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
     compiled = compiled and config.train.activation_checkpointing != "full"
     shallow, deep = _depths(model)
 
-    def at(depth: int, backend: str) -> Passing:
+    def at(depth: int, backend: str) -> StepMemory:
         changed = config.model_copy(update={"model": model.model_copy(update={"num_layers": depth})})
         return _measure(changed, rows, sequence, precision, gpu, backend)
 
@@ -88,7 +88,7 @@ def passing(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu:
     def grown(first: int, second: int) -> int:
         return second + (second - first) * (model.num_layers - deep) // (deep - shallow)
 
-    return Passing(
+    return StepMemory(
         forward=grown(a.forward, b.forward),
         saved=grown(a.saved, b.saved),
         working=working,
@@ -113,7 +113,7 @@ def _as_fused(model: ModelConfig) -> ModelConfig:
     return model.model_copy(update={"alibi": alibi, "attention": attention})
 
 
-def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: bool, backend: str) -> Passing:
+def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: bool, backend: str) -> StepMemory:
     """One forward and backward pass on fake tensors."""
     with _pretence(rows * sequence * config.model.experts.top_k, gpu):
         model = Transformer(config.model)
@@ -126,7 +126,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
             for block in model.decoder.blocks:
                 block.compile(backend=backend)
         ids = torch.zeros(rows, sequence, dtype=torch.long)
-        ledger = Ledger()
+        ledger = MemoryTracker()
         with ledger:
             ledger.watch(model.parameters())
             ledger.enter([*model.buffers(), ids])
@@ -166,7 +166,7 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
             torch._dynamo.reset()
 
 
-def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, ledger: Ledger) -> Passing:
+def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, ledger: MemoryTracker) -> StepMemory:
     """What a step takes beside what is there."""
     before = ledger.held
     with products.autocast():
@@ -186,4 +186,4 @@ def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, le
     total.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
     working = max(0, ledger.peak - before - max(saved, gradients))
-    return Passing(forward, saved, working, saved - blocks, forward_copies, saved_copies)
+    return StepMemory(forward, saved, working, saved - blocks, forward_copies, saved_copies)

@@ -1,34 +1,89 @@
-"""The memory of training on one GPU of a mesh, at its worst moments, and of serving."""
+"""Bytes that training keeps between steps: weights, gradients, optimizer state and average, tensor by tensor.
+
+Weights and gradients are float32 in every precision; what varies with it is computed in passing (see activations).
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.config.train import OptimizerConfig
+from andromeda.config.train import OptimizerConfig, TrainConfig
 from andromeda.model.transformer import Transformer
 from andromeda.optim import Muon, roles
-from andromeda.plan.dry_run import Passing
-from andromeda.plan.memory_tracker import Ledger
-from andromeda.plan.mesh import PRODUCTS, Mesh
-from andromeda.plan.train_state import State
+from andromeda.optim.adamw_8bit import BLOCK, quantizable
+from andromeda.plan.device_mesh import WEIGHT_BYTES, DeviceMeshShape
+from andromeda.plan.dry_run import StepMemory
+from andromeda.plan.memory_tracker import MemoryTracker
+
+FLOAT = 4
+"""Bytes of a float32, in which weights, gradients, moments and the optimizer's step counts are held."""
+CODEBOOK = 256 * FLOAT
+"""torchao keeps, with every quantized moment, the values that its 256 codes stand for."""
+
+
+@dataclass(frozen=True)
+class TrainStateBytes:
+    """Bytes by kind."""
+
+    weights: int
+    """Parameters and buffers."""
+    gradients: int
+    optimizer: int
+    average: int
+    """The moving average of the weights, if there is one."""
+
+    @property
+    def total(self) -> int:
+        """All of it, as it is when an update begins."""
+        return self.weights + self.gradients + self.optimizer + self.average
+
+
+def state_bytes(model: nn.Module, train: TrainConfig) -> TrainStateBytes:
+    """The state of training a model (which may be on the meta device)."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    weights = _bytes(model.parameters()) + _bytes(model.buffers())
+    average = sum(p.numel() * FLOAT for p in trained) if train.ema else 0
+    return TrainStateBytes(weights, _bytes(trained), optimizer_bytes(model, train.optim), average)
+
+
+def optimizer_bytes(model: nn.Module, optim: OptimizerConfig) -> int:
+    """State of the optimizer after its first step."""
+    by_role = roles(model)
+    return sum(_moments(p, by_role[name], optim) for name, p in model.named_parameters() if p.requires_grad)
+
+
+def _moments(parameter: Tensor, role: str, optim: OptimizerConfig) -> int:
+    """Bytes of one parameter's moments: one for Muon, two and a count of steps for AdamW, a byte an element each in 8 bits."""
+    n = parameter.numel()
+    if optim.kind == "muon" and role == "matrix":
+        return n * FLOAT
+    if optim.kind == "adamw8bit" and role != "embedding" and quantizable(parameter):
+        return 2 * (n + n // BLOCK * FLOAT + CODEBOOK) + FLOAT
+    return 2 * n * FLOAT + FLOAT
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
+
 
 HALF = 2
 """Bytes of a number in bfloat16."""
 
 
 @dataclass(frozen=True)
-class Training:
+class TrainingMemory:
     """Bytes on one GPU."""
 
-    state: State
+    state: TrainStateBytes
     """Its share."""
-    passing: Passing
+    passing: StepMemory
     """Of its micro-batch, tensor parallelism divided out."""
     gathered: int
     """fsdp: two blocks' weights, the one in use and the next."""
@@ -39,7 +94,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class CheckpointSize:
     """What saving costs."""
 
     disk: int
@@ -50,27 +105,29 @@ class Checkpoint:
     """Memory on the host while saving from a GPU: the largest part, copied there whole."""
 
 
-def training(config: RunConfig, mesh: Mesh, model: Transformer, passing: Passing, state: State, gpu: bool) -> Training:
+def training_memory(
+    config: RunConfig, mesh: DeviceMeshShape, model: Transformer, passing: StepMemory, state: TrainStateBytes, gpu: bool
+) -> TrainingMemory:
     """Divide what one device would hold over a mesh, and find the peak."""
     sharded = mesh.fsdp * mesh.tp
-    own = State(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
+    own = TrainStateBytes(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
     moving = _divided(passing, mesh)
     block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
-    gathered = 2 * block * PRODUCTS // mesh.tp if mesh.fsdp > 1 else 0
+    gathered = 2 * block * WEIGHT_BYTES // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
     accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.readers
     kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
-    return Training(own, moving, gathered, updating, peak)
+    return TrainingMemory(own, moving, gathered, updating, peak)
 
 
-def _divided(passing: Passing, mesh: Mesh) -> Passing:
+def _divided(passing: StepMemory, mesh: DeviceMeshShape) -> StepMemory:
     """Cut by tensor parallelism; with fsdp, weights are gathered in the type of products and given up again: no copies stay."""
     lean = passing
     if mesh.fsdp > 1:
         forward, saved = passing.forward - passing.forward_copies, passing.saved - passing.saved_copies
         lean = replace(passing, forward=forward, saved=saved, forward_copies=0, saved_copies=0, casts=0)
-    return Passing(**{name: value // mesh.tp for name, value in asdict(lean).items()})
+    return StepMemory(**{name: value // mesh.tp for name, value in asdict(lean).items()})
 
 
 def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
@@ -83,7 +140,7 @@ def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
         for matrix in matrices:
             matrix.grad = torch.empty_like(matrix)
         muon = Muon(matrices, steps=optim.newton_schulz_steps, dtype=torch.bfloat16 if gpu else None)
-        ledger = Ledger()
+        ledger = MemoryTracker()
         with ledger:
             # The first step makes the momentum, which is state.
             muon.step()
@@ -92,10 +149,10 @@ def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
         return ledger.peak - ledger.held
 
 
-def checkpoint(state: State, keep: int) -> Checkpoint:
+def checkpoint_size(state: TrainStateBytes, keep: int) -> CheckpointSize:
     """Weights, optimizer state and average go to disk; gradients do not."""
     disk = state.weights + state.optimizer + state.average
-    return Checkpoint(disk, (keep + 1) * disk, max(state.weights, state.optimizer, state.average))
+    return CheckpointSize(disk, (keep + 1) * disk, max(state.weights, state.optimizer, state.average))
 
 
 def cache_bytes(model: ModelConfig, tokens: int = 1) -> int:

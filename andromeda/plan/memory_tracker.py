@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
-class Ledger(TorchDispatchMode):
+class MemoryTracker(TorchDispatchMode):
     """While active: every storage that an operation returns counts from then until nothing refers to it.
 
     What a kernel takes for itself within one operation is not seen.

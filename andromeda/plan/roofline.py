@@ -10,12 +10,12 @@ from andromeda.model.flops import forward_flops, forward_flops_per_token, hardwa
 from andromeda.plan.memory import HALF, cache_bytes
 from andromeda.utils.hardware import Hardware
 
-EIGHT_BITS = ("query", "key", "value", "out", "feed-forward", "experts", "shared experts")
+FP8_PARTS = ("query", "key", "value", "out", "feed-forward", "experts", "shared experts")
 """Products that fp8 training computes in 8 bits; scores, head and router stay in bfloat16."""
 
 
 @dataclass(frozen=True)
-class Serving:
+class ServingRoofline:
     """Least seconds for one sequence on one GPU."""
 
     prefill: float
@@ -36,12 +36,12 @@ def seconds_per_step(config: RunConfig, sequence: int, hardware: Hardware, preci
     if precision == "fp8" and eight:
         parts = forward_flops_per_token(config.model, sequence)
         passes = 4 if config.train.activation_checkpointing == "full" else 3
-        in_eight = passes * sum(parts.get(part, 0.0) for part in EIGHT_BITS)
+        in_eight = passes * sum(parts.get(part, 0.0) for part in FP8_PARTS)
         seconds += in_eight * (1 / eight - 1 / rate)
     return seconds * config.train.batch_size * sequence / gpus
 
 
-def serving(model: ModelConfig, active: int, hardware: Hardware, precision: str) -> Serving | None:
+def serving_roofline(model: ModelConfig, active: int, hardware: Hardware, precision: str) -> ServingRoofline | None:
     """Least times of reading and writing text at the model's context."""
     rate = hardware.rate("bf16" if precision == "fp8" else precision)
     if rate is None:
@@ -50,7 +50,7 @@ def serving(model: ModelConfig, active: int, hardware: Hardware, precision: str)
     head = parts.pop("head")
     weights = active * HALF
     one = sum(forward_flops(model, 1.0 * model.num_layers).values()) / rate
-    return Serving(
+    return ServingRoofline(
         (sum(parts.values()) * model.max_seq_len + head) / rate,
         max(one, weights / hardware.bandwidth),
         max(one, (weights + cache_bytes(model, model.max_seq_len)) / hardware.bandwidth),

@@ -8,7 +8,7 @@ MINUS = "\N{MINUS SIGN}"
 LETTERS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def format_number(value: float | None, digits: int = 4) -> str:
     """Significant digits with separators: 1,234; 0.02500; 3.1e-7; a dash for what is not known."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
@@ -20,31 +20,31 @@ def figure(value: float | None, digits: int = 4) -> str:
     return text.replace("-", MINUS, 1) if value < 0 else text
 
 
-def short(value: float | None, digits: int = 3) -> str:
+def format_si(value: float | None, digits: int = 3) -> str:
     """With a letter for thousands and more, without needless zeros: 2.05 M, 400, 0.3."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     for unit, letter in LETTERS:
         if abs(value) >= unit:
-            return f"{trimmed(figure(value / unit, digits))} {letter}"
-    return trimmed(figure(value, digits))
+            return f"{strip_zeros(format_number(value / unit, digits))} {letter}"
+    return strip_zeros(format_number(value, digits))
 
 
-def trimmed(text: str) -> str:
+def strip_zeros(text: str) -> str:
     """Without zeros at the end of a decimal fraction."""
     mantissa, e, power = text.partition("e")
     return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + e + power
 
 
-def percent(value: float | None) -> str:
+def format_percent(value: float | None) -> str:
     """A share as percent: 27 %, 0.4 %."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
-    text = trimmed(figure(100 * value, 2)) if abs(value) < 0.0995 else f"{100 * value:.0f}".replace("-", MINUS)
+    text = strip_zeros(format_number(100 * value, 2)) if abs(value) < 0.0995 else f"{100 * value:.0f}".replace("-", MINUS)
     return f"{text} %"
 
 
-def duration(seconds: float | None) -> str:
+def format_duration(seconds: float | None) -> str:
     """In the unit that reads best."""
     if seconds is None:
         return "\N{EN DASH}"

@@ -106,10 +106,10 @@ def this_cpu() -> Hardware:
 @cache
 def cpu_rate(precision: str) -> float:
     """FLOP/s of matrix products on this CPU, measured once a process: a fraction of a second, some where it has no such units."""
-    return product_rate(precision)
+    return matmul_rate(precision)
 
 
-def product_rate(precision: str, size: int = 1024, rounds: int = 5, enough: float = 1.0) -> float:
+def matmul_rate(precision: str, size: int = 1024, rounds: int = 5, enough: float = 1.0) -> float:
     """FLOP/s of the fastest of a few size-cubed matrix products on this CPU; no further one after `enough` seconds."""
     import torch
 

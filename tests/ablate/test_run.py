@@ -15,12 +15,11 @@ from typing import Any
 import psutil
 import pytest
 
-from andromeda.ablate.budget import amount_of, flops_per_token, steps_for, tokens_per_step, with_steps
-from andromeda.ablate.grid import Arm, Grid, grid_from_values, split, varied
-from andromeda.ablate.jobs import jobs_of, plan_arms, with_budget
-from andromeda.ablate.outcome import Outcome, kept
-from andromeda.ablate.run import _kept_costs
-from andromeda.ablate.table import evenness
+from andromeda.ablate.ablation import _kept_costs
+from andromeda.ablate.ablation_tables import evenness
+from andromeda.ablate.grid import AblationGrid, Variant, grid_from_values, split, variants_of
+from andromeda.ablate.jobs import amount_of, flops_per_token, jobs_of, plan_variants, steps_for, tokens_per_step, with_budget, with_steps
+from andromeda.ablate.worker import RunResult, load_result
 from andromeda.ablate.worker_pool import environments
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
@@ -68,13 +67,13 @@ def tiny(tmp_path: Path, corpus: Path) -> str:
     return str(tmp_path / "tiny.toml")
 
 
-def arms(*changes: str) -> tuple[Arm, ...]:
-    return tuple(Arm(name=change, changes=(change,)) for change in changes)
+def arms(*changes: str) -> tuple[Variant, ...]:
+    return tuple(Variant(name=change, changes=(change,)) for change in changes)
 
 
 def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
-    grid = Grid(budget="flops", arm=arms("model.feedforward.mlp_ratio=8.0", "train.batch_size=4", "model.num_layers=4"))
-    planned = with_budget(plan_arms(tiny, ["train.steps=2000"], grid), grid, {})
+    grid = AblationGrid(budget="flops", arm=arms("model.feedforward.mlp_ratio=8.0", "train.batch_size=4", "model.num_layers=4"))
+    planned = with_budget(plan_variants(tiny, ["train.steps=2000"], grid), grid, {})
     spent = [p.config.train.steps * p.config.train.batch_size * 32 * p.flops for p in planned]
     assert spent == pytest.approx([spent[0]] * 4, rel=2e-3)
     wide, base = planned[1], planned[0]
@@ -110,16 +109,16 @@ def test_a_schedule_keeps_its_shape_at_any_length(tiny: str) -> None:
 
 
 def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -> None:
-    grid = Grid(
+    grid = AblationGrid(
         arm=(
-            Arm(name="adam", changes=("train.optim.kind=adamw", "train.optim.lr=0.01")),
-            Arm(name="clipped", changes=("train.clip.limit=0.5",), on="adam"),
-            Arm(name="half", changes=("model.block.kind=parallel",), share=0.5),
-            Arm(name="cost alone", changes=("model.attention.backend=eager",), train=False),
+            Variant(name="adam", changes=("train.optim.kind=adamw", "train.optim.lr=0.01")),
+            Variant(name="clipped", changes=("train.clip.limit=0.5",), on="adam"),
+            Variant(name="half", changes=("model.block.kind=parallel",), share=0.5),
+            Variant(name="cost alone", changes=("model.attention.backend=eager",), train=False),
         ),
         seeds=(3, 5),
     )
-    planned = with_budget(plan_arms(tiny, [], grid), grid, {})
+    planned = with_budget(plan_variants(tiny, [], grid), grid, {})
     by_name = {plan.arm.name: plan.config for plan in planned}
     assert (by_name["clipped"].train.optim.lr, by_name["clipped"].train.clip.limit) == (0.01, 0.5)
     assert by_name["half"].train.steps == 10
@@ -132,7 +131,7 @@ def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -
 def test_values_are_divided_at_commas_outside_brackets() -> None:
     assert split("1,2.5, x") == ["1", "2.5", "x"]
     assert split("[0.8, 0.9],[0.9,0.95]") == ["[0.8, 0.9]", "[0.9,0.95]"]
-    assert [arm.changes for arm in varied(["model.num_layers=1,2"])] == [("model.num_layers=1",), ("model.num_layers=2",)]
+    assert [arm.changes for arm in variants_of(["model.num_layers=1,2"])] == [("model.num_layers=1",), ("model.num_layers=2",)]
 
 
 def test_slots_are_one_for_the_cpu_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,8 +350,8 @@ def test_steps_to_equal_loss_lie_on_the_line_between_two_shares() -> None:
 
 
 def test_an_outcome_without_a_figure_has_diverged() -> None:
-    assert Outcome(None, None, 1, 1, 1.0, []).diverged
-    assert not Outcome(2.0, None, 1, 1, 1.0, []).diverged
+    assert RunResult(None, None, 1, 1, 1.0, []).diverged
+    assert not RunResult(2.0, None, 1, 1, 1.0, []).diverged
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"baseline": {}}', '{"baseline": {"of": "x", "step_seconds": 1}}', '{"baseline": 3}'])
@@ -367,4 +366,4 @@ def test_damaged_costs_are_one_sentence(tmp_path: Path, content: str) -> None:
 def test_a_damaged_outcome_is_one_sentence(tmp_path: Path, content: str) -> None:
     (tmp_path / "outcome.json").write_text(content)
     with pytest.raises(CheckpointError, match=r"outcome\.json is damaged: remove it"):
-        kept(tmp_path)
+        load_result(tmp_path)

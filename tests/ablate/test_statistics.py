@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import special, stats
 
-from andromeda.ablate.statistics import Effect, Prior, effect, holm, inverse_trigamma, moderated, shared_prior, verdict
+from andromeda.ablate.statistics import Effect, VariancePrior, effect, holm, inverse_trigamma, moderated, shared_prior, verdict
 
 ARM = {0: 3.10, 1: 3.02, 2: 3.15, 3: 3.08}
 BASE = {0: 3.20, 1: 3.11, 2: 3.21, 3: 3.25}
@@ -107,7 +107,7 @@ def test_equal_variances_are_pooled_whole_and_few_arms_not_at_all() -> None:
 
 
 def test_a_moderated_variance_lies_between_its_own_and_the_shared_one() -> None:
-    assert moderated(1.0, 2.0, Prior(6.0, 0.2)) == pytest.approx((0.4, 8.0))
+    assert moderated(1.0, 2.0, VariancePrior(6.0, 0.2)) == pytest.approx((0.4, 8.0))
 
 
 def test_moderated_p_values_are_uniform_where_nothing_differs() -> None:

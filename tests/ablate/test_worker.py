@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
 
-from andromeda.ablate import cost
+from andromeda.ablate import worker
 from andromeda.ablate.worker import _answer
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
@@ -18,11 +18,11 @@ def test_an_arm_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyP
     def step(x: torch.Tensor, width: int) -> torch.Tensor:
         return x * width if width else x
 
-    def measure(config: RunConfig, steps: int) -> cost.Cost:
+    def measure(config: RunConfig, steps: int) -> worker.StepCost:
         torch.compile(step, backend=counter, dynamic=False)(torch.ones(2), steps)
-        return cost.Cost(0.0, 0, 1)
+        return worker.StepCost(0.0, 0, 1)
 
-    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(worker, "measure_cost", measure)
     config = load("nano").model_dump(mode="json")
     with torch._dynamo.config.patch(recompile_limit=2):
         for arm in range(1, 6):

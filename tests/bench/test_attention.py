@@ -9,14 +9,14 @@ import pytest
 import torch
 
 from andromeda.bench import attention
-from andromeda.bench.attention import Work
+from andromeda.bench.attention import AttentionCase
 from andromeda.ops.attention import AttentionSpec
 
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("work", attention.WORKS, ids=lambda work: work.name)
-def test_counted_pairs_are_those_that_the_mask_shows(work: Work, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("work", attention.ATTENTION_CASES, ids=lambda work: work.name)
+def test_counted_pairs_are_those_that_the_mask_shows(work: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "DOCUMENT", 30)
     q, _, _, pattern = attention.inputs(work, 1300, 2, CPU)
     T = q.shape[1]
@@ -27,7 +27,7 @@ def test_counted_pairs_are_those_that_the_mask_shows(work: Work, monkeypatch: py
 
 
 def test_a_folded_work_is_alibi(monkeypatch: pytest.MonkeyPatch) -> None:
-    folded, slopes = (Work("", ("sdpa",), alibi=alibi) for alibi in ("folded", "slopes"))
+    folded, slopes = (AttentionCase("", ("sdpa",), alibi=alibi) for alibi in ("folded", "slopes"))
     q, k, _, pattern = attention.inputs(folded, 300, 1, CPU)
     heads = attention.inputs(slopes, 300, 1, CPU)[3].slopes
     assert heads is not None
@@ -38,13 +38,13 @@ def test_a_folded_work_is_alibi(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_every_row_is_written_and_none_hides_a_refusal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     works = (
-        Work("causal", ("sdpa", "flash")),
-        Work("both", ("sdpa",), 50, documents=True, alibi="folded"),
-        Work("prepared", ("sdpa",), alibi="folded", prepared=True),
-        Work("one", ("sdpa",), queries=1, rows=1),
+        AttentionCase("causal", ("sdpa", "flash")),
+        AttentionCase("both", ("sdpa",), 50, documents=True, alibi="folded"),
+        AttentionCase("prepared", ("sdpa",), alibi="folded", prepared=True),
+        AttentionCase("one", ("sdpa",), queries=1, rows=1),
     )
-    monkeypatch.setattr(attention, "WORKS", works)
-    monkeypatch.setattr(attention, "ROOM", 200)
+    monkeypatch.setattr(attention, "ATTENTION_CASES", works)
+    monkeypatch.setattr(attention, "TOTAL_TOKENS", 200)
     out = tmp_path / "figures" / "attention.json"
     attention.main(["--out", str(out), "--lengths", "200", "--rep", "1", "--device", "cpu"])
     result = json.loads(out.read_text())
@@ -62,5 +62,5 @@ def test_what_the_budget_left_out_says_so(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
     attention.main(["--out", str(out), "--lengths", "64", "--budget", "0", "--device", "cpu"])
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == sum(len(work.backends) for work in attention.WORKS)
+    assert len(rows) == sum(len(work.backends) for work in attention.ATTENTION_CASES)
     assert {row["refused"] for row in rows} == {"the time for measuring was over"}

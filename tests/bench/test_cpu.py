@@ -11,31 +11,32 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from andromeda.bench import competitors, convergence, cpu
-from andromeda.bench.competitors import CONTEXT, PEER, ROWS, SIDES, VOCABULARY, Side, Way, build_side
+from andromeda.bench import competitors, convergence
+from andromeda.bench import competitors as cpu
+from andromeda.bench.competitors import BASELINE, COMPETITORS, CONTEXT, ROWS, VOCABULARY, Competitor, ComputeMode, build_competitor
 from andromeda.bench.record import record, save
-from andromeda.bench.timing import alternate
+from andromeda.bench.timing import time_alternately
 from andromeda.cli.main import app
 from andromeda.config.data import BuildConfig
 from andromeda.data.build import build
 from tools import precision_plot
 
-NOTHING = Side(lambda ids, targets, factor: torch.zeros(()), 10, 1e6)
+NOTHING = Competitor(lambda ids, targets, factor: torch.zeros(()), 10, 1e6)
 
 
 def test_all_works_meet_every_round_in_alternating_order() -> None:
     seen: list[tuple[str, int]] = []
-    seconds = alternate({name: lambda n, name=name: seen.append((name, n)) for name in "abc"}, warmup=1, rounds=3)
+    seconds = time_alternately({name: lambda n, name=name: seen.append((name, n)) for name in "abc"}, warmup=1, rounds=3)
     assert seen == [*[(name, 0) for name in "abc"], *[(name, 1) for name in "cba"], *[(n, 2) for n in "abc"], *[(n, 3) for n in "cba"]]
     assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 def test_ratio_is_of_each_sides_best_median() -> None:
-    eager, compiled = Way(), Way(compiled=True)
-    seconds = {(PEER, eager): [2.0, 4.0, 9.0], (PEER, compiled): [5.0, 5.0, 5.0], ("ours", eager): [1.0, 100.0, 1.0]}
+    eager, compiled = ComputeMode(), ComputeMode(compiled=True)
+    seconds = {(BASELINE, eager): [2.0, 4.0, 9.0], (BASELINE, compiled): [5.0, 5.0, 5.0], ("ours", eager): [1.0, 100.0, 1.0]}
     found = cpu.summary(seconds, dict.fromkeys(seconds, NOTHING))["sides"]
-    assert found[PEER]["best"] == ROWS * CONTEXT / 4.0
-    assert found[PEER]["ratio"] == 1.0
+    assert found[BASELINE]["best"] == ROWS * CONTEXT / 4.0
+    assert found[BASELINE]["ratio"] == 1.0
     assert found["ours"]["ratio"] == 4.0
     assert found["ours"]["gflops"] == ROWS * CONTEXT * 1e6 / 1e9
 
@@ -44,15 +45,15 @@ def test_sides_are_of_one_size_and_learn_the_same_task() -> None:
     pytest.importorskip("transformers")
     torch.manual_seed(0)
     ids, targets = torch.randint(0, VOCABULARY, (2, ROWS, CONTEXT))
-    built = {name: build_side(name, Way()) for name in SIDES}
+    built = {name: build_competitor(name, ComputeMode()) for name in COMPETITORS}
     for side in built.values():
-        assert side.parameters == pytest.approx(built[PEER].parameters, rel=0.02)
+        assert side.parameters == pytest.approx(built[BASELINE].parameters, rel=0.02)
         # Untrained, every side is near the loss of a uniform guess.
         assert float(side.step(ids, targets, 0.0)) == pytest.approx(math.log(VOCABULARY), rel=0.15)
         losses = [float(side.step(ids, torch.full_like(targets, 7), 10.0)) for _ in range(3)]
         assert losses[2] < 0.5 * losses[0]
     same = built["Andromeda, same products"].flops_per_token
-    assert same == pytest.approx(built[PEER].flops_per_token, rel=0.01)
+    assert same == pytest.approx(built[BASELINE].flops_per_token, rel=0.01)
 
 
 def test_the_peers_operations_are_those_that_torch_counts() -> None:
@@ -60,7 +61,7 @@ def test_the_peers_operations_are_those_that_torch_counts() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    side, ids = build_side(PEER, Way()), torch.zeros(1, CONTEXT, dtype=torch.long)
+    side, ids = build_competitor(BASELINE, ComputeMode()), torch.zeros(1, CONTEXT, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         side.step(ids, ids, 0.0)
     full = side.flops_per_token + 6 * 6 * 4 * 64 * 2 * (CONTEXT - 1) / 2
@@ -69,10 +70,10 @@ def test_the_peers_operations_are_those_that_torch_counts() -> None:
 
 def test_time_to_the_peers_loss() -> None:
     """Ten steps, a window of one: the peer ends at 1.0 after 10 s; the other is there at its fourth step of 2 s."""
-    losses = {PEER: [10.0 - i for i in range(10)], "ours": [9.0, 5.0, 3.0, 0.5, *[0.4] * 6]}
-    seconds = {PEER: [1.0] * 10, "ours": [2.0] * 10}
+    losses = {BASELINE: [10.0 - i for i in range(10)], "ours": [9.0, 5.0, 3.0, 0.5, *[0.4] * 6]}
+    seconds = {BASELINE: [1.0] * 10, "ours": [2.0] * 10}
     found = convergence.compare(losses, seconds, dict.fromkeys(losses, NOTHING))
-    assert found[PEER]["seconds_to_peers_loss"] == found[PEER]["seconds"] == 10.0
+    assert found[BASELINE]["seconds_to_peers_loss"] == found[BASELINE]["seconds"] == 10.0
     assert found["ours"]["seconds_to_peers_loss"] == 8.0
     assert found["ours"]["final_loss"] == pytest.approx(0.4)
 
@@ -103,11 +104,11 @@ def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With sides of two layers less and without the peer's library."""
     ours = "Andromeda, same products"
-    monkeypatch.setattr(cpu, "ways", lambda: [Way()])
+    monkeypatch.setattr(cpu, "compute_modes", lambda: [ComputeMode()])
     for module in (cpu, convergence):
-        monkeypatch.setattr(module, "SIDES", {PEER: None, ours: None})
-    monkeypatch.setattr(cpu, "build_side", lambda name, way: NOTHING)
-    monkeypatch.setattr(convergence, "build_side", lambda name, way: NOTHING)
+        monkeypatch.setattr(module, "COMPETITORS", {BASELINE: None, ours: None})
+    monkeypatch.setattr(cpu, "build_competitor", lambda name, way: NOTHING)
+    monkeypatch.setattr(convergence, "build_competitor", lambda name, way: NOTHING)
     result = CliRunner().invoke(app, ["bench", "cpu", "--rounds", "2", "--out", str(tmp_path / "cpu.json")])
     assert result.exit_code == 0, result.output
     assert "1024 x 1024" in result.stdout
@@ -116,5 +117,5 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     build([str(tmp_path / "a.txt")], tmp_path / "corpus", BuildConfig(tokenizer="bytes", split_documents_at=4000, validation_fraction=0.1))
     result = CliRunner().invoke(app, ["bench", "learn", str(tmp_path / "corpus"), "--steps", "3", "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["sides"][PEER]["final_loss"] == 0.0
-    assert competitors.andromeda_config(True, Way()).model.value_embedding.kind == "layered"
+    assert json.loads(result.stdout)["sides"][BASELINE]["final_loss"] == 0.0
+    assert competitors.andromeda_config(True, ComputeMode()).model.value_embedding.kind == "layered"

@@ -11,7 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from andromeda.bench import decode, loss, models, precision, prefill, training
-from andromeda.bench.models import empty_model, llama, x_transformer
+from andromeda.bench.models import llama, random_model, x_transformer
 from andromeda.config.load import load
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
@@ -34,11 +34,11 @@ TRAIN = ["train.device=cpu", "train.compile=off", "train.precision=fp32"]
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """One call stands for many."""
     for module in (prefill, decode, loss):
-        monkeypatch.setattr(module, "device_ms", lambda function, *_: (function(), 2.0)[1])
+        monkeypatch.setattr(module, "median_ms", lambda function, *_: (function(), 2.0)[1])
 
 
 def test_training_counts_tokens_and_takes_every_side() -> None:
-    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=models.peers("all"))
+    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=models.parse_peers("all"))
     assert list(result["sides"]) == ["Andromeda", *models.PEERS.values()]
     assert result["tokens_per_step"] == 2 * 64
     for side in result["sides"].values():
@@ -58,7 +58,7 @@ def test_a_side_without_memory_says_so() -> None:
 def test_llama_has_our_products() -> None:
     """Parameters of its blocks are ours to 2 %: the same projections, and three matrices of two thirds the hidden width."""
     config = load("andromeda", [*SMALL, "model.hidden_size=768", "model.feedforward.bias=false", "model.block.norm=rms"]).model
-    ours, peer = empty_model(config, torch.device("meta"), torch.bfloat16), llama(config, torch.device("meta"), torch.bfloat16)
+    ours, peer = random_model(config, torch.device("meta"), torch.bfloat16), llama(config, torch.device("meta"), torch.bfloat16)
     count = [sum(p.numel() for p in model.parameters() if p.ndim == 2) for model in (ours, peer)]
     assert count[1] == pytest.approx(count[0], rel=0.02)
 
@@ -77,7 +77,7 @@ def test_prefill_gives_the_last_logits_and_counts_its_operations(eight_bits: boo
     result = prefill.measure("andromeda", SMALL, [48], eight_bits=eight_bits)
     (row,) = result["rows"]
     assert row["finite"]
-    model = empty_model(config, CPU, torch.float32)
+    model = random_model(config, CPU, torch.float32)
     ids = torch.randint(512, (1, 48), generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         whole = model(ids)[:, -1]
@@ -96,7 +96,7 @@ def test_decode_floor_is_what_must_be_read() -> None:
     """Every weight but the embedding's rows, and the keys and values of the context."""
     config = load("andromeda", SMALL).model
     (row,) = decode.measure("andromeda", SMALL, [40])["rows"]
-    parameters = empty_model(config, torch.device("meta"), torch.bfloat16)
+    parameters = random_model(config, torch.device("meta"), torch.bfloat16)
     assert row["weights"] == 2 * (sum(p.numel() for p in parameters.parameters()) - 512 * 64)
     shifts = 2 * 2 * 64
     assert row["cache"] == 2 * (2 * 40 * 2 * 32 + shifts)
@@ -119,10 +119,10 @@ def test_without_flash_attention_it_is_the_same_attention() -> None:
 
 
 def test_a_peer_that_does_not_exist_is_refused() -> None:
-    assert models.peers("") == []
-    assert models.peers("llama,x-transformers-alibi") == ["transformers Llama", "x-transformers"]
+    assert models.parse_peers("") == []
+    assert models.parse_peers("llama,x-transformers-alibi") == ["transformers Llama", "x-transformers"]
     with pytest.raises(RequestError, match=r"no peer 'lama'.*llama"):
-        models.peers("lama")
+        models.parse_peers("lama")
 
 
 def test_both_precisions_read_the_same_text() -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from andromeda.bench.tokenizers import speeds, steps_for
+from andromeda.bench.tokenizer_comparison import speeds, steps_for
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer

@@ -16,9 +16,8 @@ from andromeda.config.data import BuildConfig
 from andromeda.config.model import ModelConfig
 from andromeda.data.encoders import raw
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.explain import Wish, explain, write_explanation
-from andromeda.explain.page import build_page
-from andromeda.explain.sections import packed
+from andromeda.explain import ExplainRequest, explain, write_explanation
+from andromeda.explain.explain_page import build_page, pack_attention
 from andromeda.model.attention import Attention
 from andromeda.ops.attention import AttentionSpec
 from andromeda.utils.errors import RequestError
@@ -95,14 +94,14 @@ def test_a_text_too_long_is_refused_with_numbers(run: Path, capsys: pytest.Captu
 
 
 def test_too_many_maps_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("andromeda.explain.explanation.CELLS", 100)
+    monkeypatch.setattr("andromeda.explain.explanation.MAX_MAP_CELLS", 100)
     with pytest.raises(RequestError, match="--layers"):
-        explain(Path("run"), model(), Wish("some text"))
-    assert len(explain(Path("run"), model(), Wish("abc", layers=(2,))).maps) == 1
+        explain(Path("run"), model(), ExplainRequest("some text"))
+    assert len(explain(Path("run"), model(), ExplainRequest("abc", layers=(2,))).maps) == 1
 
 
 def test_a_mixture_keeps_all_views_but_one() -> None:
-    found = explain(Path("run"), model(feedforward={"kind": "moe"}), Wish("abc"))
+    found = explain(Path("run"), model(feedforward={"kind": "moe"}), ExplainRequest("abc"))
     assert found.gradients is None
     assert "jump" in build_page(found)
     assert all(check.holds for check in found.checks)
@@ -120,7 +119,7 @@ def test_a_mixture_keeps_all_views_but_one() -> None:
     ids=["deepnorm", "sigmoid", "softcap", "speedrun"],
 )
 def test_other_architectures(changes: dict) -> None:
-    found = explain(Path("run"), model(**changes), Wish("abc def"))
+    found = explain(Path("run"), model(**changes), ExplainRequest("abc def"))
     assert [check for check in found.checks if not check.holds] == []
     parse(build_page(found))
 
@@ -135,7 +134,7 @@ class Squares(Attention):
 
 def test_views_that_cannot_be_are_told() -> None:
     attention = CONFIG["attention"] | {"mixer": f"{__name__}:Squares"}
-    found = explain(Path("run"), model(attention=attention, feedforward={"kind": "moe"}), Wish("abc"))
+    found = explain(Path("run"), model(attention=attention, feedforward={"kind": "moe"}), ExplainRequest("abc"))
     assert set(found.refused) == {"attention", "gradients"}
     assert found.maps == {}
     page = build_page(found)
@@ -148,13 +147,13 @@ def test_views_that_cannot_be_are_told() -> None:
 def test_a_map_is_packed_as_the_page_reads_it() -> None:
     """Row by row, up to the diagonal, as 255 times the root."""
     weights = torch.tensor([[1.0, 0.0, 0.0], [0.25, 0.75, 0.0], [0.0, 0.04, 0.96]], dtype=torch.float64)
-    read = np.frombuffer(base64.b64decode(packed(weights)), np.uint8)
+    read = np.frombuffer(base64.b64decode(pack_attention(weights)), np.uint8)
     assert read.tolist() == [255, 128, 221, 0, 51, 250]
 
 
 @pytest.mark.parametrize("width", [1280, 390])
 def test_in_a_browser(tmp_path: Path, width: int) -> None:
-    found = explain(tmp_path, model(), Wish(TEXT))
+    found = explain(tmp_path, model(), ExplainRequest(TEXT))
     said = browse(write_explanation(found), width, tmp_path)
     assert said["errors"] == []
     assert said["console"] == []

@@ -7,10 +7,9 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.explain.integrated_gradients import TOLERANCE, _inputs, _integral, integrated
-from andromeda.explain.logit_lens import lens
-from andromeda.explain.residual_decomposition import Part, direct, frozen, ledger
-from andromeda.explain.trace import trace
+from andromeda.explain.integrated_gradients import TOLERANCE, _inputs, _integral, integrated_gradients
+from andromeda.explain.residual_decomposition import ResidualPart, apply_frozen_norm, decompose_residual, direct_attribution
+from andromeda.explain.trace import logit_lens, trace
 from andromeda.model.attention import Attention
 from andromeda.ops.attention import AttentionSpec
 from andromeda.utils.errors import RequestError
@@ -29,7 +28,7 @@ def test_every_architecture(row: str, documents: Tensor | None) -> None:
     with torch.no_grad():
         logits = model(text, documents=documents)
     torch.testing.assert_close(seen.logits, logits, rtol=0, atol=EXACT)
-    assert lens(model, seen, 3).error <= EXACT
+    assert logit_lens(model, seen, 3).error <= EXACT
     for layer in seen.layers:
         assert layer.weights is not None
         assert layer.weights_error <= EXACT
@@ -37,7 +36,7 @@ def test_every_architecture(row: str, documents: Tensor | None) -> None:
             torch.testing.assert_close(layer.weights.sum(-1), torch.ones_like(layer.weights[..., 0]), rtol=0, atol=EXACT)
         assert float(layer.weights.triu(1).abs().max()) == 0.0
     for position in (0, T // 2, T - 1):
-        shares = direct(model, seen, position, 3, 7, row=1)
+        shares = direct_attribution(model, seen, position, 3, 7, row=1)
         # Of the logit itself, which the soft cap of the head bounds.
         capped = sum(shares.parts.values()) + shares.bias
         if model.head.softcap:
@@ -81,7 +80,7 @@ def test_the_way_straight_to_the_head() -> None:
     last = seen.layers[-1].feedforward[0, -1]
     scale = torch.sqrt(at.var(correction=0) + model.norm.eps)
     without = (at - last - (at - last).mean()) / scale * model.norm.weight @ model.head.weight[3]
-    share = direct(model, seen, T - 1, 3, 7).parts[Part("feed-forward", 2)]
+    share = direct_attribution(model, seen, T - 1, 3, 7).parts[ResidualPart("feed-forward", 2)]
     assert abs(float(seen.logits[0, -1, 3] - without) - share) <= EXACT
 
 
@@ -89,8 +88,8 @@ def test_the_way_straight_to_the_head() -> None:
 def test_frozen_norms_are_linear_and_exact(row: str) -> None:
     norm = next(m for m in build(row).modules() if type(m).__name__ in ("RMSNorm", "RMSNormNoGain", "LayerNorm") and m.eps < 1e-4)
     a, b = torch.randn(2, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    torch.testing.assert_close(frozen(norm, a + b, a + b), norm(a + b))
-    torch.testing.assert_close(frozen(norm, a, a + b) + frozen(norm, b, a + b), norm(a + b))
+    torch.testing.assert_close(apply_frozen_norm(norm, a + b, a + b), norm(a + b))
+    torch.testing.assert_close(apply_frozen_norm(norm, a, a + b) + apply_frozen_norm(norm, b, a + b), norm(a + b))
 
 
 def smooth(row: str) -> bool:
@@ -102,7 +101,7 @@ def test_integrated_gradients_are_complete(row: str) -> None:
     """Their sum is the difference of two passes that no gradient is taken of."""
     model, text = build(row), ids(batch=1)
     nothing = torch.full_like(text, 5)
-    found = integrated(model, text, T - 1, 3, nothing)
+    found = integrated_gradients(model, text, T - 1, 3, nothing)
     with torch.no_grad():
         difference = float(model(text)[0, -1, 3] - model(nothing)[0, -1, 3])
     assert abs(float(found.shares.sum()) - difference) <= TOLERANCE * float(found.shares.abs().sum()) + 1e-9
@@ -131,7 +130,7 @@ def test_integrated_gradients_of_a_linear_model_are_its_weights() -> None:
     with torch.no_grad():
         model.decoder.blocks[0].attention.out.weight.zero_()
         model.decoder.blocks[0].feedforward.out.weight.zero_()
-    found = integrated(model, ids(batch=1), T - 1, 3, torch.full((1, T), 5))
+    found = integrated_gradients(model, ids(batch=1), T - 1, 3, torch.full((1, T), 5))
     assert float(found.shares[:-1].abs().max()) == 0.0
     assert found.complete
 
@@ -139,7 +138,7 @@ def test_integrated_gradients_of_a_linear_model_are_its_weights() -> None:
 def test_a_mixture_is_refused_with_its_reason() -> None:
     row = next(name for name in ROWS if "moe" in name)
     with pytest.raises(RequestError, match="jump"):
-        integrated(build(row), ids(batch=1), T - 1, 3, torch.full((1, T), 5))
+        integrated_gradients(build(row), ids(batch=1), T - 1, 3, torch.full((1, T), 5))
 
 
 class Squares(Attention):
@@ -156,13 +155,13 @@ def test_attention_that_averages_no_values_has_no_map() -> None:
     seen = trace(model, ids())
     assert all(layer.weights is None for layer in seen.layers)
     # Its heads still go through the output projection one by one, so that the sum stays exact.
-    assert direct(model, seen, T - 1, 3, 7).error <= EXACT
+    assert direct_attribution(model, seen, T - 1, 3, 7).error <= EXACT
 
 
 def test_the_model_is_as_it_was() -> None:
     model = build(ROWS[0])
     before = {name: module._forward_hooks.copy() for name, module in model.named_modules()}
     seen = trace(model, ids())
-    ledger(model, seen, 0)
+    decompose_residual(model, seen, 0)
     assert all("core_attention" not in vars(block.attention) for block in model.decoder.blocks)
     assert {name: module._forward_hooks for name, module in model.named_modules()} == before

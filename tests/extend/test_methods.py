@@ -10,8 +10,8 @@ from torch import Tensor
 
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
-from andromeda.extend.methods import applicable, chosen, stretching
-from andromeda.extend.training_config import Wishes, configure
+from andromeda.extend.methods import applicable_methods, parse_methods, position_overrides
+from andromeda.extend.training_config import ExtendRequest, configure
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.utils.errors import ConfigError
 
@@ -26,7 +26,7 @@ def stretched(old: RunConfig, tmp_path: Path, method: str, to: int = TO) -> RunC
     from andromeda.config.load import dumps
 
     (tmp_path / "old.toml").write_text(dumps(old))
-    return load(str(tmp_path / "old.toml"), stretching(old, to, method))
+    return load(str(tmp_path / "old.toml"), position_overrides(old, to, method))
 
 
 def table(config: RunConfig, positions: list[float], span: int) -> tuple[Tensor, Tensor]:
@@ -103,10 +103,10 @@ def test_a_stretched_run_is_stretched_from_its_first_context(make: Make, tmp_pat
 
 
 def test_methods_that_apply(make: Make) -> None:
-    assert applicable(make()) == ["yarn", "ntk", "pi", "dynamic-ntk", "none"]
-    assert applicable(make(rotary={"kind": "none"}, alibi={"num_heads": 2})) == ["alibi-scale", "none"]
-    assert chosen("pi, ntk,pi", make()) == ["pi", "ntk"]
-    assert chosen("all", make(alibi={"num_heads": 1})) == ["yarn", "ntk", "pi", "dynamic-ntk", "alibi-scale", "none"]
+    assert applicable_methods(make()) == ["yarn", "ntk", "pi", "dynamic-ntk", "none"]
+    assert applicable_methods(make(rotary={"kind": "none"}, alibi={"num_heads": 2})) == ["alibi-scale", "none"]
+    assert parse_methods("pi, ntk,pi", make()) == ["pi", "ntk"]
+    assert parse_methods("all", make(alibi={"num_heads": 1})) == ["yarn", "ntk", "pi", "dynamic-ntk", "alibi-scale", "none"]
 
 
 @pytest.mark.parametrize(
@@ -120,20 +120,20 @@ def test_methods_that_apply(make: Make) -> None:
 )
 def test_what_cannot_be_stretched_is_refused(model: dict[str, object], to: int, method: str, told: str, make: Make) -> None:
     with pytest.raises(ConfigError, match=told):
-        stretching(make(**model), to, method)
+        position_overrides(make(**model), to, method)
 
 
 def test_the_continued_training_reads_as_many_tokens_a_step_at_a_share_of_the_rates(old: Path) -> None:
     before = load(str(old))
-    new = configure(before, Wishes(str(old), 64, steps=20, rate=0.5), "yarn")
+    new = configure(before, ExtendRequest(str(old), 64, steps=20, rate=0.5), "yarn")
     assert new.train.seq_len * new.train.batch_size == 32 * before.train.batch_size
     assert new.train.optim.lr == pytest.approx(0.5 * before.train.optim.lr)
     assert new.train.steps == 20
     assert not new.data.document_mask
     assert new.data.corpus == before.data.corpus
-    assert configure(before, Wishes(str(old), 64, overrides=("train.batch_size=6",)), "yarn").train.batch_size == 6
+    assert configure(before, ExtendRequest(str(old), 64, overrides=("train.batch_size=6",)), "yarn").train.batch_size == 6
     with pytest.raises(ConfigError, match="--steps"):
-        configure(before, Wishes(str(old), 64, overrides=("train.steps=7",)), "yarn")
+        configure(before, ExtendRequest(str(old), 64, overrides=("train.steps=7",)), "yarn")
 
 
 def test_muons_companions_slow_down_too(make: Make, tmp_path: Path) -> None:
@@ -142,5 +142,5 @@ def test_muons_companions_slow_down_too(make: Make, tmp_path: Path) -> None:
     base = make()
     muon = base.model_copy(update={"train": base.train.model_copy(update={"optim": base.train.optim.model_copy(update={"kind": "muon"})})})
     (tmp_path / "config.toml").write_text(dumps(muon))
-    optim = configure(muon, Wishes(str(tmp_path), 64, rate=0.5), "pi").train.optim
+    optim = configure(muon, ExtendRequest(str(tmp_path), 64, rate=0.5), "pi").train.optim
     assert (optim.embedding_lr, optim.head_lr, optim.scalar_lr) == pytest.approx((0.15, 0.002, 0.02))

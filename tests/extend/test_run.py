@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from scipy import stats
 
 from andromeda.config.load import dumps, load
-from andromeda.extend.page import sections
-from andromeda.extend.results import Book, difference, table, verdicts
-from andromeda.extend.run import extend
-from andromeda.extend.training_config import Wishes, scored
+from andromeda.extend.extension import extend
+from andromeda.extend.results import ExtensionResults, difference, table, verdicts
+from andromeda.extend.training_config import ExtendRequest, tail_length
 from andromeda.train.progress import Silent
 from tests.command import call
+from tools.extension_section import sections
 
 from .conftest import Make
 
@@ -59,7 +59,7 @@ def extended(old: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path,
     """An extension by two methods, what it measured, and the old run's files before it."""
     before = files(old)
     out = tmp_path_factory.mktemp("extended") / "out"
-    values = extend(Wishes(str(old), 96, overrides=CHANGES, **QUICK), "pi,none", out, silent, quiet).values
+    values = extend(ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK), "pi,none", out, silent, quiet).values
     return out, values, before
 
 
@@ -93,13 +93,13 @@ def test_the_table_has_a_row_for_every_stage(extended: Any) -> None:
 def test_a_second_call_does_nothing_again(extended: Any, old: Path) -> None:
     out, values, _ = extended
     before = files(out)
-    again = extend(Wishes(str(old), 96, overrides=CHANGES, **QUICK), "pi,none", out, silent, quiet)
+    again = extend(ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK), "pi,none", out, silent, quiet)
     assert again.values == values
     assert files(out) == before
 
 
 def test_a_kill_while_training_changes_nothing(extended: Any, old: Path, tmp_path: Path) -> None:
-    wishes = Wishes(str(old), 96, overrides=CHANGES, **QUICK)
+    wishes = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
     with pytest.raises(KeyboardInterrupt):
         extend(wishes, "pi,none", tmp_path / "out", lambda steps: Stop(), quiet)
     values = extend(wishes, "pi,none", tmp_path / "out", silent, quiet).values
@@ -114,7 +114,7 @@ def test_a_kill_before_the_run_is_a_run_begins_it_again(extended: Any, old: Path
     def dead(self: RunFolder, config: object) -> None:
         raise KeyboardInterrupt
 
-    wishes = Wishes(str(old), 96, overrides=CHANGES, **QUICK)
+    wishes = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(RunFolder, "write_config", dead)
         with pytest.raises(KeyboardInterrupt):
@@ -124,7 +124,7 @@ def test_a_kill_before_the_run_is_a_run_begins_it_again(extended: Any, old: Path
 
 
 def test_measuring_alone_writes_no_weights(old: Path, tmp_path: Path) -> None:
-    values = extend(Wishes(str(old), 64, **(QUICK | {"steps": 0})), "yarn", tmp_path / "out", silent, quiet).values
+    values = extend(ExtendRequest(str(old), 64, **(QUICK | {"steps": 0})), "yarn", tmp_path / "out", silent, quiet).values
     assert list(values["methods"]["yarn"]) == ["untrained"]
     assert not (tmp_path / "out" / "checkpoints").exists()
 
@@ -133,7 +133,7 @@ def test_xpos_that_cannot_read_on_is_measured_as_far_as_it_can(make: Make, tmp_p
     from andromeda.train.trainer import train
 
     train(make(rotary={"kind": "xpos", "scale_base": 1}), tmp_path / "old")
-    wishes = Wishes(str(tmp_path / "old"), 512, **(QUICK | {"steps": 0}))
+    wishes = ExtendRequest(str(tmp_path / "old"), 512, **(QUICK | {"steps": 0}))
     values = extend(wishes, "pi", tmp_path / "out", silent, quiet).values
     assert values["before"]["context"]["context"] == [16, 32]
     assert values["methods"]["pi"]["untrained"]["context"]["context"][-1] == 512
@@ -223,12 +223,15 @@ def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
 
 def test_by_default_the_scored_targets_fit_the_trained_context(old: Path) -> None:
     config = load(str(old))
-    assert scored(config, Wishes(str(old), 64)) == 16
-    assert scored(config.model_copy(update={"train": config.train.model_copy(update={"seq_len": 2048})}), Wishes(str(old), 4096)) == 256
+    assert tail_length(config, ExtendRequest(str(old), 64)) == 16
+    assert (
+        tail_length(config.model_copy(update={"train": config.train.model_copy(update={"seq_len": 2048})}), ExtendRequest(str(old), 4096))
+        == 256
+    )
 
 
 def test_another_extension_in_the_folder_is_refused(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    Book(tmp_path, {"wishes": {}, "trained": 32}).save()
+    ExtensionResults(tmp_path, {"wishes": {}, "trained": 32}).save()
     assert call("extend", str(old), "--to", "64", "--out", str(tmp_path)) == 2
     assert "holds another extension" in capsys.readouterr().err
     (tmp_path / "extension.json").write_text("{")

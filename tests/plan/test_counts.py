@@ -14,9 +14,8 @@ from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
-from andromeda.plan.memory import cache_bytes, checkpoint
-from andromeda.plan.parameters import count
-from andromeda.plan.train_state import state_bytes
+from andromeda.plan.estimate import count_parameters
+from andromeda.plan.memory import cache_bytes, checkpoint_size, state_bytes
 from andromeda.train.callbacks.ema import build_average
 
 pytestmark = pytest.mark.usefixtures("still_heap")
@@ -53,27 +52,27 @@ def peer(name: str) -> RunConfig:
 def test_parameters_are_those_of_a_built_model(name: str) -> None:
     config = tiny(**VARIANTS[name]).model
     built = {id(p): p.numel() for p in Transformer(config).parameters()}
-    assert count(meta_model(config)).total == sum(built.values())
+    assert count_parameters(meta_model(config)).total == sum(built.values())
 
 
 def test_published_counts() -> None:
     """LLaMA's are those of its published weights; GPT-3's is its architecture written out, 174.6 B (the paper says 175.0)."""
-    assert count(meta_model(peer("llama-7b").model)).total == 6_738_415_616
-    assert count(meta_model(peer("llama-65b").model)).total == 65_285_660_672
+    assert count_parameters(meta_model(peer("llama-7b").model)).total == 6_738_415_616
+    assert count_parameters(meta_model(peer("llama-65b").model)).total == 65_285_660_672
     C, L, V, T = 12288, 96, 50257, 2048
     norms = (2 * L + 1) * C  # ours have no biases
-    assert count(meta_model(peer("gpt3-175b").model)).total == L * (12 * C * C + 9 * C) + (V + T) * C + norms
+    assert count_parameters(meta_model(peer("gpt3-175b").model)).total == L * (12 * C * C + 9 * C) + (V + T) * C + norms
 
 
 def test_active_parameters() -> None:
     """A row of each table; the whole of a table that is the head; of 4 experts the 2 that are chosen."""
     speedrun = load("speedrun").model
-    parameters = count(meta_model(speedrun))
+    parameters = count_parameters(meta_model(speedrun))
     assert parameters.parts["value embedding"] == 12 * 768 * 50304
     assert parameters.total - parameters.active == (12 * 768 + 768) * (50304 - 1)
-    tied = count(meta_model(tiny(head={"tied": True}).model))
+    tied = count_parameters(meta_model(tiny(head={"tied": True}).model))
     assert tied.active == tied.total
-    moe = count(meta_model(tiny(**VARIANTS["moe"]).model))
+    moe = count_parameters(meta_model(tiny(**VARIANTS["moe"]).model))
     assert moe.total - moe.active == 255 * 64 + 2 * 3 * (3 * 64 * 96)
 
 
@@ -93,7 +92,7 @@ def test_state_is_what_a_step_leaves_behind(name: str, kind: str) -> None:
     assert planned.gradients == held([p.grad for p in model.parameters()])
     assert planned.optimizer == held(optimizer.tensors().values())
     assert planned.average == held(build_average(model, config.train.ema).tensors().values())
-    saved = checkpoint(planned, keep=2)
+    saved = checkpoint_size(planned, keep=2)
     assert saved.disk == planned.total - planned.gradients
     assert saved.disk_peak == 3 * saved.disk
 

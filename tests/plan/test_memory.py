@@ -22,10 +22,9 @@ from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import sdpa
 from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.optim import Muon
-from andromeda.plan.dry_run import passing
-from andromeda.plan.memory import training, update_bytes
-from andromeda.plan.mesh import Mesh
-from andromeda.plan.train_state import State
+from andromeda.plan.device_mesh import DeviceMeshShape
+from andromeda.plan.dry_run import step_memory
+from andromeda.plan.memory import TrainStateBytes, training_memory, update_bytes
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.objective import NextToken, Rows
 from andromeda.train.precision import PRECISIONS
@@ -116,7 +115,7 @@ CASES = [(name, "fp32") for name in MODELS] + [("plain", "bf16")]
 @pytest.mark.parametrize(("name", "precision"), CASES)
 def test_planned_memory_is_what_a_step_takes(name: str, checkpointing: str, precision: str) -> None:
     run = config(checkpointing, **MODELS[name])
-    planned = passing(run, ROWS, T, precision, gpu=False, compiled=False)
+    planned = step_memory(run, ROWS, T, precision, gpu=False, compiled=False)
     real = Real(run, precision)
     real.step()  # whatever is made once is made here
     real.model.zero_grad()
@@ -153,7 +152,7 @@ def test_saved_is_what_autograds_hooks_see() -> None:
         total = real.forward()
     for known in (*real.model.parameters(), *real.rows[:2]):
         storages.pop(known.untyped_storage()._cdata, None)
-    planned = passing(run, ROWS, T, "fp32", gpu=False, compiled=False)
+    planned = step_memory(run, ROWS, T, "fp32", gpu=False, compiled=False)
     # Two scalars of the loss are held beside what is saved.
     assert planned.saved == pytest.approx(sum(storages.values()), rel=0.001)
     assert total.requires_grad
@@ -162,7 +161,7 @@ def test_saved_is_what_autograds_hooks_see() -> None:
 def test_a_deep_model_is_planned_from_shallow_ones() -> None:
     """Depth 9 with a cycle of 2: measured at 1 and 3, and compared with the real thing."""
     run = config("none", num_layers=9, attention={"sliding_window": 16, "full_attention_interval": 2})
-    planned = passing(run, ROWS, T, "fp32", gpu=False, compiled=False)
+    planned = step_memory(run, ROWS, T, "fp32", gpu=False, compiled=False)
     real = Real(run, "fp32")
     real.step()
     real.model.zero_grad()
@@ -172,7 +171,7 @@ def test_a_deep_model_is_planned_from_shallow_ones() -> None:
 
 def test_a_plan_leaves_nothing_behind_that_a_run_could_meet() -> None:
     run = config("none", attention={"sliding_window": 16})
-    passing(run, ROWS, T, "fp32", gpu=False, compiled=False)
+    step_memory(run, ROWS, T, "fp32", gpu=False, compiled=False)
     Real(run, "fp32").step()
 
 
@@ -180,7 +179,7 @@ def test_a_plan_leaves_nothing_behind_that_a_run_could_meet() -> None:
 @pytest.mark.parametrize("checkpointing", ["none", "selective"])
 def test_compiled_blocks_save_what_was_planned(checkpointing: str) -> None:
     run = config(checkpointing, feedforward={"kind": "swiglu"})
-    planned = passing(run, ROWS, T, "fp32", gpu=False, compiled=True)
+    planned = step_memory(run, ROWS, T, "fp32", gpu=False, compiled=True)
     torch._dynamo.reset()
     real = Real(run, "fp32", compiled=True)
     real.step()
@@ -190,18 +189,18 @@ def test_compiled_blocks_save_what_was_planned(checkpointing: str) -> None:
 
 def test_a_fused_kernel_saves_the_same_whatever_the_pattern() -> None:
     window = config("none", attention={"sliding_window": 16}, alibi={"num_heads": 2})
-    plain = passing(config("none"), ROWS, T, "bf16", gpu=True, compiled=False)
-    assert passing(window, ROWS, T, "bf16", gpu=True, compiled=False) == plain
+    plain = step_memory(config("none"), ROWS, T, "bf16", gpu=True, compiled=False)
+    assert step_memory(window, ROWS, T, "bf16", gpu=True, compiled=False) == plain
 
 
 def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
     """One copy of every matrix of a product and of every gain of the stream, two bytes a number; in float32 there is none."""
     run = config("none", head={"bias": True})
-    planned = passing(run, ROWS, T, "bf16", gpu=False, compiled=False)
+    planned = step_memory(run, ROWS, T, "bf16", gpu=False, compiled=False)
     copied = [p for name, p in Transformer(run.model).named_parameters() if ("decoder" in name and p.ndim == 2) or "norm" in name]
     assert planned.saved_copies == 2 * sum(p.numel() for p in copied)
     assert planned.forward_copies >= planned.saved_copies
-    assert passing(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
+    assert step_memory(run, ROWS, T, "fp32", gpu=False, compiled=False).saved_copies == 0
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16", "fp8"])
@@ -209,14 +208,14 @@ def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
 def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: bool) -> None:
     """Two bytes a number, all the time, and not among what is saved; with fsdp, which gathers them, there are none."""
     run = config("none", num_layers=5)
-    planned = passing(run, ROWS, T, precision, gpu=True, compiled=compiled)
+    planned = step_memory(run, ROWS, T, precision, gpu=True, compiled=compiled)
     matrices = [p for name, p in Transformer(run.model).named_parameters() if "decoder" in name and p.ndim == 2]
     assert planned.casts == 2 * sum(p.numel() for p in matrices)
     assert planned.saved_copies < planned.casts / 100
-    assert passing(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
-    state, model = State(1000, 1000, 2000, 0), Transformer(run.model)
-    alone, sharded = (training(run, Mesh(fsdp=fsdp), model, planned, state, gpu=True) for fsdp in (1, 2))
-    without = training(run, Mesh(), model, replace(planned, casts=0), state, gpu=True)
+    assert step_memory(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
+    state, model = TrainStateBytes(1000, 1000, 2000, 0), Transformer(run.model)
+    alone, sharded = (training_memory(run, DeviceMeshShape(fsdp=fsdp), model, planned, state, gpu=True) for fsdp in (1, 2))
+    without = training_memory(run, DeviceMeshShape(), model, replace(planned, casts=0), state, gpu=True)
     assert alone.peak - without.peak == planned.casts
     assert sharded.passing.casts == 0
 
@@ -225,7 +224,7 @@ def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: boo
 def test_a_gpu_saves_one_wide_vector_of_a_gelu_network(compiled: bool) -> None:
     """Two bytes for each inner feature of a token and layer: what GELU is taken of, not GELU."""
     saved = [
-        passing(
+        step_memory(
             config("none", feedforward={"kind": "gelu", "bias": True, "intermediate_size": hidden}),
             ROWS,
             T,

@@ -12,10 +12,10 @@ from typer.testing import CliRunner
 from andromeda.cli.main import app
 from andromeda.config.load import load
 from andromeda.model.meta_model import meta_model
-from andromeda.plan import Place, plan
-from andromeda.plan.mesh import Mesh, read_mesh, rows_per_reader, traffic
-from andromeda.plan.parameters import count
-from andromeda.plan.roofline import seconds_per_step, serving
+from andromeda.plan import HardwareSetup, plan
+from andromeda.plan.device_mesh import DeviceMeshShape, communication_volume, local_batch_sizes, parse_mesh
+from andromeda.plan.estimate import count_parameters
+from andromeda.plan.roofline import seconds_per_step, serving_roofline
 from andromeda.utils.errors import ConfigError
 from andromeda.utils.hardware import HARDWARE, Hardware, find_hardware, peak_flops, recognize
 
@@ -48,7 +48,7 @@ def small(tmp_path: Path) -> str:
 def test_floors_of_the_long_context_model_on_an_h200() -> None:
     """3.55e14 operations for 32,768 tokens at 735 TFLOP/s take 483 ms; 2.33 B weights at 4.27 TB/s take 1.09 ms a token."""
     config = load("andromeda", ["model.max_seq_len=32768"])
-    served = serving(config.model, count(meta_model(config.model)).active, HARDWARE["h200"], "bf16")
+    served = serving_roofline(config.model, count_parameters(meta_model(config.model)).active, HARDWARE["h200"], "bf16")
     assert served is not None
     assert served.prefill == pytest.approx(0.483, rel=0.01)
     assert served.token == pytest.approx(1.09e-3, rel=0.01)
@@ -58,7 +58,7 @@ def test_floors_of_the_long_context_model_on_an_h200() -> None:
 def test_a_step_takes_its_operations_over_the_rate() -> None:
     config = load("andromeda", ["train.activation_checkpointing=none", "train.batch_size=1"])
     slow = Hardware("slow", 1e9, 1e9, {"bf16": 1e12}, "invented")
-    parameters = count(meta_model(config.model)).active
+    parameters = count_parameters(meta_model(config.model)).active
     # 6 N T of the projections, 12 L H D (T + 1) / 2 T of attention and once more its scores.
     T, L, H, D = 8192, 32, 24, 128
     expected = (6 * parameters + 14 * L * H * D * (T + 1) / 2) * T / 1e12
@@ -80,30 +80,30 @@ def test_eight_bits_speed_up_projections_alone() -> None:
 def test_budget_is_tokens_times_flops_over_the_assumed_rate(small: str) -> None:
     config = load(small)
     gpu = Hardware("gpu", 1e9, 1e9, {"bf16": 1e12}, "invented")
-    made = plan("small", config, Place(gpu, True, Mesh(dp=2), price=3.0, mfu=0.25), tokens=1000 * 8 * 64 + 1)
+    made = plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape(dp=2), price=3.0, mfu=0.25), tokens=1000 * 8 * 64 + 1)
     assert made.budget.steps == 1001
     seconds = made.budget.tokens * made.flops.training / (0.25 * 1e12 * 2)
     assert made.budget.hours == pytest.approx(seconds / 3600)
     assert made.budget.cost == pytest.approx(seconds / 3600 * 3.0 * 2)
-    assert plan("small", config, Place(gpu, True, Mesh())).budget.steps == 100
+    assert plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape())).budget.steps == 100
 
 
 def test_sharding_follows_zero(small: str) -> None:
     """ZeRO-3 leaves 16 bytes a parameter over N (arXiv 1910.02054) and sends 3 P numbers where data parallelism sends 2 P."""
     config = load(small, ["train.optim.kind=adamw"])
     gpu = HARDWARE["h100"]
-    made = plan("small", config, Place(gpu, True, Mesh(fsdp=4)))
+    made = plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape(fsdp=4)))
     assert made.memory.state.total == pytest.approx(16 * made.parameters.total / 4, rel=1e-3)
     P, N = made.parameters.total, 4
-    sharded = traffic(config, Mesh(fsdp=N), P, 64)
-    copied = traffic(config, Mesh(dp=N), P, 64)
+    sharded = communication_volume(config, DeviceMeshShape(fsdp=N), P, 64)
+    copied = communication_volume(config, DeviceMeshShape(dp=N), P, 64)
     assert sharded.gathering / 2 + sharded.gradients / 4 == pytest.approx(3 * P * (N - 1) / N)
     assert copied.total / 4 == pytest.approx(2 * P * (N - 1) / N)
 
 
 def test_tensor_parallelism_divides_memory_and_sends_activations(small: str) -> None:
     config = load(small)
-    whole, halved = (plan("small", config, Place(HARDWARE["h100"], True, Mesh(tp=tp))) for tp in (1, 2))
+    whole, halved = (plan("small", config, HardwareSetup(HARDWARE["h100"], True, DeviceMeshShape(tp=tp))) for tp in (1, 2))
     assert halved.memory.passing.saved == whole.memory.passing.saved // 2
     assert halved.memory.state.weights == whole.memory.state.weights // 2
     # Forward and backward, each of two branches of two layers gathers and scatters 8 rows of 64 tokens of 64 numbers.
@@ -112,21 +112,21 @@ def test_tensor_parallelism_divides_memory_and_sends_activations(small: str) -> 
 
 def test_rows_of_each_gpu(small: str) -> None:
     config = load(small, ["train.batch_size=16", "train.micro_batch_size=4"])
-    assert rows_per_reader(config, Mesh(dp=2)) == (8, 4)
-    assert rows_per_reader(config, Mesh(dp=4, fsdp=2)) == (2, 2)
+    assert local_batch_sizes(config, DeviceMeshShape(dp=2)) == (8, 4)
+    assert local_batch_sizes(config, DeviceMeshShape(dp=4, fsdp=2)) == (2, 2)
     with pytest.raises(ConfigError, match="do not divide"):
-        rows_per_reader(config, Mesh(dp=3))
+        local_batch_sizes(config, DeviceMeshShape(dp=3))
     with pytest.raises(ConfigError, match="heads = 4"):
-        rows_per_reader(config, Mesh(tp=8))
+        local_batch_sizes(config, DeviceMeshShape(tp=8))
 
 
 def test_reading_a_mesh() -> None:
-    assert read_mesh("dp=8, fsdp=4,tp=2") == Mesh(8, 4, 2)
-    assert read_mesh("") == Mesh()
+    assert parse_mesh("dp=8, fsdp=4,tp=2") == DeviceMeshShape(8, 4, 2)
+    assert parse_mesh("") == DeviceMeshShape()
     with pytest.raises(ConfigError, match="did you mean fsdp"):
-        read_mesh("fdsp=4")
+        parse_mesh("fdsp=4")
     with pytest.raises(ConfigError, match="tp=x"):
-        read_mesh("tp=x")
+        parse_mesh("tp=x")
 
 
 def test_devices() -> None:
@@ -150,7 +150,7 @@ def test_the_command_prints_what_was_computed(small: str) -> None:
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
     assert [p["name"] for p in made["plans"]] == [small, "llama-7b"]
-    assert sum(made["plans"][0]["parameters"]["parts"].values()) == count(meta_model(load(small).model)).total
+    assert sum(made["plans"][0]["parameters"]["parts"].values()) == count_parameters(meta_model(load(small).model)).total
     assert made["mesh"] == {"dp": 2, "fsdp": 1, "tp": 1}
 
 

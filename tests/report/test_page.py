@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from andromeda.utils.formatting import figure, percent, short
-from andromeda.utils.html import Axis, Rule, Series, el, heat, join, lines
+from andromeda.utils.formatting import format_number, format_percent, format_si
+from andromeda.utils.html import Axis, ReferenceLine, Series, el, heat_map, join, line_chart
 from andromeda.utils.html.line_chart import BOTTOM, LEFT, MOST, RIGHT, TOP, Scale, spread, thinned
 
 NUMBERS = st.one_of(st.floats(-1e15, 1e15), st.sampled_from([math.nan, math.inf, -math.inf]))
@@ -33,7 +33,7 @@ def test_markup_is_kept_once() -> None:
 
 @given(st.lists(st.tuples(NUMBERS, NUMBERS), max_size=20), st.booleans(), st.booleans())
 def test_any_figures_make_a_whole_drawing(points: list[tuple[float, float]], log_x: bool, log_y: bool) -> None:
-    drawn = lines("t", [Series("s", points)], Axis("x", log=log_x), Axis("y", log=log_y), rules=[Rule("r", 1.0)])
+    drawn = line_chart("t", [Series("s", points)], Axis("x", log=log_x), Axis("y", log=log_y), rules=[ReferenceLine("r", 1.0)])
     text = str(drawn)
     ElementTree.fromstring(text)
     assert "nan" not in text.lower().replace("nano", "")
@@ -74,13 +74,13 @@ def test_thinning_keeps_means_and_extremes() -> None:
 
 
 def test_figures_as_text() -> None:
-    assert [figure(x) for x in (1234.5, 0.025, 3.1e-7, 0.0, None, -2.0)] == ["1,234", "0.02500", "3.100e-7", "0", "–", "−2.000"]  # noqa: RUF001
-    assert [short(x) for x in (2_048_000, 400, 0.3, 1e9)] == ["2.05 M", "400", "0.3", "1 B"]
-    assert [percent(x) for x in (0.27, 0.004, 1.0, None)] == ["27 %", "0.4 %", "100 %", "–"]  # noqa: RUF001
+    assert [format_number(x) for x in (1234.5, 0.025, 3.1e-7, 0.0, None, -2.0)] == ["1,234", "0.02500", "3.100e-7", "0", "–", "−2.000"]  # noqa: RUF001
+    assert [format_si(x) for x in (2_048_000, 400, 0.3, 1e9)] == ["2.05 M", "400", "0.3", "1 B"]
+    assert [format_percent(x) for x in (0.27, 0.004, 1.0, None)] == ["27 %", "0.4 %", "100 %", "–"]  # noqa: RUF001
 
 
 def test_a_heat_map_is_a_table_of_its_figures() -> None:
-    parsed = ElementTree.fromstring(heat("t", ["a", "b"], ["x", "y"], [[0.0, 1.0], [None, -0.5]]))
+    parsed = ElementTree.fromstring(heat_map("t", ["a", "b"], ["x", "y"], [[0.0, 1.0], [None, -0.5]]))
     cells = [cell.text for cell in parsed.iter("td")]
     assert cells == ["0 %", "100 %", "–", "−50 %"]  # noqa: RUF001
 
@@ -88,7 +88,7 @@ def test_a_heat_map_is_a_table_of_its_figures() -> None:
 def test_nothing_leaves_the_frame_downwards_or_sideways() -> None:
     """A long, noisy curve with a steep beginning: only the line may leave, at the top, where it is cut off."""
     points = [(float(i), 3 + 50 / i + math.sin(i) * (i % 7)) for i in range(1, 5000)]
-    drawn = ElementTree.fromstring(lines("t", [Series("s", points)], Axis("x"), Axis("y")))
+    drawn = ElementTree.fromstring(line_chart("t", [Series("s", points)], Axis("x"), Axis("y")))
     for path in drawn.iter("path"):
         places = [
             tuple(map(float, place.split(",")))

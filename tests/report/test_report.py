@@ -17,7 +17,7 @@ from andromeda.data.build import build
 from andromeda.evaluate.loaded_model import open_subject
 from andromeda.evaluate.result import Result
 from andromeda.report import build_report, write_report
-from andromeda.report.record import read_record
+from andromeda.report.run_data import read_run
 from andromeda.train.metrics import read_metrics
 from andromeda.train.trainer import train
 from andromeda.utils.errors import AndromedaError
@@ -155,7 +155,7 @@ def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
     Result("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
     text = build_report(run)
     assert ">anywhere</th>" in text
-    assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems a cell." in text
+    assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems per cell." in text
 
 
 def test_a_run_that_is_going_on(run: Path) -> None:
@@ -210,7 +210,7 @@ def test_results_of_another_shape_are_told(run: Path) -> None:
 
 def test_figures_are_those_of_the_file(run: Path) -> None:
     """The chart's own data against metrics.jsonl."""
-    record = read_record(run)
+    record = read_run(run)
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     charts = [json.loads(a["data-chart"] or "") for tag, a in parse(build_report(run)).tags if tag == "svg"]
     drawn = charts[0]["series"][0]
@@ -276,7 +276,7 @@ def test_the_demo_fills_the_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     text = (corpus / "val.txt").read_bytes()
     assert measured.held_out_bytes == len(text)
     assert measured.zlib == pytest.approx(8 * len(zlib.compress(text, 9)) / len(text))
-    record = read_record(run)
+    record = read_run(run)
     assert [sample.prompt for sample in record.samples] == list(demo.PROMPTS)
     assert set(record.compressors) == {"xz", "zlib"}
     assert all(prompt == prompt.rstrip() for prompt in demo.PROMPTS)

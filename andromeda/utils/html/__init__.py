@@ -4,26 +4,26 @@ Charts are SVG written here rather than by a plotting library: they take the pag
 stays text that can be read aloud and searched, and a script of a few lines tells the figures under the pointer.
 """
 
-from andromeda.utils.html.elements import Bar, Child, Html, bars, details, el, facts, grid, heat, join, table, tiles
-from andromeda.utils.html.line_chart import Axis, Rule, Series, lines
+from andromeda.utils.html.elements import Bar, Child, Markup, bar_chart, definition_list, details, el, grid, heat_map, join, table, tiles
+from andromeda.utils.html.line_chart import Axis, ReferenceLine, Series, line_chart
 from andromeda.utils.html.page import Section, page
 
 __all__ = [
     "Axis",
     "Bar",
     "Child",
-    "Html",
-    "Rule",
+    "Markup",
+    "ReferenceLine",
     "Section",
     "Series",
-    "bars",
+    "bar_chart",
+    "definition_list",
     "details",
     "el",
-    "facts",
     "grid",
-    "heat",
+    "heat_map",
     "join",
-    "lines",
+    "line_chart",
     "page",
     "table",
     "tiles",

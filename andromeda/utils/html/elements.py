@@ -1,158 +1,138 @@
-"""HTML that cannot be forgotten to be escaped: text is escaped unless it was made here."""
+"""Elements of a page as `Markup`: tables, lists of figures, bars and heat maps, from the templates in `templates/elements.html`.
+
+Text is escaped unless it is `Markup` already (Jinja2's autoescape, and `el` for single elements and SVG), and control characters,
+which HTML does not allow and which a model may write, are shown as their pictures.
+"""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import cache
+from typing import Any
 
-from andromeda.utils.formatting import figure, percent
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+
+from andromeda.utils.formatting import format_number, format_percent
 
 VOID = frozenset({"meta", "br", "hr", "img", "input", "rect", "line", "path", "circle", "use"})
-"""Elements that are written without a closing tag."""
-
-
-class Html(str):
-    """Text that is markup already; any other text is escaped when it becomes a child or an attribute."""
-
-    __slots__ = ()
-
+"""Elements that have no closing tag."""
 
 Child = str | int | float | None | Iterable["Child"]
-"""What may stand in an element; None is nothing."""
+"""What an element may contain: text, numbers, `Markup`, nested sequences of these; None is left out."""
+
+CONTROL_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "\ufffd")
+# Half a surrogate pair cannot be encoded as UTF-8.
+CONTROL_PICTURES |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
 
 
-def el(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Html:
-    """An element. Attributes: `class_` is class, `data_x` is data-x; None and False leave one out, True writes its name alone."""
-    head = name + "".join(_attribute(key, value) for key, value in attributes.items())
-    if name in VOID and not children:
-        return Html(f"<{head}/>")
-    return Html(f"<{head}>{join(*children)}</{name}>")
-
-
-def join(*children: Child) -> Html:
-    """Children one after the other."""
-    return Html("".join(_text(child) for child in children))
-
-
-def _text(child: Child) -> str:
+def markup(child: Child) -> Markup:
+    """One child as markup: text escaped, control characters replaced, sequences joined."""
     if child is None:
-        return ""
-    if isinstance(child, Html):
+        return Markup("")
+    if isinstance(child, Markup):
         return child
     if isinstance(child, str):
-        return html.escape(_printable(child))
+        return escape(child.translate(CONTROL_PICTURES))
     if isinstance(child, int | float):
-        return str(child)
+        return escape(child)
     return join(*child)
+
+
+def join(*children: Child) -> Markup:
+    """Children one after the other."""
+    return Markup("").join(markup(child) for child in children)
+
+
+@cache
+def environment() -> Environment:
+    """The templates of pages. Every expression in them goes through `markup`, on top of Jinja2's own escaping."""
+    return Environment(
+        loader=PackageLoader("andromeda.utils.html"),
+        autoescape=True,
+        finalize=markup,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+
+
+def _render(macro: str, **values: Any) -> Markup:
+    return Markup(getattr(environment().get_template("elements.html").module, macro)(**values))
+
+
+def el(name: str, /, *children: Child, **attributes: str | float | bool | None) -> Markup:
+    """A single element. Attributes: `class_` is class, `data_x` is data-x; None and False leave one out, True writes its name alone."""
+    head = name + "".join(_attribute(key, value) for key, value in attributes.items())
+    if name in VOID and not children:
+        return Markup(f"<{head}/>")
+    return Markup(f"<{head}>{join(*children)}</{name}>")
 
 
 def _attribute(key: str, value: str | float | bool | None) -> str:
     if value is None or value is False:
         return ""
     key = key.rstrip("_").replace("_", "-")
-    return f" {key}" if value is True else f' {key}="{html.escape(_printable(str(value)))}"'
+    return f" {key}" if value is True else f' {key}="{markup(str(value))}"'
 
 
-def _printable(text: str) -> str:
-    """Control characters as pictures: HTML allows none of them, and a model may write any byte."""
-    return text.translate(_CONTROLS)
+def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], *, text: int = 1, caption: str = "") -> Markup:
+    """A table; the first `text` columns hold text, the others numbers, aligned to the right."""
+    return _render("table", head=head, rows=rows, text=text, caption=caption)
 
 
-_CONTROLS = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "\ufffd")
-# Half a surrogate pair cannot be written as UTF-8.
-_CONTROLS |= dict.fromkeys(range(0xD800, 0xE000), "\ufffd")
+def definition_list(pairs: Sequence[tuple[str, Child]]) -> Markup:
+    """Terms with their values; those without a value are left out."""
+    return _render("definition_list", pairs=[(name, value) for name, value in pairs if value not in (None, "")])
 
 
-def table(head: Sequence[Child], rows: Sequence[Sequence[Child]], *, text: int = 1, caption: str = "") -> Html:
-    """A table; the first `text` columns are text, the others figures, set to the right."""
-    return el(
-        "div",
-        el(
-            "table",
-            el("caption", caption) if caption else None,
-            el("thead", el("tr", [el("th", cell, scope="col", class_=None if i < text else "number") for i, cell in enumerate(head)])),
-            el("tbody", [el("tr", [_cell(i, cell, text) for i, cell in enumerate(row)]) for row in rows]),
-            class_="figures",
-        ),
-        class_="scroll",
-        tabindex="0",
-    )
+def tiles(entries: Sequence[tuple[str, Child, Child]]) -> Markup:
+    """Key figures: name, figure, a few words about it."""
+    return _render("tiles", entries=entries)
 
 
-def _cell(index: int, cell: Child, text: int) -> Html:
-    return el("th", cell, scope="row") if index == 0 and text else el("td", cell, class_=None if index < text else "number")
+def grid(*figures: Child, kind: str = "") -> Markup:
+    """Figures next to each other, as many as the page is wide for. kind: two (wider ones) or four (narrower ones)."""
+    return _render("grid", figures=figures, kind=kind)
 
 
-def facts(pairs: Sequence[tuple[str, Child]]) -> Html:
-    """Names with what they stand for."""
-    return el("dl", [el("div", el("dt", name), el("dd", value)) for name, value in pairs if value not in (None, "")], class_="facts")
-
-
-def tiles(pairs: Sequence[tuple[str, Child, Child]]) -> Html:
-    """Key figures: name, figure, a word about it."""
-    return el(
-        "dl",
-        [el("div", el("dt", name), el("dd", value, el("small", word) if word else None)) for name, value, word in pairs],
-        class_="tiles",
-    )
-
-
-def grid(*figures: Child, kind: str = "") -> Html:
-    """Figures side by side, as many as the page is wide for. kind: two (wider ones) or four (narrower ones)."""
-    return el("div", figures, class_=f"grid {kind}".strip())
-
-
-def details(title: str, *inner: Child) -> Html:
-    """Folded away until asked for."""
-    return el("details", el("summary", title), inner)
+def details(title: str, *inner: Child) -> Markup:
+    """A section that is closed until the reader opens it."""
+    return _render("details", title=title, inner=inner)
 
 
 @dataclass(frozen=True)
 class Bar:
-    """One of them. color: number of one of the page's colors; 0 takes that of its sign."""
+    """One bar of a bar chart. color: number of one of the page's colors; 0 takes that of its sign."""
 
     name: str
     value: float
     color: int = 0
     tip: str = ""
 
+    @property
+    def kind(self) -> str:
+        """Its CSS class."""
+        return f"c{self.color}" if self.color else "minus" if self.value < 0 else "plus"
 
-def bars(
+
+def bar_chart(
     title: str,
     rows: Sequence[Bar],
     *,
     unit: str = "",
-    show: Callable[[float | None], str] = figure,
+    show: Callable[[float | None], str] = format_number,
     full: float = 0.0,
     note: str = "",
-) -> Html:
-    """A figure with a bar a line. full: the figure that fills the width (0: the largest)."""
+) -> Markup:
+    """A horizontal bar and a number per line. full: the value that fills the width (0: the largest)."""
     low, high = min([0.0, *(r.value for r in rows)]), max([0.0, *(r.value for r in rows)])
     low, high = (-full if low < 0 else 0.0, full) if full else (low, high)
     width = (high - low) or 1.0
     zero = -low / width
-    lines = [
-        el(
-            "tr",
-            el("th", row.name, scope="row"),
-            el("td", el("i", class_=_class(row), style=_place(row.value, zero, width)), class_="bar", style=f"--zero:{100 * zero:.2f}%"),
-            el("td", show(row.value), class_="number"),
-            data_tip=row.tip or None,
-        )
-        for row in rows
-    ]
-    return el(
-        "figure",
-        el("figcaption", el("b", title), el("span", unit, class_="unit") if unit else None),
-        el("table", el("tbody", lines), class_="bars"),
-        el("p", note, class_="note") if note else None,
-        class_="chart",
-    )
-
-
-def _class(row: Bar) -> str:
-    return f"c{row.color}" if row.color else "minus" if row.value < 0 else "plus"
+    bars = [(row, _place(row.value, zero, width), show(row.value)) for row in rows]
+    return _render("bar_chart", title=title, unit=unit, bars=bars, zero=f"{100 * zero:.2f}", note=note)
 
 
 def _place(value: float, zero: float, width: float) -> str:
@@ -161,7 +141,7 @@ def _place(value: float, zero: float, width: float) -> str:
     return f"left:{100 * left:.2f}%;width:{100 * share:.2f}%"
 
 
-def heat(
+def heat_map(
     title: str,
     rows: Sequence[str],
     columns: Sequence[str],
@@ -169,35 +149,23 @@ def heat(
     *,
     corner: str = "",
     across: str = "",
-    show: Callable[[float | None], str] = percent,
+    show: Callable[[float | None], str] = format_percent,
     full: float = 1.0,
     low: float = 0.0,
     note: str = "",
-) -> Html:
-    """A table with a row of `values` for each of `rows`, shaded from `low` (nothing) to `full`; negative figures in another color."""
-    head = el("tr", el("th", corner, scope="col"), [el("th", column, scope="col") for column in columns])
-    body = [
-        el(
-            "tr",
-            el("th", name, scope="row"),
-            [_shaded_cell(value, show, low, full, f"{name}, {columns[i]}") for i, value in enumerate(row)],
-        )
-        for name, row in zip(rows, values, strict=True)
+) -> Markup:
+    """A table with a row of `values` per name in `rows`, shaded from `low` (no color) to `full`; negative values in another color."""
+    shades = [[_shade(value, low, full) for value in row] for row in values]
+    lines = [
+        (name, [(value, kind, share, column, show(value)) for value, (kind, share), column in zip(row, shade, columns, strict=True)])
+        for name, row, shade in zip(rows, values, shades, strict=True)
     ]
-    return el(
-        "figure",
-        el("figcaption", el("b", title), el("span", across, class_="unit") if across else None),
-        el("div", el("table", el("thead", head), el("tbody", body), class_="heat"), class_="scroll", tabindex="0"),
-        el("p", note, class_="note") if note else None,
-        class_="chart",
-    )
+    return _render("heat_map", title=title, columns=columns, lines=lines, corner=corner, across=across, note=note)
 
 
-def _shaded_cell(value: float | None, show: Callable[[float | None], str], low: float, full: float, where: str) -> Html:
+def _shade(value: float | None, low: float, full: float) -> tuple[str, str]:
+    """CSS class and strength of one cell."""
     if value is None:
-        return el("td", show(None), class_="none", data_tip=f"{where}: not measured")
+        return "none", ""
     share = max(0.0, min(1.0, (abs(value) - low) / (full - low or 1.0)))
-    side = "minus" if value < 0 else "plus"
-    return el(
-        "td", show(value), class_=side + (" strong" if share > 0.6 else ""), style=f"--s:{share:.3f}", data_tip=f"{where}: {show(value)}"
-    )
+    return ("minus" if value < 0 else "plus") + (" strong" if share > 0.6 else ""), f"{share:.3f}"

@@ -7,8 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from andromeda.utils.formatting import figure, short
-from andromeda.utils.html.elements import Html, el, join
+from markupsafe import Markup
+
+from andromeda.utils.formatting import format_number, format_si
+from andromeda.utils.html.elements import el, join
 
 FACTORS = ((1, 2, 3, 4, 5, 6, 7, 8, 9), (1, 2, 5), (1, 3), (1,))
 """Which multiples of powers of ten stand at a logarithmic axis."""
@@ -106,7 +108,7 @@ class Axis:
     log: bool = False
     zero: bool = False
     """Begin at 0."""
-    show: Callable[[float], str] = short
+    show: Callable[[float], str] = format_si
     """A figure at the axis."""
     ends: tuple[float, float] | None = None
     """Fixed ends instead of the data's."""
@@ -115,7 +117,7 @@ class Axis:
 
 
 @dataclass(frozen=True)
-class Rule:
+class ReferenceLine:
     """A level to compare with."""
 
     name: str
@@ -132,18 +134,18 @@ class Plot:
     y: Scale
 
 
-def lines(
+def line_chart(
     title: str,
     series: Sequence[Series],
     x: Axis,
     y: Axis,
     *,
-    rules: Sequence[Rule] = (),
+    rules: Sequence[ReferenceLine] = (),
     marks: Sequence[float] = (),
     note: str = "",
     wide: bool = False,
     narrow: bool = False,
-) -> Html:
+) -> Markup:
     """A figure. rules: levels to compare with. marks: places on the x axis that something happened at. wide: as wide as the page;
     narrow: four side by side on a desktop.
     """
@@ -179,12 +181,12 @@ def _draw(
     series: Sequence[Series],
     x: Axis,
     y: Axis,
-    rules: Sequence[Rule],
+    rules: Sequence[ReferenceLine],
     marks: Sequence[float],
     width: int,
     height: int,
     kind: str,
-) -> Html:
+) -> Markup:
     plot = _plot(series, x, y, rules, width, height)
     told = {
         "x": [plot.x.low, plot.x.high, plot.x.begin, plot.x.end, plot.x.log],
@@ -217,10 +219,10 @@ def _draw(
 
 
 def _told(axis: Axis, value: float) -> str:
-    return figure(value) if axis.show is short else axis.show(value)
+    return format_number(value) if axis.show is format_si else axis.show(value)
 
 
-def _plot(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[Rule], width: int, height: int) -> Plot:
+def _plot(series: Sequence[Series], x: Axis, y: Axis, rules: Sequence[ReferenceLine], width: int, height: int) -> Plot:
     across = x.ends or spread((a for s in series for a, _ in s.points), log=x.log)
     if not x.ends and not x.log and series:
         across = (min(a for s in series for a, _ in s.points), max(a for s in series for a, _ in s.points))
@@ -237,10 +239,10 @@ def _heights(series: Series) -> list[float]:
     return values + [end for _, low, high in series.band[skipped:] for end in (low, high)]
 
 
-def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
+def _frame(plot: Plot, x: Axis, y: Axis) -> Markup:
     """Grid lines, figures and the name of the x axis."""
     across = x.ticks or plot.x.ticks(plot.width // 75)
-    parts: list[Html] = []
+    parts: list[Markup] = []
     for tick in y.ticks or plot.y.ticks(5):
         at = plot.y(tick)
         parts.append(el("path", class_="grid", d=f"M{plot.x.begin},{at:.1f}H{plot.x.end}"))
@@ -251,7 +253,7 @@ def _frame(plot: Plot, x: Axis, y: Axis) -> Html:
     return join(parts)
 
 
-def _rule(rule: Rule, plot: Plot, series: Sequence[Series]) -> Html:
+def _rule(rule: ReferenceLine, plot: Plot, series: Sequence[Series]) -> Markup:
     """A dashed line, named at the end that the lines are farther from."""
     at, third = plot.y(rule.value), (plot.x.end - plot.x.begin) / 3
     places = [(plot.x(a), plot.y(b)) for s in series for a, b in s.points]
@@ -262,9 +264,9 @@ def _rule(rule: Rule, plot: Plot, series: Sequence[Series]) -> Html:
     return join(el("path", class_="rule", d=f"M{plot.x.begin},{at:.1f}H{plot.x.end}"), label)
 
 
-def _line(series: Series, plot: Plot) -> Html:
+def _line(series: Series, plot: Plot) -> Markup:
     places = [(plot.x(a), max(plot.y(b), plot.y.end - 20)) for a, b in series.points]
-    parts: list[Html] = []
+    parts: list[Markup] = []
     if series.band:
         above = [f"{plot.x(a):.1f},{_inside(high, plot):.1f}" for a, _, high in series.band]
         below = [f"{plot.x(a):.1f},{_inside(low, plot):.1f}" for a, low, _ in reversed(series.band)]
@@ -284,11 +286,12 @@ def _inside(value: float, plot: Plot) -> float:
 
 
 def _summary(title: str, series: Sequence[Series], x: Axis) -> str:
-    """The chart in a sentence, for those who hear it."""
-    told = [
-        f"{s.name} from {figure(s.points[0][1])} at {x.show(s.points[0][0])} to {figure(s.points[-1][1])} at {x.show(s.points[-1][0])}"
-        for s in series
-    ]
+    """The chart in a sentence, for screen readers."""
+
+    def at(point: Point) -> str:
+        return f"{format_number(point[1])} at {x.show(point[0])}"
+
+    told = [f"{s.name} from {at(s.points[0])} to {at(s.points[-1])}" for s in series]
     return f"{title} by {x.label}: {'; '.join(told) or 'nothing yet'}."
 
 

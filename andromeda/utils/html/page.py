@@ -1,4 +1,4 @@
-"""The page around its sections: head, style, script, list of contents."""
+"""A whole page: head, style, scripts and table of contents around its sections (`templates/page.html`)."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 
-from andromeda.utils.html.elements import Child, Html, el, join
+from markupsafe import Markup
+
+from andromeda.utils.html.elements import Child, environment
 
 
 @dataclass(frozen=True)
@@ -23,44 +25,30 @@ class Section:
 
 
 def page(title: str, subtitle: Child, sections: Sequence[Section], top: Child = None, foot: Child = None, script: str = "") -> str:
-    """A whole document. top: what stands above the sections. script: the page's own, after the common one."""
-    scripts = [_file("script.js"), *([_file(script)] if script else [])]
-    head = el(
-        "head",
-        el("meta", charset="utf-8"),
-        el("meta", name="viewport", content="width=device-width, initial-scale=1"),
-        el("meta", name="color-scheme", content="light dark"),
-        _policy(scripts),
-        el("meta", name="generator", content="Andromeda"),
-        el("title", title),
-        # An icon of its own, or a browser asks the server for one.
-        Html('<link rel="icon" href="data:,"/>'),
-        el("style", Html(_file("style.css"))),
+    """A whole document. top: what comes above the sections. script: file name of the page's own script, after the common one."""
+    scripts = [_resource("script.js"), *([_resource(script)] if script else [])]
+    return (
+        environment()
+        .get_template("page.html")
+        .render(
+            title=title,
+            subtitle=subtitle,
+            sections=sections,
+            top=top,
+            foot=foot,
+            style=Markup(_resource("style.css")),
+            scripts=[Markup(text) for text in scripts],
+            hashes=Markup(" ".join(_hash(text) for text in scripts)),
+        )
+        + "\n"
     )
-    contents = el("nav", [el("a", s.title, href=f"#{s.id}") for s in sections], aria_label="Contents")
-    body = el(
-        "body",
-        el("header", el("h1", title), el("p", subtitle, class_="lead"), top),
-        contents,
-        el("main", [_section(s) for s in sections]),
-        el("footer", foot) if foot else None,
-        el("div", id="tip", role="status", hidden=True),
-        [el("script", Html(text)) for text in scripts],
-    )
-    return "<!doctype html>\n" + el("html", head, body, lang="en") + "\n"
 
 
-def _section(section: Section) -> Html:
-    return el("section", el("h2", section.title), el("p", section.lead, class_="lead"), section.body, id=section.id)
-
-
-def _policy(scripts: Sequence[str]) -> Html:
-    """Nothing is loaded from anywhere, and no script runs but ours: a text that the model wrote could be one."""
-    hashes = " ".join(f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'" for text in scripts)
-    rules = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {hashes}; base-uri 'none'; form-action 'none'"
-    return Html('<meta http-equiv="Content-Security-Policy" content="' + join(rules).replace("&#x27;", "'") + '"/>')
+def _hash(script: str) -> str:
+    """The source expression of an inline script in a content security policy."""
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"
 
 
 @cache
-def _file(name: str) -> str:
+def _resource(name: str) -> str:
     return (files("andromeda.utils.html") / name).read_text("utf-8")

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from andromeda.plan.estimate import Plan
+from andromeda.plan.estimate import RunPlan
 from andromeda.plan.memory import HALF
 
 GIB = 1 << 30
 Line = tuple[str, ...]
-Reader = Callable[[Plan], str]
+Reader = Callable[[RunPlan], str]
 
 
-def sections(plans: Sequence[Plan], gpus: int, mfu: float) -> list[tuple[str, list[Line]]]:
+def sections(plans: Sequence[RunPlan], gpus: int, mfu: float) -> list[tuple[str, list[Line]]]:
     """Titles with their lines; quantities that no plan has are left out."""
     built = [
         ("Parameters", _parameters(plans)),
@@ -63,7 +63,7 @@ def _hours(hours: float | None) -> str:
     return duration(None if hours is None else hours * 3600)
 
 
-def _lines(plans: Sequence[Plan], readers: dict[str, Reader]) -> list[Line]:
+def _lines(plans: Sequence[RunPlan], readers: dict[str, Reader]) -> list[Line]:
     return [(label, *(read(plan) for plan in plans)) for label, read in readers.items()]
 
 
@@ -75,18 +75,18 @@ def _union(columns: Sequence[dict[str, float]]) -> list[str]:
     return list(dict.fromkeys(label for column in columns for label in column))
 
 
-def _parameters(plans: Sequence[Plan]) -> list[Line]:
+def _parameters(plans: Sequence[RunPlan]) -> list[Line]:
     columns = [{k: float(v) for k, v in plan.parameters.parts.items()} for plan in plans]
     totals = _lines(plans, {"total": lambda p: f"{p.parameters.total:,}", "active for one token": lambda p: f"{p.parameters.active:,}"})
     return _table(_union(columns), columns, lambda n: f"{n:,.0f}") + totals
 
 
-def _forward(plans: Sequence[Plan]) -> list[Line]:
+def _forward(plans: Sequence[RunPlan]) -> list[Line]:
     columns = [plan.flops.forward for plan in plans]
     return [*_table(_union(columns), columns, flops), ("all", *(flops(sum(column.values())) for column in columns))]
 
 
-def _beside(plans: Sequence[Plan]) -> list[Line]:
+def _beside(plans: Sequence[RunPlan]) -> list[Line]:
     """How many times the first one's memory the others take."""
     first = plans[0]
     ratios: dict[str, Reader] = {
@@ -97,7 +97,7 @@ def _beside(plans: Sequence[Plan]) -> list[Line]:
     return _lines(plans, ratios) if len(plans) > 1 else []
 
 
-def _served_bytes(plan: Plan) -> int:
+def _served_bytes(plan: RunPlan) -> int:
     return HALF * plan.parameters.total + plan.cache_full
 
 

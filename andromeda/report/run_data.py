@@ -15,12 +15,12 @@ from andromeda.train.metrics import Metrics, is_number, read_metrics
 from andromeda.train.run_dir import RunFolder
 from andromeda.utils.errors import AndromedaError, CheckpointError
 
-SETTINGS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
+SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
 """What is told of how a sample was written."""
 
 
 @dataclass(frozen=True)
-class Sample:
+class GeneratedSample:
     """A text that the model wrote. `prompt` stands before `text`."""
 
     file: str
@@ -30,7 +30,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Record:
+class RunData:
     """All that is known of a run."""
 
     path: Path
@@ -38,7 +38,7 @@ class Record:
     manifest: dict[str, Any]
     metrics: Metrics
     evaluations: dict[str, Result]
-    samples: list[Sample]
+    samples: list[GeneratedSample]
     corpora: dict[str, CorpusManifest]
     """Manifests of the corpora that are still where the run found them, by path."""
     compressors: dict[str, float] = field(default_factory=dict)
@@ -58,20 +58,20 @@ class Record:
         return sorted((r for r in self.evaluations.values() if r.kind == kind), key=lambda r: (-r.step, r.name))
 
 
-def read_record(path: str | Path) -> Record:
+def read_run(path: str | Path) -> RunData:
     """Everything in a run folder. Raises CheckpointError or ConfigError, one sentence, when it is none."""
     folder = RunFolder(path)
     if not folder.exists:
         raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
-    evaluations, problems = readable(folder.path)
+    evaluation_section, problems = readable(folder.path)
     config = folder.config()
     there = checkpoint.listed(folder.checkpoints)
-    return Record(
+    return RunData(
         path=folder.path,
         config=config,
         manifest=_or_nothing(folder.manifest, problems),
         metrics=read_metrics(folder.metrics_file),
-        evaluations=evaluations,
+        evaluations=evaluation_section,
         samples=read_samples(folder.samples),
         corpora=_corpora(config),
         compressors=_compressors(folder.path / "demo.json"),
@@ -80,27 +80,27 @@ def read_record(path: str | Path) -> Record:
     )
 
 
-def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[Sample]:
+def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[GeneratedSample]:
     """Texts of .jsonl files (as `andromeda generate --json` prints them) and of .txt files, the newest files first."""
-    found: list[Sample] = []
+    found: list[GeneratedSample] = []
     files = [p for p in folder.glob("*") if p.suffix in (".jsonl", ".txt")] if folder.is_dir() else []
     for path in sorted(files, key=lambda p: (-p.stat().st_mtime, p.name)):
         text = path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
-        found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [Sample(path.name, "", text.strip("\n"))]
-    return [Sample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
+        found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [GeneratedSample(path.name, "", text.strip("\n"))]
+    return [GeneratedSample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
 
 
-def _lines_of(file: str, text: str) -> list[Sample]:
-    samples = []
+def _lines_of(file: str, text: str) -> list[GeneratedSample]:
+    samples_section = []
     for line in text.splitlines():
         try:
             values = json.loads(line)
             prompt, answer = values["prompt"], str(values["text"])
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
-        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SETTINGS if values.get(name) is not None)
-        samples.append(Sample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
-    return samples
+        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SAMPLING_KEYS if values.get(name) is not None)
+        samples_section.append(GeneratedSample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
+    return samples_section
 
 
 def _or_nothing(read: Any, problems: list[str]) -> Any:
@@ -129,3 +129,16 @@ def _compressors(path: Path) -> dict[str, float]:
         return {name: float(kept[name]) for name in ("xz", "zlib") if is_number(kept.get(name))}
     except (OSError, ValueError, AttributeError):
         return {}
+
+
+def training_status(record: RunData) -> str:
+    """How far the run is."""
+    step, steps = record.metrics.step, record.config.train.steps
+    if not record.metrics.lines:
+        return f"saved at step {record.newest:,}" if record.newest is not None else "not begun"
+    return f"training finished after {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,} of its training"
+
+
+def held_out_bits(record: RunData) -> float | None:
+    """Bits per byte of the held-out text, by the newest evaluation."""
+    return next((r.result.get("bits_per_byte") for r in record.of_kind("bits") if r.name == r.kind), None)

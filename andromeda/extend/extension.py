@@ -21,9 +21,9 @@ from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.extend import needles
 from andromeda.extend.measure import context_lengths, held_out_tokens, measure, windows
-from andromeda.extend.methods import chosen, trained_context
-from andromeda.extend.results import NAME, UNSTRETCHED, Book
-from andromeda.extend.training_config import Wishes, configure, scored, unstretched
+from andromeda.extend.methods import parse_methods, trained_context
+from andromeda.extend.results import ORIGINAL, RESULTS_FILE, ExtensionResults
+from andromeda.extend.training_config import ExtendRequest, configure, tail_length, without_scaling
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
@@ -36,14 +36,14 @@ from andromeda.train.trainer import stream_length, train
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 
-NOTES = 16
+NUM_NEEDLES = 16
 """Notes of a row that retrieval is measured with: so many depths."""
-Screens = Callable[[int], Screen]
+ReporterFactory = Callable[[int], Screen]
 """Makes the screen of a training of so many steps."""
 
 
 @dataclass(frozen=True)
-class Ended:
+class ExtendResult:
     """How a call ended."""
 
     values: dict[str, Any]
@@ -52,13 +52,13 @@ class Ended:
     """The signal that ended it early."""
 
 
-def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Callable[[str], None]) -> Ended:
+def extend(wishes: ExtendRequest, method: str, out: Path, screens: ReporterFactory, note: Callable[[str], None]) -> ExtendResult:
     """Extend a run by one method, in the run folder `out`, or by several, each in a folder of its own below `out`.
 
     Raises an AndromedaError, one sentence, before anything is written when something cannot work.
     """
     old = _old(wishes)
-    methods = chosen(method, old)
+    methods = parse_methods(method, old)
     configs = {name: configure(old, wishes, name) for name in methods}
     if out.resolve() == Path(wishes.run).resolve():
         raise ConfigError(f"--out {out} is the run itself, which is never changed: give another folder.")
@@ -69,15 +69,15 @@ def extend(wishes: Wishes, method: str, out: Path, screens: Screens, note: Calla
         load_model(meta_model(config.model), weights)  # copies nothing, and raises where the shapes differ
     sample = _Sample(old, wishes, next(iter(configs.values())))
     _make(out)
-    book = Book(out, {"wishes": wishes.values(), "trained": trained_context(old)})
-    if book.find(UNSTRETCHED) is None:
+    book = ExtensionResults(out, {"wishes": wishes.values(), "trained": trained_context(old)})
+    if book.find(ORIGINAL) is None:
         note("measuring the model as it is")
-        book.keep(sample.measure(*_unstretched(old, wishes), weights), UNSTRETCHED)
+        book.keep(sample.measure(*_unstretched(old, wishes), weights), ORIGINAL)
     for name, config in configs.items():
         signal = _one(name, config, folders[name], weights, sample, book, screens, note, wishes.steps)
         if signal:
-            return Ended(book.values, signal)
-    return Ended(book.values)
+            return ExtendResult(book.values, signal)
+    return ExtendResult(book.values)
 
 
 def _one(
@@ -86,8 +86,8 @@ def _one(
     folder: RunFolder,
     weights: dict[str, Tensor],
     sample: _Sample,
-    book: Book,
-    screens: Screens,
+    book: ExtensionResults,
+    screens: ReporterFactory,
     note: Callable[[str], None],
     steps: int,
 ) -> int | None:
@@ -98,7 +98,7 @@ def _one(
     if steps == 0 or book.find(method, "after"):
         return None
     if not folder.exists:
-        begin(config, folder, weights)
+        initialize_run(config, folder, weights)
     screen = screens(config.train.steps)
     try:
         ended = train(config, folder.path, resume=True, screen=screen)
@@ -113,7 +113,7 @@ def _one(
     return None
 
 
-def begin(config: RunConfig, folder: RunFolder, weights: dict[str, Tensor]) -> None:
+def initialize_run(config: RunConfig, folder: RunFolder, weights: dict[str, Tensor]) -> None:
     """A run folder at step 0 with the given weights. It becomes a run last, so that a kill leaves none that lacks its weights."""
     stream = open_stream(config.data, stream_length(config), config.seed)
     session = build_session(config, find_device(config.train.device), stream.fingerprint)
@@ -135,11 +135,11 @@ def begin(config: RunConfig, folder: RunFolder, weights: dict[str, Tensor]) -> N
 class _Sample:
     """What every stage is measured on: the same windows, lengths and questions."""
 
-    def __init__(self, old: RunConfig, wishes: Wishes, config: RunConfig) -> None:
+    def __init__(self, old: RunConfig, wishes: ExtendRequest, config: RunConfig) -> None:
         data = config.data
         if wishes.held_out:
             data = data.model_copy(update={"corpus": wishes.held_out, "sources": ()})
-        self._device, self._tail = find_device(config.train.device), scored(old, wishes)
+        self._device, self._tail = find_device(config.train.device), tail_length(old, wishes)
         self._precision: Precision = build_precision("auto" if config.train.precision == "fp8" else config.train.precision, self._device)
         tokens = held_out_tokens(data, config.seed)
         self._rows = windows(tokens, wishes.to, wishes.samples, self._tail)
@@ -174,21 +174,21 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
 
 def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, needles.Needles]:
     """Retrieval problems of the lengths that have room for them."""
-    least = 64 * NOTES
-    return {n: needles.questions(tokenizer, tokens.numpy(), n, NOTES, rows, seed) for n in lengths if n >= least}
+    least = 64 * NUM_NEEDLES
+    return {n: needles.questions(tokenizer, tokens.numpy(), n, NUM_NEEDLES, rows, seed) for n in lengths if n >= least}
 
 
-def _unstretched(old: RunConfig, wishes: Wishes) -> tuple[RunConfig, list[int]]:
+def _unstretched(old: RunConfig, wishes: ExtendRequest) -> tuple[RunConfig, list[int]]:
     """The old model's configuration, and the lengths that it can be measured at."""
-    lengths = context_lengths(trained_context(old), wishes.to, scored(old, wishes))
+    lengths = context_lengths(trained_context(old), wishes.to, tail_length(old, wishes))
     try:
-        return unstretched(old, wishes), lengths
+        return without_scaling(old, wishes), lengths
     except ConfigError:
         # xPos as it was trained leaves the range of float32 out there; that it cannot read on is the finding.
         return old, [n for n in lengths if n <= old.model.max_seq_len]
 
 
-def _old(wishes: Wishes) -> RunConfig:
+def _old(wishes: ExtendRequest) -> RunConfig:
     folder = RunFolder(wishes.run)
     if not folder.exists:
         raise CheckpointError(f"{wishes.run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
@@ -198,7 +198,7 @@ def _old(wishes: Wishes) -> RunConfig:
 def _refuse_others(out: Path, folders: Iterable[RunFolder]) -> None:
     for folder in (RunFolder(out), *folders):
         folder.refuse_others()
-    if RunFolder(out).exists and not (out / NAME).exists():
+    if RunFolder(out).exists and not (out / RESULTS_FILE).exists():
         raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
 
 

@@ -17,14 +17,12 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from andromeda.ablate import outcome
+from andromeda.ablate.ablation_tables import draw, markdown
 from andromeda.ablate.analysis import results
-from andromeda.ablate.cost import Cost
-from andromeda.ablate.grid import Grid, check_grid
-from andromeda.ablate.jobs import Job, Planned, jobs_of, plan_arms, refuse_other_runs, with_budget
-from andromeda.ablate.plot import draw
-from andromeda.ablate.table import markdown
-from andromeda.ablate.worker_pool import Slots, Worker, environments
+from andromeda.ablate.grid import AblationGrid, check_grid
+from andromeda.ablate.jobs import AblationJob, PlannedVariant, jobs_of, plan_variants, refuse_other_runs, with_budget
+from andromeda.ablate.worker import RunResult, StepCost, load_result
+from andromeda.ablate.worker_pool import WorkerPool, WorkerProcess, environments
 from andromeda.bench.record import record, save
 from andromeda.train.run_dir import RunFolder
 from andromeda.utils.errors import ConfigError
@@ -32,12 +30,12 @@ from andromeda.utils.files import write_whole
 
 OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
 """Files that a call leaves; no plot where no arm has an effect."""
-Say = Callable[[str, int, int], None]
+OnProgress = Callable[[str, int, int], None]
 """Told of every finished piece: a sentence, how many are done, how many there are."""
 
 
 @dataclass(frozen=True)
-class Settings:
+class AblationSettings:
     """How, not what."""
 
     out: Path
@@ -53,7 +51,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Study:
+class AblationResult:
     """What there is after a call."""
 
     results: dict[str, Any]
@@ -63,14 +61,14 @@ class Study:
     signal: int
 
 
-def ablate(source: str, changes: Sequence[str], grid: Grid, settings: Settings, say: Say) -> Study:
+def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: AblationSettings, say: OnProgress) -> AblationResult:
     """Compare the arms of `grid` on the configuration `source`, going on with whatever is already in `settings.out`.
 
     Raises ConfigError, one sentence, before anything runs, for arms that cannot be.
     """
     began, out = time.monotonic(), settings.out
     check_grid(grid)
-    planned = plan_arms(source, changes, grid)
+    planned = plan_variants(source, changes, grid)
     if grid.budget != "seconds":
         planned = with_budget(planned, grid, {})
         refuse_other_runs(jobs_of(planned, grid.seeds, out))
@@ -82,16 +80,16 @@ def ablate(source: str, changes: Sequence[str], grid: Grid, settings: Settings, 
         jobs = jobs_of(planned, grid.seeds, out)
         refuse_other_runs(jobs)
         slots = _train(jobs, planned, settings, began, say)
-        runs: dict[str, dict[int, outcome.Outcome]] = {}
+        runs: dict[str, dict[int, RunResult]] = {}
         for job in jobs:
-            if (found := outcome.kept(job.folder)) is not None:
+            if (found := load_result(job.folder)) is not None:
                 runs.setdefault(job.arm, {})[job.seed] = found
         figures = {"configuration": [source, *changes], **results(planned, runs, costs, grid)}
         _write(out, record(settings.command, figures))
     finally:
         folder.unlock()
     finished = sum(len(of) for of in runs.values())
-    return Study(json.loads((out / "results.json").read_text()), finished, len(jobs), slots.failures, slots.slots.stopped)
+    return AblationResult(json.loads((out / "results.json").read_text()), finished, len(jobs), slots.failures, slots.slots.stopped)
 
 
 def _claim(out: Path) -> RunFolder:
@@ -109,16 +107,18 @@ def _claim(out: Path) -> RunFolder:
 
 @dataclass
 class _Trained:
-    slots: Slots
+    slots: WorkerPool
     failures: list[str]
 
 
-def _train(jobs: Sequence[Job], planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> _Trained:
+def _train(
+    jobs: Sequence[AblationJob], planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, say: OnProgress
+) -> _Trained:
     """Work off every job that is not finished."""
-    pending = [job for job in jobs if outcome.kept(job.folder) is None]
+    pending = [job for job in jobs if load_result(job.folder) is None]
     done, failures = len(jobs) - len(pending), list[str]()
 
-    def told(job: Job, answer: dict[str, Any]) -> None:
+    def told(job: AblationJob, answer: dict[str, Any]) -> None:
         nonlocal done
         if "error" in answer:
             failures.append(f"{job.arm}, seed {job.seed}: {answer['error']}")
@@ -132,21 +132,21 @@ def _train(jobs: Sequence[Job], planned: Sequence[Planned], settings: Settings, 
 
     deadline = began + settings.limit if settings.limit else None
     places = environments(planned[0].config.train.device, settings.jobs)
-    slots = Slots(places, settings.out / "workers.log", deadline, settings.lean)
+    slots = WorkerPool(places, settings.out / "workers.log", deadline, settings.lean)
     say(f"{len(jobs)} runs, {len(pending)} to do, {min(len(places), max(1, len(pending)))} at a time", done, len(jobs))
     if pending:
         slots.run(pending, told)
     return _Trained(slots, failures)
 
 
-def _costs(planned: Sequence[Planned], settings: Settings, began: float, say: Say) -> dict[str, Cost]:
+def _costs(planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, say: OnProgress) -> dict[str, StepCost]:
     """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
     path = settings.out / "costs.json"
     marks = {plan.arm.name: _mark(plan) for plan in planned}
     known = {name: of for name, of in _kept_costs(path).items() if of["of"] == marks.get(name)}
     if settings.cost_steps:
         _measure_costs(planned, marks, known, settings, began, say)
-    return {name: Cost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
+    return {name: StepCost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
 
 
 def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
@@ -154,7 +154,7 @@ def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
     try:
         kept = json.loads(path.read_text()) if path.exists() else {}
         for of in kept.values():
-            if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(Cost)):
+            if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(StepCost)):
                 raise ValueError(of)
         return kept
     except (OSError, ValueError, TypeError, AttributeError, LookupError):
@@ -162,12 +162,17 @@ def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
 
 
 def _measure_costs(
-    planned: Sequence[Planned], marks: dict[str, str], known: dict[str, dict[str, Any]], settings: Settings, began: float, say: Say
+    planned: Sequence[PlannedVariant],
+    marks: dict[str, str],
+    known: dict[str, dict[str, Any]],
+    settings: AblationSettings,
+    began: float,
+    say: OnProgress,
 ) -> None:
     """Add what is not known yet, each kept as soon as it is."""
     place = environments(planned[0].config.train.device, 1)[0]
     with open(settings.out / "workers.log", "ab") as log:
-        worker = Worker(place, log)
+        worker = WorkerProcess(place, log)
         for number, plan in enumerate(planned):
             name = plan.arm.name
             if name in known:
@@ -188,7 +193,7 @@ def _measure_costs(
         worker.close()
 
 
-def _mark(plan: Planned) -> str:
+def _mark(plan: PlannedVariant) -> str:
     """Tells whether a kept cost is of this configuration."""
     values = plan.measured.model_dump(mode="json")
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from andromeda.extend.results import UNSTRETCHED, table, verdicts
+from andromeda.extend.results import ORIGINAL, table, verdicts
 
 
 def sections(result: dict[str, Any]) -> Iterator[str]:
@@ -42,7 +42,7 @@ def _table(title: str, values: dict[str, Any]) -> Iterator[str]:
 
 
 def _depths(values: dict[str, Any]) -> Iterator[str]:
-    measured = [("as it was", values.get(UNSTRETCHED))]
+    measured = [("as it was", values.get(ORIGINAL))]
     for name, stages in values["methods"].items():
         measured.append((f"{name}, trained", stages["after"]) if "after" in stages else (f"{name}, untrained", stages["untrained"]))
     for name, each in measured:

@@ -35,14 +35,14 @@ from andromeda.utils.progress_callback import ProgressCallback
 
 KINDS = ("bpe", "unigram", "bytes")
 NAME = "tokenizers.json"
-FOLLOWS = ("data.corpus", "model.vocab_size", "train.steps")
+DERIVED_KEYS = ("data.corpus", "model.vocab_size", "train.steps")
 """Keys that each model has its own value of."""
 TIMED_BYTES = 2_000_000
 """Text that speeds are measured on, as often as needed from the held-out text."""
 
 
 @dataclass(frozen=True)
-class Plan:
+class TokenizerComparison:
     """What is compared."""
 
     source: tuple[str, ...]
@@ -61,7 +61,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Surroundings:
+class ComparisonIO:
     """What is told to whom."""
 
     report: ProgressCallback
@@ -70,7 +70,7 @@ class Surroundings:
     workers: int = 1
 
 
-class Interrupted(Exception):
+class ComparisonInterrupted(Exception):
     """A signal ended a training; its state is saved."""
 
     def __init__(self, signal: int) -> None:
@@ -78,7 +78,7 @@ class Interrupted(Exception):
         self.signal = signal
 
 
-def run(plan: Plan, out: Path, around: Surroundings) -> dict[str, Any]:
+def run(plan: TokenizerComparison, out: Path, around: ComparisonIO) -> dict[str, Any]:
     """Compare, or go on with a comparison in `out`; returns what tokenizers.json holds. Raises an AndromedaError or Interrupted."""
     _check(plan)
     folders = {name: out / name for name in _names(plan)}
@@ -125,7 +125,7 @@ def steps_for(config: RunConfig, flops: float) -> int:
     return max(1, round(flops / (config.train.batch_size * length * training_flops_per_token(config.model, length))))
 
 
-def configuration(plan: Plan, corpus: Path) -> RunConfig:
+def configuration(plan: TokenizerComparison, corpus: Path) -> RunConfig:
     """The model of one tokenizer: the preset with its vocabulary, and as many steps as the operations allow."""
     vocab = CorpusManifest.load(corpus).tokenizer.vocab_size
     changes = [f"data.corpus={corpus}", f"model.vocab_size={vocab}", "train.eval_every=0", *plan.overrides]
@@ -138,7 +138,7 @@ def configuration(plan: Plan, corpus: Path) -> RunConfig:
     return load(plan.preset, [*changes, f"train.steps={steps}", *schedule])
 
 
-def _learn(plan: Plan, folder: Path, around: Surroundings) -> dict[str, Any]:
+def _learn(plan: TokenizerComparison, folder: Path, around: ComparisonIO) -> dict[str, Any]:
     """Train one model and measure it on every held-out byte."""
     config = configuration(plan, folder / "corpus")
     around.note(f"{folder.name}: training {config.train.steps:,} steps")
@@ -148,7 +148,7 @@ def _learn(plan: Plan, folder: Path, around: Surroundings) -> dict[str, Any]:
     finally:
         screen.close()
     if ended.signal:
-        raise Interrupted(ended.signal)
+        raise ComparisonInterrupted(ended.signal)
     length = stream_length(config)
     bits = held_out_bits(
         load_weights(folder / "run"), open_stream(config.data, length, config.seed, "val"), context=length, stride=length // 2
@@ -197,7 +197,7 @@ def table(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     return columns, rows
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: TokenizerComparison) -> None:
     for kind in plan.kinds:
         if kind not in KINDS:
             raise ConfigError(f"There is no tokenizer {kind!r}{nearest(kind, KINDS)}: give {', '.join(KINDS)}.")
@@ -210,19 +210,19 @@ def _check(plan: Plan) -> None:
     if not 0 <= plan.flops < math.inf:
         raise ConfigError(f"--flops {plan.flops:g} is no number of operations: give those of each model, or 0 to train none.")
     for key in (change.partition("=")[0].strip() for change in plan.overrides):
-        if key in FOLLOWS:
+        if key in DERIVED_KEYS:
             raise ConfigError(f"--set {key} is decided by the comparison, for each tokenizer its own: leave it out.")
     for name in _names(plan):
         _build_config(plan, name)
     load(plan.preset, plan.overrides)
 
 
-def _names(plan: Plan) -> list[str]:
+def _names(plan: TokenizerComparison) -> list[str]:
     sized = [f"{kind}-{size}" for kind in plan.kinds if kind != "bytes" for size in plan.sizes]
     return list(dict.fromkeys([*sized, *["bytes"] * ("bytes" in plan.kinds)]))
 
 
-def _build_config(plan: Plan, name: str) -> BuildConfig:
+def _build_config(plan: TokenizerComparison, name: str) -> BuildConfig:
     kind, _, size = name.partition("-")
     given: dict[str, Any] = {"tokenizer": kind, "max_bytes": plan.max_bytes, "validation_fraction": plan.validation}
     if size:
@@ -230,7 +230,7 @@ def _build_config(plan: Plan, name: str) -> BuildConfig:
     return read(BuildConfig, given)
 
 
-def _begin(plan: Plan, out: Path) -> dict[str, Any]:
+def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:
     """What was measured before. Raises ConfigError when the folder holds another comparison."""
     path = out / NAME
     if not path.exists():

@@ -12,12 +12,12 @@ from typing import get_type_hints
 from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError, nearest
 
-PRODUCTS, GRADIENTS = 2, 4
+WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
 """Bytes of a weight as it is gathered (bfloat16), and of a gradient as it is reduced (float32)."""
 
 
 @dataclass(frozen=True)
-class Mesh:
+class DeviceMeshShape:
     """Numbers of GPUs along each axis."""
 
     dp: int = 1
@@ -35,20 +35,20 @@ class Mesh:
         return self.dp * self.fsdp
 
 
-def read_mesh(text: str) -> Mesh:
+def parse_mesh(text: str) -> DeviceMeshShape:
     """`dp=8,fsdp=4,tp=2`, in any order, axes left out are 1. Raises ConfigError."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
-        if axis not in get_type_hints(Mesh):
-            raise ConfigError(f"--parallel has no axis {axis!r}{nearest(axis, get_type_hints(Mesh))}: write dp=8,fsdp=4,tp=2.")
+        if axis not in get_type_hints(DeviceMeshShape):
+            raise ConfigError(f"--parallel has no axis {axis!r}{nearest(axis, get_type_hints(DeviceMeshShape))}: write dp=8,fsdp=4,tp=2.")
         if not size.isdecimal() or int(size) < 1:
             raise ConfigError(f"--parallel {part} is not a number of GPUs: write dp=8,fsdp=4,tp=2.")
         sizes[axis] = int(size)
-    return Mesh(**sizes)
+    return DeviceMeshShape(**sizes)
 
 
-def rows_per_reader(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
+def local_batch_sizes(config: RunConfig, mesh: DeviceMeshShape) -> tuple[int, int]:
     """Rows of one step that each group of GPUs reads, and rows of its micro-batch. Raises ConfigError when they do not divide."""
     train, a = config.train, config.model.attention
     if train.batch_size % mesh.readers:
@@ -62,7 +62,7 @@ def rows_per_reader(config: RunConfig, mesh: Mesh) -> tuple[int, int]:
 
 
 @dataclass(frozen=True)
-class Traffic:
+class CommunicationVolume:
     """Bytes that one GPU sends in one step, by reason (rings: an axis of n sends (n - 1) / n of what it shares)."""
 
     gathering: float
@@ -78,18 +78,18 @@ class Traffic:
         return self.gathering + self.gradients + self.activations
 
 
-def traffic(config: RunConfig, mesh: Mesh, parameters: int, sequence: int) -> Traffic:
+def communication_volume(config: RunConfig, mesh: DeviceMeshShape, parameters: int, sequence: int) -> CommunicationVolume:
     """What one GPU sends in one step."""
-    own, micro = rows_per_reader(config, mesh)
+    own, micro = local_batch_sizes(config, mesh)
     share = parameters / mesh.tp
     passes = 2 * -(-own // micro)
-    gathering = _ring(mesh.fsdp) * share * PRODUCTS * passes
-    scattered = _ring(mesh.fsdp) * share * GRADIENTS
-    reduced = 2 * _ring(mesh.dp) * share / mesh.fsdp * GRADIENTS
+    gathering = _ring(mesh.fsdp) * share * WEIGHT_BYTES * passes
+    scattered = _ring(mesh.fsdp) * share * GRADIENT_BYTES
+    reduced = 2 * _ring(mesh.dp) * share / mesh.fsdp * GRADIENT_BYTES
     # Two branches a layer, each gathers its input and scatters its output, in both directions.
     collectives = 2 * 2 * 2 * config.model.num_layers
-    activations = _ring(mesh.tp) * collectives * own * sequence * config.model.hidden_size * PRODUCTS
-    return Traffic(gathering, scattered + reduced, activations)
+    activations = _ring(mesh.tp) * collectives * own * sequence * config.model.hidden_size * WEIGHT_BYTES
+    return CommunicationVolume(gathering, scattered + reduced, activations)
 
 
 def _ring(size: int) -> float:
