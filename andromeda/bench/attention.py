@@ -173,7 +173,7 @@ def measure(work: AttentionCase, backend: str, tokens: int, device: torch.device
     trains = not work.queries
     leaves = [x.requires_grad_(trains) for x in (q, k, v, *scales)]
     module = backends()[backend]
-    row.refused = module.refuse(pattern, *ready(q, k), v)
+    row.refused = module.unsupported_reason(pattern, *ready(q, k), v)
     if row.refused:
         return row
     grad = torch.randn_like(v[:, : q.shape[1]].expand(-1, -1, HEADS, -1))

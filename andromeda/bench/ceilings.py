@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from andromeda.bench.timing import median_ms
-from andromeda.ops.float8_inference import FLOAT8_DTYPE
+from andromeda.ops.activation import FLOAT8_DTYPE
 from andromeda.utils.hardware import Hardware, recognize
 
 SIDE, COPIED, REP = 8192, 4 << 30, 200

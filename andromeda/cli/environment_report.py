@@ -157,7 +157,7 @@ def attention(device: torch.device) -> Iterator[Choice]:
         refusals: dict[str, str] = {}
         ranked = backend_ranking(pattern, q[:, -queries:])
         for backend in ranked.order:
-            reason = backends()[backend].refuse(pattern, q[:, -queries:], k, v)
+            reason = backends()[backend].unsupported_reason(pattern, q[:, -queries:], k, v)
             if reason is None:
                 yield Choice(name, str(device), backend, refusals, ranked.source)
                 break

@@ -24,8 +24,7 @@ from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import concat_weights
 from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
 from andromeda.model.token_shift import ChunkShift, NoShift
-from andromeda.ops import float8_inference
-from andromeda.ops.activation import activate, residual_addmm
+from andromeda.ops import activation, float8_inference
 
 
 class MatmulInput(NamedTuple):
@@ -84,7 +83,7 @@ class FusedAddNormShift(nn.Module):
     def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: ForwardContext) -> tuple[MatmulInput, Tensor]:
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
         if accepts(x, self.norm, self.shift, ctx):
-            made = fused(x, delta, self.norm, self.shift, ctx, bias, eight_bits=self.fp8)
+            made = fused(x, delta, self.norm, self.shift, ctx, bias, fp8=self.fp8)
             return MatmulInput(made.y, made.scale), made.residual
         x = x if delta is None else x + delta
         return to_matmul_input(self.shift(self.norm(x), ctx), self.fp8), x if bias is None else x + bias
@@ -95,16 +94,14 @@ def to_matmul_input(x: Tensor, fp8: bool) -> MatmulInput:
     if not fp8:
         return MatmulInput(x, x.new_empty(0))
     flat = x.flatten(0, -2)
-    values, scale = (
-        float8_inference.activate_quantize(flat, "none") if float8_inference.is_supported(flat, "none") else float8_inference.quantize(flat)
-    )
+    values, scale = activation.activate_quantize(flat, "none") if activation.is_supported(flat, "none") else float8_inference.quantize(flat)
     return MatmulInput(values.unflatten(0, x.shape[:-1]), scale)
 
 
 def apply_linear(linear: nn.Module, rows: MatmulInput) -> Tensor:
     """(B, T, N) from (B, T, K)."""
     if isinstance(linear, float8_inference.Float8DynamicLinear):
-        return linear.product(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
+        return linear.matmul(rows.values.flatten(0, -2), rows.scale).unflatten(0, rows.values.shape[:-1])
     out: Tensor = linear(rows.values)
     return out
 
@@ -160,11 +157,11 @@ class FusedFeedForward(nn.Module):
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
         hidden = self.inner(rows.values)
-        hidden = activate(hidden, self.name) if float8_inference.is_supported(hidden, self.name) else self.activation(hidden)
+        hidden = activation.activate(hidden, self.name) if activation.is_supported(hidden, self.name) else self.activation(hidden)
         if not x.is_cuda:
             return x + F.linear(hidden, self.out.weight)
         total = x.flatten(0, -2)
-        residual_addmm(total, hidden.flatten(0, -2), self.out.weight)
+        activation.residual_addmm(total, hidden.flatten(0, -2), self.out.weight)
         return total.view(x.shape)
 
 
@@ -186,8 +183,8 @@ class Float8FeedForward(nn.Module):
         """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
         hidden = apply_linear(self.inner, rows)
         flat = hidden.flatten(0, -2)
-        if float8_inference.is_supported(flat, self.name):
-            values, scale = float8_inference.activate_quantize(flat, self.name)
+        if activation.is_supported(flat, self.name):
+            values, scale = activation.activate_quantize(flat, self.name)
             rows = MatmulInput(values.unflatten(0, hidden.shape[:-1]), scale)
         else:
             rows = to_matmul_input(self.activation(hidden), True)

@@ -53,9 +53,9 @@ def fused(
     ctx: ForwardContext,
     bias: Tensor | None = None,
     *,
-    eight_bits: bool = False,
+    fp8: bool = False,
 ) -> kernel.AddNormShiftOutput:
-    """The kernel on these parts, which must be accepted; bias and eight_bits as it has them."""
+    """The kernel on these parts, which must be accepted; bias and fp8 as it has them."""
     assert isinstance(norm, (LayerNorm, RMSNorm, RMSNormNoGain))
     channels = moved(shift, x.shape[-1])
     assert channels is not None
@@ -64,9 +64,7 @@ def fused(
     weight = None if isinstance(norm, RMSNormNoGain) else norm.weight.to(x.dtype)
     documents = ctx.documents[0] if ctx.documents and slot is not None else None
     layer = isinstance(norm, LayerNorm)
-    made = kernel.add_norm_shift(
-        x, delta, weight, bias, past, documents, layer_norm=layer, eps=norm.eps, shift_channels=channels, fp8=eight_bits
-    )
+    made = kernel.add_norm_shift(x, delta, weight, bias, past, documents, layer_norm=layer, eps=norm.eps, shift_channels=channels, fp8=fp8)
     if slot is not None:
         ctx.state.put(slot, made.last)
     return made

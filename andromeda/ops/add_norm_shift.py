@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from andromeda.ops.float8_inference import FLOAT8_DTYPE, FLOAT8_MAX
+from andromeda.ops.activation import FLOAT8_DTYPE, FLOAT8_MAX
 
 TRITON = find_spec("triton") is not None
 MAX_CHANNELS = 8192
@@ -90,7 +90,7 @@ class _NormShiftPassThrough(torch.autograd.Function):
         return (dx, None if weight is None else dweight, *[None] * 6)
 
 
-@torch.library.custom_op("andromeda::norm_shift", mutates_args=())
+@torch.library.custom_op("andromeda::add_norm_shift", mutates_args=())
 def _add_norm_shift_op(
     x: Tensor,
     delta: Tensor | None,
@@ -130,7 +130,7 @@ def _(
     return output.y, output.scale, output.residual, output.last
 
 
-@torch.library.custom_op("andromeda::norm_shift_backward", mutates_args=())
+@torch.library.custom_op("andromeda::add_norm_shift_backward", mutates_args=())
 def _gradients(
     x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float,
     shift_begin: int, shift_end: int,

@@ -217,9 +217,9 @@ def _scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool
     return out
 
 
-def _chunk_tokens(kernels: str, tokens: int, vocabulary: int) -> int:
+def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
     """Tokens of a chunk: chunks as equal as whole tiles are, none of which has more logits than the device is given (to a tile)."""
-    given = _CHUNK_LOGITS.get(kernels, _CHUNK_LOGITS["cuda"]) / vocabulary
+    given = _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) / vocabulary
     most = max(_CHUNK_TOKENS, round(given / _TILE) * _TILE)
     chunks = -(-max(1, tokens) // most)
     return -(-max(1, tokens) // (chunks * _TILE)) * _TILE

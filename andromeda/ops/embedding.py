@@ -58,7 +58,7 @@ class _Embed(torch.autograd.Function):
         return None, embedding_weight_grad(ids.flatten(), [dy.flatten(0, -2) for dy in dys], ctx.rows, ctx.dtype), None, None
 
 
-@torch.library.custom_op("andromeda::table_gradient", mutates_args=())
+@torch.library.custom_op("andromeda::embedding_weight_grad", mutates_args=())
 def embedding_weight_grad(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
     """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all.
 

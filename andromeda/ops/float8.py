@@ -3,7 +3,7 @@
 Weights and activations are e4m3, gradients e5m2 (arXiv 2209.05433), with one scale a matrix. Both formats keep their relative
 precision over many powers of two (e4m3 from 2^-6 to 448, e5m2 from 2^-14 to 57,344), so that a scale need not come from the
 largest value itself: a bound that is ten times too large costs nothing but some of the smallest numbers. What is only known after
-a product can thus be cast by the kernel that makes it, and no pass looks for its largest value (ops/mlp_float8.py).
+a product can thus be cast by the kernel that makes it, and no pass looks for its largest value (ops/mlp.py).
 
 A scale is a power of two. Dividing by it is exact, and a weight that hardly changes is rounded to the same numbers again.
 
@@ -21,8 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from andromeda.ops.activation import FLOAT8_DTYPE
 from andromeda.ops.compute_dtype import compute_dtype
-from andromeda.ops.float8_inference import ALIGNMENT, FLOAT8_DTYPE
+from andromeda.ops.float8_inference import ALIGNMENT
 from andromeda.ops.master_weight_linear import split_parts
 
 FORWARD_DTYPE, GRAD_DTYPE = FLOAT8_DTYPE, torch.float8_e5m2
@@ -76,7 +77,7 @@ def quantize_weights(weights: Sequence[Tensor]) -> list[Float8Weight]:
     return [Float8Weight(*parts) for parts in zip(casts[::2], casts[1::2], scales[:, 0].unbind(), norms.unbind(), strict=True)]
 
 
-@torch.library.custom_op("andromeda::cast_weights8", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("andromeda::quantize_weights", mutates_args=(), device_types="cuda")
 def _quantize_weights_op(weights: list[Tensor]) -> list[Tensor]:
     """Rows and columns of each in turn, then scales in the first column of (L, 4), where each begins at 16 bytes, and norms (L, 2).
 
@@ -121,7 +122,7 @@ def amax_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
     return largest.amax(), norm.amax()
 
 
-@torch.library.custom_op("andromeda::measure8", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("andromeda::amax_and_norm_partials", mutates_args=(), device_types="cuda")
 def amax_and_norm_partials(x: Tensor) -> Tensor:
     """x (N, K) -> largest absolute values and largest norms of its rows, each of PIECE rows, (2, pieces) in float32."""
     from andromeda.ops.triton import float8 as kernels
@@ -134,7 +135,7 @@ def _(x: Tensor) -> Tensor:
     return x.new_empty(2, -(-x.shape[0] // ROWS_PER_PARTIAL), dtype=torch.float32)
 
 
-@torch.library.custom_op("andromeda::cast8", mutates_args=(), device_types="cuda")
+@torch.library.custom_op("andromeda::cast_to_float8", mutates_args=(), device_types="cuda")
 def cast_to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
     """x (N, K) over scale () in 8 bits; the same transposed (K, N) if asked for; the sum of x's rows (K,) in float32 if asked for."""
     from andromeda.ops.triton import float8 as kernels

@@ -90,7 +90,7 @@ def preprocess_qk_into_cache(q: Tensor, k: Tensor, form: QKPreprocessSpec, keys:
     )
 
 
-@torch.library.custom_op("andromeda::prepare_qk_into", mutates_args=("keys",))
+@torch.library.custom_op("andromeda::preprocess_qk_into_cache", mutates_args=("keys",))
 def _preprocess_qk_into_cache_op(
     q: Tensor,
     k: Tensor,
@@ -105,7 +105,7 @@ def _preprocess_qk_into_cache_op(
 ) -> Tensor:
     from andromeda.ops.triton import qk_preprocess as kernels
 
-    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout, slot=(keys, index))[0]
+    return kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout, cache=(keys, index))[0]
 
 
 @_preprocess_qk_into_cache_op.register_fake
@@ -118,7 +118,7 @@ def _output_head_dim(D: int, alibi: list[Tensor]) -> int:
     return D + (alibi[1].shape[-1] if alibi else 0)
 
 
-@torch.library.custom_op("andromeda::prepare_qk", mutates_args=())
+@torch.library.custom_op("andromeda::preprocess_qk", mutates_args=())
 def _preprocess_qk_op(
     q: Tensor,
     k: Tensor,
@@ -140,7 +140,7 @@ def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, alibi: list
     return q.new_empty(*q.shape[:-1], out), k.new_empty(*k.shape[:-1], out)
 
 
-@torch.library.custom_op("andromeda::prepare_qk_backward", mutates_args=())
+@torch.library.custom_op("andromeda::preprocess_qk_backward", mutates_args=())
 def _gradients(
     dq: Tensor,
     dk: Tensor,
@@ -189,7 +189,7 @@ def _backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Any, ...]:
 _preprocess_qk_op.register_autograd(_backward, setup_context=_save)
 
 
-@torch.library.custom_op("andromeda::prepare_joined_qkv", mutates_args=())
+@torch.library.custom_op("andromeda::preprocess_qkv", mutates_args=())
 def _preprocess_qkv_op(
     qkv: Tensor,
     sizes: list[int],
@@ -217,7 +217,7 @@ def _(
     return q, k, v
 
 
-@torch.library.custom_op("andromeda::prepare_joined_qkv_backward", mutates_args=())
+@torch.library.custom_op("andromeda::preprocess_qkv_backward", mutates_args=())
 def _qkv_gradients(
     dq: Tensor,
     dk: Tensor,

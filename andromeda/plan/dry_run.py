@@ -151,11 +151,11 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", balanced))
         # Masks that attention remembers from here must not meet real tensors.
-        stack.enter_context(mock.patch.object(sdpa, "_strips", TensorCache(4)))
+        stack.enter_context(mock.patch.object(sdpa, "_query_blocks", TensorCache(4)))
         if gpu:
             # A CPU attends in float32 even where products are in 16 bits.
-            stack.enter_context(mock.patch.object(sdpa, "HALF", ()))
-            stack.enter_context(mock.patch.object(mlp, "accepts", lambda x, *parameters: compute_dtype(x) in HALF_DTYPES))
+            stack.enter_context(mock.patch.object(sdpa, "HALF_DTYPES", ()))
+            stack.enter_context(mock.patch.object(mlp, "is_supported", lambda x, *parameters: compute_dtype(x) in HALF_DTYPES))
             stack.enter_context(mock.patch.dict(cross_entropy._CHUNK_LOGITS, cpu=cross_entropy._CHUNK_LOGITS["cuda"]))
         torch._dynamo.reset()
         logging.disable(logging.WARNING)

@@ -27,13 +27,13 @@ DEAR = (
     "aten::_scaled_dot_product_efficient_attention",
     "aten::_scaled_dot_product_cudnn_attention",
     "andromeda::fa4",
-    "andromeda::measure8",
-    "andromeda::cast8",
+    "andromeda::amax_and_norm_partials",
+    "andromeda::cast_to_float8",
     "flex_attention",
 )
 """Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
-DEAR8 = (*DEAR, "andromeda::norm_shift", "andromeda::prepare_joined_qkv")
+DEAR8 = (*DEAR, "andromeda::add_norm_shift", "andromeda::preprocess_qkv")
 """Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
 is read again; and there is room for queries, keys and values as attention takes them."""
 

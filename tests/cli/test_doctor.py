@@ -28,7 +28,7 @@ def test_the_named_backend_computes_its_pattern_as_the_reference_does() -> None:
 
 def test_a_refusing_backend_is_passed_over_and_its_reason_shown(monkeypatch: pytest.MonkeyPatch) -> None:
     first = next(iter(backends().values()))
-    monkeypatch.setattr(first, "refuse", lambda *_: "it is tired")
+    monkeypatch.setattr(first, "unsupported_reason", lambda *_: "it is tired")
     for choice in doctor.attention(torch.device("cpu")):
         assert choice.backend != first.name
         assert choice.refusals[first.name] == "it is tired"

@@ -66,8 +66,8 @@ def exact(made: Transformer, ids: Tensor, documents: Tensor | None) -> Tensor:
 def by_kernels(made: Transformer, monkeypatch: pytest.MonkeyPatch) -> Transformer:
     """Its layers stepped, under the interpreter too, which runs on a CPU."""
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(gemv, "refuse", lambda x, *weights: "too many" if len(x) > gemv.MAX_ROWS else None)
-        monkeypatch.setattr(qk_preprocess, "accepts", lambda q, k, form: True)
+        monkeypatch.setattr(gemv, "unsupported_reason", lambda x, *weights: "too many" if len(x) > gemv.MAX_ROWS else None)
+        monkeypatch.setattr(qk_preprocess, "is_supported", lambda q, k, form: True)
     made = optimize_for_inference(made, compile=False)
     decode_kernels.use_decode_kernels(made)
     assert isinstance(made.head, DecodeKernelHead)
@@ -96,7 +96,7 @@ def test_more_rows_than_the_kernels_take_go_the_layers_own_way(monkeypatch: pyte
     made = optimize_for_inference(model(KINDS["preset andromeda"], torch.float32), compile=False)
     block = made.decoder.blocks[0]
     assert isinstance(block, FusedBlock)
-    monkeypatch.setattr(gemv, "_product", None)
+    monkeypatch.setattr(gemv, "_gemv_op", None)
     made.decoder.blocks[0] = DecodeKernelBlock(block)
     with torch.no_grad():
         assert made.hidden(torch.ones(9, 1, dtype=torch.long)).isfinite().all()

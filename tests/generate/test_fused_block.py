@@ -88,7 +88,7 @@ def test_the_kernels_path_is_the_same_layer(changes: list[str], monkeypatch: pyt
     plain = model(changes, torch.float32, device)
     rearranged = optimize_for_inference(copy.deepcopy(plain), compile=False)
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(add_norm_shift, "accepts", lambda x: True)
+        monkeypatch.setattr(add_norm_shift, "is_supported", lambda x: True)
     ids, cache = tokens().to(device), DynamicKVCache()
     parts = [read(rearranged, part, cache=cache) for part in ids.split([30, 23], 1)]
     exact = read(plain.double(), ids)

@@ -45,7 +45,7 @@ def gradients(made: Transformer, ids: Tensor, documents: Tensor | None) -> list[
 def test_gradients_of_a_model(changes: list[str], packed: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Beside those of the parts in float64, which no kernel takes."""
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(add_norm_shift, "accepts", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(add_norm_shift, "is_supported", lambda x: x.dtype == torch.float32)
     calls = 0
     real = add_norm_shift.add_norm_shift
 
@@ -68,7 +68,7 @@ def test_gradients_of_a_model(changes: list[str], packed: bool, monkeypatch: pyt
 @pytest.mark.gpu
 def test_a_cache_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreted.INTERPRETED:
-        monkeypatch.setattr(add_norm_shift, "accepts", lambda x: x.dtype == torch.float32)
+        monkeypatch.setattr(add_norm_shift, "is_supported", lambda x: x.dtype == torch.float32)
     made, cache = model([]), DynamicKVCache()
     ids = torch.randint(96, (2, 30), generator=torch.Generator().manual_seed(1)).to(interpreted.device())
     with torch.no_grad():

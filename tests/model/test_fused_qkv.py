@@ -22,7 +22,7 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
     assert whole.shape == (2, 5, 64)
     assert not whole[..., 61:].any()
     outs = whole[..., :61].split([40, 12, 9], -1)
-    assert fused_qkv.concat_linears(linears)[0].shape == (64, 24)
+    assert fused_qkv.concat_weights(linears)[0].shape == (64, 24)
     weights = [torch.randn_like(out) for out in wanted]
     grads = (torch.autograd.grad(sum((o * w).sum() for o, w in zip(side, weights, strict=True)), parameters) for side in (outs, wanted))
     for actual, right in zip((*outs, *next(grads)), (*wanted, *next(grads)), strict=True):

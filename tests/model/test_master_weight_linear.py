@@ -26,7 +26,7 @@ assert emulated16
 @pytest.fixture(autouse=True)
 def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The path that a GPU takes, on a CPU."""
-    monkeypatch.setattr(mlp, "accepts", lambda x, *parameters: torch.is_grad_enabled())
+    monkeypatch.setattr(mlp, "is_supported", lambda x, *parameters: torch.is_grad_enabled())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()
@@ -88,7 +88,9 @@ def test_all_gradients_are_added_by_their_products(kind: str, monkeypatch: pytes
     """None is returned and added by autograd, which would give the same sums."""
     made, layers = model(kind, torch.float64)
     add, added = master_weight_linear.weight_grad_addmm, []
-    monkeypatch.setattr(master_weight_linear, "add_product", lambda total, *factors: (added.append(total.data_ptr()), add(total, *factors)))
+    monkeypatch.setattr(
+        master_weight_linear, "weight_grad_addmm", lambda total, *factors: (added.append(total.data_ptr()), add(total, *factors))
+    )
     with accumulate_weight_grads(layers):
         totals = [layer.total for layer in layers]
         backward(made)

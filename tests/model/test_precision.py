@@ -36,7 +36,7 @@ def types(monkeypatch: pytest.MonkeyPatch) -> set[tuple[torch.dtype, ...]]:
 
     plain = sigmoid_attention.attention_logits
     monkeypatch.setattr(attention, "attend", watched)
-    monkeypatch.setattr(sigmoid_attention, "logits", logits)
+    monkeypatch.setattr(sigmoid_attention, "attention_logits", logits)
     return seen
 
 

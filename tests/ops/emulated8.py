@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.ops import float8, mlp_float8
+from andromeda.ops import float8, mlp
 
 
 def rounded(x: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
@@ -41,13 +41,13 @@ def cast_weights(weights: list[Tensor]) -> list[Tensor]:
     return [*(part for row in rows for part in (row, row.T.contiguous())), F.pad(scales[:, None], (0, 3)), norms]
 
 
-@mlp_float8.gelu_fp8.register_kernel("cpu")
+@mlp.gelu_fp8.register_kernel("cpu")
 def gelu8(u: Tensor, bias: Tensor, scale: Tensor) -> Tensor:
     """GELU(u + bias)."""
     return rounded(F.gelu(u.float() + bias), scale, float8.FORWARD_DTYPE)
 
 
-@mlp_float8.gelu_fp8_gradients.register_kernel("cpu")
+@mlp.gelu_fp8_gradients.register_kernel("cpu")
 def gelu8_gradients(da: Tensor, u: Tensor, bias: Tensor, a_scale: Tensor, du_scale: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """du, du^T, GELU^T, the bias's gradient."""
     z = u.float() + bias

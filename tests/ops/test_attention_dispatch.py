@@ -126,7 +126,7 @@ def test_what_a_gpu_cannot_do_is_refused(
     monkeypatch.setattr("andromeda.ops.attention.fa4._is_installed", lambda: False)
     monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
     q, k, v = heads(T, D, dtype), heads(T, D, dtype), heads(T, Dv, dtype)
-    assert backends()[name].refuse(AttentionSpec(1.0), q, k, v) == reason
+    assert backends()[name].unsupported_reason(AttentionSpec(1.0), q, k, v) == reason
 
 
 def test_a_slower_choice_is_logged_once_for_each_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -137,7 +137,7 @@ def test_a_slower_choice_is_logged_once_for_each_reason(monkeypatch: pytest.Monk
             assert select_backend("auto", AttentionSpec(1.0, softcap=2.0), q, k, v) is eager
             assert select_backend("auto", AttentionSpec(1.0), q, k, v).name == "sdpa"
         assert caplog.messages == ["Attention runs on eager; sdpa would be faster, but it has no soft cap."]
-        monkeypatch.setattr(backends()["sdpa"], "refuse", lambda *_: "it is tired")
+        monkeypatch.setattr(backends()["sdpa"], "unsupported_reason", lambda *_: "it is tired")
         assert select_backend("auto", AttentionSpec(1.0), q, k, v) is eager
     assert caplog.messages[1:] == ["Attention runs on eager; sdpa would be faster, but it is tired."]
 

@@ -139,7 +139,7 @@ def test_compiled_whole(library: Library, documents: tuple[Tensor, Tensor] | Non
 def test_document_bounds_are_found_once_for_all_layers(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[Tensor] = []
     boundaries = fa4._cu_seqlens
-    monkeypatch.setattr(fa4, "_boundaries", lambda numbers: made.append(numbers) or boundaries(numbers))
+    monkeypatch.setattr(fa4, "_cu_seqlens", lambda numbers: made.append(numbers) or boundaries(numbers))
     numbers = NUMBERS.clone()
     out = sum(fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers))) for _ in range(3))
     out.sum().backward()

@@ -29,9 +29,7 @@ from andromeda.ops.triton import (  # noqa: E402
     decode_attention,
     embedding,
     float8,
-    float8_activation,
     gelu,
-    gelu_float8,
     qk_preprocess,
 )
 from tests.ops import interpreted  # noqa: E402
@@ -96,10 +94,10 @@ def trained8(tokens: int, width: int, hidden: int) -> None:
     for x in (empty(tokens, width), empty(hidden, width, dtype=torch.float32)):
         float8.amax_and_norm_partials(x, 16)
         float8.cast_to_float8(x, scale, values)
-    float8.cast_to_float8(empty(tokens, width), scale, gradients, total=True)
+    float8.cast_to_float8(empty(tokens, width), scale, gradients, row_sum=True)
     u, bias = empty(tokens, hidden), empty(hidden, dtype=torch.float32)
-    gelu_float8.gelu_fp8(u, bias, scale, values)
-    gelu_float8.gelu_fp8_backward(u, u, bias, scale, scale, values, gradients)
+    gelu.gelu_fp8(u, bias, scale, values)
+    gelu.gelu_fp8_backward(u, u, bias, scale, scale, values, gradients)
 
 
 def table(tokens: int, width: int, parts: int, dtype: torch.dtype) -> None:
@@ -144,8 +142,8 @@ WORKS: dict[str, Callable[[], None]] = {
     "training in 8 bits, a tail": lambda: trained8(200_000, 3328, 4224),
     "table of value embeddings": lambda: table(65536, 9216, 1, torch.bfloat16),
     "table of value embeddings, by layers": lambda: table(65536, 9216, 12, torch.float32),
-    "activation in 8 bits": lambda: float8_activation.activate_quantize(empty(200_000, 10240), "gelu", 448.0) and None,
-    "activation in 8 bits, gated width": lambda: float8_activation.activate_quantize(empty(32768, 4224), "relu2", 448.0) and None,
+    "activation in 8 bits": lambda: activation.activate_quantize(empty(200_000, 10240), "gelu", 448.0) and None,
+    "activation in 8 bits, gated width": lambda: activation.activate_quantize(empty(32768, 4224), "relu2", 448.0) and None,
     "activation": lambda: rows_activated(200_000, 10240),
     "between products": lambda: between(200_000, 2560, False),
     "between products, 8 bits": lambda: between(32768, 2560, True),

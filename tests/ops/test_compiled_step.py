@@ -85,7 +85,7 @@ WORKS: dict[str, Callable[[], None]] = {
 @pytest.mark.parametrize("name", WORKS)
 def test_a_kernel_of_a_step(name: str, launched: list[tuple[int, Any]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
     for module in (gemv, decode_attention, qk_preprocess):
-        monkeypatch.setattr(module, "early", lambda x: True)
+        monkeypatch.setattr(module, "supports_pdl", lambda x: True)
     check(WORKS[name], launched, tmp_path)
     for _, kernel in launched:
         assert kernel.metadata.launch_pdl

@@ -45,10 +45,11 @@ def wanted(ids: Tensor, dy: Tensor, rows: int = V) -> Tensor:
 def gradient(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype, *cut: Any) -> Tensor:
     """The kernel with small pieces: imported late, when Triton's interpreter has been chosen."""
     from andromeda.ops.triton import embedding as device
+    from andromeda.ops.triton.common import TileConfig
 
     tokens, columns, read, piece = cut
     assert tokens == len(ids)
-    return device.embedding_weight_grad(ids, dys, rows, dtype, device.TileConfig(columns, read, 1), piece)
+    return device.embedding_weight_grad(ids, dys, rows, dtype, TileConfig(read, columns, 1), piece)
 
 
 @pytest.mark.gpu
@@ -90,7 +91,7 @@ def test_sums_are_in_float32(dtype: torch.dtype) -> None:
 def test_autograd(parts: int, dtype: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the public function: views, gradients that do not lie densely, and a part that nobody used."""
     device = interpreted.device()
-    monkeypatch.setattr(embedding, "accepts", lambda weight: True)
+    monkeypatch.setattr(embedding, "is_supported", lambda weight: True)
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(V, 12, generator=generator).to(device).requires_grad_()
     ids = torch.randint(V, (2, 9), generator=generator).to(device)
@@ -108,7 +109,7 @@ def test_autograd(parts: int, dtype: torch.dtype | None, monkeypatch: pytest.Mon
 @pytest.mark.gpu
 def test_expanded_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     """The gradient of a sum has no memory of its own: its strides are zero."""
-    monkeypatch.setattr(embedding, "accepts", lambda weight: True)
+    monkeypatch.setattr(embedding, "is_supported", lambda weight: True)
     device = interpreted.device()
     weight = torch.randn(V, 3, device=device, requires_grad=True)
     ids = torch.tensor([[1, 1, 2]], device=device)
@@ -119,7 +120,7 @@ def test_expanded_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.gpu
 def test_inside_torch_compile(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedding, "accepts", lambda weight: True)
+    monkeypatch.setattr(embedding, "is_supported", lambda weight: True)
     device = interpreted.device()
     weight = torch.randn(V, 8, device=device, requires_grad=True)
     ids = torch.tensor([[0, 5, 5, 1]], device=device)

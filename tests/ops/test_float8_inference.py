@@ -11,7 +11,7 @@ from andromeda.config.load import load
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.feedforward.dense import ACTIVATIONS
 from andromeda.model.transformer import Transformer
-from andromeda.ops import float8_inference
+from andromeda.ops import activation, float8_inference
 from tests.ops import interpreted
 
 
@@ -57,12 +57,12 @@ def test_any_number_of_rows_on_a_gpu(rows: int, outputs: int, width: int, bias: 
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", float8_inference.ACTIVATIONS)
+@pytest.mark.parametrize("name", activation.ACTIVATIONS)
 @pytest.mark.parametrize("K", [16, 100])
 def test_activation_and_quantization_at_once(name: str, K: int) -> None:
     """The kernel's scale and numbers are those of the activation in float64, rounded twice."""
     x = (3 * torch.randn(7, K, generator=torch.Generator().manual_seed(1))).bfloat16()
-    rows, scale = float8_inference.activate_quantize(x.to(interpreted.device()), name)
+    rows, scale = activation.activate_quantize(x.to(interpreted.device()), name)
     wanted = ACTIVATIONS.get(name, nn.Identity())(x.double())
     largest = wanted.abs().amax(-1, keepdim=True)
     assert (scale.cpu().double() / (largest / float8_inference.FLOAT8_MAX) - 1).abs().max() < 2.0**-7

@@ -90,7 +90,7 @@ def test_only_wanted_gradients_are_taken(frozen: int) -> None:
 @pytest.fixture
 def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """The path that a GPU takes, on a CPU."""
-    monkeypatch.setattr(mlp, "accepts", lambda x, *parameters: torch.is_grad_enabled())
+    monkeypatch.setattr(mlp, "is_supported", lambda x, *parameters: torch.is_grad_enabled())
     torch._dynamo.reset()
     yield
     torch._dynamo.reset()

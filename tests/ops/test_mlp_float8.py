@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from andromeda.ops.float8 import float8_linear, quantize_weight
-from andromeda.ops.mlp_float8 import gelu_mlp_fp8
+from andromeda.ops.mlp import gelu_mlp_fp8
 from tests.ops import emulated8
 
 N, C, H = 64, 48, 80

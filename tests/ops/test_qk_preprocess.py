@@ -159,9 +159,9 @@ def test_walks_over_blocks_of_tokens(norm: str, tokens: int, monkeypatch: pytest
     """The last walk may have fewer blocks than the others, the last block fewer tokens, and rows may end within either."""
     from andromeda.ops.triton import qk_preprocess as device
 
-    monkeypatch.setattr(device, "SCALED", device.QKLaunchConfig(4, 1, 4))
-    monkeypatch.setattr(device, "WALK", 3)
-    monkeypatch.setattr(device, "WALKS", 1)
+    monkeypatch.setattr(device, "BACKWARD_SCALED", device.QKLaunchConfig(4, 1, 4))
+    monkeypatch.setattr(device, "MAX_BLOCKS_PER_PROGRAM", 3)
+    monkeypatch.setattr(device, "MIN_PROGRAMS", 1)
     config = configure(norm, "interleaved, part", True, heads=4, kv_heads=2)
     positions = positions_of(tokens, 2, interpreted.device())
     for found, wanted in zip(results(kernel, config, positions, torch.float32, torch.float32), exact(config, positions), strict=True):
@@ -229,7 +229,7 @@ def test_what_is_registered_is_true() -> None:
 @pytest.mark.parametrize("norm", ["none", "l2_head_scale", "l2_dim_scale"])
 def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, values and keys side by side, with columns at the end that nothing reads: all of it, and all its gradients."""
-    monkeypatch.setattr(seam.qk_preprocess, "accepts", lambda q, k, form: q.dtype == torch.float32)
+    monkeypatch.setattr(seam.qk_preprocess, "is_supported", lambda q, k, form: q.dtype == torch.float32)
     config = configure(norm, rotary, True, heads=4, kv_heads=2)
     positions, sizes = positions_of(5, 2, interpreted.device()), qk_preprocess.QKVLayout(4, 2, 12, 6)
     generator = torch.Generator().manual_seed(1)
@@ -301,7 +301,7 @@ def test_a_whole_layer_of_tokens_twice(rotary: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_model_takes_it_on_a_gpu_unless_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(seam.qk_preprocess, "prepare", lambda q, k, form: (calls.append(q.dtype), (q, k))[1])
+    monkeypatch.setattr(seam.qk_preprocess, "preprocess_qk", lambda q, k, form: (calls.append(q.dtype), (q, k))[1])
     config = configure("rms", "rope", False)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         parts = build(config, positions_of(4, 1, torch.device("cuda")), 0, torch.promote_types(dtype, torch.float32))
@@ -312,7 +312,7 @@ def test_the_model_takes_it_on_a_gpu_unless_in_float64(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_cpu_has_the_parts(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seam.qk_preprocess, "prepare", None)
+    monkeypatch.setattr(seam.qk_preprocess, "preprocess_qk", None)
     config = configure(norm, "xpos", True)
     parts = build(config, positions_of(4, 1, torch.device("cpu")), 0, torch.float32)
     _, q, k = project(config, 1, 4, torch.float32, torch.device("cpu"))

@@ -16,7 +16,7 @@ from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.layers import Linear
 from andromeda.model.master_weight_linear import MasterWeightLinear, compute_weight
 from andromeda.ops import mlp
-from andromeda.ops.mlp_float8 import gelu_mlp_fp8
+from andromeda.ops.mlp import gelu_mlp_fp8
 
 
 def relu2(x: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ name = "cudnn"
 _AVAILABLE = torch.backends.cudnn.is_available()  # asked here, since torch.compile cannot trace the question
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Causal attention of whole sequences in 16 bits on Ampere and newer GPUs."""
     if q.shape[1] != k.shape[1]:
         return "it aligns its mask to the first key, so that queries must be as many as keys"

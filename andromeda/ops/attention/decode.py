@@ -24,7 +24,7 @@ MAX_HEAD_DIM = 256
 """Dimensions of a head that the kernel holds."""
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Any pattern of one query, without gradients."""
     if q.shape[1] != 1:
         return "it computes one query at a time"
@@ -37,11 +37,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`, for T = 1."""
     if TRITON and q.is_cuda and q.dtype in HALF_DTYPES and max(q.shape[-1], v.shape[-1]) <= MAX_HEAD_DIM:
         q_documents, k_documents = spec.documents or (None, None)
-        return torch.ops.andromeda.decode(q, k, v, q_documents, k_documents, spec.slopes, spec.index, spec.scale, spec.window, spec.softcap)
+        return torch.ops.andromeda.decode_attention(
+            q, k, v, q_documents, k_documents, spec.slopes, spec.index, spec.scale, spec.window, spec.softcap
+        )
     return matmul_attention(q, k, v, spec)
 
 
-@torch.library.custom_op("andromeda::decode", mutates_args=())
+@torch.library.custom_op("andromeda::decode_attention", mutates_args=())
 def _decode_op(
     q: Tensor,
     k: Tensor,

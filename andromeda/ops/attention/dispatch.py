@@ -79,7 +79,7 @@ def select_backend(name: str, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tens
         return _first_supported(spec, q, k, v)
     if name not in _BACKENDS:
         raise ConfigError(f"There is no attention backend {name!r}{nearest(name, ['auto', *_BACKENDS])}.")
-    reason = _BACKENDS[name].refuse(spec, q, k, v)
+    reason = _BACKENDS[name].unsupported_reason(spec, q, k, v)
     if reason:
         raise ConfigError(f"Attention backend {name!r} cannot compute this pattern: {reason}; use backend auto or eager.")
     return _BACKENDS[name]
@@ -88,7 +88,7 @@ def select_backend(name: str, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tens
 def _first_supported(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     fastest, missed = "", ""
     for name in backend_ranking(spec, q).order:
-        reason = _BACKENDS[name].refuse(spec, q, k, v)
+        reason = _BACKENDS[name].unsupported_reason(spec, q, k, v)
         if reason is None:
             if missed:
                 _log_fallback(name, fastest, missed)

@@ -10,7 +10,7 @@ from andromeda.ops.attention.spec import AttentionSpec
 name = "eager"
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Never refuses."""
     return None
 

@@ -30,7 +30,7 @@ name = "fa4"
 _cu_seqlens_cache: TensorCache[Tensor] = TensorCache(4)
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """No ALiBi slopes; documents only over whole sequences."""
     if spec.slopes is not None:
         return NO_ALIBI_SLOPES

@@ -16,7 +16,7 @@ from andromeda.ops.attention.spec import AttentionSpec
 name = "flash"
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Causal attention in 16 bits on Ampere and newer GPUs."""
     return (
         requires_causal_only(spec)

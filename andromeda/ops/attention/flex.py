@@ -23,7 +23,7 @@ name = "flex"
 _block_mask_cache: TensorCache[BlockMask] = TensorCache(16)
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Any pattern of queries at the end of the keys; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
     if reason := requires_queries_last(spec):
         return reason

@@ -33,7 +33,7 @@ _query_blocks: TensorCache[list[QueryBlock]] = TensorCache(4)
 _is_single_document: TensorCache[bool] = TensorCache(4)
 
 
-def refuse(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """No soft cap; on GPUs no bias that the mask would have to round."""
     if spec.softcap:
         return "it has no soft cap"

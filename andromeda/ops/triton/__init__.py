@@ -1,4 +1,4 @@
-"""Triton kernels. Only the functions beside their references import this room, and only when they run on a GPU.
+"""Triton kernels. Only the modules of `andromeda.ops` import this package, and only when a kernel runs: Triton is optional.
 
-Triton reads the annotations of its functions, so that they carry none but `tl.constexpr`.
+Arguments of kernels have no annotations but `tl.constexpr`, because Triton evaluates annotations.
 """

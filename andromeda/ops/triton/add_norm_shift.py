@@ -1,7 +1,8 @@
-"""A Triton kernel for what lies between two products of a layer: add, norm, token shift, 8 bits, in one read and one write.
+"""Triton kernels for everything between two matmuls of a layer: residual add, norm, token shift and float8, in one read and one write.
 
-A program takes some tokens of one sequence, one after the other, and keeps the last one's normalized vector in registers for
-the channels that come from the token before. A vector is held in two parts, as `fp8` does it.
+A program computes some tokens of one sequence, one after the other, and keeps the normalized vector of the previous token in
+registers for the channels that token shift takes from it. A vector is held as two blocks (`activation.split_power_of_two`); in
+the names below, a and b are their values.
 """
 
 from __future__ import annotations
@@ -13,49 +14,49 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.float8_activation import row_scale, split_power_of_two
+from andromeda.ops.triton.activation import row_scale, split_power_of_two
 
 TOKENS_FORWARD, TOKENS_BACKWARD, WARPS = 8, 32, 4
-"""Tokens of a program, and its warps. The backward pass writes a sum for each program."""
+"""Tokens of a program, and its warps. In the backward pass each program writes a partial sum of the gain's gradient."""
 WIDE_CHANNELS, WARPS_WIDE = 2048, 8
-"""Wider vectors than this need more warps in the backward pass, which holds several of them in registers."""
+"""Above this width the backward pass, which holds several vectors in registers, needs more warps."""
 
 
 class NormShiftConstants(NamedTuple):
-    """What is known when the kernel is compiled."""
+    """Values that are known when a kernel is compiled."""
 
     C: int
     """Channels."""
     layer_norm: bool
     """Layer norm, otherwise RMS norm."""
     shift_begin: int
-    """Channels `begin` to `end` are of the token before."""
+    """Channels `shift_begin` to `shift_end` come from the previous token."""
     shift_end: int
     fp8_max: float
-    """Largest number of the 8-bit format; 0 leaves y as it is."""
+    """Largest value of the float8 dtype; 0 leaves y unquantized."""
     tokens: int
     """Tokens of a program."""
 
 
 class NormShiftInputs(NamedTuple):
-    """What is read; None where there is nothing."""
+    """What the forward kernel reads; None where absent."""
 
     x: Any
     """(B, T, C)."""
     delta: Any
-    """What is added to x first (B, T, C)."""
+    """Added to x first (B, T, C)."""
     weight: Any
     """Gain (C,)."""
     bias: Any
-    """What is added to the sum that is stored (C,)."""
+    """Added to the residual stream that is stored, but not to what is normalized (C,)."""
     past: Any
     """Normalized vector before the first token (B, C)."""
     documents: Any
-    """Document numbers (B, T): a token that begins one gets zeros from before."""
+    """Document numbers (B, T): the first token of a document gets zeros from the previous token."""
 
 
 class NormShiftOutputs(NamedTuple):
-    """What is written; None where nothing is."""
+    """What the forward kernel writes; None where absent."""
 
     y: Any
     """(B, T, C)."""
@@ -64,28 +65,28 @@ class NormShiftOutputs(NamedTuple):
     residual: Any
     """x + delta + bias (B, T, C)."""
     last: Any
-    """Normalized last vector (B, C)."""
+    """Normalized vector of the last token (B, C)."""
 
 
 @triton.jit
 def _load_sum(inputs, outputs, row, column, mask, STORE: tl.constexpr, constants: tl.constexpr):
-    """x + delta of a row, rounded as it is stored, and stored."""
-    at = row * constants.C + column
-    kind: tl.constexpr = inputs.x.dtype.element_ty
-    value = tl.load(inputs.x + at, mask=mask, other=0.0).to(tl.float32)
+    """x + delta of a row, rounded to the dtype in which it is stored; with STORE also stored."""
+    offsets = row * constants.C + column
+    dtype: tl.constexpr = inputs.x.dtype.element_ty
+    value = tl.load(inputs.x + offsets, mask=mask, other=0.0).to(tl.float32)
     if inputs.delta is not None:
-        value += tl.load(inputs.delta + at, mask=mask, other=0.0).to(tl.float32)
+        value += tl.load(inputs.delta + offsets, mask=mask, other=0.0).to(tl.float32)
     if STORE and outputs.residual is not None:
         stored = value
         if inputs.bias is not None:
             stored += tl.load(inputs.bias + column, mask=mask, other=0.0).to(tl.float32)
-        tl.store(outputs.residual + at, stored.to(kind), mask=mask)
-    return value.to(kind).to(tl.float32)
+        tl.store(outputs.residual + offsets, stored.to(dtype), mask=mask)
+    return value.to(dtype).to(tl.float32)
 
 
 @triton.jit
 def _normalize_row(a, b, a_mask, b_mask, eps, constants: tl.constexpr):
-    """Both parts normalized without the gain, and what they were multiplied with."""
+    """Both blocks normalized, without the gain, and the inverse standard deviation or RMS."""
     if constants.layer_norm:
         mean = (tl.sum(a, 0) + tl.sum(b, 0)) / constants.C
         a, b = tl.where(a_mask, a - mean, 0.0), tl.where(b_mask, b - mean, 0.0)
@@ -94,21 +95,22 @@ def _normalize_row(a, b, a_mask, b_mask, eps, constants: tl.constexpr):
 
 
 @triton.jit
-def _apply_gain(of, value, column, mask):
-    if of.weight is not None:
-        value *= tl.load(of.weight + column, mask=mask, other=0.0).to(tl.float32)
+def _apply_gain(args, value, column, mask):
+    """value times the gain `args.weight`, if there is one."""
+    if args.weight is not None:
+        value *= tl.load(args.weight + column, mask=mask, other=0.0).to(tl.float32)
     return value
 
 
 @triton.jit
 def _apply_gain_and_round(inputs, value, column, mask):
-    """With the gain, rounded to the type of x."""
+    """The same, rounded to the dtype of x."""
     return _apply_gain(inputs, value, column, mask).to(inputs.x.dtype.element_ty).to(tl.float32)
 
 
 @triton.jit
 def _normalized_row(inputs, outputs, row, eps, first, second, STORE: tl.constexpr, constants: tl.constexpr):
-    """Both parts of a row's normalized vector."""
+    """Both blocks of a row's normalized vector."""
     a_mask, b_mask = first < constants.C, second < constants.C
     a = _load_sum(inputs, outputs, row, first, a_mask, STORE, constants)
     b = _load_sum(inputs, outputs, row, second, b_mask, STORE, constants)
@@ -118,18 +120,18 @@ def _normalized_row(inputs, outputs, row, eps, first, second, STORE: tl.constexp
 
 @triton.jit
 def _is_shifted(column, constants: tl.constexpr):
-    """Which channels are of the token before."""
+    """Which channels come from the previous token."""
     return (column >= constants.shift_begin) & (column < constants.shift_end)
 
 
 @triton.jit
-def _same_document(documents, row, has_before):
-    """1.0 where the token before is of the same document, or where there is none, else 0.0."""
-    same_document = 1.0
+def _same_document(documents, row, has_previous):
+    """1.0 where the previous token belongs to the same document, or where there is none; otherwise 0.0."""
+    same = 1.0
     if documents is not None:
-        before = tl.load(documents + row - 1, mask=has_before, other=0)
-        same_document = tl.where(has_before & (tl.load(documents + row) != before), 0.0, 1.0)
-    return same_document
+        previous = tl.load(documents + row - 1, mask=has_previous, other=0)
+        same = tl.where(has_previous & (tl.load(documents + row) != previous), 0.0, 1.0)
+    return same
 
 
 @triton.jit
@@ -146,22 +148,23 @@ def _add_norm_shift_kernel(inputs, outputs, T, eps, constants: tl.constexpr, FIR
     start = (tl.program_id(0) % blocks) * constants.tokens
     base = batch.to(tl.int64) * T
     first, second = tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND)
-    a_before, b_before = tl.zeros((FIRST,), tl.float32), tl.zeros((SECOND,), tl.float32)
+    a_previous, b_previous = tl.zeros((FIRST,), tl.float32), tl.zeros((SECOND,), tl.float32)
     if constants.shift_end > constants.shift_begin:
         if start == 0:
-            a_before = tl.load(inputs.past + batch * constants.C + first, mask=first < constants.C, other=0.0).to(tl.float32)
-            b_before = tl.load(inputs.past + batch * constants.C + second, mask=second < constants.C, other=0.0).to(tl.float32)
+            past = inputs.past + batch * constants.C
+            a_previous = tl.load(past + first, mask=first < constants.C, other=0.0).to(tl.float32)
+            b_previous = tl.load(past + second, mask=second < constants.C, other=0.0).to(tl.float32)
         else:
-            a_before, b_before = _normalized_row(inputs, outputs, base + start - 1, eps, first, second, False, constants)
+            a_previous, b_previous = _normalized_row(inputs, outputs, base + start - 1, eps, first, second, False, constants)
     for token in range(start, min(start + constants.tokens, T)):
         row = base + token
         a, b = _normalized_row(inputs, outputs, row, eps, first, second, True, constants)
         y_a, y_b = a, b
         if constants.shift_end > constants.shift_begin:
-            same_document = _same_document(inputs.documents, row, token > 0)
-            y_a = tl.where(_is_shifted(first, constants), a_before * same_document, a)
-            y_b = tl.where(_is_shifted(second, constants), b_before * same_document, b)
-            a_before, b_before = a, b
+            same = _same_document(inputs.documents, row, token > 0)
+            y_a = tl.where(_is_shifted(first, constants), a_previous * same, a)
+            y_b = tl.where(_is_shifted(second, constants), b_previous * same, b)
+            a_previous, b_previous = a, b
         inverse = 1.0
         if constants.fp8_max > 0:
             scale = row_scale(tl.maximum(tl.max(tl.abs(y_a), 0), tl.max(tl.abs(y_b), 0)), constants.fp8_max)
@@ -169,15 +172,15 @@ def _add_norm_shift_kernel(inputs, outputs, T, eps, constants: tl.constexpr, FIR
             inverse = 1.0 / scale
         _store_output(outputs, row, first, y_a, inverse, constants)
         _store_output(outputs, row, second, y_b, inverse, constants)
-    if outputs.last is not None:  # noqa: SIM102 - known when it is compiled, the other is not
+    if outputs.last is not None:  # noqa: SIM102 - the first condition is known at compile time, the second is not
         if start + constants.tokens >= T:
-            kind: tl.constexpr = outputs.last.dtype.element_ty
-            tl.store(outputs.last + batch * constants.C + first, a_before.to(kind), mask=first < constants.C)
-            tl.store(outputs.last + batch * constants.C + second, b_before.to(kind), mask=second < constants.C)
+            dtype: tl.constexpr = outputs.last.dtype.element_ty
+            tl.store(outputs.last + batch * constants.C + first, a_previous.to(dtype), mask=first < constants.C)
+            tl.store(outputs.last + batch * constants.C + second, b_previous.to(dtype), mask=second < constants.C)
 
 
 class NormShiftGradients(NamedTuple):
-    """What the backward pass reads and writes; None where there is nothing."""
+    """What the backward kernel reads and writes; None where absent."""
 
     x: Any
     """What was normalized (B, T, C)."""
@@ -185,28 +188,28 @@ class NormShiftGradients(NamedTuple):
     documents: Any
     dy: Any
     dresidual: Any
-    """Gradient of the sum that was given back (B, T, C)."""
+    """Gradient of the residual stream that the forward pass returned (B, T, C)."""
     dx: Any
     partial: Any
-    """Gradient of the gain, for each program (programs, C)."""
+    """Gradient of the gain, one row per program (programs, C)."""
 
 
 @triton.jit
-def _add_pairs(a, b, more_a, more_b):
-    return a + more_a, b + more_b
+def _add_pairs(a, b, other_a, other_b):
+    return a + other_a, b + other_b
 
 
 @triton.jit
-def _reduce_two(a, b, of_a, of_b):
-    """Sums over both parts of a and b, and of of_a and of_b, whose warps wait for each other once for both."""
-    first, of_first = tl.reduce((a, of_a), 0, _add_pairs)
-    second, of_second = tl.reduce((b, of_b), 0, _add_pairs)
-    return first + second, of_first + of_second
+def _reduce_two(a, b, c, d):
+    """sum(a) + sum(b) and sum(c) + sum(d): reduced in pairs, so that the warps synchronize once for both."""
+    first_ab, first_cd = tl.reduce((a, c), 0, _add_pairs)
+    second_ab, second_cd = tl.reduce((b, d), 0, _add_pairs)
+    return first_ab + second_ab, first_cd + second_cd
 
 
 @triton.jit
 def _load_row(x, row, column, mask, constants: tl.constexpr):
-    """Some channels of a row as they are stored, zero where there are none."""
+    """Channels of a row in the dtype in which they are stored."""
     return tl.load(x + row * constants.C + column, mask=mask, other=0.0)
 
 
@@ -224,59 +227,51 @@ def _add_norm_shift_backward_kernel(grads, T, eps, constants: tl.constexpr, FIRS
     first, second = tl.arange(0, FIRST), FIRST + tl.arange(0, SECOND)
     a_mask, b_mask = first < constants.C, second < constants.C
     a_sum, b_sum = tl.zeros((FIRST,), tl.float32), tl.zeros((SECOND,), tl.float32)
-    # Rows are asked for a token ahead, so that a program need not wait for memory and for its warps in turn; until then they
-    # stay in the type that they are stored in, which takes half the registers in 16 bits.
-    shift_begin, shift_end, after = base + start, base + min(start + constants.tokens, T), base + T
-    more = shift_begin + 1 < after
-    a_next, b_next = (
-        _load_row(grads.dy, shift_begin + 1, first, a_mask & more, constants),
-        _load_row(grads.dy, shift_begin + 1, second, b_mask & more, constants),
-    )
-    a_dy, b_dy = _load_row(grads.dy, shift_begin, first, a_mask, constants), _load_row(grads.dy, shift_begin, second, b_mask, constants)
-    a_x, b_x = _load_row(grads.x, shift_begin, first, a_mask, constants), _load_row(grads.x, shift_begin, second, b_mask, constants)
-    for row in range(shift_begin, shift_end):
+    # Rows are loaded one token ahead, so that a program does not wait for memory and for its reductions in turn. Until they are
+    # used they stay in their storage dtype, which takes half the registers in 16 bits.
+    row_begin, row_end, sequence_end = base + start, base + min(start + constants.tokens, T), base + T
+    has_dy = row_begin + 1 < sequence_end
+    a_dy_next = _load_row(grads.dy, row_begin + 1, first, a_mask & has_dy, constants)
+    b_dy_next = _load_row(grads.dy, row_begin + 1, second, b_mask & has_dy, constants)
+    a_dy, b_dy = _load_row(grads.dy, row_begin, first, a_mask, constants), _load_row(grads.dy, row_begin, second, b_mask, constants)
+    a_x, b_x = _load_row(grads.x, row_begin, first, a_mask, constants), _load_row(grads.x, row_begin, second, b_mask, constants)
+    for row in range(row_begin, row_end):
         a, b = a_x.to(tl.float32), b_x.to(tl.float32)
-        has_next, more = row + 1 < shift_end, row + 2 < tl.minimum(shift_end + 1, after)
-        a_prefetched, b_prefetched = (
-            _load_row(grads.dy, row + 2, first, a_mask & more, constants),
-            _load_row(grads.dy, row + 2, second, b_mask & more, constants),
-        )
-        a_x, b_x = (
-            _load_row(grads.x, row + 1, first, a_mask & has_next, constants),
-            _load_row(grads.x, row + 1, second, b_mask & has_next, constants),
-        )
+        has_x, has_dy = row + 1 < row_end, row + 2 < tl.minimum(row_end + 1, sequence_end)
+        a_dy_loaded = _load_row(grads.dy, row + 2, first, a_mask & has_dy, constants)
+        b_dy_loaded = _load_row(grads.dy, row + 2, second, b_mask & has_dy, constants)
+        a_x = _load_row(grads.x, row + 1, first, a_mask & has_x, constants)
+        b_x = _load_row(grads.x, row + 1, second, b_mask & has_x, constants)
         if grads.dresidual is not None:
-            a_residual, b_residual = (
-                _load_row(grads.dresidual, row, first, a_mask, constants),
-                _load_row(grads.dresidual, row, second, b_mask, constants),
-            )
+            a_dresidual = _load_row(grads.dresidual, row, first, a_mask, constants)
+            b_dresidual = _load_row(grads.dresidual, row, second, b_mask, constants)
         a_dn, b_dn = a_dy.to(tl.float32), b_dy.to(tl.float32)
         if constants.shift_end > constants.shift_begin:
-            # What this token gave to the next one.
-            same_document = _same_document(grads.documents, tl.minimum(row + 1, after - 1), row + 1 < after)
-            a_dn = tl.where(_is_shifted(first, constants), a_next.to(tl.float32) * same_document, a_dn)
-            b_dn = tl.where(_is_shifted(second, constants), b_next.to(tl.float32) * same_document, b_dn)
-        a_dy, b_dy, a_next, b_next = a_next, b_next, a_prefetched, b_prefetched
+            # The shifted channels of this token were read by the next token.
+            same = _same_document(grads.documents, tl.minimum(row + 1, sequence_end - 1), row + 1 < sequence_end)
+            a_dn = tl.where(_is_shifted(first, constants), a_dy_next.to(tl.float32) * same, a_dn)
+            b_dn = tl.where(_is_shifted(second, constants), b_dy_next.to(tl.float32) * same, b_dn)
+        a_dy, b_dy, a_dy_next, b_dy_next = a_dy_next, b_dy_next, a_dy_loaded, b_dy_loaded
         a_d, b_d = _apply_gain(grads, a_dn, first, a_mask), _apply_gain(grads, b_dn, second, b_mask)
-        grad_mean = 0.0
+        mean_d = 0.0
         if constants.layer_norm:
-            mean, grad_mean = _reduce_two(a, b, a_d, b_d)
-            mean, grad_mean = mean / constants.C, grad_mean / constants.C
+            mean, mean_d = _reduce_two(a, b, a_d, b_d)
+            mean, mean_d = mean / constants.C, mean_d / constants.C
             a, b = tl.where(a_mask, a - mean, 0.0), tl.where(b_mask, b - mean, 0.0)
         square, projection = _reduce_two(a * a, b * b, a_d * a, b_d * b)
         rstd = 1.0 / tl.sqrt(square / constants.C + eps)
         a, b, projection = a * rstd, b * rstd, projection * rstd / constants.C
         a_sum += a_dn * a
         b_sum += b_dn * b
-        a_dx, b_dx = rstd * (a_d - grad_mean - a * projection), rstd * (b_d - grad_mean - b * projection)
+        a_dx, b_dx = rstd * (a_d - mean_d - a * projection), rstd * (b_d - mean_d - b * projection)
         if grads.dresidual is not None:
-            a_dx, b_dx = a_dx + a_residual.to(tl.float32), b_dx + b_residual.to(tl.float32)
+            a_dx, b_dx = a_dx + a_dresidual.to(tl.float32), b_dx + b_dresidual.to(tl.float32)
         _store_row(grads.dx, a_dx, row, first, a_mask, constants)
         _store_row(grads.dx, b_dx, row, second, b_mask, constants)
     if grads.partial is not None:
-        at = grads.partial + tl.program_id(0) * constants.C
-        tl.store(at + first, a_sum, mask=a_mask)
-        tl.store(at + second, b_sum, mask=b_mask)
+        partial = grads.partial + tl.program_id(0) * constants.C
+        tl.store(partial + first, a_sum, mask=a_mask)
+        tl.store(partial + second, b_sum, mask=b_mask)
 
 
 def _column_blocks(C: int) -> dict[str, int]:
@@ -287,7 +282,7 @@ def _column_blocks(C: int) -> dict[str, int]:
 def add_norm_shift(
     inputs: NormShiftInputs, outputs: NormShiftOutputs, layer_norm: bool, eps: float, shift_channels: tuple[int, int], fp8_max: float
 ) -> None:
-    """Fill `made` from `given`, both of contiguous tensors; moved: channels from and to, of the token before."""
+    """Compute `outputs` from `inputs`, all contiguous. shift_channels: first and last (exclusive) channel of the token shift."""
     B, T, C = inputs.x.shape
     constants = NormShiftConstants(C, layer_norm, *shift_channels, fp8_max, TOKENS_FORWARD)
     with torch.cuda.device_of(inputs.x):
@@ -297,10 +292,16 @@ def add_norm_shift(
 
 
 def add_norm_shift_backward(
-    x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float,
+    x: Tensor,
+    weight: Tensor | None,
+    documents: Tensor | None,
+    dy: Tensor,
+    dresidual: Tensor | None,
+    layer_norm: bool,
+    eps: float,
     shift_channels: tuple[int, int],
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """Gradients of x (B, T, C) and of the gain (C,), all of contiguous tensors."""
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of x (B, T, C), which was normalized, and of the gain (C,). All tensors are contiguous."""
     B, T, C = x.shape
     programs = B * triton.cdiv(T, TOKENS_BACKWARD)
     dx = torch.empty_like(x)
@@ -311,5 +312,5 @@ def add_norm_shift_backward(
         _add_norm_shift_backward_kernel[(programs,)](
             grads, T, eps, constants, **_column_blocks(C), num_warps=WARPS_WIDE if C > WIDE_CHANNELS else WARPS
         )
-    # One order of summation, whatever the order in which the blocks ran.
+    # Summed in one fixed order, so that the gradient is deterministic.
     return dx, None if weight is None or partial is None else partial.sum(0).to(weight.dtype)

@@ -1,35 +1,27 @@
-"""Triton kernels for the gradient of a table of vectors: the sum of the tokens' gradients for each row, without atomics.
+"""Triton kernels for the weight gradient of an embedding: for each row of the table the sum of its tokens' gradients, without atomics.
 
-The tokens are sorted by id, so that those of a row are a segment. A row's segment is summed by one program for each block
-of columns, in the order of the tokens, and every row is written once, zeros included. Segments longer than PIECE tokens
-would keep one program busy while the others are done: their parts are summed by a program each, a part being what lies in
-one tile of PIECE sorted tokens, and a second kernel adds the parts up. A tile has parts of two long segments at most: that
-of its first token and that of its last.
+Tokens are sorted by id, so that the tokens of a row form a segment. One program per block of columns sums a short segment in
+token order, and every row is written once, zeros included. A segment of more than TOKENS_PER_PARTIAL tokens would keep one
+program busy long after the others: such segments are cut where tiles of TOKENS_PER_PARTIAL sorted tokens begin, a program sums
+each part, and a second kernel adds the parts. A tile holds parts of at most two long segments: that of its first token and that
+of its last.
+
+Shapes: N tokens, V rows of the table, C columns.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from andromeda.ops.triton.common import TileConfig
 
-class TileConfig(NamedTuple):
-    """How the work is cut."""
-
-    columns: int
-    """Of a program, a power of two."""
-    rows: int
-    """Tokens that a program reads at once, a power of two."""
-    warps: int
-
-
-DEFAULT_TILE = TileConfig(1024, 4, 4)
+DEFAULT_TILE = TileConfig(4, 1024, 4)
+"""`rows` tokens are read at once."""
 TOKENS_PER_PARTIAL = 64
-"""Tokens that one program sums at most."""
+"""Most tokens that one program sums."""
 
 
 @triton.jit
@@ -61,11 +53,11 @@ def _short_segments_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Rows of short segments into dw (V, C), parts of long ones into parts (tiles, 2, C)."""
+    """Short segments into their rows of dw (V, C), parts of long segments into partials (tiles, 2, C)."""
     blocks = tl.cdiv(C, COLUMNS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     tiles = tl.cdiv(N, TOKENS_PER_PARTIAL)
-    # The long segments come first: they take longest.
+    # Parts of long segments come first, because they take longest.
     program = tl.program_id(0) // blocks - 2 * tiles
     if program >= 0:
         start, end = tl.load(offsets + program), tl.load(offsets + program + 1)
@@ -87,7 +79,7 @@ def _short_segments_kernel(
 def _long_segments_kernel(
     dw, partials, ids, offsets, N, C, dw_stride, TOKENS_PER_PARTIAL: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """The long segment that begins in a tile, if one does: the sum of its parts into its row of dw."""
+    """If a long segment begins in this tile: the sum of its parts into its row of dw."""
     blocks = tl.cdiv(C, COLUMNS)
     column = (tl.program_id(0) % blocks) * COLUMNS + tl.arange(0, COLUMNS)
     tile = tl.program_id(0) // blocks
@@ -112,7 +104,10 @@ def embedding_weight_grad(
     tile: TileConfig | None = None,
     tokens_per_partial: int = TOKENS_PER_PARTIAL,
 ) -> Tensor:
-    """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all."""
+    """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read.
+
+    dys: the output gradient, split by columns: (N, C_i) each, C columns in total. Sums are in float32 and in token order.
+    """
     order_ids, order = ids.to(torch.int32).sort(stable=True)
     offsets = torch.searchsorted(order_ids, torch.arange(rows + 1, device=ids.device, dtype=torch.int32))
     widths = [dy.shape[1] for dy in dys]
@@ -133,9 +128,9 @@ def embedding_weight_grad(
 def _sum_segments(dw: Tensor, dy: Tensor, ids: Tensor, order: Tensor, offsets: Tensor, tile: TileConfig, tokens_per_partial: int) -> None:
     (N, C), V = dy.shape, dw.shape[0]
     blocks, tiles = triton.cdiv(C, tile.columns), triton.cdiv(N, tokens_per_partial)
-    # Short of what a memory allocator notices, and written only where there are long segments.
+    # Small compared with dy, and written only where there are long segments.
     partials = dy.new_empty(2 * tiles, C, dtype=torch.float32)
-    shape = {"PIECE": tokens_per_partial, "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
+    shape = {"TOKENS_PER_PARTIAL": tokens_per_partial, "ROWS": tile.rows, "COLUMNS": tile.columns, "num_warps": tile.warps}
     with torch.cuda.device_of(dy):
         _short_segments_kernel[((V + 2 * tiles) * blocks,)](
             dy, dw, partials, ids, order, offsets, N, V, C, dy.stride(0), dw.stride(0), **shape
@@ -145,8 +140,8 @@ def _sum_segments(dw: Tensor, dy: Tensor, ids: Tensor, order: Tensor, offsets: T
 
 
 def _tile_for(C: int) -> TileConfig:
-    """Programs that leave few columns idle, with 16 bytes of 16-bit gradients for each thread."""
+    """The widest tile that wastes at most an eighth of its columns, with 16 bytes of 16-bit gradients per thread."""
     columns = DEFAULT_TILE.columns
     while columns > 256 and triton.cdiv(C, columns) * columns > 1.125 * C:
         columns //= 2
-    return TileConfig(columns, DEFAULT_TILE.rows, max(1, columns * DEFAULT_TILE.warps // DEFAULT_TILE.columns))
+    return TileConfig(DEFAULT_TILE.rows, columns, max(1, columns * DEFAULT_TILE.warps // DEFAULT_TILE.columns))

@@ -1,35 +1,23 @@
-"""Triton kernels that measure a matrix and cast it to 8 bits, in rows and transposed, in one reading.
+"""Triton kernels that measure a matrix and cast it to float8, row-major and transposed, in one read.
 
-A tile is transposed through shared memory four bytes at a time: a thread that holds four columns of four rows turns them first, so
-that nothing is moved byte by byte. N and K rows and columns; N is a multiple of 4 where it is transposed.
+A tile is transposed through shared memory four bytes at a time: a thread that holds four columns of four rows first transposes
+these 16 bytes in registers. Shapes: N rows, K columns; N is a multiple of 4 where the transposed matrix is written.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from andromeda.ops.triton.ptx import PTX
-from andromeda.ops.triton.tuples import tuple_append
-
-
-class TileConfig(NamedTuple):
-    """What a program takes."""
-
-    rows: int
-    columns: int
-    warps: int
-
+from andromeda.ops.triton.common import PTX, TileConfig, tuple_append
 
 AMAX_COLUMNS, AMAX_WARPS = 256, 4
-"""Columns that a program reads at once when it measures, and its warps."""
+"""Columns that a program of `amax_and_norm_partials` reads at once, and its warps."""
 CAST_TILE = TileConfig(128, 64, 4)
 SWIZZLE_GROUP = tl.constexpr(8)
-"""Programs follow each other down this many tiles, then to the right: those that run at once write long pieces in both orders."""
+"""Programs proceed down this many tiles before they move right, so that concurrent programs write long runs in both layouts."""
 TRANSPOSE_4X4_BYTES = tl.constexpr("""
 {
     .reg .b32 low01, high01, low23, high23;
@@ -43,40 +31,41 @@ TRANSPOSE_4X4_BYTES = tl.constexpr("""
     prmt.b32 $3, high01, high23, 0x7632;
 }
 """)
-"""Four words of four columns each, one from each row -> four words of four rows each, one from each column; first bytes are lowest."""
+"""Four words, each of four columns of one row -> four words, each of four rows of one column; the first byte is the lowest."""
+TRITON_DTYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
 
 
 @triton.jit
 def tile_index(N, K, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Row and column of this program's tile among all tiles."""
-    down, across = tl.cdiv(N, ROWS), tl.cdiv(K, COLUMNS)
-    return tl.swizzle2d(tl.program_id(0) // across, tl.program_id(0) % across, down, across, SWIZZLE_GROUP)
+    """Row and column of this program's tile in the grid of tiles of (N, K)."""
+    tile_rows, tile_columns = tl.cdiv(N, ROWS), tl.cdiv(K, COLUMNS)
+    return tl.swizzle2d(tl.program_id(0) // tile_columns, tl.program_id(0) % tile_columns, tile_rows, tile_columns, SWIZZLE_GROUP)
 
 
 def num_tiles(N: int, K: int, tile: TileConfig) -> int:
-    """How many tiles cover (N, K)."""
+    """Number of tiles that cover (N, K)."""
     return triton.cdiv(N, tile.rows) * triton.cdiv(K, tile.columns)
 
 
 @triton.jit
 def to_float8(value, dtype: tl.constexpr, FP8_MAX: tl.constexpr):
-    """The nearest number of the format; what is too large becomes the largest one, and NaN stays NaN."""
-    # The instruction that rounds does so too.
+    """Round to float8 with saturation; NaN stays NaN."""
+    # The PTX conversion saturates by itself.
     return (value if PTX else tl.clamp(value, -FP8_MAX, FP8_MAX, propagate_nan=tl.PropagateNan.ALL)).to(dtype)
 
 
 @triton.jit
 def as_byte(value):
-    """The byte of an 8-bit number."""
+    """The bits of a float8 value as uint8."""
     return value.to(tl.uint8, bitcast=True)
 
 
 @triton.jit
 def pack_bytes(a, b, c, d):
-    """Bytes of four rows in one 32-bit word for each column, a's lowest.
+    """Bytes of four rows as one 32-bit word per column, with the byte of `a` lowest.
 
-    Not by shifts: ptxas (CUDA 12.8) lets a byte that it has converted and packed be read as a byte of its own from a register
-    that was never written.
+    Not by shifts: ptxas (CUDA 12.8) miscompiles a byte that was converted, packed and then read again as a byte: it reads a
+    register that was never written.
     """
     if PTX:
         word = tl.inline_asm_elementwise(TRANSPOSE_4X4_BYTES, "=r,=r,=r,=r,r,r,r,r", [a, b, c, d], dtype=tl.int32, is_pure=True, pack=4)
@@ -86,13 +75,15 @@ def pack_bytes(a, b, c, d):
 
 
 @triton.jit
-def store_transposed(columns, rows, N, K, down, across, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Bytes of a tile, a tuple of every fourth row (ROWS / 4, COLUMNS) from the first, second, ... on, into its place in `columns`
-    (K, N / 4)."""
+def store_transposed(columns, rows, N, K, tile_row, tile_column, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Store a tile of bytes transposed into `columns` (K, N / 4), which is viewed as 32-bit words.
+
+    rows: a tuple of four tensors (ROWS / 4, COLUMNS); the i-th holds rows i, i + 4, i + 8, ... of the tile.
+    """
     packed = pack_bytes(rows[0], rows[1], rows[2], rows[3])
-    column = across * COLUMNS + tl.arange(0, COLUMNS)[:, None]
-    four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
-    tl.store(columns + column.to(tl.int64) * (N // 4) + four, tl.trans(packed), mask=(column < K) & (four < N // 4))
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)[:, None]
+    row_group = tile_row * (ROWS // 4) + tl.arange(0, ROWS // 4)[None, :]
+    tl.store(columns + column.to(tl.int64) * (N // 4) + row_group, tl.trans(packed), mask=(column < K) & (row_group < N // 4))
 
 
 @triton.jit
@@ -104,9 +95,9 @@ def _amax_and_norm_kernel(x, partial, N, K, ROWS: tl.constexpr, COLUMNS: tl.cons
         value = tl.load(x + row.to(tl.int64) * K + column, mask=(row < N) & (column < K), other=0.0).to(tl.float32)
         amax = tl.maximum(amax, tl.abs(value))
         square += value * value
-    offsets = partial + tl.program_id(0)
-    tl.store(offsets, tl.max(tl.max(amax, 1), 0))
-    tl.store(offsets + tl.num_programs(0), tl.sqrt(tl.max(tl.sum(square, 1), 0)))
+    out = partial + tl.program_id(0)
+    tl.store(out, tl.max(tl.max(amax, 1), 0))
+    tl.store(out + tl.num_programs(0), tl.sqrt(tl.max(tl.sum(square, 1), 0)))
 
 
 @triton.jit
@@ -114,32 +105,29 @@ def _cast_kernel(
     x, scale, rows, columns, sums, N, K, FP8_MAX: tl.constexpr, dtype: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
     inverse = 1.0 / tl.load(scale)
-    down, across = tile_index(N, K, ROWS, COLUMNS)
-    four = down * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
-    column = across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    transposed = ()
-    want_sums = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
+    tile_row, tile_column = tile_index(N, K, ROWS, COLUMNS)
+    row_group = tile_row * (ROWS // 4) + tl.arange(0, ROWS // 4)[:, None]
+    column = tile_column * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    byte_rows = ()
+    total = tl.zeros((ROWS // 4, COLUMNS), tl.float32)
     for byte in tl.static_range(4):
-        row = 4 * four + byte
+        row = 4 * row_group + byte
         offsets, mask = row.to(tl.int64) * K + column, (row < N) & (column < K)
         value = tl.load(x + offsets, mask=mask, other=0.0).to(tl.float32)
         if sums is not None:
-            want_sums += value
+            total += value
         y = to_float8(value * inverse, dtype, FP8_MAX)
         tl.store(rows + offsets, y, mask=mask)
-        transposed = tuple_append(transposed, as_byte(y))
+        byte_rows = tuple_append(byte_rows, as_byte(y))
     if columns is not None:
-        store_transposed(columns, transposed, N, K, down, across, ROWS, COLUMNS)
+        store_transposed(columns, byte_rows, N, K, tile_row, tile_column, ROWS, COLUMNS)
     if sums is not None:
-        one = across * COLUMNS + tl.arange(0, COLUMNS)
-        tl.store(sums + down.to(tl.int64) * K + one, tl.sum(want_sums, 0), mask=one < K)
-
-
-TRITON_DTYPES = {torch.float8_e4m3fn: tl.float8e4nv, torch.float8_e5m2: tl.float8e5}
+        sum_column = tile_column * COLUMNS + tl.arange(0, COLUMNS)
+        tl.store(sums + tile_row.to(tl.int64) * K + sum_column, tl.sum(total, 0), mask=sum_column < K)
 
 
 def amax_and_norm_partials(x: Tensor, rows_per_partial: int) -> Tensor:
-    """x (N, K) in one piece -> largest absolute value and largest norm of a row, each of `piece` rows, (2, pieces) in float32."""
+    """x (N, K) contiguous -> largest absolute value and largest L2 norm of a row in each group of rows, (2, groups) in float32."""
     N, K = x.shape
     partial = torch.empty(2, triton.cdiv(N, rows_per_partial), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x):
@@ -148,15 +136,18 @@ def amax_and_norm_partials(x: Tensor, rows_per_partial: int) -> Tensor:
 
 
 def cast_to_float8(
-    x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool = True, want_sums: bool = False
+    x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool = True, row_sum: bool = False
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """x (N, K) in one piece over scale () -> 8 bits (N, K), the same transposed (K, N), and the sum of x's rows (K,) in float32."""
+    """x (N, K) contiguous over scale () in float8: row-major (N, K), transposed (K, N), and the sum of x's rows (K,) in float32.
+
+    columns, row_sum: whether the second and the third are computed; None otherwise.
+    """
     N, K = x.shape
     by_row = torch.empty(N, K, dtype=dtype, device=x.device)
     by_column = torch.empty(K, N, dtype=dtype, device=x.device) if columns else None
-    sums = torch.empty(triton.cdiv(N, CAST_TILE.rows), K, dtype=torch.float32, device=x.device) if want_sums else None
+    sums = torch.empty(triton.cdiv(N, CAST_TILE.rows), K, dtype=torch.float32, device=x.device) if row_sum else None
     words = None if by_column is None else by_column.view(torch.int32)
-    form = {"LARGEST": torch.finfo(dtype).max, "kind": TRITON_DTYPES[dtype], "ROWS": CAST_TILE.rows, "COLUMNS": CAST_TILE.columns}
+    constants = {"FP8_MAX": torch.finfo(dtype).max, "dtype": TRITON_DTYPES[dtype], "ROWS": CAST_TILE.rows, "COLUMNS": CAST_TILE.columns}
     with torch.cuda.device_of(x):
-        _cast_kernel[(num_tiles(N, K, CAST_TILE),)](x, scale, by_row, words, sums, N, K, **form, num_warps=CAST_TILE.warps)
+        _cast_kernel[(num_tiles(N, K, CAST_TILE),)](x, scale, by_row, words, sums, N, K, **constants, num_warps=CAST_TILE.warps)
     return by_row, by_column, None if sums is None else sums.sum(0)

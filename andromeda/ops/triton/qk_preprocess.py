@@ -381,21 +381,21 @@ def preprocess_qk(
     norm: str,
     layout: str,
     config: QKLaunchConfig | None = None,
-    slot: tuple[Tensor, Tensor] | None = None,
+    cache: tuple[Tensor, Tensor] | None = None,
 ) -> TensorPair:
-    """Prepared queries (B, T, H, OUT) and keys (B, T, G, OUT) of raw ones with D columns.
-    Arguments as in `andromeda.ops.qk_preprocess.QKPreprocessSpec`.
+    """Queries (B, T, H, OUT) and keys (B, T, G, OUT) from projected ones with D columns.
 
-    slot: a cache (B, S, G, OUT) that takes the keys of one token each, and an index () in it.
+    The other arguments are those of `andromeda.ops.qk_preprocess.QKPreprocessSpec`. cache: keys (B, S, G, OUT) into which the
+    new keys are written (T = 1), and the index () at which.
     """
     N, T = _token_counts(xs[0])
     D = xs[0].shape[-1]
     config = config or (DECODE if N <= FEW_TOKENS else FORWARD)
     out = D + (alibi[1].shape[-1] if alibi else 0)
-    cache, index = slot or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
-    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), cache]
+    keys, index = cache or (xs[1].new_empty(*xs[1].shape[:-1], out), None)
+    ys = [xs[0].new_empty(*xs[0].shape[:-1], out), keys]
     xs = _make_readable(xs, layout)
-    constants = _constants(D, out, [*xs, *ys], tables, norm, layout, config)._replace(pdl=index is not None and supports_pdl(xs[0]))
+    constants = _constants(D, out, [*xs, *ys], tables, norm, layout, config)._replace(pdl=cache is not None and supports_pdl(xs[0]))
     q, k = (
         _head_group(constants, query, x, y, scale, tables)._replace(alibi_columns=alibi_columns)
         for query, x, y, scale, alibi_columns in zip(_QUERY, xs, ys, scales, alibi or (None, None), strict=True)
