@@ -23,7 +23,7 @@ from andromeda.data.augmentation import FIM, MASK, FillInTheMiddle
 from andromeda.data.build import build
 from andromeda.data.loader import open_stream
 from andromeda.data.packing import IGNORE, PackedSequence
-from andromeda.evaluate.bits import held_out_bits
+from andromeda.evaluate.bits_per_byte import held_out_bits
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import linear_cross_entropy
 from andromeda.train.progress import Silent

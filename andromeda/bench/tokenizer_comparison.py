@@ -24,7 +24,7 @@ from andromeda.data.compare_tokenizers import compare
 from andromeda.data.corpus import HELD_OUT_TEXT, CorpusManifest
 from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import ROUND_TRIP_TEXT, Tokenizer
-from andromeda.evaluate.bits import held_out_bits
+from andromeda.evaluate.bits_per_byte import held_out_bits
 from andromeda.model.flops import training_flops_per_token
 from andromeda.train.progress import Screen
 from andromeda.train.trainer import stream_length, train

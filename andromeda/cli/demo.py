@@ -19,7 +19,7 @@ def demo(
 ) -> None:
     """Train a small model on this machine's own Python sources and read what it writes. Run it again after an interruption."""
     from andromeda.cli import demo_run as steps
-    from andromeda.evaluate.loaded_model import open_subject
+    from andromeda.evaluate.loaded_model import load_model
     from andromeda.report import write_report
     from andromeda.train.progress import build_screen
 
@@ -37,7 +37,7 @@ def demo(
         raise typer.Exit(128 + result.signal)
 
     print("\nWhat it writes (what was given, then what the model added):\n")
-    subject = open_subject(out)
+    subject = load_model(out)
     steps.write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
     print("Measuring", flush=True)
     with progress() as report:

@@ -19,10 +19,10 @@ from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.corpus import CorpusManifest
-from andromeda.evaluate.loaded_model import Subject
-from andromeda.evaluate.request import options
-from andromeda.evaluate.result import Result
-from andromeda.evaluate.run import TASKS, each
+from andromeda.evaluate.loaded_model import LoadedModel
+from andromeda.evaluate.request import check_options
+from andromeda.evaluate.result import EvalResult
+from andromeda.evaluate.evaluator import EVAL_TASKS, run_evaluations
 from andromeda.train.metrics import read_metrics
 from andromeda.train.progress import Screen
 from andromeda.train.run_dir import RunFolder
@@ -117,14 +117,14 @@ def compressed_bits(text: bytes) -> tuple[float, float]:
     return 8 * len(lzma.compress(text, preset=9)) / len(text), 8 * len(zlib.compress(text, 9)) / len(text)
 
 
-def evaluate(subject: Subject, report: ProgressCallback, skip: Callable[[str], None]) -> list[Result]:
+def evaluate(subject: LoadedModel, report: ProgressCallback, skip: Callable[[str], None]) -> list[EvalResult]:
     """Measure the trained model; each result is kept in the run folder."""
     found = []
     for task, wishes in EVALUATIONS.items():
-        if task not in TASKS:
+        if task not in EVAL_TASKS:
             continue
         try:
-            for result in each(subject, [task], options(**wishes), report, skip):
+            for result in run_evaluations(subject, [task], check_options(**wishes), report, skip):
                 result.save(subject.run)
                 found.append(result)
         except AndromedaError as error:
@@ -132,7 +132,7 @@ def evaluate(subject: Subject, report: ProgressCallback, skip: Callable[[str], N
     return found
 
 
-def measure(subject: Subject, corpus: Path, evaluations: list[Result]) -> Measured:
+def measure(subject: LoadedModel, corpus: Path, evaluations: list[EvalResult]) -> Measured:
     """Model and compressors on the held-out text; kept as demo.json in the run folder."""
     bits = next(result.result for result in evaluations if result.kind == "bits")
     xz, deflate = compressed_bits((corpus / "val.txt").read_bytes())

@@ -11,7 +11,7 @@ import typer
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
-    from andromeda.evaluate.result import Result
+    from andromeda.evaluate.result import EvalResult
 
 MOST_DEPTHS = 1000
 
@@ -40,22 +40,22 @@ def evaluate(
     as_json: Annotated[bool, typer.Option("--json", help="Print each result as one JSON object a line.")] = False,
 ) -> None:
     """Measure a trained model: loss, use of context, retrieval, reasoning. Each result is kept with the hashes of weights and data."""
-    from andromeda.evaluate.request import options
+    from andromeda.evaluate.request import check_options
 
     wishes: dict[str, Any] = {"text": text, "corpus": corpus, "file": file, "samples": samples, "shots": shots}
     wishes |= {"seed": seed, "style": style, "stride": stride, "beyond": beyond, "include": include}
-    chosen = options(**wishes, lengths=_lengths(lengths), depths=_depths(depths), tasks=tuple(task or ()))
+    chosen = check_options(**wishes, lengths=_lengths(lengths), depths=_depths(depths), tasks=tuple(task or ()))
 
     from andromeda.cli.data import progress
-    from andromeda.evaluate.loaded_model import open_subject
-    from andromeda.evaluate.result import check_place
-    from andromeda.evaluate.run import check_names, each
+    from andromeda.evaluate.loaded_model import load_model
+    from andromeda.evaluate.result import check_writable
+    from andromeda.evaluate.evaluator import check_names, run_evaluations
 
     check_names(tasks or [])
-    check_place(out or run)
-    subject = open_subject(run, step=step, average=ema, device=device, dtype=dtype)
+    check_writable(out or run)
+    subject = load_model(run, step=step, average=ema, device=device, dtype=dtype)
     with progress() as report:
-        for result in each(subject, tasks or [], chosen, report, _skip):
+        for result in run_evaluations(subject, tasks or [], chosen, report, _skip):
             result.save(out or run)
             _show(result, as_json)
 
@@ -84,16 +84,16 @@ def _skip(sentence: str) -> None:
     print(f"andromeda: {sentence}", file=sys.stderr)
 
 
-def _show(result: Result, as_json: bool) -> None:
+def _show(result: EvalResult, as_json: bool) -> None:
     if as_json:
         import json
         from dataclasses import asdict
 
-        from andromeda.evaluate.result import plain
+        from andromeda.evaluate.result import to_json_values
 
-        print(json.dumps(plain(asdict(result))), flush=True)
+        print(json.dumps(to_json_values(asdict(result))), flush=True)
         return
     from andromeda.cli.tables import show
-    from andromeda.evaluate.tables import table
+    from andromeda.evaluate.result_tables import table
 
     show(*table(result))

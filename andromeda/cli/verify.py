@@ -22,7 +22,7 @@ def verify(
     from andromeda.cli.data import progress
     from andromeda.cli.tables import show
     from andromeda.evaluate import verify as checking
-    from andromeda.evaluate.reproduce import repeat as repeating
+    from andromeda.evaluate.reproduce import retrain_and_compare as repeating
     from andromeda.train.run_dir import RunFolder
     from andromeda.train.state import find_device
     from andromeda.utils.errors import CheckpointError, DataError
@@ -32,11 +32,11 @@ def verify(
     find_device(device, "--device")
     if files and not Path(files).is_dir():
         raise DataError(f"--files {files} is no folder: give the one that holds the texts and questions now.")
-    places = checking.Places(corpus, files)
+    locations = checking.DataLocations(corpus, files)
     checks = []
     with progress() as report, tempfile.TemporaryDirectory() as place:
-        again = repeating(run, Path(place) / "run", places, report) if repeat else ()
-        for check in chain(checking.verify(run, places, device, report), again):
+        again = repeating(run, Path(place) / "run", locations, report) if repeat else ()
+        for check in chain(checking.verify(run, locations, device, report), again):
             checks.append(check)
             if as_json:
                 print(checking.as_json(check), flush=True)

@@ -50,8 +50,7 @@ def list_source(index: int, source: str, config: BuildConfig) -> SourceListing:
     if path.is_file():
         ending = _ending(path.name)
         if ending not in FORMAT_BY_EXTENSION and ending not in config.include:
-            endings = " ".join(FORMAT_BY_EXTENSION)
-            hint = nearest(ending, FORMAT_BY_EXTENSION)
+            hint, endings = nearest(ending, FORMAT_BY_EXTENSION), " ".join(FORMAT_BY_EXTENSION)
             raise DataError(f"{source} has an unknown extension{hint}: known are {endings}; `--include {ending}` reads it as text.")
         return _list_files(index, source, iter([(path.name, str(path))]), config, only=ending)
     known = ["python"] if "/" not in source else []

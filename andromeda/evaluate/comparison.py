@@ -14,14 +14,14 @@ from andromeda.config.data import DataConfig
 
 TOLERANCE = {"fp64": 1e-9, "fp32": 1e-4, "bf16": 2e-2, "fp16": 5e-3}
 """Relative difference of losses that rounding explains."""
-SHARES = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
+FRACTION_TOLERANCE = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
 """Absolute difference of shares: decisions between two nearly equal answers may fall otherwise."""
 
-MOST_THREADS = 1024
+MAX_THREADS = 1024
 """More than any machine has: a number that was made up is not tried."""
 
 
-class Check(NamedTuple):
+class VerificationCheck(NamedTuple):
     """One thing that was said, and what is found now."""
 
     what: str
@@ -35,7 +35,7 @@ class Check(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Places:
+class DataLocations:
     """Where things lie now, if not where they were."""
 
     corpus: str = ""
@@ -52,10 +52,10 @@ class Places:
 
 
 @contextmanager
-def threads(machine: Any) -> Iterator[None]:
+def use_threads(machine: Any) -> Iterator[None]:
     """The threads that a machine computed with, for a while: sums are then split as they were. As before where they are not known."""
     wanted, before = machine.get("threads") if isinstance(machine, dict) else None, torch.get_num_threads()
-    torch.set_num_threads(wanted if isinstance(wanted, int) and 0 < wanted <= MOST_THREADS else before)
+    torch.set_num_threads(wanted if isinstance(wanted, int) and 0 < wanted <= MAX_THREADS else before)
     try:
         yield
     finally:
@@ -69,7 +69,7 @@ def same_arithmetic(old: dict[str, Any], new: dict[str, Any], old_versions: dict
     return alike and old.get("device") == "cpu"
 
 
-def difference(old: Any, new: Any) -> float:
+def relative_difference(old: Any, new: Any) -> float:
     """Relative difference of two figures; 0 for equal words, infinite for others."""
     if isinstance(old, int | float) and isinstance(new, int | float):
         return 0.0 if old == new else abs(old - new) / max(abs(old), abs(new))

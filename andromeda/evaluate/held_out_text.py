@@ -13,14 +13,14 @@ from torch import Tensor
 
 from andromeda.config.data import DataConfig
 from andromeda.data.corpus import Corpus, open_corpus
-from andromeda.evaluate.loaded_model import Subject, sha256
+from andromeda.evaluate.loaded_model import LoadedModel, file_sha256
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 
 HELD_OUT = "held-out"
 
 
 @dataclass(frozen=True)
-class Text:
+class EvalText:
     """Documents one after the other as token ids, each beginning with the separator."""
 
     name: str
@@ -53,18 +53,18 @@ class Text:
         return [(begin, end) for begin, end in pairwise(self.starts) if end - begin >= length]
 
 
-def open_text(subject: Subject, file: str = "", corpus: str = "") -> Text:
+def open_text(loaded: LoadedModel, file: str = "", corpus: str = "") -> EvalText:
     """The text in `file`, else the held-out documents of the folder `corpus`, else those of the run's own corpora.
 
     Raises an AndromedaError, one sentence, when there is none or it is of another tokenizer.
     """
-    return _from_file(subject, Path(file)) if file else _held_out(subject, corpus)
+    return _from_file(loaded, Path(file)) if file else _held_out(loaded, corpus)
 
 
-def _from_file(subject: Subject, path: Path) -> Text:
+def _from_file(loaded: LoadedModel, path: Path) -> EvalText:
     """One document."""
-    tokenizer = subject.tokenizer("Text from a file")
-    fingerprint = sha256(path)
+    tokenizer = loaded.tokenizer("Text from a file")
+    fingerprint = file_sha256(path)
     try:
         content = path.read_bytes().decode("utf-8")
     except UnicodeDecodeError as error:
@@ -72,19 +72,19 @@ def _from_file(subject: Subject, path: Path) -> Text:
     ids = torch.tensor([tokenizer.eos, *tokenizer.encode(content)])
     if len(ids) < 2:
         raise DataError(f"{path} is empty: give a file with text.")
-    return Text(path.stem, ids, (0, len(ids)), torch.from_numpy(tokenizer.byte_lengths()), fingerprint, False)
+    return EvalText(path.stem, ids, (0, len(ids)), torch.from_numpy(tokenizer.byte_lengths()), fingerprint, False)
 
 
-def _held_out(subject: Subject, corpus: str) -> Text:
-    data = DataConfig(corpus=corpus) if corpus else subject.config.data
+def _held_out(loaded: LoadedModel, corpus: str) -> EvalText:
+    data = DataConfig(corpus=corpus) if corpus else loaded.config.data
     paths = [data.corpus] if data.corpus else [source.path for source in data.sources]
     if not paths:
-        raise ConfigError(f"{subject.run} names no corpus with held-out text: give a text with --text or a corpus with --corpus.")
+        raise ConfigError(f"{loaded.run} names no corpus with held-out text: give a text with --text or a corpus with --corpus.")
     try:
         corpora = [open_corpus(path, "val") for path in paths]
     except AndromedaError as error:
         raise type(error)(f"{str(error).rstrip('.')}; or say where it is with --corpus, or give another text with --text.") from None
-    _refuse_other_tokenizer(subject, corpora, paths)
+    _refuse_other_tokenizer(loaded, corpora, paths)
     ids, starts, begin = [], [0], 0
     for one in corpora:
         ids.append(one.documents.tokens.read(0, one.documents.tokens.size).astype(np.int64))
@@ -97,13 +97,13 @@ def _held_out(subject: Subject, corpus: str) -> Text:
     whole = torch.from_numpy(np.concatenate(ids))
     if len(whole) < 2:
         raise DataError(f"{' and '.join(paths)} hold out no text: give a text with --text.")
-    return Text(HELD_OUT, whole, tuple(starts), lengths, fingerprint, subject.config.data.document_mask)
+    return EvalText(HELD_OUT, whole, tuple(starts), lengths, fingerprint, loaded.config.data.document_mask)
 
 
-def _refuse_other_tokenizer(subject: Subject, corpora: list[Corpus], paths: list[str]) -> None:
-    own = subject.model.tokenizer
+def _refuse_other_tokenizer(loaded: LoadedModel, corpora: list[Corpus], paths: list[str]) -> None:
+    own = loaded.model.tokenizer
     for corpus, path in zip(corpora, paths, strict=True):
         if own and corpus.tokenizer and corpus.tokenizer.fingerprint != own.fingerprint:
-            raise DataError(f"{path} was built with another tokenizer than {subject.run}: give the run's own, or a text with --text.")
-        if corpus.vocab_size > subject.config.model.vocab_size:
-            raise DataError(f"{path} has {corpus.vocab_size} tokens and the model {subject.config.model.vocab_size}: give its own corpus.")
+            raise DataError(f"{path} was built with another tokenizer than {loaded.run}: give the run's own, or a text with --text.")
+        if corpus.vocab_size > loaded.config.model.vocab_size:
+            raise DataError(f"{path} has {corpus.vocab_size} tokens and the model {loaded.config.model.vocab_size}: give its own corpus.")

@@ -12,7 +12,7 @@ from lm_eval import utils
 from lm_eval.api.model import TemplateLM
 
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.evaluate.likelihood import Likelihood, likelihoods
+from andromeda.evaluate.token_loss import ContinuationLikelihood, continuation_likelihoods
 from andromeda.generate.engine import Engine
 from andromeda.model.transformer import Transformer
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
@@ -20,7 +20,7 @@ from andromeda.utils.progress_callback import ProgressCallback, no_progress
 NEW_TOKENS = 256
 
 
-class HarnessModel(TemplateLM):
+class AndromedaLM(TemplateLM):
     """Contexts begin with the document separator, as every text does in training, unless `begin` is off.
 
     What is longer than the model's context loses its beginning, as with the harness's own models.
@@ -53,7 +53,7 @@ class HarnessModel(TemplateLM):
             kept = [*context, *continuation][-(self.max_length + 1) :]
             cut = max(1, len(kept) - len(continuation))
             pairs.append((kept[:cut], kept[cut:]))
-        found: list[Likelihood] = likelihoods(self.model, pairs, self._report)
+        found: list[ContinuationLikelihood] = continuation_likelihoods(self.model, pairs, self._report)
         return [(one.log, one.greedy) for one in found]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
@@ -70,11 +70,11 @@ class HarnessModel(TemplateLM):
         """What follows each context, up to a stop text."""
         found = []
         for number, request in enumerate(requests):
-            context, wishes = request.args
-            until = wishes.get("until") or []
+            context, options = request.args
+            until = options.get("until") or []
             stop = tuple(one for one in ([until] if isinstance(until, str) else until) if one)
-            count = min(wishes.get("max_gen_toks") or NEW_TOKENS, self.max_length - 1)
-            temperature = float(wishes.get("temperature") or 0.0) if wishes.get("do_sample") else 0.0
+            count = min(options.get("max_gen_toks") or NEW_TOKENS, self.max_length - 1)
+            temperature = float(options.get("temperature") or 0.0) if options.get("do_sample") else 0.0
             prompt = self.tok_encode(context)[-(self.max_length - count) :]
             answer = self._engine.generate([prompt], max_new_tokens=count, temperature=temperature, top_k=0, seed=0, stop=stop)
             found.append(answer[0].text)

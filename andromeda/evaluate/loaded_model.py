@@ -25,7 +25,7 @@ PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf1
 
 
 @dataclass(frozen=True)
-class Subject:
+class LoadedModel:
     """A model in evaluation mode and where it comes from."""
 
     run: Path
@@ -63,16 +63,16 @@ class Subject:
         return where, {**versions(), "code": code_state()}
 
 
-def open_subject(run: Path, *, step: int | None = None, average: bool = False, device: str = "auto", dtype: str = "auto") -> Subject:
+def load_model(run: Path, *, step: int | None = None, average: bool = False, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """The model of a run folder, as `andromeda eval` measures it; arguments as in `Andromeda.from_run`. Raises CheckpointError."""
     path = chosen(run, average=average, step=step, warn=log.warning)
     number = int(path.name.removeprefix("step-"))
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=average, step=number)
     file = path / ("average.safetensors" if average else "model.safetensors")
-    return Subject(run, RunFolder(run).config(), model, number, sha256(file), average)
+    return LoadedModel(run, RunFolder(run).config(), model, number, file_sha256(file), average)
 
 
-def sha256(path: Path) -> str:
+def file_sha256(path: Path) -> str:
     """sha256 of a file, as `sha256sum` prints it. Raises RequestError when it cannot be read."""
     try:
         with open(path, "rb") as file:

@@ -12,7 +12,7 @@ PROMPTS = ("question", "prompt", "context", "query")
 ANSWERS = ("answer", "label", "gold")
 
 
-class Choice(NamedTuple):
+class MultipleChoiceQuestion(NamedTuple):
     """A question with several answers."""
 
     question: str
@@ -20,14 +20,14 @@ class Choice(NamedTuple):
     right: int
 
 
-class Solved(NamedTuple):
+class WordProblem(NamedTuple):
     """A question with a worked answer."""
 
     question: str
     answer: str
 
 
-def rows(path: Path) -> list[dict[str, Any]]:
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file. Raises DataError, naming the line."""
     found = []
     try:
@@ -48,38 +48,38 @@ def rows(path: Path) -> list[dict[str, Any]]:
     return found
 
 
-def read_choices(path: Path) -> list[Choice]:
+def read_choices(path: Path) -> list[MultipleChoiceQuestion]:
     """Questions with `choices` and the number (from 0), letter or text of the right one. Raises DataError."""
-    return [_choice(row, number, path) for number, row in enumerate(rows(path), 1)]
+    return [_choice(row, number, path) for number, row in enumerate(read_jsonl(path), 1)]
 
 
-def _choice(row: dict[str, Any], number: int, path: Path) -> Choice:
+def _choice(row: dict[str, Any], number: int, path: Path) -> MultipleChoiceQuestion:
     choices, answer = row.get("choices"), _first(row, ANSWERS)
     question = _first(row, PROMPTS)
     if not isinstance(question, str) or not isinstance(choices, list) or len(choices) < 2:
         raise DataError(f"Question {number} of {path} needs a question and a list of at least two choices.")
     choices = [str(choice) for choice in choices]
     if isinstance(answer, str) and answer in choices:
-        return Choice(question, choices, choices.index(answer))
+        return MultipleChoiceQuestion(question, choices, choices.index(answer))
     if isinstance(answer, str) and len(answer) == 1 and answer.isalpha():
         answer = ord(answer.upper()) - ord("A")
     if not isinstance(answer, int) or isinstance(answer, bool) or not 0 <= answer < len(choices):
         raise DataError(f"Question {number} of {path} needs an answer that is one of its choices: its number from 0, letter or text.")
-    return Choice(question, choices, answer)
+    return MultipleChoiceQuestion(question, choices, answer)
 
 
-def read_solved(path: Path) -> list[Solved]:
+def read_solved(path: Path) -> list[WordProblem]:
     """Questions with worked answers. Raises DataError."""
     found = []
-    for number, row in enumerate(rows(path), 1):
+    for number, row in enumerate(read_jsonl(path), 1):
         question, answer = _first(row, PROMPTS), _first(row, ANSWERS)
         if not isinstance(question, str) or not isinstance(answer, str):
             raise DataError(f"Question {number} of {path} needs a question and an answer, both text.")
-        found.append(Solved(question, answer))
+        found.append(WordProblem(question, answer))
     return found
 
 
-def parted(count: int, shots: int, samples: int | None) -> range:
+def asked_range(count: int, shots: int, samples: int | None) -> range:
     """Which questions are asked: those after the examples. Raises RequestError when none is left."""
     if shots >= count:
         raise RequestError(f"{shots} examples leave none of the {count} questions to ask: give fewer --shots.")

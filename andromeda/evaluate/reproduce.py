@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from andromeda.evaluate.comparison import Check, Places, difference, threads
-from andromeda.evaluate.training import last_start, repeats_exactly
+from andromeda.evaluate.comparison import DataLocations, VerificationCheck, relative_difference, use_threads
+from andromeda.evaluate.run_files import last_start, repeats_exactly
 from andromeda.train.metrics import TIMED, Metrics, read_metrics
 from andromeda.train.progress import Figures, Silent
 from andromeda.train.run_dir import RunFolder
@@ -26,7 +26,7 @@ LOOSE = 0.02
 """Relative difference of the last losses of two trainings that differ by rounding. Another seed, of a small run, differs by as much."""
 
 
-class Progress(Silent):
+class StepProgress(Silent):
     """Reports the steps of a training."""
 
     def __init__(self, steps: int, report: ProgressCallback) -> None:
@@ -37,7 +37,7 @@ class Progress(Silent):
         self._report("training again", step, self._steps)
 
 
-def repeat(run: Path, place: Path, places: Places, report: ProgressCallback) -> Iterator[Check]:
+def retrain_and_compare(run: Path, place: Path, locations: DataLocations, report: ProgressCallback) -> Iterator[VerificationCheck]:
     """Train the run again on the CPU, in the new folder `place`, and compare. Raises RequestError for a run that cannot be repeated."""
     folder = RunFolder(run)
     config, start, old = folder.config(), last_start(folder), read_metrics(folder.metrics_file)
@@ -45,10 +45,10 @@ def repeat(run: Path, place: Path, places: Places, report: ProgressCallback) -> 
         raise RequestError(f"{run} began with the weights of another run, which its configuration does not give: repeat that one.")
     if old.step < config.train.steps:
         raise RequestError(f"{run} stands at step {old.step} of {config.train.steps}: finish it before it is repeated.")
-    update = {"train": config.train.model_copy(update={"device": "cpu"}), "data": places.data(config.data)}
-    with threads(start.get("machine")):
+    update = {"train": config.train.model_copy(update={"device": "cpu"}), "data": locations.data(config.data)}
+    with use_threads(start.get("machine")):
         exact = repeats_exactly(start, "cpu")
-        train(config.model_copy(update=update), place, screen=Progress(config.train.steps, report))
+        train(config.model_copy(update=update), place, screen=StepProgress(config.train.steps, report))
     new = read_metrics(RunFolder(place).metrics_file)
     if exact:
         yield from (_weights(run, place), _metrics(old, new))
@@ -56,21 +56,21 @@ def repeat(run: Path, place: Path, places: Places, report: ProgressCallback) -> 
         yield _last_loss(old, new)
 
 
-def _weights(run: Path, place: Path) -> Check:
+def _weights(run: Path, place: Path) -> VerificationCheck:
     old, new = read_weights(run)[1], read_weights(place)[1]
     names = sorted(old.keys() | new.keys())
     different = [name for name in names if name not in old or name not in new or not torch.equal(old[name], new[name])]
     note = f"{len(different)} of {len(old)} tensors differ, the first is {different[0]}" if different else "equal to the last bit"
-    return Check("weights of a repeated training", f"{len(old)} tensors", f"{len(new)} tensors", None, 0.0, not different, note)
+    return VerificationCheck("weights of a repeated training", f"{len(old)} tensors", f"{len(new)} tensors", None, 0.0, not different, note)
 
 
-def _metrics(old: Metrics, new: Metrics) -> Check:
+def _metrics(old: Metrics, new: Metrics) -> VerificationCheck:
     """All figures of metrics.jsonl but those of the machine's speed."""
     pairs = list(zip(old.lines, new.lines, strict=False))
     wrong = next((told for one, other in pairs if (told := _apart(one, other))), "")
     same = not wrong and len(old.lines) == len(new.lines)
     note = "equal to the last bit" if same else wrong or "not the same lines"
-    return Check("metrics of a repeated training", f"{len(old.lines)} lines", f"{len(new.lines)} lines", None, 0.0, same, note)
+    return VerificationCheck("metrics of a repeated training", f"{len(old.lines)} lines", f"{len(new.lines)} lines", None, 0.0, same, note)
 
 
 def _apart(old: dict[str, Any], new: dict[str, Any]) -> str:
@@ -81,9 +81,9 @@ def _apart(old: dict[str, Any], new: dict[str, Any]) -> str:
     return ""
 
 
-def _last_loss(old: Metrics, new: Metrics) -> Check:
+def _last_loss(old: Metrics, new: Metrics) -> VerificationCheck:
     name = "validation/loss" if old.last("validation/loss") is not None else "loss"
     stored, found = old.last(name), new.last(name)
-    gap = difference(stored, found)
+    gap = relative_difference(stored, found)
     note = "another processor, device or PyTorch: its bits cannot be repeated here"
-    return Check(f"{name} of a repeated training", f"{stored:.6g}", f"{found:.6g}", gap, LOOSE, gap <= LOOSE, note)
+    return VerificationCheck(f"{name} of a repeated training", f"{stored:.6g}", f"{found:.6g}", gap, LOOSE, gap <= LOOSE, note)

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig, Strings, as_tuple
 from andromeda.config.mistakes import read
-from andromeda.evaluate.loaded_model import Subject
+from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.utils.errors import ConfigError, RequestError
 from andromeda.utils.progress_callback import ProgressCallback
 
@@ -17,7 +17,7 @@ Lengths = Annotated[tuple[PositiveInt, ...], BeforeValidator(as_tuple)]
 Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValidator(as_tuple)]
 
 
-class Options(BaseConfig):
+class EvalOptions(BaseConfig):
     """Wishes that are shared by all evaluations; what is empty or 0 is chosen by each."""
 
     text: str = ""
@@ -48,7 +48,7 @@ class Options(BaseConfig):
     """A folder with tasks of one's own for lm-evaluation-harness."""
 
 
-class Outcome(NamedTuple):
+class Measurement(NamedTuple):
     """What an evaluation found."""
 
     name: str
@@ -63,33 +63,33 @@ class Evaluation(Protocol):
 
     kind: str
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """The settings that the wishes stand for, complete, so that they can be stored and repeated. Raises RequestError."""
 
     def read(self, values: dict[str, Any]) -> BaseConfig:
         """Settings that were stored. Raises ConfigError when they are of another version."""
 
-    def measure(self, subject: Subject, settings: Any, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: Any, report: ProgressCallback) -> Measurement:
         """Do it. Raises an AndromedaError, one sentence."""
 
 
-FLAGS = {name: "--" + name.replace("_", "-") for name in Options.model_fields} | {"file": "--file", "tasks": "--task"}
+FLAGS = {name: "--" + name.replace("_", "-") for name in EvalOptions.model_fields} | {"file": "--file", "tasks": "--task"}
 
 
-def options(**values: Any) -> Options:
+def check_options(**values: Any) -> EvalOptions:
     """Checked wishes. Raises RequestError, one sentence that names the flags."""
     try:
-        return read(Options, values, spelled=FLAGS)
+        return read(EvalOptions, values, spelled=FLAGS)
     except ConfigError as error:
         raise RequestError(str(error)) from None
 
 
-def check_lengths(subject: Subject, lengths: tuple[int, ...], beyond: bool) -> None:
+def check_lengths(loaded: LoadedModel, lengths: tuple[int, ...], beyond: bool) -> None:
     """Raises RequestError for a length that the model was not made for, unless the user wants to see what happens there."""
-    longest, context = max(lengths), subject.context
+    longest, context = max(lengths), loaded.context
     if longest <= context:
         return
-    if subject.config.model.embedding.absolute:
+    if loaded.config.model.embedding.absolute:
         raise RequestError(f"{longest} tokens are more than this model's {context} learned positions: give shorter --lengths.")
     if not beyond:
         raise RequestError(
@@ -98,7 +98,7 @@ def check_lengths(subject: Subject, lengths: tuple[int, ...], beyond: bool) -> N
         )
 
 
-def existing(path: str, purpose: str) -> Path:
+def existing_file(path: str, purpose: str) -> Path:
     """A file that the user named. Raises RequestError when it is not there."""
     if not path:
         raise RequestError(f"{purpose} needs a file: give it with --file.")

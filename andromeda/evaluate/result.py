@@ -31,7 +31,7 @@ def _known(kind: str) -> str:
 
 
 @dataclass(frozen=True)
-class Result:
+class EvalResult:
     """One evaluation of one checkpoint.
 
     The `result` of each kind (docs/evaluation.md has them in words; all losses are in nats a token):
@@ -67,37 +67,37 @@ class Result:
 
     def save(self, run: Path) -> Path:
         """Write it, whole, in the place of an older one of the same name. Raises ConfigError when the folder cannot be written."""
-        path = path_of(run, self.name)
+        path = result_path(run, self.name)
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_whole(path, (json.dumps(plain(asdict(self)), indent=1, allow_nan=False) + "\n").encode())
+            write_whole(path, (json.dumps(to_json_values(asdict(self)), indent=1, allow_nan=False) + "\n").encode())
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error.strerror}): make room or give another place with --out.") from None
         return path
 
 
-_SHAPE = TypeAdapter(Result)
+_SHAPE = TypeAdapter(EvalResult)
 """Checks what a file says."""
 
 
-def check_place(run: Path) -> None:
+def check_writable(run: Path) -> None:
     """Raises ConfigError for a folder that no result can be written into, before any is computed."""
     place = run / FOLDER
     if not takes_files(place):
         raise ConfigError(f"{place} cannot be written: give another place with --out.")
 
 
-def path_of(run: Path, name: str) -> Path:
+def result_path(run: Path, name: str) -> Path:
     """Where the result of that name lies."""
     return run / FOLDER / f"{name}.json"
 
 
-def file_name(text: str) -> str:
+def safe_file_name(text: str) -> str:
     """A name for a result that any file system takes."""
     return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-.") or "result"
 
 
-def read(path: Path) -> Result:
+def load_result(path: Path) -> EvalResult:
     """One result. Raises CheckpointError, one sentence, when it is damaged."""
     mend = "remove it and run `andromeda eval` again"
     try:
@@ -110,28 +110,28 @@ def read(path: Path) -> Result:
         raise CheckpointError(f"{path} is no result of an evaluation, or one of another version ({reason}): {mend}.") from None
 
 
-def results(run: Path | str) -> dict[str, Result]:
+def load_results(run: Path | str) -> dict[str, EvalResult]:
     """All results of a run folder by name, in alphabetical order; none where nothing was evaluated. Raises CheckpointError."""
-    found = [read(path) for path in sorted((Path(run) / FOLDER).glob("*.json"))]
+    found = [load_result(path) for path in sorted((Path(run) / FOLDER).glob("*.json"))]
     return {one.name: one for one in found}
 
 
-def readable(run: Path | str) -> tuple[dict[str, Result], list[str]]:
+def load_readable_results(run: Path | str) -> tuple[dict[str, EvalResult], list[str]]:
     """The results that can be read, and a sentence for each that cannot."""
     found, problems = {}, []
     for path in sorted((Path(run) / FOLDER).glob("*.json")):
         try:
-            one = read(path)
+            one = load_result(path)
             found[one.name] = one
         except CheckpointError as error:
             problems.append(str(error))
     return found, problems
 
 
-def plain(value: Any) -> Any:
+def to_json_values(value: Any) -> Any:
     """Values as JSON has them: a number that is not finite becomes null."""
     if isinstance(value, dict):
-        return {str(key): plain(inner) for key, inner in value.items()}
+        return {str(key): to_json_values(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [plain(inner) for inner in value]
+        return [to_json_values(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -11,19 +11,25 @@ from andromeda.config.keys import flatten
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.evaluate.comparison import Check, Places
+from andromeda.evaluate.comparison import TOLERANCE, DataLocations, VerificationCheck, relative_difference, same_arithmetic, use_threads
 from andromeda.train import checkpoint
-from andromeda.train.metrics import Metrics, sha256_of_first
+from andromeda.train.callbacks.validation import ROWS
+from andromeda.train.manifest import device_name, machine, versions
+from andromeda.train.metrics import Metrics, is_number, sha256_of_first
+from andromeda.train.objective import NextToken
+from andromeda.train.precision import build_precision
 from andromeda.train.run_dir import RunFolder
-from andromeda.train.trainer import is_free, stream_length
+from andromeda.train.state import find_device
+from andromeda.train.trainer import build_validation, is_free, stream_length
+from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError
 
 
-def records(folder: RunFolder, metrics: Metrics, places: Places) -> Iterator[Check]:
+def check_run_files(folder: RunFolder, metrics: Metrics, locations: DataLocations) -> Iterator[VerificationCheck]:
     """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
     state, config = _remembered(folder), folder.config()
     try:
-        stream: TokenStream | AndromedaError = open_stream(places.data(config.data), stream_length(config), config.seed)
+        stream: TokenStream | AndromedaError = open_stream(locations.data(config.data), stream_length(config), config.seed)
     except AndromedaError as error:
         stream = error
     yield from _data(folder, state, stream)
@@ -48,23 +54,25 @@ def _remembered(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _data(folder: RunFolder, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[Check]:
+def _data(folder: RunFolder, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[VerificationCheck]:
     """The fingerprint of the training stream that manifest and checkpoint name."""
     manifest = folder.manifest()
     if not manifest and state.get("cursor", {}).get("step"):
-        yield Check("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
+        yield VerificationCheck("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
     stored = str(manifest.get("data") or state.get("data") or "")
     if not stored:
-        yield Check("training data", "none named", "", None, 0.0, True, "the run tells of no training")
+        yield VerificationCheck("training data", "none named", "", None, 0.0, True, "the run tells of no training")
     elif isinstance(stream, AndromedaError):
-        yield Check("training data", stored[:12], "missing", None, 0.0, False, f"{stream}")
+        yield VerificationCheck("training data", stored[:12], "missing", None, 0.0, False, f"{stream}")
     else:
         trained_on = str(state.get("data", stored))
         note = "" if trained_on == stored else f"the newest checkpoint was trained on {trained_on[:12]}"
-        yield Check("training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note)
+        yield VerificationCheck(
+            "training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note
+        )
 
 
-def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iterator[Check]:
+def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iterator[VerificationCheck]:
     """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
     kept = folder.path / "tokenizer"
     if not (kept.exists() or metrics.last("bits_per_byte")):
@@ -73,45 +81,129 @@ def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iter
     try:
         stored = Tokenizer.load(kept).fingerprint
     except AndromedaError as error:
-        yield Check("tokenizer", "missing", found[:12], None, 0.0, False, f"{error}")
+        yield VerificationCheck("tokenizer", "missing", found[:12], None, 0.0, False, f"{error}")
     else:
-        yield Check("tokenizer", stored[:12], found[:12], None, 0.0, stored == found, "" if stored == found else "another than the data's")
+        yield VerificationCheck(
+            "tokenizer", stored[:12], found[:12], None, 0.0, stored == found, "" if stored == found else "another than the data's"
+        )
 
 
-def _checkpoints(folder: RunFolder) -> Check:
+def _checkpoints(folder: RunFolder) -> VerificationCheck:
     """Whether each file of each checkpoint still has the hash that it was written with."""
     kept = checkpoint.listed(folder.checkpoints)
     reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path)) and path.exists()]
     note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
-    return Check("checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note)
+    return VerificationCheck(
+        "checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note
+    )
 
 
-def _config(config: RunConfig, state: dict[str, Any]) -> Check:
+def _config(config: RunConfig, state: dict[str, Any]) -> VerificationCheck:
     """Whatever decides what is learned is as it was at the newest checkpoint."""
     old, new = flatten(state["config"]), flatten(json.loads(json.dumps(config.model_dump())))
     apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not is_free(key)]
     note = f"{apart[0]} is {new[apart[0]]!r} and was {old[apart[0]]!r} in the newest checkpoint" if apart else ""
-    return Check("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
+    return VerificationCheck("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
 
 
-def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iterator[Check]:
+def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iterator[VerificationCheck]:
     """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
     size = state.get("metrics_bytes", 0)
     if metrics.broken and not _unfinished(folder.metrics_file, metrics):
         told = "1 line cannot be read" if metrics.broken == 1 else f"{metrics.broken} lines cannot be read"
-        yield Check("metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told)
+        yield VerificationCheck(
+            "metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told
+        )
     elif size:
         yield _written(folder.metrics_file, size, state.get("metrics_sha256"))
 
 
-def _written(path: Path, size: int, sha256: str | None) -> Check:
+def _written(path: Path, size: int, sha256: str | None) -> VerificationCheck:
     """That so many bytes are as they were; older checkpoints keep their number alone."""
     there = path.stat().st_size if path.is_file() else 0
     changed = there >= size and sha256 is not None and sha256_of_first(path, size) != sha256
     note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
-    return Check("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
+    return VerificationCheck("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
 
 
 def _unfinished(path: Path, metrics: Metrics) -> bool:
     """Whether the one line that cannot be read is the last one, cut off by a kill."""
     return metrics.broken == 1 and not path.read_bytes().endswith(b"\n")
+
+
+HELD_OUT, AVERAGE = "validation/", "_average"
+NAME = HELD_OUT + "loss"
+
+
+def check_held_out_loss(folder: RunFolder, metrics: Metrics, locations: DataLocations, device: str) -> Iterator[VerificationCheck]:
+    """The newest held-out figures in metrics.jsonl whose checkpoint is kept; nothing where there are none."""
+    kept = {int(path.name.removeprefix("step-")): path for path in checkpoint.listed(folder.checkpoints)}
+    lines = [line for line in metrics.lines if is_number(line.get(NAME)) and line["step"] in kept]
+    if lines:
+        yield _held_out(folder, lines[-1], kept[lines[-1]["step"]], locations, device)
+
+
+def _held_out(folder: RunFolder, line: dict[str, Any], kept: Path, locations: DataLocations, device: str) -> VerificationCheck:
+    what, start = f"held-out loss of step {line['step']}", last_start(folder, line["step"])
+    stored = {name: figure for name, figure in line.items() if name.startswith(HELD_OUT)}
+    shown = f"{stored[NAME]:.6g}"
+    try:
+        state = checkpoint.read_values(kept)
+        if state.get("validation") != ROWS:
+            return VerificationCheck(what, shown, "not compared", None, 0.0, True, "an older version measured it on other rows")
+        with use_threads(start.get("machine")):
+            # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
+            exact = repeats_exactly(start, device)
+            then = _table(_table(state.get("config")).get("train"))
+            average = any(name.endswith(AVERAGE) for name in stored)
+            found, precision = _measure(folder, line["step"], then, locations, device, average)
+    except AndromedaError as error:
+        return VerificationCheck(what, shown, "missing", None, 0.0, False, f"{error}")
+    loose = 0.0 if exact else TOLERANCE.get(precision, 5e-2)
+    # More may be found than was stored: bytes are counted where a tokenizer came later.
+    apart = {name: relative_difference(figure, found.get(name)) for name, figure in stored.items()}
+    worst = max(sorted(apart), key=apart.__getitem__)
+    note = "equal to the last bit" if apart[worst] == 0 else "" if worst == NAME else f"largest difference at {worst}"
+    return VerificationCheck(
+        what, shown, f"{found[NAME]:.6g}" if found else "nothing held out", apart[worst], loose, apart[worst] <= loose, note
+    )
+
+
+def last_start(folder: RunFolder, step: int | None = None) -> dict[str, Any]:
+    """The newest start of the run that its manifest tells of, or the one that took a step; an empty one where it tells of none."""
+    known = [start for start in folder.manifest().get("starts", []) if isinstance(start, dict)]
+    before = [start for start in known if step is None or (is_number(start.get("step")) and start["step"] < step)]
+    return (before or known or [{}])[-1]
+
+
+def repeats_exactly(start: dict[str, Any], device: str) -> bool:
+    """Whether sums are computed here in the order that a start computed them in."""
+    now = {"device": device_name(find_device(device, "device")), **machine()}
+    old = {**_table(start.get("machine")), "device": start.get("device")}
+    return same_arithmetic(old, now, _table(start.get("versions")), versions())
+
+
+def _table(value: Any) -> dict[str, Any]:
+    return value if isinstance(value, dict) else {}
+
+
+def _measure(
+    folder: RunFolder, step: int, then: dict[str, Any], locations: DataLocations, device: str, average: bool
+) -> tuple[dict[str, float], str]:
+    """The held-out figures as training measures them, of the averaged weights too if asked for, and the precision.
+
+    then: the settings of training at that step; a later start may have been given others.
+    """
+    config, place = folder.config(), find_device(device, "device")
+    train = config.train.model_copy(
+        update={key: then[key] for key in ("eval_tokens", "micro_batch_size") if isinstance(then.get(key), int)}
+    )
+    validation = build_validation(config.model_copy(update={"train": train, "data": locations.data(config.data)}))
+    precision = build_precision(train.precision, place)
+
+    def figures(average: bool) -> dict[str, float]:
+        model = precision.prepare(load_weights(folder.path, step=step, average=average, device=place))
+        return validation(model, NextToken(model), precision)
+
+    averaged = {f"{name}{AVERAGE}": figure for name, figure in figures(True).items()} if average else {}
+    return figures(False) | averaged, precision.name

@@ -172,7 +172,7 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
     return filled
 
 
-def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, needles.Needles]:
+def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, needles.NoteBatch]:
     """Retrieval problems of the lengths that have room for them."""
     least = 64 * NUM_NEEDLES
     return {n: needles.questions(tokenizer, tokens.numpy(), n, NUM_NEEDLES, rows, seed) for n in lengths if n >= least}

@@ -30,7 +30,7 @@ KEY, VALUE = 2, 2
 
 
 @dataclass(frozen=True)
-class Needles:
+class NoteBatch:
     """Rows of one task: ids (n, T), and for each question where its answer begins and at which depth its note lies."""
 
     ids: Tensor
@@ -107,7 +107,7 @@ def training_rows(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: in
     return np.stack(found)
 
 
-def questions(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, count: int, seed: int) -> Needles:
+def questions(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, count: int, seed: int) -> NoteBatch:
     """`count` rows with one note at each of `notes` even depths. text: held-out tokens, used again where they run out."""
     depths = (np.arange(notes) + 0.5) / notes
     whole = np.resize(text, max(len(text), length + count))
@@ -117,7 +117,7 @@ def questions(tokenizer: Tokenizer, text: np.ndarray, length: int, notes: int, c
         start = (len(whole) - length) * number // max(1, count)
         rows.append(row(tokenizer, _plain(whole[start : start + length], tokenizer), length, draw, depths))
     ids, answers = (torch.from_numpy(np.stack(column)) for column in zip(*rows, strict=True))
-    return Needles(ids, answers, torch.from_numpy(depths))
+    return NoteBatch(ids, answers, torch.from_numpy(depths))
 
 
 def _plain(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
@@ -126,7 +126,7 @@ def _plain(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
 
 
 @torch.inference_mode()
-def score(model: Transformer, needles: Needles, precision: Precision, rows_at_once: int = 1) -> Tensor:
+def score(model: Transformer, needles: NoteBatch, precision: Precision, rows_at_once: int = 1) -> Tensor:
     """Whether each answer is right: bool (n, q)."""
     model.eval()
     found = []

@@ -14,7 +14,7 @@ from andromeda.config.data import BuildConfig, DataConfig
 from andromeda.config.model import AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.data.build import build
 from andromeda.data.loader import TokenStream, open_stream
-from andromeda.evaluate.bits import held_out_bits, windows
+from andromeda.evaluate.bits_per_byte import held_out_bits, windows
 from andromeda.model.transformer import Transformer
 
 CONTEXT = 16

@@ -10,31 +10,31 @@ import pytest
 import torch
 
 from andromeda import Andromeda
+from andromeda.evaluate.context_loss import bin_by_position, evenly_spaced, loss_by_context, loss_by_position
+from andromeda.evaluate.evaluator import EVALUATIONS
 from andromeda.evaluate.held_out_text import open_text
-from andromeda.evaluate.likelihood import likelihoods
-from andromeda.evaluate.loaded_model import open_subject, sha256
-from andromeda.evaluate.position import binned, loss_by_context, loss_by_position, spread
-from andromeda.evaluate.result import KINDS, results
-from andromeda.evaluate.run import EVALUATIONS
+from andromeda.evaluate.loaded_model import file_sha256, load_model
+from andromeda.evaluate.result import KINDS, load_results
+from andromeda.evaluate.token_loss import continuation_likelihoods
 from tests.command import call
 
 
 def test_the_first_result_of_each_kind_has_the_hashes_of_weights_and_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = ["bits", "position", "context", "single", "reasoning", "fewshot"]
-    wishes = ["--samples", "2", "--lengths", "240", "--file", "choices.jsonl", "--depths", "2", "--style", "code", "--device", "cpu"]
+    options = ["--samples", "2", "--lengths", "240", "--file", "choices.jsonl", "--depths", "2", "--style", "code", "--device", "cpu"]
     capsys.readouterr()
-    assert call("eval", "run", *tasks, *wishes, "--json") == 0
+    assert call("eval", "run", *tasks, *options, "--json") == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    stored = results("run")
+    stored = load_results("run")
     assert [line["kind"] for line in printed] == ["bits", "position", "context", "retrieval", "reasoning", "fewshot"]
     assert {line["name"] for line in printed} == stored.keys()
     weights = place / "run/checkpoints/step-00000002/model.safetensors"
     corpus = json.loads((place / "corpus/manifest.json").read_text())["fingerprint"]
     for one in stored.values():
-        assert (one.weights, one.step) == (sha256(weights), 2)
+        assert (one.weights, one.step) == (file_sha256(weights), 2)
         assert one.machine["precision"] == "fp32"
     assert stored["bits"].data == corpus
-    assert stored["fewshot-choices-0"].data == sha256(place / "choices.jsonl")
+    assert stored["fewshot-choices-0"].data == file_sha256(place / "choices.jsonl")
     grid = stored["retrieval-single-code"].result
     assert [len(row) for row in grid["accuracy"]] == [len(grid["depths"])] * len(grid["lengths"])
     assert stored["bits"].result["bytes"] == len((place / "corpus/val.txt").read_bytes())
@@ -42,36 +42,36 @@ def test_the_first_result_of_each_kind_has_the_hashes_of_weights_and_data(place:
 
 def test_bits_of_any_file_are_those_of_its_bytes(place: Path) -> None:
     """A model whose head is zero gives every token the same probability."""
-    subject = open_subject(Path("run"), device="cpu")
-    torch.nn.init.zeros_(subject.model.head.weight)
-    text = open_text(subject, "some.txt")
+    loaded = load_model(Path("run"), device="cpu")
+    torch.nn.init.zeros_(loaded.model.head.weight)
+    text = open_text(loaded, "some.txt")
     evaluation = EVALUATIONS["bits"]
     settings = evaluation.read({"text": "some.txt", "context": 256, "stride": 100})
-    found = evaluation.measure(subject, settings, lambda *_: None)
+    found = evaluation.measure(loaded, settings, lambda *_: None)
     size = len((place / "some.txt").read_bytes())
     assert found.result["bytes"] == found.result["tokens"] == size == len(text.ids) - 1
     assert found.result["bits_per_byte"] == pytest.approx(math.log2(257), rel=1e-6)
-    assert found.data == sha256(Path("some.txt"))
+    assert found.data == file_sha256(Path("some.txt"))
 
 
 @torch.no_grad()
 def test_losses_by_position_and_by_context_are_those_of_single_windows(place: Path) -> None:
-    subject = open_subject(Path("run"), device="cpu", dtype="fp64")
-    text, model = open_text(subject, "some.txt"), subject.model
+    loaded = load_model(Path("run"), device="cpu", dtype="fp64")
+    text, model = open_text(loaded, "some.txt"), loaded.model
 
     def nats(ids: torch.Tensor) -> torch.Tensor:
         return -model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
 
     curve = loss_by_position(model, text, length=30, windows=5)
-    begins = spread(list(range(0, len(text.ids) - 30, 30)), 5)
+    begins = evenly_spaced(list(range(0, len(text.ids) - 30, 30)), 5)
     expected = torch.stack([nats(text.ids[begin : begin + 31]) for begin in begins]).mean(0)
     torch.testing.assert_close(curve.nats, expected, rtol=1e-9, atol=1e-9)
-    edges, means, counts = binned(curve)
+    edges, means, counts = bin_by_position(curve)
     assert edges == [1, 2, 4, 8, 16, 31]
     assert counts == [5 * n for n in (1, 2, 4, 8, 15)]
     assert means[-1] == pytest.approx(expected[15:].mean().item(), rel=1e-9)
     found = loss_by_context(model, text, contexts=(3, 20, 64), targets=4, places=6)
-    begins = spread(list(range(64, len(text.ids) - 3, 4)), 6)
+    begins = evenly_spaced(list(range(64, len(text.ids) - 3, 4)), 6)
     for row, count in enumerate((3, 20, 64)):
         for column, at in enumerate(begins):
             single = nats(text.ids[at - count : at + 4])[-4:].mean()
@@ -80,17 +80,17 @@ def test_losses_by_position_and_by_context_are_those_of_single_windows(place: Pa
 
 def test_held_out_documents_are_not_crossed(place: Path) -> None:
     """Where training had a document mask: equal to each document by itself."""
-    subject = open_subject(Path("run"), device="cpu", dtype="fp64")
-    evaluation, text = EVALUATIONS["bits"], open_text(subject)
+    loaded = load_model(Path("run"), device="cpu", dtype="fp64")
+    evaluation, text = EVALUATIONS["bits"], open_text(loaded)
     short = [(b, e) for b, e in zip(text.starts, text.starts[1:], strict=False)][:1]
     assert text.numbers() is not None
     assert len(set(text.numbers().tolist())) == len(text.starts) - 1
     begin, end = short[0]
     ids = text.ids[begin : end + 1]
     with torch.no_grad():
-        alone = -subject.model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
+        alone = -loaded.model(ids[None, :-1])[0].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
         numbers = text.numbers()
-        both = subject.model(text.ids[None, : end + 50], documents=numbers[None, : end + 50])[0].log_softmax(-1)
+        both = loaded.model(text.ids[None, : end + 50], documents=numbers[None, : end + 50])[0].log_softmax(-1)
     torch.testing.assert_close(-both[begin:end].gather(1, ids[1:, None])[:, 0], alone, rtol=1e-9, atol=1e-9)
     assert evaluation.kind == "bits"
 
@@ -156,7 +156,7 @@ def test_wrong_input_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[
 )
 def test_depths_are_a_number_of_places_or_places(place: Path, given: str, depths: object) -> None:
     assert call("eval", "run", "single", "--samples", "1", "--device", "cpu", *(["--depths", given] if given else [])) == 0
-    found = results("run")["retrieval-single"].result
+    found = load_results("run")["retrieval-single"].result
     assert found["depths"] == depths or len(found["depths"]) == depths
     assert len(found["accuracy"][0]) == len(found["depths"])
 
@@ -183,7 +183,7 @@ def test_what_was_measured_before_an_interruption_stays(
     monkeypatch.setattr(EVALUATIONS["position"], "measure", interrupted)
     assert call("eval", "run", "bits", "position", "reasoning", "--samples", "1", "--device", "cpu") == 130
     assert capsys.readouterr().err.endswith("andromeda: interrupted.\n")
-    assert list(results("run")) == ["bits"]
+    assert list(load_results("run")) == ["bits"]
     assert [path.name for path in (place / "run/evaluations").iterdir()] == ["bits.json"]
 
 
@@ -220,24 +220,24 @@ doc_to_target: a
 metric_list: [{{metric: acc}}]
 """
         )
-    wishes = ["--include", "tasks", "--device", "cpu"]
-    assert call("eval", "run", "harness", "--task", "animals", *wishes) == 0
-    one = results("run")["harness-animals"]
+    options = ["--include", "tasks", "--device", "cpu"]
+    assert call("eval", "run", "harness", "--task", "animals", *options) == 0
+    one = load_results("run")["harness-animals"]
     # The same choices by our own likelihoods.
-    subject = open_subject(Path("run"), device="cpu")
-    words, right = subject.tokenizer("the test"), 0
+    loaded = load_model(Path("run"), device="cpu")
+    words, right = loaded.tokenizer("the test"), 0
     for row in rows:
         pairs = [([words.eos, *words.encode(row["q"])], words.encode(f" {choice}")) for choice in row["c"]]
-        logs = [found.log for found in likelihoods(subject.model, pairs)]
+        logs = [found.log for found in continuation_likelihoods(loaded.model, pairs)]
         right += logs.index(max(logs)) == row["a"]
     assert one.result == {"animals": {"acc": right / len(rows)}}
     assert call("verify", "run", "--device", "cpu") == 0
     capsys.readouterr()
-    assert call("eval", "run", "harness", "--task", "lost", *wishes) == 2
+    assert call("eval", "run", "harness", "--task", "lost", *options) == 2
     assert "lost cannot be run" in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_every_kind_has_its_evaluation_and_its_table() -> None:
-    from andromeda.evaluate.tables import LAYOUTS
+    from andromeda.evaluate.result_tables import LAYOUTS
 
     assert set(KINDS) == EVALUATIONS.keys() == LAYOUTS.keys()

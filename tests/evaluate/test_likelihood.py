@@ -14,8 +14,7 @@ import torch
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import AttentionConfig, BlockConfig, FeedForwardConfig, HeadConfig, ModelConfig, RotaryConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
-from andromeda.evaluate.likelihood import likelihoods
-from andromeda.evaluate.score import Prompts, token_nats
+from andromeda.evaluate.token_loss import PromptCache, continuation_likelihoods, token_losses
 from andromeda.model.transformer import Transformer
 from tests.oracles.test_llama import translated
 
@@ -39,13 +38,13 @@ def test_chunked_losses_are_those_of_one_pass(chunk: int) -> None:
     targets[1, :20] = -100
     logs = model(ids).log_softmax(-1)
     expected = -logs.gather(2, targets.clamp(min=0)[..., None])[..., 0] * (targets != -100)
-    torch.testing.assert_close(token_nats(model, ids, targets, chunk=chunk), expected, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(token_losses(model, ids, targets, chunk=chunk), expected, rtol=1e-10, atol=1e-10)
 
 
 @torch.no_grad()
 def test_continuations_of_a_prompt_that_was_read_once() -> None:
     model, ids = small(), drawn(2, 40)
-    prompts = Prompts(model, ids, 10, chunk=16)
+    prompts = PromptCache(model, ids, 10, chunk=16)
     for pair, skip in (([[5, 6, 7], [8, 9]], [0, 0]), ([[1], [2, 3, 4, 5]], [0, 2])):
         found = prompts.nats(pair, skip)
         for row in range(2):
@@ -63,9 +62,9 @@ def test_continuations_of_a_prompt_that_was_read_once() -> None:
 def test_likelihoods_are_sums_over_single_tokens_whatever_their_batch(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = small(), drawn(9, 30).tolist()
     pairs = [(row[: 3 + i], row[3 + i : 5 + 2 * i]) for i, row in enumerate(ids)]
-    found = likelihoods(model, pairs)
-    monkeypatch.setattr("andromeda.evaluate.score.BATCH_TOKENS", {"cpu": 1})
-    alone = likelihoods(model, pairs)
+    found = continuation_likelihoods(model, pairs)
+    monkeypatch.setattr("andromeda.evaluate.token_loss.BATCH_TOKENS", {"cpu": 1})
+    alone = continuation_likelihoods(model, pairs)
     for (context, continuation), one, other in zip(pairs, found, alone, strict=True):
         logs = model(torch.tensor([[*context, *continuation]])).log_softmax(-1)[0]
         at = range(len(context) - 1, len(context) + len(continuation) - 1)
@@ -140,12 +139,12 @@ def test_the_adapter_gives_the_log_likelihoods_of_the_harness_own_model(
     """
     from lm_eval.models.huggingface import HFLM
 
-    from andromeda.evaluate.lm_eval_adapter import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import AndromedaLM
 
     theirs, words, ours, tokenizer = pair
     theirs, ours = copy.deepcopy(theirs).to(dtype), copy.deepcopy(ours).to(dtype)
     reference = HFLM(pretrained=theirs, tokenizer=words, batch_size=1, add_bos_token=begin, max_length=64, device="cpu")
-    adapter = HarnessModel(ours, tokenizer, begin=begin)
+    adapter = AndromedaLM(ours, tokenizer, begin=begin)
     if begin:  # a tokenizer file of ours does not add the separator by itself
         reference.tok_encode = adapter.tok_encode  # type: ignore[method-assign]
     requests = [SimpleNamespace(args=one) for one in TEXTS]
@@ -162,11 +161,11 @@ def test_the_adapter_gives_the_log_likelihoods_of_the_harness_own_model(
 def test_generation_is_that_of_the_harness_own_model(pair: Any) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    from andromeda.evaluate.lm_eval_adapter import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import AndromedaLM
 
     theirs, words, ours, tokenizer = pair
     reference = HFLM(pretrained=theirs, tokenizer=words, batch_size=1, max_length=64, device="cpu")
-    adapter = HarnessModel(ours, tokenizer, begin=False)
+    adapter = AndromedaLM(ours, tokenizer, begin=False)
     requests = [SimpleNamespace(args=("the cat sat", {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False}))]
     assert adapter.generate_until(requests) == reference.generate_until(requests, disable_tqdm=True)
 
@@ -176,7 +175,7 @@ def test_a_local_task_runs_offline_with_equal_scores(pair: Any, tmp_path: Path) 
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    from andromeda.evaluate.lm_eval_adapter import HarnessModel
+    from andromeda.evaluate.lm_eval_adapter import AndromedaLM
 
     theirs, words, ours, tokenizer = pair
     rows = [{"q": f"the cat {i}", "c": ["sat on", "came to", "and then"], "a": i % 3} for i in range(8)]
@@ -195,7 +194,7 @@ metric_list: [{{metric: acc}}, {{metric: acc_norm}}]
     )
     models = (
         HFLM(pretrained=theirs, tokenizer=words, batch_size=1, max_length=64, device="cpu"),
-        HarnessModel(ours, tokenizer, begin=False),
+        AndromedaLM(ours, tokenizer, begin=False),
     )
     scores = [
         simple_evaluate(

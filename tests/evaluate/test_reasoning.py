@@ -10,7 +10,7 @@ from random import Random
 
 import pytest
 
-from andromeda.evaluate.questions import Solved, parted, read_choices, read_solved
+from andromeda.evaluate.questions import WordProblem, asked_range, read_choices, read_solved
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.reasoning.dyck import CLOSING, closers
 from andromeda.evaluate.tasks.multiple_choice import final, graded
@@ -80,7 +80,7 @@ def test_the_final_number(answer: str, number: str | None) -> None:
 
 
 def test_only_the_right_number_is_right() -> None:
-    solved = Solved("?", "half of 36\n#### 1,018")
+    solved = WordProblem("?", "half of 36\n#### 1,018")
     assert graded(" it is #### 1018.", solved)
     assert not graded(" it is 1018", solved)
     assert not graded(" it is #### 10", solved)
@@ -105,9 +105,9 @@ def test_questions_that_are_none(tmp_path: Path, row: object) -> None:
 
 
 def test_examples_are_never_asked(tmp_path: Path) -> None:
-    assert list(parted(10, 4, None)) == [4, 5, 6, 7, 8, 9]
-    assert list(parted(10, 4, 2)) == [4, 5]
+    assert list(asked_range(10, 4, None)) == [4, 5, 6, 7, 8, 9]
+    assert list(asked_range(10, 4, 2)) == [4, 5]
     with pytest.raises(RequestError, match="leave none"):
-        parted(4, 4, None)
+        asked_range(4, 4, None)
     with pytest.raises(DataError, match="Question 1"):
         read_solved(write(tmp_path / "a.jsonl", {"question": "q", "answer": 3}))

@@ -13,11 +13,16 @@ from torch import Tensor
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
-from andromeda.evaluate.retrieval import RETRIEVAL
-from andromeda.evaluate.retrieval.measure import Asked, build, grid, measure, ranked, room
-from andromeda.evaluate.retrieval.problem import chance
-from andromeda.evaluate.retrieval.style import STYLES
-from andromeda.evaluate.score import Prompts
+from andromeda.evaluate.retrieval_problems import RETRIEVAL_TASKS, STYLES, chance_accuracy
+from andromeda.evaluate.retrieval_scoring import (
+    TokenizedProblem,
+    answer_budget,
+    count_correct,
+    score_grid,
+    score_problems,
+    tokenize_problem,
+)
+from andromeda.evaluate.token_loss import PromptCache
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -31,14 +36,14 @@ def tokenizer(kind: str) -> Tokenizer:
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("kind", ["bytes", "bpe", "unigram"])
-@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_prompts_have_their_exact_length_and_the_solver_finds_every_answer(name: str, kind: str, style: str) -> None:
-    task, words = RETRIEVAL[name], tokenizer(kind)
+    task, words = RETRIEVAL_TASKS[name], tokenizer(kind)
     for length in (1800, 3001):
         for depth in (0.0, 0.3, 1.0):
             for seed in range(3):
-                asked = build(task, STYLES[style], words, length, depth, Random(seed))
-                assert len(asked.prompt) == length - room(task, STYLES[style])
+                asked = tokenize_problem(task, STYLES[style], words, length, depth, Random(seed))
+                assert len(asked.prompt) == length - answer_budget(task, STYLES[style])
                 assert len(asked.prompt) + asked.whole <= length
                 assert asked.prompt[0] == words.eos
                 text = words.decode(asked.prompt)
@@ -46,22 +51,22 @@ def test_prompts_have_their_exact_length_and_the_solver_finds_every_answer(name:
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_without_the_text_the_solver_finds_nothing(name: str, style: str) -> None:
     """Only the question, as after an empty context."""
-    task = RETRIEVAL[name]
+    task = RETRIEVAL_TASKS[name]
     for seed in range(5):
         problem = task.draw(Random(seed), STYLES[style])
         found = task.solve(STYLES[style].header + "\n" + problem.question, STYLES[style])
         assert not set(found) & set(problem.answers)
 
 
-@pytest.mark.parametrize("name", [name for name, task in RETRIEVAL.items() if not task.everywhere])
+@pytest.mark.parametrize("name", [name for name, task in RETRIEVAL_TASKS.items() if not task.everywhere])
 def test_the_evidence_begins_at_its_depth(name: str) -> None:
-    task, style, words = RETRIEVAL[name], STYLES["prose"], tokenizer("bytes")
+    task, style, words = RETRIEVAL_TASKS[name], STYLES["prose"], tokenizer("bytes")
     for depth in (0.0, 0.25, 0.5, 0.75, 1.0):
         for seed in range(4):
-            asked = build(task, style, words, 12000, depth, Random(seed))
+            asked = tokenize_problem(task, style, words, 12000, depth, Random(seed))
             problem = task.draw(Random(seed), style)
             text = words.decode(asked.prompt)
             place = text.index(problem.evidence[0]) / len(text)
@@ -71,16 +76,16 @@ def test_the_evidence_begins_at_its_depth(name: str) -> None:
             assert places == sorted(places)
 
 
-@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_chance_is_the_share_of_all_rankings(name: str) -> None:
     """Every order of the candidates is equally likely to one who does not know the text; count the slots that are hit."""
-    task = RETRIEVAL[name]
+    task = RETRIEVAL_TASKS[name]
     slots = []
     for j in range(task.answers):
         candidates = [True] * (task.answers - j) + [False] * task.others
         firsts = [order[0] for order in itertools.permutations(range(len(candidates)), 1)]
         slots.append(sum(candidates[first] for first in firsts) / len(firsts))
-    assert chance(task.answers, task.others) == pytest.approx(sum(slots) / len(slots), abs=1e-12)
+    assert chance_accuracy(task.answers, task.others) == pytest.approx(sum(slots) / len(slots), abs=1e-12)
 
 
 def model_of_bytes() -> Transformer:
@@ -97,14 +102,16 @@ def model_of_bytes() -> Transformer:
 
 def test_an_untrained_model_scores_chance() -> None:
     """Its losses do not depend on which candidates are right, so that the mean over problems is chance to within four deviations."""
-    task, samples = RETRIEVAL["single"], 150
-    cells = grid(model_of_bytes(), tokenizer("bytes"), task, STYLES["code"], lengths=[300], depths=[0.0, 1.0], samples=samples, seed=0)
+    task, samples = RETRIEVAL_TASKS["single"], 150
+    cells = score_grid(
+        model_of_bytes(), tokenizer("bytes"), task, STYLES["code"], lengths=[300], depths=[0.0, 1.0], samples=samples, seed=0
+    )
     accuracy = sum(cell.accuracy for cell in cells[0]) / 2
-    expected = chance(task.answers, task.others)
+    expected = chance_accuracy(task.answers, task.others)
     assert abs(accuracy - expected) < 4 * (expected * (1 - expected) / (2 * samples)) ** 0.5
 
 
-class Oracle(Prompts):
+class Oracle(PromptCache):
     """A reader of the text instead of a model: no loss for the right answers, in their order, and writes them."""
 
     def __init__(self, answers: list[str], wrong: bool = False) -> None:
@@ -118,25 +125,25 @@ class Oracle(Prompts):
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("name", RETRIEVAL)
+@pytest.mark.parametrize("name", RETRIEVAL_TASKS)
 def test_the_solver_scores_all_of_the_ranking_and_its_opposite_none(name: str, style: str) -> None:
-    task, words = RETRIEVAL[name], tokenizer("bytes")
-    asked: Asked = build(task, STYLES[style], words, 1800, 0.5, Random(0))
+    task, words = RETRIEVAL_TASKS[name], tokenizer("bytes")
+    asked: TokenizedProblem = tokenize_problem(task, STYLES[style], words, 1800, 0.5, Random(0))
     solved = task.solve(words.decode(asked.prompt), STYLES[style])
     for slot in asked.slots:
-        assert ranked(Oracle(solved), [slot]) == 1
-        assert ranked(Oracle(solved, wrong=True), [slot]) == 0
+        assert count_correct(Oracle(solved), [slot]) == 1
+        assert count_correct(Oracle(solved, wrong=True), [slot]) == 0
 
 
 def test_scores_do_not_depend_on_the_batch_or_the_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    task, style, words, model = RETRIEVAL["multiquery"], STYLES["code"], tokenizer("bytes"), model_of_bytes()
-    problems = [build(task, style, words, 800, 0.5, Random(i)) for i in range(4)]
-    whole = measure(model, words, problems)
-    monkeypatch.setattr("andromeda.evaluate.score.CHUNK", {"cpu": 37})
-    monkeypatch.setattr("andromeda.evaluate.score.BATCH_TOKENS", {"cpu": 1000})
-    assert measure(model, words, problems) == whole
+    task, style, words, model = RETRIEVAL_TASKS["multiquery"], STYLES["code"], tokenizer("bytes"), model_of_bytes()
+    problems = [tokenize_problem(task, style, words, 800, 0.5, Random(i)) for i in range(4)]
+    whole = score_problems(model, words, problems)
+    monkeypatch.setattr("andromeda.evaluate.token_loss.CHUNK", {"cpu": 37})
+    monkeypatch.setattr("andromeda.evaluate.token_loss.BATCH_TOKENS", {"cpu": 1000})
+    assert score_problems(model, words, problems) == whole
 
 
 def test_a_length_without_room_is_a_sentence_with_the_least_one() -> None:
     with pytest.raises(RequestError, match=r"100 tokens is too short for multikey, which takes \d+ with this tokenizer"):
-        build(RETRIEVAL["multikey"], STYLES["prose"], tokenizer("bytes"), 100, 0.5, Random(0))
+        tokenize_problem(RETRIEVAL_TASKS["multikey"], STYLES["prose"], tokenizer("bytes"), 100, 0.5, Random(0))

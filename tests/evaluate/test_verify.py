@@ -26,8 +26,8 @@ HELD_OUT = "held-out loss of step 2"
 
 
 def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = ["--samples", "2", "--lengths", "200", "--depths", "2", "--style", "code", "--device", "cpu"]
-    assert call("eval", "run", "bits", "single", *wishes) == 0
+    options = ["--samples", "2", "--lengths", "200", "--depths", "2", "--style", "code", "--device", "cpu"]
+    assert call("eval", "run", "bits", "single", *options) == 0
     capsys.readouterr()
     assert call("verify", "run", "--device", "cpu", "--json") == 0
     checks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -115,10 +115,10 @@ def test_what_cannot_be_repeated_is_one_sentence(place: Path, capsys: pytest.Cap
     assert "began with the weights of another run" in capsys.readouterr().err
 
 
-def said(capsys: pytest.CaptureFixture[str], *wishes: str, run: str = "run") -> tuple[int, dict[str, Any]]:
+def said(capsys: pytest.CaptureFixture[str], *options: str, run: str = "run") -> tuple[int, dict[str, Any]]:
     """Exit code and checks by what they check."""
     capsys.readouterr()
-    code = call("verify", run, "--device", "cpu", "--json", *wishes)
+    code = call("verify", run, "--device", "cpu", "--json", *options)
     return code, {check["what"]: check for check in map(json.loads, capsys.readouterr().out.splitlines())}
 
 
@@ -299,8 +299,8 @@ def test_a_result_of_another_shape_is_one_sentence(place: Path, capsys: pytest.C
 
 
 def test_settings_that_make_no_sense_differ(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    wishes = ["--samples", "1", "--lengths", "200", "--depths", "0.5", "--style", "code", "--device", "cpu"]
-    assert call("eval", "run", "single", *wishes) == 0
+    options = ["--samples", "1", "--lengths", "200", "--depths", "0.5", "--style", "code", "--device", "cpu"]
+    assert call("eval", "run", "single", *options) == 0
     change(place / "run/evaluations/retrieval-single-code.json", lambda told: told["settings"].update(task="sngle"))
     code, checks = said(capsys)
     assert code == 1

@@ -14,8 +14,8 @@ from andromeda.cli import demo_run as demo
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import from_values
 from andromeda.data.build import build
-from andromeda.evaluate.loaded_model import open_subject
-from andromeda.evaluate.result import Result
+from andromeda.evaluate.loaded_model import load_model
+from andromeda.evaluate.result import EvalResult
 from andromeda.report import build_report, write_report
 from andromeda.report.run_data import read_run
 from andromeda.train.metrics import read_metrics
@@ -94,7 +94,7 @@ def fill(run: Path) -> None:
         "harness": {"arc": {"acc": 0.3, "alias": EVIL[:20]}},
     }
     for kind, result in shapes.items():
-        Result(kind, kind, 6, "0" * 64, None, {}, result, command=f"andromeda eval run {kind}").save(run)
+        EvalResult(kind, kind, 6, "0" * 64, None, {}, result, command=f"andromeda eval run {kind}").save(run)
     lines = [{"prompt": EVIL[:-1], "text": EVIL[:-1], "temperature": 0.7}, {"prompt": [1, 2], "text": "plain"}]
     (run / "samples" / "mine.jsonl").write_text("\n".join(json.dumps(line) for line in lines) + "\n{broken\n")
     (run / "samples" / "a.txt").write_bytes(b"bytes \xff\x00 that are no text <i>")
@@ -152,7 +152,7 @@ def test_a_broken_result_takes_no_other_with_it(run: Path) -> None:
 
 def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
     shape = {"task": "common", "lengths": [64], "depths": [0.5], "everywhere": True, "accuracy": [[0.5]], "chance": 0.35, "samples": 8}
-    Result("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
+    EvalResult("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
     text = build_report(run)
     assert ">anywhere</th>" in text
     assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems per cell." in text
@@ -202,7 +202,7 @@ def test_broken_files_leave_the_page_whole(run: Path, name: str, content: bytes)
 
 def test_results_of_another_shape_are_told(run: Path) -> None:
     for kind in ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness"):
-        Result(kind, kind, 6, "0" * 64, None, {}, {"nothing": 3}, command="x").save(run)
+        EvalResult(kind, kind, 6, "0" * 64, None, {}, {"nothing": 3}, command="x").save(run)
     text = build_report(run)
     parse(text)
     assert text.count("is not of the shape that its kind has") >= 6
@@ -265,7 +265,7 @@ def test_a_place_that_cannot_be_written_is_one_sentence(run: Path) -> None:
 def test_the_demo_fills_the_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Samples, evaluations and compressors of the demo, on a small run: written whole, found by the report."""
     monkeypatch.setattr(demo, "EVALUATIONS", {"bits": {}, "position": {"samples": 2}, "no such task": {}})
-    subject, skipped, shown = open_subject(run, device="cpu"), [], []
+    subject, skipped, shown = load_model(run, device="cpu"), [], []
     demo.write_samples(subject.model, run, shown.append, new_tokens=8)
     found = demo.evaluate(subject, lambda *_: None, skipped.append)
     corpus = Path(subject.config.data.corpus)

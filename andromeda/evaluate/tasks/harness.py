@@ -12,9 +12,9 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig, Strings
 from andromeda.config.mistakes import read
-from andromeda.evaluate.loaded_model import Subject
-from andromeda.evaluate.request import Options, Outcome
-from andromeda.evaluate.result import file_name
+from andromeda.evaluate.loaded_model import LoadedModel
+from andromeda.evaluate.request import EvalOptions, Measurement
+from andromeda.evaluate.result import safe_file_name
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
 from andromeda.utils.progress_callback import ProgressCallback
 
@@ -29,15 +29,15 @@ class HarnessSettings(BaseConfig):
     seed: NonNegativeInt
 
 
-class Harness:
+class HarnessEvaluation:
     """Tasks of lm-evaluation-harness."""
 
     kind = "harness"
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """The tasks that are named."""
         _check_extra()
-        subject.tokenizer("The evaluation harness")
+        loaded.tokenizer("The evaluation harness")
         if not options.tasks:
             raise RequestError("The evaluation harness needs a task: name one with --task, such as --task hellaswag.")
         if options.include and not Path(options.include).is_dir():
@@ -50,16 +50,16 @@ class Harness:
         """Settings that were stored."""
         return read(HarnessSettings, values)
 
-    def measure(self, subject: Subject, settings: HarnessSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: HarnessSettings, report: ProgressCallback) -> Measurement:
         """Every figure that the harness computes. Raises MissingExtra where it is not installed."""
         _check_extra()
         from lm_eval import simple_evaluate
 
-        from andromeda.evaluate.lm_eval_adapter import HarnessModel
+        from andromeda.evaluate.lm_eval_adapter import AndromedaLM
 
         logging.getLogger("lm_eval").setLevel(logging.ERROR)
         tasks = _task_manager(settings)
-        model = HarnessModel(subject.model, subject.tokenizer("The evaluation harness"), report=report)
+        model = AndromedaLM(loaded.model, loaded.tokenizer("The evaluation harness"), report=report)
         try:
             found = simple_evaluate(
                 model=model,
@@ -81,7 +81,9 @@ class Harness:
             for task, metrics in found["results"].items()
         }
         hashes = sorted(str(sample["doc_hash"]) for samples in found["samples"].values() for sample in samples)
-        return Outcome(file_name("harness-" + "-".join(settings.tasks)), hashlib.sha256(" ".join(hashes).encode()).hexdigest(), result)
+        return Measurement(
+            safe_file_name("harness-" + "-".join(settings.tasks)), hashlib.sha256(" ".join(hashes).encode()).hexdigest(), result
+        )
 
 
 def _task_manager(settings: HarnessSettings) -> Any:

@@ -10,10 +10,10 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.evaluate.loaded_model import Subject
+from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.reasoning import REASONING
-from andromeda.evaluate.request import Options, Outcome
-from andromeda.evaluate.score import rows_at_once
+from andromeda.evaluate.request import EvalOptions, Measurement
+from andromeda.evaluate.token_loss import batch_size_for
 from andromeda.generate.engine import eval_mode
 from andromeda.train.callbacks.probes.score import Batch
 from andromeda.train.callbacks.probes.task import Task
@@ -28,32 +28,32 @@ class ReasoningSettings(BaseConfig):
     seed: NonNegativeInt
 
 
-class Reasoning:
+class ReasoningEvaluation:
     """All tasks of reasoning."""
 
     kind = "reasoning"
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """200 problems of each task by default."""
-        subject.tokenizer("Reasoning")
+        loaded.tokenizer("Reasoning")
         return [ReasoningSettings(samples=options.samples or 200, seed=options.seed)]
 
     def read(self, values: dict[str, Any]) -> ReasoningSettings:
         """Settings that were stored."""
         return read(ReasoningSettings, values)
 
-    def measure(self, subject: Subject, settings: ReasoningSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: ReasoningSettings, report: ProgressCallback) -> Measurement:
         """Both forms of every task; None where problems are longer than the context, or need more different tokens than there are."""
         result = {}
         for number, (name, pair) in enumerate(REASONING.items()):
-            scores = [_score(subject, task, f"{settings.seed} {name} {form}", settings.samples) for form, task in enumerate(pair)]
+            scores = [_score(loaded, task, f"{settings.seed} {name} {form}", settings.samples) for form, task in enumerate(pair)]
             result[name] = {"in": scores[0], "out": scores[1], "chance": pair.usual.chance, "chance_out": pair.harder.chance}
             report("reasoning", number + 1, len(REASONING))
-        return Outcome(self.kind, None, result)
+        return Measurement(self.kind, None, result)
 
 
-def _score(subject: Subject, task: Task[Any], seed: str, samples: int) -> float | None:
-    tokenizer, random = subject.tokenizer("Reasoning"), Random(seed)
+def _score(loaded: LoadedModel, task: Task[Any], seed: str, samples: int) -> float | None:
+    tokenizer, random = loaded.tokenizer("Reasoning"), Random(seed)
     alphabet = np.flatnonzero(tokenizer.byte_lengths()).tolist()
 
     def spell(said: str | tuple[int, ...]) -> list[int]:
@@ -65,11 +65,11 @@ def _score(subject: Subject, task: Task[Any], seed: str, samples: int) -> float 
         return None
     rows = [([tokenizer.eos, *spell(problem.prompt)], spell(problem.answer)) for problem in problems]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
-    if longest > subject.context:
+    if longest > loaded.context:
         return None
-    count, right = rows_at_once(subject.model, longest), 0.0
-    with eval_mode(subject.model):
+    count, right = batch_size_for(loaded.model, longest), 0.0
+    with eval_mode(loaded.model):
         for start in range(0, samples, count):
             group = rows[start : start + count]
-            right += float(Batch(group).score(subject.model, Precision(subject.device))) * len(group)
+            right += float(Batch(group).score(loaded.model, Precision(loaded.device))) * len(group)
     return right / samples

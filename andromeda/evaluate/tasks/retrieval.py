@@ -12,12 +12,10 @@ from pydantic import NonNegativeInt, PositiveInt
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.evaluate.loaded_model import Subject
-from andromeda.evaluate.request import Depths, Lengths, Options, Outcome, check_lengths
-from andromeda.evaluate.retrieval import RETRIEVAL, Task
-from andromeda.evaluate.retrieval.measure import build, grid
-from andromeda.evaluate.retrieval.problem import chance
-from andromeda.evaluate.retrieval.style import STYLES
+from andromeda.evaluate.loaded_model import LoadedModel
+from andromeda.evaluate.request import Depths, EvalOptions, Lengths, Measurement, check_lengths
+from andromeda.evaluate.retrieval_problems import RETRIEVAL_TASKS, STYLES, RetrievalTask, chance_accuracy
+from andromeda.evaluate.retrieval_scoring import score_grid, tokenize_problem
 from andromeda.utils.errors import ConfigError, RequestError, nearest
 from andromeda.utils.progress_callback import ProgressCallback
 
@@ -37,7 +35,7 @@ class RetrievalSettings(BaseConfig):
     seed: NonNegativeInt
 
 
-class Retrieval:
+class RetrievalEvaluation:
     """Some of the tasks of retrieval."""
 
     kind = "retrieval"
@@ -45,49 +43,49 @@ class Retrieval:
     def __init__(self, names: Sequence[str]) -> None:
         self._names = names
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """A grid for each task. By default the model's context, a half and a quarter of it, where the task fits."""
-        tokenizer = subject.tokenizer("Retrieval")
+        tokenizer = loaded.tokenizer("Retrieval")
         if options.lengths:
-            check_lengths(subject, options.lengths, options.beyond)
+            check_lengths(loaded, options.lengths, options.beyond)
         found: list[BaseConfig] = []
         missing: list[str] = []
         for name in self._names:
             for length in options.lengths:
-                build(RETRIEVAL[name], STYLES[options.style], tokenizer, length, 0.0, Random(0))
-            lengths = options.lengths or self._fitting(RETRIEVAL[name], options, tokenizer, subject.context)
+                tokenize_problem(RETRIEVAL_TASKS[name], STYLES[options.style], tokenizer, length, 0.0, Random(0))
+            lengths = options.lengths or self._fitting(RETRIEVAL_TASKS[name], options, tokenizer, loaded.context)
             if lengths:
-                found.append(self._one(RETRIEVAL[name], options, tuple(sorted(set(lengths)))))
+                found.append(self._one(RETRIEVAL_TASKS[name], options, tuple(sorted(set(lengths)))))
             else:
                 missing.append(name)
-        told = f"context of {subject.context} tokens is too short for {listed(missing)}"
+        told = f"context of {loaded.context} tokens is too short for {listed(missing)}"
         if not found:
             raise RequestError(f"This model's {told}: give longer --lengths with --beyond, or leave it out.")
         if missing:
             log.warning("andromeda: this model's %s: left out.", told)
         return found
 
-    def _one(self, task: Task, options: Options, lengths: tuple[int, ...]) -> RetrievalSettings:
+    def _one(self, task: RetrievalTask, options: EvalOptions, lengths: tuple[int, ...]) -> RetrievalSettings:
         depths = (0.5,) if task.everywhere else tuple(sorted(set(options.depths))) or evenly(DEPTHS)
         samples = options.samples or SAMPLES
         return RetrievalSettings(task=task.name, style=options.style, lengths=lengths, depths=depths, samples=samples, seed=options.seed)
 
-    def _fitting(self, task: Task, options: Options, tokenizer: Tokenizer, context: int) -> tuple[int, ...]:
+    def _fitting(self, task: RetrievalTask, options: EvalOptions, tokenizer: Tokenizer, context: int) -> tuple[int, ...]:
         """Those lengths of which a tenth would still be to spare: words differ in their tokens."""
         return tuple(n for n in (context // 4, context // 2, context) if _fits(task, options.style, tokenizer, n * 9 // 10))
 
     def read(self, values: dict[str, Any]) -> RetrievalSettings:
         """Settings that were stored."""
         settings = read(RetrievalSettings, values)
-        if settings.task not in RETRIEVAL:
-            raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL)}.")
+        if settings.task not in RETRIEVAL_TASKS:
+            raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL_TASKS)}.")
         return settings
 
-    def measure(self, subject: Subject, settings: RetrievalSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: RetrievalSettings, report: ProgressCallback) -> Measurement:
         """The grid."""
-        task, tokenizer = RETRIEVAL[settings.task], subject.tokenizer("Retrieval")
-        cells = grid(
-            subject.model,
+        task, tokenizer = RETRIEVAL_TASKS[settings.task], loaded.tokenizer("Retrieval")
+        cells = score_grid(
+            loaded.model,
             tokenizer,
             task,
             STYLES[settings.style],
@@ -105,10 +103,10 @@ class Retrieval:
             "everywhere": task.everywhere,
             "accuracy": [[cell.accuracy for cell in row] for row in cells],
             "match": [[cell.match for cell in row] for row in cells],
-            "chance": chance(task.answers, task.others),
+            "chance": chance_accuracy(task.answers, task.others),
             "samples": settings.samples,
         }
-        return Outcome(f"retrieval-{task.name}" + ("-code" if settings.style == "code" else ""), None, result)
+        return Measurement(f"retrieval-{task.name}" + ("-code" if settings.style == "code" else ""), None, result)
 
 
 def evenly(count: int) -> tuple[float, ...]:
@@ -122,9 +120,9 @@ def listed(names: Sequence[str]) -> str:
     return f"{', '.join(firsts)} and {last}" if firsts else last
 
 
-def _fits(task: Task, style: str, tokenizer: Tokenizer, length: int) -> bool:
+def _fits(task: RetrievalTask, style: str, tokenizer: Tokenizer, length: int) -> bool:
     try:
-        build(task, STYLES[style], tokenizer, length, 0.0, Random(0))
+        tokenize_problem(task, STYLES[style], tokenizer, length, 0.0, Random(0))
     except RequestError:
         return False
     return True

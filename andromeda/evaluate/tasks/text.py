@@ -10,12 +10,12 @@ from torch import Tensor
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
-from andromeda.evaluate.bits import Bits, text_nats
-from andromeda.evaluate.held_out_text import HELD_OUT, Text, open_text
-from andromeda.evaluate.loaded_model import Subject
-from andromeda.evaluate.position import binned, loss_by_context, loss_by_position
-from andromeda.evaluate.request import Lengths, Options, Outcome, check_lengths
-from andromeda.evaluate.result import file_name
+from andromeda.evaluate.bits_per_byte import BitsPerByte, text_nats
+from andromeda.evaluate.context_loss import bin_by_position, loss_by_context, loss_by_position
+from andromeda.evaluate.held_out_text import HELD_OUT, EvalText, open_text
+from andromeda.evaluate.loaded_model import LoadedModel
+from andromeda.evaluate.request import EvalOptions, Lengths, Measurement, check_lengths
+from andromeda.evaluate.result import safe_file_name
 from andromeda.utils.errors import RequestError
 from andromeda.utils.progress_callback import ProgressCallback
 
@@ -23,29 +23,29 @@ SHORTEST_CONTEXT = 64
 TARGETS = 16
 
 
-class OnText(BaseConfig):
+class TextSettings(BaseConfig):
     """Where the text is; the run's own held-out documents when both are empty."""
 
     text: str = ""
     corpus: str = ""
 
 
-class BitsSettings(OnText):
+class BitsSettings(TextSettings):
     """Windows of `context` tokens, of which each but the first scores `stride`."""
 
     context: PositiveInt
     stride: PositiveInt
 
 
-class BitsPerByte:
+class BitsEvaluation:
     """Bits that the model needs for a byte of text."""
 
     kind = "bits"
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """One measurement with windows of the longest length, the model's context by default, and strides of a half."""
-        context = max(options.lengths, default=subject.context)
-        check_lengths(subject, (context,), options.beyond)
+        context = max(options.lengths, default=loaded.context)
+        check_lengths(loaded, (context,), options.beyond)
         stride = options.stride or max(1, context // 2)
         if stride > context:
             raise RequestError(f"--stride {stride} would leave out tokens between windows of {context}: give at most {context}.")
@@ -55,13 +55,13 @@ class BitsPerByte:
         """Settings that were stored."""
         return read(BitsSettings, values)
 
-    def measure(self, subject: Subject, settings: BitsSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: BitsSettings, report: ProgressCallback) -> Measurement:
         """Every token of the text but the first."""
-        text = open_text(subject, settings.text, settings.corpus)
+        text = open_text(loaded, settings.text, settings.corpus)
         ids, targets, numbers = text.ids[:-1], text.ids[1:], text.numbers()
         size = text.bytes_of(targets)
         nats = text_nats(
-            subject.model,
+            loaded.model,
             ids,
             targets,
             context=settings.context,
@@ -69,43 +69,43 @@ class BitsPerByte:
             documents=None if numbers is None else numbers[:-1],
             report=report,
         )
-        bits = Bits(nats, len(targets), size)
+        bits = BitsPerByte(nats, len(targets), size)
         result = {"bits_per_byte": bits.per_byte, "loss": bits.loss, "tokens": bits.tokens, "bytes": bits.bytes}
-        return Outcome(_name(self.kind, text), text.fingerprint, result)
+        return Measurement(_name(self.kind, text), text.fingerprint, result)
 
 
-class PositionSettings(OnText):
+class PositionSettings(TextSettings):
     """At most `windows` windows of `length` tokens."""
 
     length: PositiveInt
     windows: PositiveInt
 
 
-class Position:
+class PositionEvaluation:
     """Loss by position."""
 
     kind = "position"
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """Windows of the longest length, the model's context by default."""
-        length = max(options.lengths, default=subject.context)
-        check_lengths(subject, (length,), options.beyond)
+        length = max(options.lengths, default=loaded.context)
+        check_lengths(loaded, (length,), options.beyond)
         return [PositionSettings(text=options.text, corpus=options.corpus, length=length, windows=options.samples or 128)]
 
     def read(self, values: dict[str, Any]) -> PositionSettings:
         """Settings that were stored."""
         return read(PositionSettings, values)
 
-    def measure(self, subject: Subject, settings: PositionSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: PositionSettings, report: ProgressCallback) -> Measurement:
         """Means over bins that double."""
-        text = open_text(subject, settings.text, settings.corpus)
-        curve = loss_by_position(subject.model, text, length=settings.length, windows=settings.windows, report=report)
-        edges, nats, tokens = binned(curve)
+        text = open_text(loaded, settings.text, settings.corpus)
+        curve = loss_by_position(loaded.model, text, length=settings.length, windows=settings.windows, report=report)
+        edges, nats, tokens = bin_by_position(curve)
         result = {"edges": edges, "nats": nats, "tokens": tokens, "windows": curve.windows, "crossing": curve.crossing}
-        return Outcome(_name(self.kind, text), text.fingerprint, result)
+        return Measurement(_name(self.kind, text), text.fingerprint, result)
 
 
-class ContextSettings(OnText):
+class ContextSettings(TextSettings):
     """`places` runs of `targets` tokens, each read after every one of the `contexts`."""
 
     contexts: Lengths
@@ -113,15 +113,15 @@ class ContextSettings(OnText):
     places: PositiveInt
 
 
-class VariedContext:
+class ContextEvaluation:
     """Loss of the same targets given more and more context."""
 
     kind = "context"
 
-    def settings(self, options: Options, subject: Subject) -> list[BaseConfig]:
+    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
         """Contexts of 64, 128, ... tokens, up to what leaves room for the targets."""
-        contexts = options.lengths or self._doubling(subject.context - TARGETS)
-        check_lengths(subject, tuple(length + TARGETS - 1 for length in contexts), options.beyond)
+        contexts = options.lengths or self._doubling(loaded.context - TARGETS)
+        check_lengths(loaded, tuple(length + TARGETS - 1 for length in contexts), options.beyond)
         return [ContextSettings(text=options.text, corpus=options.corpus, contexts=tuple(sorted(contexts)), places=options.samples or 128)]
 
     def _doubling(self, longest: int) -> tuple[int, ...]:
@@ -134,11 +134,11 @@ class VariedContext:
         """Settings that were stored."""
         return read(ContextSettings, values)
 
-    def measure(self, subject: Subject, settings: ContextSettings, report: ProgressCallback) -> Outcome:
+    def measure(self, loaded: LoadedModel, settings: ContextSettings, report: ProgressCallback) -> Measurement:
         """Mean and standard error over the places, and what the longest context gains over the shortest."""
-        text = open_text(subject, settings.text, settings.corpus)
+        text = open_text(loaded, settings.text, settings.corpus)
         found = loss_by_context(
-            subject.model, text, contexts=settings.contexts, targets=settings.targets, places=settings.places, report=report
+            loaded.model, text, contexts=settings.contexts, targets=settings.targets, places=settings.places, report=report
         )
         places = found.shape[1]
         gain = found[:1] - found
@@ -150,7 +150,7 @@ class VariedContext:
             "gain_error": _standard_error(gain),
             "tokens": places * settings.targets,
         }
-        return Outcome(_name(self.kind, text), text.fingerprint, result)
+        return Measurement(_name(self.kind, text), text.fingerprint, result)
 
 
 def _standard_error(found: Tensor) -> list[float]:
@@ -159,5 +159,5 @@ def _standard_error(found: Tensor) -> list[float]:
     return (found.std(1) / math.sqrt(places)).tolist() if places > 1 else [0.0] * len(found)
 
 
-def _name(kind: str, text: Text) -> str:
-    return kind if text.name == HELD_OUT else file_name(f"{kind}-{text.name}")
+def _name(kind: str, text: EvalText) -> str:
+    return kind if text.name == HELD_OUT else safe_file_name(f"{kind}-{text.name}")

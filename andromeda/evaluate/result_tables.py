@@ -6,12 +6,12 @@ from collections.abc import Callable
 from itertools import pairwise
 from typing import Any
 
-from andromeda.evaluate.result import Result
+from andromeda.evaluate.result import EvalResult
 
 Table = tuple[str, list[str], list[list[str]], range]
 
 
-def table(result: Result) -> Table:
+def table(result: EvalResult) -> Table:
     """The figures of one result."""
     columns, rows = LAYOUTS[result.kind](result.result)
     title = f"{result.name}, step {result.step}, weights {result.weights[:12]}" + (f", data {result.data[:12]}" if result.data else "")

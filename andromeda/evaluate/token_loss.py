@@ -9,14 +9,17 @@ Shapes: B batch, T time, L prompt, A continuation, C width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from andromeda.config.derived import original_max_seq_len
+from andromeda.generate.engine import eval_mode
 from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 CHUNK = {"cpu": 1024, "cuda": 8192}
 """Tokens of a row that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""
@@ -24,7 +27,7 @@ BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
 """Tokens of all rows of a batch."""
 
 
-def rows_at_once(model: Transformer, length: int) -> int:
+def batch_size_for(model: Transformer, length: int) -> int:
     """How many rows of `length` tokens make a batch."""
     return max(1, BATCH_TOKENS.get(model.head.weight.device.type, 8192) // max(1, length))
 
@@ -40,7 +43,7 @@ def span_of(model: Transformer, length: int) -> int:
 
 
 @torch.no_grad()
-def token_nats(model: Transformer, ids: Tensor, targets: Tensor, *, documents: Tensor | None = None, chunk: int = 0) -> Tensor:
+def token_losses(model: Transformer, ids: Tensor, targets: Tensor, *, documents: Tensor | None = None, chunk: int = 0) -> Tensor:
     """Loss of targets (B, T) after ids (B, T), each in nats, zero where a target is -100: float64 (B, T) on the CPU.
 
     documents (B, T): as in `Transformer.hidden`. chunk: tokens of a row at once (0: what suits the device).
@@ -59,7 +62,7 @@ def token_nats(model: Transformer, ids: Tensor, targets: Tensor, *, documents: T
     return torch.cat(found, 1)
 
 
-class Prompts:
+class PromptCache:
     """Prompts of equal length, read once, after which any number of continuations is scored."""
 
     @torch.no_grad()
@@ -77,7 +80,7 @@ class Prompts:
     @torch.no_grad()
     def nats(self, continuations: Sequence[Sequence[int]], skip: Sequence[int]) -> Tensor:
         """Loss of one continuation of each prompt, without its first `skip` tokens: float64 (B,)."""
-        ids, targets = padded(continuations)
+        ids, targets = pad_sequences(continuations)
         for row, count in enumerate(skip):
             targets[row, :count] = IGNORE_INDEX
         hidden = self.last
@@ -101,10 +104,58 @@ class Prompts:
         return torch.cat(chosen, 1).tolist()
 
 
-def padded(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
+def pad_sequences(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     """Rows of different lengths as ids and targets (B, longest), padded at the right, where no earlier token sees it."""
     length = max(map(len, rows))
     ids, targets = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORE_INDEX)
     for index, row in enumerate(rows):
         ids[index, : len(row)] = targets[index, : len(row)] = torch.tensor(row)
     return ids, targets
+
+
+Pair = tuple[Sequence[int], Sequence[int]]
+"""Context, at least one token, and continuation."""
+
+
+class ContinuationLikelihood(NamedTuple):
+    """Of one continuation."""
+
+    log: float
+    """Sum of the log-probabilities of its tokens, in nats."""
+    greedy: bool
+    """Whether every token is the likeliest one."""
+
+
+def continuation_likelihoods(
+    model: Transformer, pairs: Sequence[Pair], report: ProgressCallback = no_progress
+) -> list[ContinuationLikelihood]:
+    """The likelihood of each continuation, in the order given. Long ones are read first, so that a lack of memory shows at once."""
+    order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
+    found: dict[int, ContinuationLikelihood] = {}
+    with eval_mode(model):
+        while len(found) < len(order):
+            length = sum(map(len, pairs[order[len(found)]]))
+            group = order[len(found) : len(found) + batch_size_for(model, length)]
+            found |= dict(zip(group, _group(model, [pairs[i] for i in group]), strict=True))
+            report("likelihoods", len(found), len(order))
+    return [found[i] for i in range(len(pairs))]
+
+
+@torch.no_grad()
+def _group(model: Transformer, pairs: list[Pair]) -> list[ContinuationLikelihood]:
+    whole = [[*context, *continuation] for context, continuation in pairs]
+    ids, targets = pad_sequences(whole)
+    for row, (context, _) in enumerate(pairs):
+        targets[row, : len(context)] = IGNORE_INDEX
+    ids, targets = ids[:, :-1], targets[:, 1:].to(model.head.weight.device)
+    asked = targets != IGNORE_INDEX
+    # Only what is asked for goes through the head.
+    logits = model.head(model.hidden(ids.to(targets.device))[asked])
+    logs = logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+    right = targets[asked]
+    picked, first = logs.gather(1, right[:, None])[:, 0].double().cpu(), (logs.argmax(-1) == right).cpu()
+    counts = asked.sum(1).tolist()
+    return [
+        ContinuationLikelihood(float(log.sum()), bool(hit.all()))
+        for log, hit in zip(picked.split(counts), first.split(counts), strict=True)
+    ]

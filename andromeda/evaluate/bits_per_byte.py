@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from andromeda.data.loader import TokenStream
-from andromeda.evaluate.score import rows_at_once, token_nats
+from andromeda.evaluate.token_loss import batch_size_for, token_losses
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import DataError
@@ -22,7 +22,7 @@ from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
-class Bits:
+class BitsPerByte:
     """A measurement on held-out text."""
 
     nats: float
@@ -68,7 +68,7 @@ def text_nats(
     The cost is context / stride times that of one pass.
     """
     todo = list(windows(len(ids), context, stride))
-    batch = batch or rows_at_once(model, context)
+    batch = batch or batch_size_for(model, context)
     nats = 0.0
     with eval_mode(model):
         # The first window alone may be shorter than the others.
@@ -77,12 +77,12 @@ def text_nats(
             numbers = None if documents is None else torch.stack([documents[begin:end] for begin, _, end in group])
             for row, (begin, scored, _) in enumerate(group):
                 wanted[row, : scored - begin] = -100
-            nats += float(token_nats(model, rows, wanted, documents=numbers).sum())
+            nats += float(token_losses(model, rows, wanted, documents=numbers).sum())
             report("bits per byte", group[-1][2], len(ids))
     return nats
 
 
-def held_out_bits(model: Transformer, stream: TokenStream, *, context: int, stride: int, batch: int = 0) -> Bits:
+def held_out_bits(model: Transformer, stream: TokenStream, *, context: int, stride: int, batch: int = 0) -> BitsPerByte:
     """Measure `model` on a whole held-out stream whose rows follow one another (data.packing `stream`).
 
     context: tokens of a window; stride: tokens that each window but the first scores, at most `context`.
@@ -92,4 +92,4 @@ def held_out_bits(model: Transformer, stream: TokenStream, *, context: int, stri
         raise DataError("The corpus has no tokenizer beside it, so that its bytes are unknown: build it with `andromeda data build`.")
     kept = rows.targets.flatten() != -100
     ids, targets = rows.ids.flatten()[kept], rows.targets.flatten()[kept]
-    return Bits(text_nats(model, ids, targets, context=context, stride=stride, batch=batch), len(targets), rows.bytes)
+    return BitsPerByte(text_nats(model, ids, targets, context=context, stride=stride, batch=batch), len(targets), rows.bytes)

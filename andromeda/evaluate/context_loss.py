@@ -14,8 +14,8 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from andromeda.evaluate.held_out_text import Text
-from andromeda.evaluate.score import rows_at_once, token_nats
+from andromeda.evaluate.held_out_text import EvalText
+from andromeda.evaluate.token_loss import batch_size_for, token_losses
 from andromeda.generate.engine import eval_mode
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
@@ -23,7 +23,7 @@ from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 
 @dataclass(frozen=True)
-class Curve:
+class PositionLoss:
     """Mean loss of each position of a window of L tokens."""
 
     nats: Tensor
@@ -33,7 +33,9 @@ class Curve:
     """Whether windows hold several documents, because no document is long enough."""
 
 
-def loss_by_position(model: Transformer, text: Text, *, length: int, windows: int, report: ProgressCallback = no_progress) -> Curve:
+def loss_by_position(
+    model: Transformer, text: EvalText, *, length: int, windows: int, report: ProgressCallback = no_progress
+) -> PositionLoss:
     """Measure at most `windows` windows of `length` tokens, spread evenly over the text.
 
     Windows lie within documents where there are long enough ones. Raises RequestError for a text that is too short.
@@ -41,24 +43,24 @@ def loss_by_position(model: Transformer, text: Text, *, length: int, windows: in
     begins, crossing = _begins(text, length)
     if not begins:
         raise RequestError(f"The text has {len(text.ids)} tokens, too few for windows of {length}: give more text or shorter --lengths.")
-    begins = spread(begins, windows)
+    begins = evenly_spaced(begins, windows)
     total = torch.zeros(length, dtype=torch.float64)
-    batch = rows_at_once(model, length)
+    batch = batch_size_for(model, length)
     with eval_mode(model):
         for start in range(0, len(begins), batch):
             rows = torch.stack([text.ids[begin : begin + length + 1] for begin in begins[start : start + batch]])
-            total += token_nats(model, rows[:, :-1], rows[:, 1:]).sum(0)
+            total += token_losses(model, rows[:, :-1], rows[:, 1:]).sum(0)
             report("loss by position", start + len(rows), len(begins))
-    return Curve(total / len(begins), len(begins), crossing)
+    return PositionLoss(total / len(begins), len(begins), crossing)
 
 
-def _begins(text: Text, length: int) -> tuple[list[int], bool]:
+def _begins(text: EvalText, length: int) -> tuple[list[int], bool]:
     """Where windows of length + 1 tokens can begin without overlap, and whether they cross documents."""
     inside = [begin for first, end in text.places(length + 1) for begin in range(first, end - length, length)]
     return (inside, False) if inside else (list(range(0, len(text.ids) - length, length)), True)
 
 
-def binned(curve: Curve) -> tuple[list[int], list[float], list[int]]:
+def bin_by_position(curve: PositionLoss) -> tuple[list[int], list[float], list[int]]:
     """Edges, means and token counts in bins that double: bin i holds the targets with edges[i] <= tokens before < edges[i + 1]."""
     length = len(curve.nats)
     edges = [*(1 << i for i in range(length.bit_length()) if i == 0 or 1 << i < length), length + 1]
@@ -67,7 +69,7 @@ def binned(curve: Curve) -> tuple[list[int], list[float], list[int]]:
 
 
 def loss_by_context(
-    model: Transformer, text: Text, *, contexts: tuple[int, ...], targets: int, places: int, report: ProgressCallback = no_progress
+    model: Transformer, text: EvalText, *, contexts: tuple[int, ...], targets: int, places: int, report: ProgressCallback = no_progress
 ) -> Tensor:
     """Mean loss of the same targets after contexts of different lengths: float64 (contexts, places).
 
@@ -81,7 +83,7 @@ def loss_by_context(
             f"No document has the {longest + targets} tokens that a context of {longest} needs: give a longer text with --text, "
             "or shorter --lengths."
         )
-    begins = spread(begins, places)
+    begins = evenly_spaced(begins, places)
     found = torch.zeros(len(contexts), len(begins), dtype=torch.float64)
     with eval_mode(model):
         for row, count in enumerate(contexts):
@@ -90,18 +92,18 @@ def loss_by_context(
     return found
 
 
-def _fill(model: Transformer, text: Text, begins: list[int], count: int, targets: int, found: Tensor) -> None:
+def _fill(model: Transformer, text: EvalText, begins: list[int], count: int, targets: int, found: Tensor) -> None:
     """Mean loss of each place's targets after `count` tokens."""
     length = count + targets - 1
-    batch = rows_at_once(model, length)
+    batch = batch_size_for(model, length)
     for start in range(0, len(begins), batch):
         rows = torch.stack([text.ids[at - count : at + targets] for at in begins[start : start + batch]])
         wanted = rows[:, 1:].clone()
         wanted[:, : count - 1] = -100
-        found[start : start + len(rows)] = token_nats(model, rows[:, :-1], wanted).sum(1) / targets
+        found[start : start + len(rows)] = token_losses(model, rows[:, :-1], wanted).sum(1) / targets
 
 
-def spread(items: list[int], count: int) -> list[int]:
+def evenly_spaced(items: list[int], count: int) -> list[int]:
     """At most `count` of the items, evenly spaced."""
     if len(items) <= count:
         return items
