@@ -19,10 +19,10 @@ from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.corpus import CorpusManifest
+from andromeda.evaluate.evaluator import EVAL_TASKS, run_evaluations
 from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.request import check_options
 from andromeda.evaluate.result import EvalResult
-from andromeda.evaluate.evaluator import EVAL_TASKS, run_evaluations
 from andromeda.train.metrics import read_metrics
 from andromeda.train.progress import Screen
 from andromeda.train.run_dir import RunFolder

@@ -47,9 +47,9 @@ def evaluate(
     chosen = check_options(**wishes, lengths=_lengths(lengths), depths=_depths(depths), tasks=tuple(task or ()))
 
     from andromeda.cli.data import progress
+    from andromeda.evaluate.evaluator import check_names, run_evaluations
     from andromeda.evaluate.loaded_model import load_model
     from andromeda.evaluate.result import check_writable
-    from andromeda.evaluate.evaluator import check_names, run_evaluations
 
     check_names(tasks or [])
     check_writable(out or run)

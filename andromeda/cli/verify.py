@@ -21,7 +21,7 @@ def verify(
     """Compute everything again that a run folder says of itself, and compare. Exit code 1 where something does not agree."""
     from andromeda.cli.data import progress
     from andromeda.cli.tables import show
-    from andromeda.evaluate import verify as checking
+    from andromeda.evaluate import verification as checking
     from andromeda.evaluate.reproduce import retrain_and_compare as repeating
     from andromeda.train.run_dir import RunFolder
     from andromeda.train.state import find_device

@@ -10,8 +10,7 @@ from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.request import EvalOptions, Evaluation
 from andromeda.evaluate.result import EvalResult
 from andromeda.evaluate.retrieval_problems import RETRIEVAL_TASKS
-from andromeda.evaluate.tasks.harness import HarnessEvaluation
-from andromeda.evaluate.tasks.multiple_choice import Gsm8kEvaluation, MultipleChoiceEvaluation
+from andromeda.evaluate.tasks.lm_eval_tasks import Gsm8kEvaluation, HarnessEvaluation, MultipleChoiceEvaluation
 from andromeda.evaluate.tasks.reasoning import ReasoningEvaluation
 from andromeda.evaluate.tasks.retrieval import RetrievalEvaluation
 from andromeda.evaluate.tasks.text import BitsEvaluation, ContextEvaluation, PositionEvaluation

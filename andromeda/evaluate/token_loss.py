@@ -113,7 +113,7 @@ def pad_sequences(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
     return ids, targets
 
 
-Pair = tuple[Sequence[int], Sequence[int]]
+TokenPair = tuple[Sequence[int], Sequence[int]]
 """Context, at least one token, and continuation."""
 
 
@@ -127,7 +127,7 @@ class ContinuationLikelihood(NamedTuple):
 
 
 def continuation_likelihoods(
-    model: Transformer, pairs: Sequence[Pair], report: ProgressCallback = no_progress
+    model: Transformer, pairs: Sequence[TokenPair], report: ProgressCallback = no_progress
 ) -> list[ContinuationLikelihood]:
     """The likelihood of each continuation, in the order given. Long ones are read first, so that a lack of memory shows at once."""
     order = sorted(range(len(pairs)), key=lambda i: -len(pairs[i][0]) - len(pairs[i][1]))
@@ -142,7 +142,7 @@ def continuation_likelihoods(
 
 
 @torch.no_grad()
-def _group(model: Transformer, pairs: list[Pair]) -> list[ContinuationLikelihood]:
+def _group(model: Transformer, pairs: list[TokenPair]) -> list[ContinuationLikelihood]:
     whole = [[*context, *continuation] for context, continuation in pairs]
     ids, targets = pad_sequences(whole)
     for row, (context, _) in enumerate(pairs):

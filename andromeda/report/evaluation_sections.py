@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from andromeda.evaluate.result import Result
+from andromeda.evaluate.result import EvalResult
 from andromeda.report.fragments import MALFORMED, code, malformed_result, missing_section, provenance_notes, shell_quote
 from andromeda.report.run_data import RunData, held_out_bits
 from andromeda.utils.formatting import format_number, format_percent, format_si
@@ -26,7 +26,7 @@ def evaluation_section(record: RunData) -> Section:
     return Section("evaluation", "Evaluation", lead, join(notes, shown, provenance_notes(found, record.newest)))
 
 
-def _one(result: Result) -> Markup:
+def _one(result: EvalResult) -> Markup:
     try:
         body = SHOWN[result.kind](result)
     except MALFORMED:
@@ -45,13 +45,13 @@ def _compressors(record: RunData) -> Markup | None:
     return el("div", el("h3", "Beside compressors"), table(["held-out text", "bits per byte"], rows), class_="result")
 
 
-def _bits(result: Result) -> Markup:
+def _bits(result: EvalResult) -> Markup:
     r = result.result
     head = ["bits per byte", "nats per token", "tokens", "bytes"]
     return table(head, [[format_number(r["bits_per_byte"]), format_number(r["loss"]), f"{r['tokens']:,}", f"{r['bytes']:,}"]], text=0)
 
 
-def _reasoning(result: Result) -> Markup:
+def _reasoning(result: EvalResult) -> Markup:
     rows = [
         [
             task,
@@ -67,7 +67,7 @@ def _reasoning(result: Result) -> Markup:
     return join(table(["task", "usual", "guessing", "harder", "guessing"], rows), el("p", note, class_="note"))
 
 
-def _choices(result: Result) -> Markup:
+def _choices(result: EvalResult) -> Markup:
     r = result.result
     row = [
         format_percent(r["accuracy"]),
@@ -79,18 +79,18 @@ def _choices(result: Result) -> Markup:
     return table(["right", "right, by length", "guessing", "questions", "examples shown"], [row], text=0)
 
 
-def _gsm8k(result: Result) -> Markup:
+def _gsm8k(result: EvalResult) -> Markup:
     r = result.result
     row = [format_percent(r["exact_match"]), format_percent(r.get("answered")), f"{r['questions']:,}", str(r["shots"])]
     return table(["right", "answered", "questions", "examples shown"], [row], text=0)
 
 
-def _harness(result: Result) -> Markup:
+def _harness(result: EvalResult) -> Markup:
     rows = [[task, metric, _plain(value)] for task, metrics in result.result.items() for metric, value in metrics.items()]
     return table(["task", "metric", "figure"], rows, text=2)
 
 
-def _context(result: Result) -> Markup:
+def _context(result: EvalResult) -> Markup:
     r = result.result
     lengths, nats, errors = r["context"], r["nats"], r.get("error") or [0.0] * len(r["nats"])
     points = [(float(n), v) for n, v in zip(lengths, nats, strict=True) if v is not None]
@@ -106,7 +106,7 @@ def _plain(value: Any) -> str:
     return format_si(value, 4) if isinstance(value, int | float) else str(value)
 
 
-SHOWN: dict[str, Callable[[Result], Child]] = {
+SHOWN: dict[str, Callable[[EvalResult], Child]] = {
     "bits": _bits,
     "reasoning": _reasoning,
     "context": _context,
@@ -152,7 +152,7 @@ def position_section(record: RunData) -> Section:
     return Section("position", "Loss by position", lead, [[_position(result) for result in found], provenance_notes(found, record.newest)])
 
 
-def _position(result: Result) -> Markup:
+def _position(result: EvalResult) -> Markup:
     try:
         edges, nats, tokens = (result.result[name] for name in ("edges", "nats", "tokens"))
         bins = [(edges[i], edges[i + 1], nats[i], tokens[i]) for i in range(len(nats))]
@@ -178,7 +178,7 @@ def retrieval_section(record: RunData) -> Section:
     return Section("retrieval", "Retrieval", lead, [grid([_retrieval(result) for result in found]), provenance_notes(found, record.newest)])
 
 
-def _retrieval(result: Result) -> Markup:
+def _retrieval(result: EvalResult) -> Markup:
     try:
         r = result.result
         rows = ["anywhere"] if r.get("everywhere") else [ENDS.get(depth, format_percent(depth)) for depth in r["depths"]]

@@ -6,7 +6,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from andromeda.evaluate.result import Result
+from andromeda.evaluate.result import EvalResult
 from andromeda.utils.html import Child, Markup, el
 
 MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError)
@@ -24,7 +24,7 @@ def missing_section(why: str, *commands: str) -> Markup:
     return el("p", why, shown, class_="empty")
 
 
-def malformed_result(result: Result) -> Markup:
+def malformed_result(result: EvalResult) -> Markup:
     """Says that a result has not the shape of its kind: written by another version, or by hand. The rest of the page stands."""
     return el("p", f"The result {result.name} is not of the shape that its kind has: run its command again.", class_="empty")
 
@@ -34,7 +34,7 @@ def shell_quote(path: Path) -> str:
     return shlex.quote(str(path))
 
 
-def provenance_notes(found: Sequence[Result], newest: int | None) -> list[Markup]:
+def provenance_notes(found: Sequence[EvalResult], newest: int | None) -> list[Markup]:
     """Which commands made these results, of which weights; each once."""
     made: dict[tuple[str, int, str], list[str]] = {}
     for result in found:

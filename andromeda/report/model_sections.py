@@ -9,7 +9,7 @@ from andromeda.config.load import dumps
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.corpus import CorpusManifest
-from andromeda.evaluate.result import Result
+from andromeda.evaluate.result import EvalResult
 from andromeda.model.flops import forward_flops_per_token, training_flops_per_token
 from andromeda.model.meta_model import meta_model
 from andromeda.plan.estimate import ParameterCount, count_parameters
@@ -244,7 +244,7 @@ def _measured(record: RunData) -> str:
     return ("; ".join(told) + ".") if told else "nothing yet."
 
 
-def _of(result: Result) -> str:
+def _of(result: EvalResult) -> str:
     """What a result was measured on, where its name says so."""
     return " of held-out text" if result.name == result.kind else f" ({result.name})"
 

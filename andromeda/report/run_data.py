@@ -9,7 +9,7 @@ from typing import Any
 
 from andromeda.config.run import RunConfig
 from andromeda.data.corpus import CorpusManifest
-from andromeda.evaluate.result import Result, readable
+from andromeda.evaluate.result import EvalResult, load_readable_results
 from andromeda.train import checkpoint
 from andromeda.train.metrics import Metrics, is_number, read_metrics
 from andromeda.train.run_dir import RunFolder
@@ -37,7 +37,7 @@ class RunData:
     config: RunConfig
     manifest: dict[str, Any]
     metrics: Metrics
-    evaluations: dict[str, Result]
+    evaluations: dict[str, EvalResult]
     samples: list[GeneratedSample]
     corpora: dict[str, CorpusManifest]
     """Manifests of the corpora that are still where the run found them, by path."""
@@ -53,7 +53,7 @@ class RunData:
         """Whether the last step is behind it."""
         return self.metrics.step >= self.config.train.steps
 
-    def of_kind(self, kind: str) -> list[Result]:
+    def of_kind(self, kind: str) -> list[EvalResult]:
         """Evaluations of a kind, the newest weights first."""
         return sorted((r for r in self.evaluations.values() if r.kind == kind), key=lambda r: (-r.step, r.name))
 
@@ -63,7 +63,7 @@ def read_run(path: str | Path) -> RunData:
     folder = RunFolder(path)
     if not folder.exists:
         raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
-    evaluation_section, problems = readable(folder.path)
+    evaluation_section, problems = load_readable_results(folder.path)
     config = folder.config()
     there = checkpoint.listed(folder.checkpoints)
     return RunData(

@@ -10,10 +10,10 @@ from random import Random
 
 import pytest
 
-from andromeda.evaluate.questions import WordProblem, asked_range, read_choices, read_solved
+from andromeda.evaluate.questions import asked_range, read_choices, read_solved
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.reasoning.dyck import CLOSING, closers
-from andromeda.evaluate.tasks.multiple_choice import final, graded
+from andromeda.evaluate.tasks.lm_eval_tasks import final_number, grade
 from andromeda.utils.errors import DataError, RequestError
 
 FORMS = [(name, form) for name in REASONING for form in (0, 1)]
@@ -76,14 +76,14 @@ def test_the_depth_of_dyck_is_what_is_left_open() -> None:
     ],
 )
 def test_the_final_number(answer: str, number: str | None) -> None:
-    assert final(answer) == number
+    assert final_number(answer) == number
 
 
 def test_only_the_right_number_is_right() -> None:
-    solved = WordProblem("?", "half of 36\n#### 1,018")
-    assert graded(" it is #### 1018.", solved)
-    assert not graded(" it is 1018", solved)
-    assert not graded(" it is #### 10", solved)
+    solved = {"question": "?", "answer": "half of 36\n#### 1,018"}
+    assert grade(solved, [" it is #### 1018."]) == {"exact_match": 1.0, "answered": 1.0}
+    assert grade(solved, [" it is 1018"]) == {"exact_match": 0.0, "answered": 0.0}
+    assert grade(solved, [" it is #### 10"]) == {"exact_match": 0.0, "answered": 1.0}
 
 
 def write(path: Path, *rows: object) -> Path:
