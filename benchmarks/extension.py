@@ -35,7 +35,7 @@ from andromeda.data.loader import open_stream
 from andromeda.data.shards import token_dtype, write_shard
 from andromeda.data.sources import _python_files
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.extend import needles
+from andromeda.evaluate import hidden_notes
 from andromeda.extend.extension import extend
 from andromeda.extend.results import draw
 from andromeda.extend.training_config import ExtendRequest
@@ -232,7 +232,7 @@ class Experiment:
         text = torch.cat(some).numpy()
         for length, folder in missing.items():
             folder.mkdir(parents=True, exist_ok=True)
-            made = needles.training_rows(tokenizer, text, length, self._notes(length), self._noted_rows(length), seed=1)
+            made = hidden_notes.training_sequences(tokenizer, text, length, self._notes(length), self._noted_rows(length), seed=1)
             write_shard(folder / "train-00000.bin", made.astype(token_dtype(tokenizer.vocab_size)).ravel())
             tokenizer.save(folder / "tokenizer")
 

@@ -19,8 +19,8 @@ from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.extend import needles
-from andromeda.extend.measure import context_lengths, held_out_tokens, measure, windows
+from andromeda.evaluate import hidden_notes
+from andromeda.evaluate.context_loss import context_lengths, evenly_spaced_windows, held_out_tokens, measure_long_context
 from andromeda.extend.methods import parse_methods, trained_context
 from andromeda.extend.results import ORIGINAL, RESULTS_FILE, ExtensionResults
 from andromeda.extend.training_config import ExtendRequest, configure, tail_length, without_scaling
@@ -142,7 +142,7 @@ class _Sample:
         self._device, self._tail = find_device(config.train.device), tail_length(old, wishes)
         self._precision: Precision = build_precision("auto" if config.train.precision == "fp8" else config.train.precision, self._device)
         tokens = held_out_tokens(data, config.seed)
-        self._rows = windows(tokens, wishes.to, wishes.samples, self._tail)
+        self._rows = evenly_spaced_windows(tokens, wishes.to, wishes.samples, self._tail)
         self.lengths = context_lengths(trained_context(old), wishes.to, self._tail)
         tokenizer = open_stream(data, 1, config.seed, "val").tokenizer
         self._questions = _questions(tokenizer, tokens, self.lengths, wishes.samples, config.seed) if tokenizer else {}
@@ -151,11 +151,11 @@ class _Sample:
         """Loss by context and by position, and retrieval, of `weights` under the positions of `config`."""
         model = _filled(config, weights, self._device)
         rows = self._rows[:, -lengths[-1] - 1 :]
-        found = measure(model, rows, lengths, self._tail, self._precision)
+        found = measure_long_context(model, rows, lengths, self._tail, self._precision)
         asked = {length: each for length, each in self._questions.items() if length in lengths}
         if asked:
-            right = {length: needles.score(model, each, self._precision) for length, each in asked.items()}
-            found["retrieval"] = needles.result(right, next(iter(asked.values())).depths)
+            right = {length: hidden_notes.score_notes(model, each, self._precision) for length, each in asked.items()}
+            found["retrieval"] = hidden_notes.notes_result(right, next(iter(asked.values())).depths)
         del model
         _free()
         return found
@@ -172,10 +172,10 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
     return filled
 
 
-def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, needles.NoteBatch]:
+def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, hidden_notes.NoteBatch]:
     """Retrieval problems of the lengths that have room for them."""
     least = 64 * NUM_NEEDLES
-    return {n: needles.questions(tokenizer, tokens.numpy(), n, NUM_NEEDLES, rows, seed) for n in lengths if n >= least}
+    return {n: hidden_notes.question_sequences(tokenizer, tokens.numpy(), n, NUM_NEEDLES, rows, seed) for n in lengths if n >= least}
 
 
 def _unstretched(old: RunConfig, wishes: ExtendRequest) -> tuple[RunConfig, list[int]]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
-from andromeda.extend import needles
+from andromeda.evaluate import hidden_notes
 from andromeda.train.precision import build_precision
 from andromeda.utils.errors import DataError
 
@@ -45,7 +45,7 @@ def solve(whole: str) -> dict[str, str]:
 
 
 def test_a_reader_answers_every_question(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    task = needles.questions(tokenizer, text, 700, 5, 3, seed=1)
+    task = hidden_notes.question_sequences(tokenizer, text, 700, 5, 3, seed=1)
     assert task.ids.shape == (3, 700)
     for ids, answers in zip(task.ids, task.answers, strict=True):
         begin = int(answers.min()) - 20
@@ -60,7 +60,7 @@ def test_a_reader_answers_every_question(tokenizer: Tokenizer, text: np.ndarray)
 
 
 def test_notes_lie_at_their_depths(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    task = needles.questions(tokenizer, text, 900, 4, 2, seed=1)
+    task = hidden_notes.question_sequences(tokenizer, text, 900, 4, 2, seed=1)
     for ids, answers in zip(task.ids, task.answers, strict=True):
         space = int(answers.min())
         for depth, answer in zip(task.depths.tolist(), answers, strict=True):
@@ -70,16 +70,16 @@ def test_notes_lie_at_their_depths(tokenizer: Tokenizer, text: np.ndarray) -> No
 
 
 def test_rows_for_training_are_documents_of_their_length(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    rows = needles.training_rows(tokenizer, text, 600, 4, 3, seed=0)
+    rows = hidden_notes.training_sequences(tokenizer, text, 600, 4, 3, seed=0)
     assert rows.shape == (3, 600)
     assert (rows == tokenizer.eos).sum() == 3
     assert (rows[:, 0] == tokenizer.eos).all()
-    again = needles.training_rows(tokenizer, text, 600, 4, 2, seed=0)
+    again = hidden_notes.training_sequences(tokenizer, text, 600, 4, 2, seed=0)
     assert (again == rows[:2]).all()
 
 
 def test_the_scorer_believes_nobody_but_the_right(tokenizer: Tokenizer, text: np.ndarray) -> None:
-    task = needles.questions(tokenizer, text, 700, 5, 2, seed=1)
+    task = hidden_notes.question_sequences(tokenizer, text, 700, 5, 2, seed=1)
     ids = task.ids.clone()
     precision = build_precision("fp32", torch.device("cpu"))
     model = SimpleNamespace(
@@ -87,12 +87,12 @@ def test_the_scorer_believes_nobody_but_the_right(tokenizer: Tokenizer, text: np
         hidden=lambda seen: _following(seen, ids),
         head=lambda h: torch.nn.functional.one_hot(h[..., 0], 5000),
     )
-    assert needles.score(model, task, precision, 2).all()  # type: ignore[arg-type]
+    assert hidden_notes.score_notes(model, task, precision, 2).all()  # type: ignore[arg-type]
     ids[0, task.answers[0, 3, 0]] += 1
-    right = needles.score(model, task, precision, 2)  # type: ignore[arg-type]
+    right = hidden_notes.score_notes(model, task, precision, 2)  # type: ignore[arg-type]
     assert right.sum() == 9
     assert not right[0, 3]
-    found = needles.result({700: right}, task.depths)
+    found = hidden_notes.notes_result({700: right}, task.depths)
     assert found["accuracy"] == [[1.0, 1.0, 1.0, 0.5, 1.0]]
 
 
@@ -103,4 +103,4 @@ def _following(seen: Tensor, known: Tensor) -> Tensor:
 
 def test_too_many_notes_are_refused(tokenizer: Tokenizer, text: np.ndarray, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not fit into 60 tokens"):
-        needles.questions(tokenizer, text, 60, 5, 1, seed=1)
+        hidden_notes.question_sequences(tokenizer, text, 60, 5, 1, seed=1)

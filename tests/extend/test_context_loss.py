@@ -10,7 +10,14 @@ import torch
 
 from andromeda.config.data import DataConfig
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.extend.measure import by_position, context_lengths, held_out_tokens, measure, position_edges, windows
+from andromeda.evaluate.context_loss import (
+    context_lengths,
+    evenly_spaced_windows,
+    held_out_tokens,
+    measure_long_context,
+    position_edges,
+    summarize_by_position,
+)
 from andromeda.model.transformer import Transformer
 from andromeda.train.precision import build_precision
 from andromeda.utils.errors import DataError
@@ -24,7 +31,7 @@ def test_the_held_out_tokens_are_the_held_out_text(corpus: Path) -> None:
 
 
 def test_scored_targets_never_overlap() -> None:
-    rows = windows(torch.arange(1000), 100, 50, 30)
+    rows = evenly_spaced_windows(torch.arange(1000), 100, 50, 30)
     tails = rows[:, -30:].flatten().tolist()
     assert len(set(tails)) == len(tails)
     assert rows.shape == (30, 101)
@@ -33,9 +40,9 @@ def test_scored_targets_never_overlap() -> None:
 
 
 def test_one_window_of_just_enough_text() -> None:
-    assert windows(torch.arange(101), 100, 8, 30).shape == (1, 101)
+    assert evenly_spaced_windows(torch.arange(101), 100, 8, 30).shape == (1, 101)
     with pytest.raises(DataError, match="101 tokens, fewer than a context of 101"):
-        windows(torch.arange(101), 101, 8, 30)
+        evenly_spaced_windows(torch.arange(101), 101, 8, 30)
 
 
 def test_lengths() -> None:
@@ -54,7 +61,7 @@ def test_bins_cover_every_position_once(length: int) -> None:
 
 def test_bins_hold_their_means() -> None:
     nats = torch.arange(40.0, dtype=torch.float64).repeat(3, 1)
-    found = by_position(nats)
+    found = summarize_by_position(nats)
     assert found["edges"] == [0, 16, 23, 32, 40]
     assert found["tokens"] == [48, 21, 27, 24]
     assert found["nats"] == [7.5, 19.0, 27.0, 35.5]
@@ -65,7 +72,7 @@ def test_losses_are_those_of_each_context_alone(make: Make) -> None:
     model = Transformer(make(max_seq_len=64).model, seed=3).double()
     torch.manual_seed(0)
     rows = torch.randint(0, 257, (3, 41))
-    found = measure(model, rows, [10, 20, 40], 5, build_precision("fp32", torch.device("cpu")))
+    found = measure_long_context(model, rows, [10, 20, 40], 5, build_precision("fp32", torch.device("cpu")))
     for length, nats, error in zip([10, 20, 40], found["context"]["nats"], found["context"]["error"], strict=True):
         means = []
         for row in rows:
