@@ -23,6 +23,8 @@ from andromeda.generate.engine import Engine
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.generate.prompts import Prompt
 from andromeda.generate.sequence import Completion, StreamChunk
+from andromeda.hub.export_folder import convert, write_folder
+from andromeda.hub.import_folder import read_folder
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
 from andromeda.train.memory_check import check_fits
@@ -106,6 +108,20 @@ class Andromeda(Transformer):
         place(model, find_device(str(device), "device"), dtype)
         return model.eval()
 
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, *, device: torch.device | str = "auto", dtype: torch.dtype | str = "auto", tokenizer: bool = True
+    ) -> Self:
+        """The model of a Hugging Face folder on this machine, in evaluation mode; device and dtype as in `from_run`.
+
+        tokenizer: read its tokenizer too. Nothing of the folder is run. Raises an AndromedaError, one sentence.
+        """
+        imported = read_folder(path, tokenizer=tokenizer)
+        model = cls(imported.config, tokenizer=imported.tokenizer)
+        load_model(model, imported.weights)
+        place(model, find_device(str(device), "device"), dtype)
+        return model.eval()
+
     def save(self, path: str | Path) -> None:
         """Write configuration, weights and tokenizer to a new run folder, as `from_run` and the command line read it.
 
@@ -120,6 +136,13 @@ class Andromeda(Transformer):
             self.tokenizer.save(folder.path / "tokenizer")
         # Last, because it makes the folder a run.
         folder.write_config(RunConfig(name=folder.path.name or "model", model=self.config))
+
+    def save_pretrained(self, path: str | Path, *, dtype: str = "fp32") -> None:
+        """Write a Hugging Face folder that transformers loads, as `andromeda export` does. dtype: of the weights; fp32, bf16 or fp16.
+
+        Raises ConfigError where a part of the model has no form there.
+        """
+        write_folder(Path(path), convert(self.config, model_tensors(self)), self.tokenizer, dtype=dtype)
 
     def generate(self, prompt: Prompt | Sequence[Prompt], *, stream: bool = False, batch: int = 8, **settings: Any) -> Any:
         """What follows a prompt: text for text, token ids (a list) for token ids, a list of answers for a list of prompts.

@@ -21,8 +21,10 @@ from andromeda.cli.demo import demo
 from andromeda.cli.doctor import doctor
 from andromeda.cli.evaluate import evaluate
 from andromeda.cli.explain import explain
+from andromeda.cli.export import export
 from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
+from andromeda.cli.import_ import import_
 from andromeda.cli.plan import plan
 from andromeda.cli.renamed_options import renamed
 from andromeda.cli.report import report
@@ -85,6 +87,8 @@ for verb, command, short in (
     ("eval", evaluate, "Measure a trained model."),
     ("verify", verify, "Check all that a run folder says of itself."),
     ("report", report, "A run as one HTML page."),
+    ("export", export, "A model as a Hugging Face folder."),
+    ("import", import_, "A Hugging Face folder as a run."),
     ("explain", explain, "Why a model goes on as it does, as a page."),
 ):
     app.command(verb, short_help=short)(command)

@@ -52,6 +52,11 @@ class Tokenizer:
         head = json.dumps([self.kind, self.eos, self.vocab_size]).encode()
         return hashlib.sha256(head + b"\0" + self._encoder.model_file).hexdigest()
 
+    @property
+    def model_file(self) -> bytes:
+        """Content of the file that holds the trained model: tokenizer.json (bpe), a SentencePiece model (unigram), a list (bytes)."""
+        return self._encoder.model_file
+
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, without separator."""
         return self.encode_batch([text])[0]

@@ -192,19 +192,27 @@ LIMITATIONS = (
 def model_card_section(record: RunData, counted: ParameterCount | None) -> Section:
     """The section."""
     lead = "For whoever is given the model: what it is, what it was made from, what it can be used for."
-    size_section = f"{counted.total:,} parameters" if counted else "parameters of a user's own class"
+    again = first_command(record)
     pairs: list[tuple[str, Child]] = [
-        ("Model", f"{record.config.name}: {size_section}; {architecture(record.config.model)}"),
+        *model_card_facts(record, counted),
+        ("To run it", code(f'andromeda generate {shell_quote(record.path)} "..."')),
+        ("To make it again", code(again) if again else None),
+    ]
+    return Section("card", "Model card", lead, definition_list(pairs))
+
+
+def model_card_facts(record: RunData, counted: ParameterCount | None) -> list[tuple[str, str]]:
+    """What the card says of a model, wherever it is shown: titles and plain text."""
+    size = f"{counted.total:,} parameters" if counted else "parameters of a user's own class"
+    return [
+        ("Model", f"{record.config.name}: {size}; {architecture(record.config.model)}"),
         ("Made with", f"Andromeda {_start(record, 'versions').get('andromeda', '')}, {training_status(record)}"),
         ("Training data", _data(record)),
         ("Training", _training(record)),
         ("Measured", _measured(record)),
         ("Use", INTENDED_USE),
         ("Limits", LIMITATIONS),
-        ("To run it", code(f'andromeda generate {shell_quote(record.path)} "..."')),
-        ("To make it again", _again(record)),
     ]
-    return Section("card", "Model card", lead, definition_list(pairs))
 
 
 def _start(record: RunData, name: str) -> dict[str, Any]:
@@ -249,7 +257,8 @@ def _of(result: EvalResult) -> str:
     return " of held-out text" if result.name == result.kind else f" ({result.name})"
 
 
-def _again(record: RunData) -> Child:
+def first_command(record: RunData) -> str:
+    """The command that began the run; empty where none is recorded."""
     starts = record.manifest.get("starts") or []
     first = starts[0] if starts and isinstance(starts[0], dict) else {}
-    return code(first["command"]) if first.get("command") else None
+    return str(first.get("command") or "")
