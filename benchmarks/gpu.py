@@ -52,48 +52,50 @@ class Job(NamedTuple):
 JOBS = {
     "attention": Job("attention --lengths 32768 --budget 75", 95, "attention --lengths 64 --rep 1 --budget 15"),
     "train-bf16": Job(
-        f"train andromeda {FOLD} train.activation_checkpointing=none train.micro_batch_size=2 --rows 64 --steps 2",
+        f"train andromeda {FOLD} train.activation_checkpointing=none train.micro_batch_size=2 --batch-size 64 --steps 2",
         170,
-        f"train {SMALL_ALIBI} {ON_CPU} train.activation_checkpointing=none --rows 4 --steps 1",
+        f"train {SMALL_ALIBI} {ON_CPU} train.activation_checkpointing=none --batch-size 4 --steps 1",
     ),
     "train-bf16-batch-1": Job(
-        f"train andromeda {FOLD} --rows 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1"
+        f"train andromeda {FOLD} --batch-size 1 --steps 6 --peers llama", 130, f"train {SMALL_ALIBI} {ON_CPU} --batch-size 1 --steps 1"
     ),
     "prefill-bf16": Job(f"prefill {LONG} --lengths 32768", 80, f"prefill {SMALL_ALIBI} --lengths 64"),
-    "prefill-fp8-windows": Job(
-        f"prefill {LONG} {WINDOWS} --lengths 32768 --eight-bits", 90, f"prefill {SMALL_ALIBI} --lengths 64 --eight-bits"
-    ),
-    "prefill-long": Job("prefill andromeda-360m-long --lengths 32768,100352 --eight-bits", 80, f"prefill {SMALL_LONG} --lengths 64,128"),
+    "prefill-fp8-windows": Job(f"prefill {LONG} {WINDOWS} --lengths 32768 --fp8", 90, f"prefill {SMALL_ALIBI} --lengths 64 --fp8"),
+    "prefill-long": Job("prefill andromeda-360m-long --lengths 32768,100352 --fp8", 80, f"prefill {SMALL_LONG} --lengths 64,128"),
     "decode": Job(f"decode andromeda {FOLD} model.max_seq_len=33280", 90, f"decode {SMALL_ALIBI} --contexts 32,64"),
     "loss": Job("loss", 60, "loss --tokens 64"),
-    "embedding": Job("embedding", 60, "embedding --tokens 16 --vocabulary 64 --rep 1"),
+    "embedding": Job("embedding", 60, "embedding --tokens 16 --vocab-size 64 --rep 1"),
     "train-fp8": Job(
-        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch_size=2 --rows 64 --steps 2",
+        f"train andromeda {FOLD} train.precision=fp8 train.micro_batch_size=2 --batch-size 64 --steps 2",
         160,
-        f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1",
+        f"train {SMALL_ALIBI} {ON_CPU} --batch-size 1 --steps 1",
     ),
     "train-360m-8k": Job(
-        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=4 --rows 16 --steps 4",
+        "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=4 --batch-size 16 --steps 4",
         80,
-        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
+        f"train andromeda-360m {SMALL} {ON_CPU} --batch-size 2 --steps 1",
     ),
     "train-360m-32k": Job(
-        "train andromeda-360m model.max_seq_len=32768 train.micro_batch_size=1 --rows 4 --steps 4",
+        "train andromeda-360m model.max_seq_len=32768 train.micro_batch_size=1 --batch-size 4 --steps 4",
         80,
-        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1",
+        f"train andromeda-360m {SMALL} {ON_CPU} --batch-size 2 --steps 1",
     ),
-    "prefill-200k": Job(f"prefill {ENDLESS} --lengths 200000 --chunks 0,25000", 150, f"prefill {SMALL_ALIBI} --lengths 96 --chunks 0,24"),
-    "decode-tuned": Job(f"decode andromeda {FOLD} model.max_seq_len=33280 --tuned", 240, f"decode {SMALL_ALIBI} --contexts 32 --tuned"),
+    "prefill-200k": Job(
+        f"prefill {ENDLESS} --lengths 200000 --chunk-sizes 0,25000", 150, f"prefill {SMALL_ALIBI} --lengths 96 --chunk-sizes 0,24"
+    ),
+    "decode-tuned": Job(
+        f"decode andromeda {FOLD} model.max_seq_len=33280 --autotune", 240, f"decode {SMALL_ALIBI} --contexts 32 --autotune"
+    ),
     "precision": Job(
-        f"{CURVE.format(100)} model.max_seq_len=2048 --steps 500 --rows 16",
+        f"{CURVE.format(100)} model.max_seq_len=2048 --steps 500 --batch-size 16",
         200,
-        f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --rows 2",
+        f"{CURVE.format(1)} {SMALL} train.device=cpu train.compile=off --steps 4 --batch-size 2",
     ),
     "train-flash": Job(
         "train andromeda-360m model.max_seq_len=8192 train.micro_batch_size=1 train.activation_checkpointing=full "
-        "--rows 2 --steps 4 --unfused",
+        "--batch-size 2 --steps 4 --unfused",
         100,
-        f"train andromeda-360m {SMALL} {ON_CPU} --rows 2 --steps 1 --unfused",
+        f"train andromeda-360m {SMALL} {ON_CPU} --batch-size 2 --steps 1 --unfused",
     ),
     "prefill-flash": Job(
         "prefill andromeda-360m model.max_seq_len=32768 --lengths 8192,32768 --unfused",
@@ -105,15 +107,13 @@ JOBS = {
         f"prefill andromeda {FOLD} --lengths 8192 --peers all", 120, f"prefill {SMALL_ALIBI} --lengths 64 --peers x-transformers"
     ),
     "train-peers": Job(
-        f"train andromeda {FOLD} --rows 1 --steps 3 --peers x-transformers,x-transformers-alibi",
+        f"train andromeda {FOLD} --batch-size 1 --steps 3 --peers x-transformers,x-transformers-alibi",
         150,
-        f"train {SMALL_ALIBI} {ON_CPU} --rows 1 --steps 1 --peers x-transformers",
+        f"train {SMALL_ALIBI} {ON_CPU} --batch-size 1 --steps 1 --peers x-transformers",
     ),
     "attention-8k": Job("attention --lengths 8192 --budget 60", 80, "attention --lengths 32 --rep 1 --budget 10"),
     "qk": Job("qk", 90, "qk --tokens 16 --rep 1"),
-    "decode-fp8": Job(
-        f"decode andromeda {FOLD} model.max_seq_len=33280 --eight-bits", 130, f"decode {SMALL_ALIBI} --contexts 32 --eight-bits"
-    ),
+    "decode-fp8": Job(f"decode andromeda {FOLD} model.max_seq_len=33280 --fp8", 130, f"decode {SMALL_ALIBI} --contexts 32 --fp8"),
 }
 """In order of importance. Limits are three times what a job should take, most of it compiling."""
 

@@ -109,7 +109,9 @@ def check_grid(grid: AblationGrid, source: str = "the grid") -> None:
     if not grid.seeds or len(set(grid.seeds)) != len(grid.seeds):
         raise ConfigError(f"The seeds of {source} must be different whole numbers, one at least.")
     if grid.budget == "seconds" and not grid.amount:
-        raise ConfigError(f"A budget of seconds in {source} needs the seconds of training that each run gets: give amount (--amount).")
+        raise ConfigError(
+            f"A budget of seconds in {source} needs the seconds of training that each run gets: give amount (--budget-amount)."
+        )
     if grid.budget == "seconds" and grid.cost:
         raise ConfigError(f"A budget of seconds in {source} is counted in steps of the runs as they are: leave cost out.")
     seen = {slug(BASELINE): BASELINE}

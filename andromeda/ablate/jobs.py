@@ -56,7 +56,7 @@ def steps_for(kind: str, amount: float, config: RunConfig, seconds_per_step: flo
     """Steps of `config` that come nearest to `amount` of tokens, FLOPs or seconds. Raises ConfigError when that is less than one."""
     if kind == "seconds":
         if not seconds_per_step:
-            raise ConfigError("A budget of seconds needs the time of a step: measure it with --cost-steps above 0.")
+            raise ConfigError("A budget of seconds needs the time of a step: measure it with --timing-steps above 0.")
         each = seconds_per_step
     else:
         each = tokens_per_step(config) * (flops_per_token(config) if kind == "flops" else 1.0)

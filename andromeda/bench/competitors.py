@@ -6,7 +6,7 @@ AdamW with the same rates, clipping by the global norm, and equal parameters to 
 - `same products`: the parameters lie where Llama's do, so that both sides owe the processor the same matrix products, and
   only what surrounds them can differ;
 - `value embeddings`: a third of the blocks' parameters lie in a table of values instead, which costs no products. Whether
-  they are worth as much there is another question, which `andromeda bench learn` answers.
+  they are worth as much there is another question, which `andromeda bench convergence` answers.
 
 Andromeda takes the whole step of `andromeda train` (loss in chunks, clipping, guard, optimizer).
 """

@@ -202,7 +202,7 @@ def _check(plan: TokenizerComparison) -> None:
         if kind not in KINDS:
             raise ConfigError(f"There is no tokenizer {kind!r}{nearest(kind, KINDS)}: give {', '.join(KINDS)}.")
     if not plan.kinds or not (plan.sizes or plan.kinds == ("bytes",)):
-        raise ConfigError("Name at least one kind and one size to compare, such as --kinds bpe,unigram --sizes 1024,4096.")
+        raise ConfigError("Name at least one kind and one size to compare, such as --kinds bpe,unigram --vocab-sizes 1024,4096.")
     if min(plan.sizes, default=300) < 300:
         raise ConfigError(
             f"A vocabulary of {min(plan.sizes)} has no room for the 256 bytes and anything learned: give sizes of 300 or more."

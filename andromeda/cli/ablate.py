@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from andromeda.cli.arguments import Overrides, load_config
 from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -21,27 +22,32 @@ if TYPE_CHECKING:
 
 def ablate(
     config: Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN", help="The baseline.")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Changes to the baseline and so to all arms.")] = None,
-    grid: Annotated[Path | None, typer.Option(help="A TOML file of arms, each with a name and changes (docs/ablation.md).")] = None,
-    vary: Annotated[list[str] | None, typer.Option(help="key.path=value,value: an arm for each value; may be repeated.")] = None,
+    changes: Overrides = None,
+    grid: Annotated[Path | None, typer.Option(help="A TOML file of variants, each with a name and changes (docs/ablation.md).")] = None,
+    vary: Annotated[list[str] | None, typer.Option(help="key.path=value,value: a variant for each value; may be repeated.")] = None,
     out: Annotated[Path | None, typer.Option(help="Where runs and results go; runs/ablation-NAME by default.")] = None,
     budget: Annotated[str, typer.Option(help="What is equal: tokens, flops or seconds (of training); the grid's by default.")] = "",
-    amount: Annotated[float, typer.Option(min=0.0, help="How much of it; 0 is what the baseline is configured for.")] = 0.0,
-    seeds: Annotated[int | None, typer.Option(min=1, help="Runs of each arm, with seeds 0, 1, ...; the grid's by default, else 3.")] = None,
+    budget_amount: Annotated[float, typer.Option(min=0.0, help="How much of it; 0 is what the baseline is configured for.")] = 0.0,
+    seeds: Annotated[int | None, typer.Option(min=1, help="Runs per variant, with seeds 0, 1, ...; the grid's by default, else 3.")] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Processes that share one GPU (or the CPU).")] = 1,
-    limit: Annotated[float, typer.Option(min=0.0, help="Seconds after which runs are stopped and saved; 0 is none.")] = 0.0,
-    cost_steps: Annotated[int, typer.Option(min=0, help="Steps of each arm whose time is measured, alone; 0 leaves costs out.")] = 8,
-    lean: Annotated[bool, typer.Option("--lean", help="Drop the checkpoints of finished runs.")] = False,
+    time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds after which runs are stopped and saved; 0 is none.")] = 0.0,
+    timing_steps: Annotated[int, typer.Option(min=0, help="Timed steps of each variant, alone on the device; 0 times none.")] = 8,
+    drop_checkpoints: Annotated[bool, typer.Option("--drop-checkpoints", help="Delete the checkpoints of finished runs.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
-    """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. Run it again to go on."""
-    compared = _grid(grid, vary or [], budget, amount, seeds)
+    """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. The same command resumes."""
+    from andromeda.config.load import check_overrides
+
+    compared = _grid(grid, vary or [], budget, budget_amount, seeds)
+
+    base = [*compared.base, *(changes or [])]
+    place = out or Path("runs") / f"ablation-{load_config(config, base).name}"
+    for arm in compared.arm:
+        check_overrides(config, [*base, *arm.changes])
 
     from andromeda.ablate.ablation import AblationSettings, ablate
-    from andromeda.config.load import load
 
-    place = out or Path("runs") / f"ablation-{load(config, [*compared.base, *(changes or [])]).name}"
-    settings = AblationSettings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, limit, cost_steps, lean)
+    settings = AblationSettings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, time_limit, timing_steps, drop_checkpoints)
     with _progress(as_json) as say:
         study = ablate(config, changes or [], compared, settings, say)
     _show(study, place, as_json)
@@ -52,7 +58,7 @@ def ablate(
 
 
 def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds: int | None) -> AblationGrid:
-    """What the options and the file ask for together; options win."""
+    """The grid of the options and the file together; options win."""
     from andromeda.ablate.grid import AblationGrid, grid_from_values, read_grid, variants_of
 
     given = read_grid(path) if path else AblationGrid()
@@ -62,7 +68,7 @@ def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds:
     values |= {"amount": amount} if amount else {}
     values |= {"seeds": list(range(seeds))} if seeds else {}
     if budget and budget != given.budget and given.amount and not amount:
-        raise ConfigError(f"The grid's amount is of {given.budget}, not of {budget}: give --amount too.")
+        raise ConfigError(f"The grid's amount is of {given.budget}, not of {budget}: give --budget-amount too.")
     return grid_from_values(values, str(path) if path else "the call")
 
 
@@ -99,5 +105,5 @@ def _show(study: AblationResult, out: Path, as_json: bool) -> None:
     for failure in study.failures:
         print(f"not finished: {failure}")
     if study.finished < study.total:
-        print(f"{study.finished} of {study.total} runs are finished: run the same command again to go on.")
+        print(f"{study.finished} of {study.total} runs are finished: the same command resumes.")
     print(f"{out}: {', '.join(name for name in OUTPUTS if (out / name).exists())}")

@@ -1,4 +1,4 @@
-"""`andromeda bench`: one command a benchmark; each prints a table, or JSON, and can keep its result."""
+"""`andromeda bench`: one command per benchmark; each prints a table or JSON, and can save its result."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Annotated, Any
 
 import typer
 
-app = typer.Typer(help="Measure beside other implementations, all sides in one run.", no_args_is_help=True)
+from andromeda.cli.arguments import Overrides, Source, load_config, parse_ints
+
+app = typer.Typer(help="Benchmarks against other implementations, interleaved in one run.", no_args_is_help=True)
 
 
 def _writable(path: Path | None) -> Path | None:
-    """Before minutes of measuring."""
+    """Refuse a path that cannot be written before minutes of measuring."""
     if path is None:
         return None
     from andromeda.utils.files import takes_files
@@ -23,19 +25,21 @@ def _writable(path: Path | None) -> Path | None:
     return path
 
 
-Out = Annotated[Path | None, typer.Option(callback=_writable, help="Keep the result as JSON in this file.")]
+Out = Annotated[Path | None, typer.Option(callback=_writable, help="Save the result as JSON in this file.")]
 Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
 Rows = Sequence[Sequence[str]]
 
 
 @app.callback()
 def bench() -> None:
-    """Measure beside other implementations, all sides in one run."""
+    """Benchmarks against other implementations, interleaved in one run."""
 
 
 @app.command()
-def cpu(rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each side.")] = 15, out: Out = None, as_json: Json = False) -> None:
-    """Speed of a training step of a small model on the CPU, beside transformers' Llama."""
+def cpu(
+    rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each model.")] = 15, out: Out = None, as_json: Json = False
+) -> None:
+    """Speed of a training step of a small model on the CPU, compared with transformers' Llama."""
     from andromeda.bench.competitors import measure
 
     def rows(result: dict[str, Any]) -> Rows:
@@ -51,20 +55,20 @@ def cpu(rounds: Annotated[int, typer.Option(min=1, help="Timed steps of each sid
             ]
             for name, known in result["sides"].items()
         ]
-        return [head, *body, ["a product of 1024 x 1024", *[""] * (len(head) - 3), f"{result['product_gflops']:,.0f}", ""]]
+        return [head, *body, ["a matmul of 1024 x 1024", *[""] * (len(head) - 3), f"{result['product_gflops']:,.0f}", ""]]
 
     _finish(f"andromeda bench cpu --rounds {rounds}", measure(rounds), rows, out, as_json)
 
 
 @app.command()
-def learn(
-    corpus: Annotated[str, typer.Argument(help="A corpus folder with a vocabulary of at most 4096.")],
-    steps: Annotated[int, typer.Option(min=1, help="Steps of each side.")] = 600,
-    compiled: Annotated[bool, typer.Option(help="Compile all sides.")] = True,
+def convergence(
+    corpus: Annotated[str, typer.Argument(metavar="CORPUS", help="A corpus folder with a vocabulary of at most 4096.")],
+    steps: Annotated[int, typer.Option(min=1, help="Steps of each model.")] = 600,
+    compile_models: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile all models.")] = True,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """What the same small models learn on the CPU: loss after equal tokens, and time to the peer's loss."""
+    """Loss of the same small models on the CPU after equal tokens, and the time to the peer's loss."""
     from andromeda.bench.competitors import BASELINE, ComputeMode
     from andromeda.bench.convergence import measure
 
@@ -77,18 +81,20 @@ def learn(
             body.append([name, f"{known['parameters']:,}", f"{known['final_loss']:.4f}", f"{known['seconds']:,.0f} s", *faster])
         return [["side", "parameters", "final loss", "time", "time to the peer's loss", "ratio"], *body]
 
-    command = f"andromeda bench learn {corpus} --steps {steps} --{'' if compiled else 'no-'}compiled"
-    _finish(command, measure(corpus, steps, ComputeMode(compiled)), rows, out, as_json)
+    command = f"andromeda bench convergence {corpus} --steps {steps} --{'' if compile_models else 'no-'}compile"
+    _finish(command, measure(corpus, steps, ComputeMode(compile_models)), rows, out, as_json)
 
 
 @app.command()
 def memory(
-    source: Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN")],
-    changes: Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")] = None,
+    source: Source,
+    changes: Overrides = None,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Memory and speed of a training step on this device, beside what `andromeda plan` says."""
+    """Memory and speed of a training step on this device, compared with `andromeda plan`."""
+    load_config(source, changes)
+
     from andromeda.bench.memory import measure
     from andromeda.plan.plan_tables import size
 
@@ -106,98 +112,106 @@ def memory(
     _finish(" ".join(["andromeda bench memory", source, *changed]), measure(source, changed), rows, out, as_json)
 
 
-Source = Annotated[str, typer.Argument(metavar="PRESET|FILE|RUN")]
-Changes = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE")]
-Peers = Annotated[str, typer.Option(help="Measure beside it: llama, x-transformers, x-transformers-alibi, with commas between, or all.")]
-Unfused = Annotated[bool, typer.Option(help="Measure it without flash attention too: all T x T logits in memory.")]
+Peers = Annotated[str, typer.Option(help="Compared with it: llama, x-transformers, x-transformers-alibi, with commas between, or all.")]
+Unfused = Annotated[bool, typer.Option(help="Also without flash attention, with all T x T attention logits in memory.")]
 Lengths = Annotated[str, typer.Option(help="Tokens, with commas between.")]
 
 
 @app.command()
 def train(
     source: Source,
-    changes: Changes = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a step; train.micro_batch_size at a time.")] = 8,
+    changes: Overrides = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step; train.micro_batch_size at a time.")] = 8,
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 6,
     peers: Peers = "",
     unfused: Unfused = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Training steps at full size on this device, beside the peers."""
+    """Training steps at full size on this device, compared with the peers."""
+    load_config(source, changes)
+
     from andromeda.bench import models
     from andromeda.bench.training import measure
     from tools.performance_page import training_rows
 
     changed, beside = changes or [], models.parse_peers(peers)
-    command = _command("train", source, *changed, f"--rows {rows} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused)
-    _finish(command, measure(source, changed, rows, steps, beside, unfused), training_rows, out, as_json)
+    command = _command(
+        "train", source, *changed, f"--batch-size {batch_size} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused
+    )
+    _finish(command, measure(source, changed, batch_size, steps, beside, unfused), training_rows, out, as_json)
 
 
 @app.command()
 def prefill(
     source: Source,
-    changes: Changes = None,
+    changes: Overrides = None,
     lengths: Lengths = "8192,32768",
-    eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
-    chunks: Annotated[str, typer.Option(help="Tokens read at once, with commas between; 0 is the whole prompt.")] = "0",
+    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8.")] = False,
+    chunk_sizes: Annotated[str, typer.Option(help="Tokens per forward pass, with commas between; 0 is the whole prompt.")] = "0",
     peers: Peers = "",
     unfused: Unfused = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time to read a prompt and give the last position's logits, beside the floor and the peers."""
+    """Time of a prefill up to the last position's logits, compared with the roofline and the peers."""
+    load_config(source, changes)
+
     from andromeda.bench import models
     from andromeda.bench.prefill import measure
     from tools.performance_page import prefill_rows
 
-    changed, beside, read = changes or [], models.parse_peers(peers), _numbers(chunks, least=0)
-    options = ["--eight-bits" * eight_bits, f"--chunks {chunks}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
+    changed, beside, read = changes or [], models.parse_peers(peers), _numbers("--chunk-sizes", chunk_sizes, least=0)
+    options = ["--fp8" * fp8, f"--chunk-sizes {chunk_sizes}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
     command = _command("prefill", source, *changed, f"--lengths {lengths}", *options)
-    result = measure(source, changed, _numbers(lengths), eight_bits=eight_bits, chunks=read, unfused=unfused, peers=beside)
+    result = measure(source, changed, _numbers("--lengths", lengths), eight_bits=fp8, chunks=read, unfused=unfused, peers=beside)
     _finish(command, result, prefill_rows, out, as_json)
 
 
 @app.command()
 def decode(
     source: Source,
-    changes: Changes = None,
+    changes: Overrides = None,
     contexts: Lengths = "2048,32768",
-    batch: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
-    compiled: Annotated[bool, typer.Option(help="Compile the blocks.")] = True,
-    tuned: Annotated[bool, typer.Option(help="Let the compiler measure several forms of every kernel, which takes minutes.")] = False,
-    eight_bits: Annotated[bool, typer.Option(help="Linear layers in 8 bits.")] = False,
-    kernels: Annotated[bool, typer.Option(help="Steps by kernels of our own, where they can.")] = True,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences at once.")] = 1,
+    compile_model: Annotated[bool, typer.Option("--compile/--no-compile", help="Compile the blocks.")] = True,
+    autotune: Annotated[bool, typer.Option("--autotune", help="Let the compiler time several forms of every kernel, for minutes.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8.")] = False,
+    decode_kernels: Annotated[bool, typer.Option(help="Use the fused decode kernels where they support the model.")] = True,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Time of one token more after a context, beside the bandwidth floor."""
+    """Time per decoded token after a context, compared with the memory-bandwidth roofline."""
+    load_config(source, changes)
+
     from andromeda.bench.decode import measure
     from tools.performance_page import decode_rows
 
     changed = changes or []
-    options = ["--no-compiled" * (not compiled), "--tuned" * tuned, "--eight-bits" * eight_bits, "--no-kernels" * (not kernels)]
-    command = _command("decode", source, *changed, f"--contexts {contexts} --batch {batch}", *options)
-    way = {"compiled": compiled, "tuned": tuned, "eight_bits": eight_bits, "kernels": kernels}
-    _finish(command, measure(source, changed, _numbers(contexts), batch, **way), decode_rows, out, as_json)
+    options = ["--no-compile" * (not compile_model), "--autotune" * autotune, "--fp8" * fp8, "--no-decode-kernels" * (not decode_kernels)]
+    command = _command("decode", source, *changed, f"--contexts {contexts} --batch-size {batch_size}", *options)
+    way = {"compiled": compile_model, "tuned": autotune, "eight_bits": fp8, "kernels": decode_kernels}
+    _finish(command, measure(source, changed, _numbers("--contexts", contexts), batch_size, **way), decode_rows, out, as_json)
 
 
 @app.command()
 def precision(
     source: Source,
-    changes: Changes = None,
+    changes: Overrides = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each precision.")] = 600,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 16,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """What products in 8 bits cost in loss: the same training twice, in bfloat16 and in 8 bits."""
+    """What fp8 matmuls cost in loss: the same training twice, in bf16 and in fp8."""
+    load_config(source, changes)
+
     from andromeda.bench.precision import measure
     from tools.performance_page import precision_rows
 
     changed = changes or []
-    command = _command("precision", source, *changed, f"--steps {steps} --rows {rows}")
-    _finish(command, measure(source, changed, steps, rows), precision_rows, out, as_json)
+    command = _command("precision", source, *changed, f"--steps {steps} --batch-size {batch_size}")
+    _finish(command, measure(source, changed, steps, batch_size), precision_rows, out, as_json)
 
 
 @app.command()
@@ -206,7 +220,7 @@ def loss(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Linear head and cross entropy, beside compiled PyTorch and the libraries that fuse them."""
+    """Linear head and cross-entropy, compared with compiled PyTorch and the libraries that fuse them."""
     import torch
 
     from andromeda.bench import loss as bench
@@ -218,40 +232,75 @@ def loss(
     _finish(_command("loss", f"--tokens {tokens}" * bool(tokens)), result, loss_rows, out, as_json)
 
 
-def _numbers(text: str, least: int = 1) -> list[int]:
-    """Numbers of at least `least` with commas between. Raises RequestError."""
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """At least one whole number of at least `least`. Raises RequestError."""
     from andromeda.utils.errors import RequestError
 
-    try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
-        numbers = []
-    if not numbers or min(numbers) < least:
-        raise RequestError(f"{text!r} are no lengths: give numbers from {least} on with commas between, as 8192,32768.")
-    return numbers
+    numbers = parse_ints(option, text, least)
+    if not numbers:
+        raise RequestError(f"{option} is empty: give numbers with commas between them, such as 8192,32768.")
+    return list(numbers)
 
 
 def _command(*parts: str) -> str:
     return " ".join(["andromeda bench", *(part for part in parts if part)])
 
 
-def _forward(name: str, text: str) -> None:
-    """A benchmark with a command line of its own."""
-
-    @app.command(name, help=text, context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
-    def run(context: typer.Context) -> None:
-        from importlib import import_module
-
-        import_module(f"andromeda.bench.{name}").main(context.args)
+ResultFile = Annotated[Path, typer.Option(callback=_writable, help="Save the result as JSON in this file, after every row.")]
+KernelDevice = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N; a GPU by default where there is one.")]
+Repetition = Annotated[int | None, typer.Option(min=1, help="Milliseconds for which each function is timed.")]
 
 
-_forward("attention", "Every attention backend on every pattern: speed and error, beside the floor.")
-_forward("embedding", "The gradient of a table of vectors, beside PyTorch's.")
-_forward("qk", "Norm, rotation and folded ALiBi in one kernel, beside the compiled parts.")
+@app.command()
+def attention(
+    out: ResultFile,
+    lengths: Annotated[str, typer.Option(help="Tokens per sequence, with commas between.")] = "32768,8192",
+    budget: Annotated[float | None, typer.Option(min=0.0, help="Seconds after which nothing new is measured.")] = None,
+    device: KernelDevice = None,
+    rep: Repetition = None,
+) -> None:
+    """Every attention backend on every pattern: speed and error, compared with the roofline."""
+    sizes = _numbers("--lengths", lengths)
+
+    from andromeda.bench.attention import main
+
+    main(["--out", str(out), "--lengths", *map(str, sizes), *_given(budget=budget, device=device, rep=rep)])
+
+
+@app.command()
+def embedding(
+    out: ResultFile,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of a batch.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(min=1, help="Rows of the table.")] = None,
+    device: KernelDevice = None,
+    rep: Repetition = None,
+) -> None:
+    """The gradient of an embedding table, compared with PyTorch's."""
+    from andromeda.bench.embedding import main
+
+    main(["--out", str(out), *_given(tokens=tokens, vocabulary=vocab_size, device=device, rep=rep)])
+
+
+@app.command()
+def qk(
+    out: ResultFile,
+    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per sequence.")] = None,
+    device: KernelDevice = None,
+    rep: Repetition = None,
+) -> None:
+    """QK norm, rotary positions and folded ALiBi in one kernel, compared with the compiled parts."""
+    from andromeda.bench.qk import main
+
+    main(["--out", str(out), *_given(tokens=tokens, device=device, rep=rep)])
+
+
+def _given(**options: Any) -> list[str]:
+    """The options that were given, as arguments."""
+    return [word for name, value in options.items() if value is not None for word in (f"--{name}", str(value))]
 
 
 def _finish(command: str, figures: dict[str, Any], rows: Callable[[dict[str, Any]], Rows], out: Path | None, as_json: bool) -> None:
-    """Print a result and keep it, with the machine, the versions and the command that made it."""
+    """Print a result and save it, with the machine, the versions and the command."""
     from andromeda.bench.record import record, save
     from andromeda.cli.tables import show
 

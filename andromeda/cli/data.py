@@ -43,8 +43,6 @@ def build(
     as_json: Json = False,
 ) -> None:
     """Read, check, deduplicate, split and tokenize text into a corpus folder. After an interruption the same command resumes."""
-    from andromeda.data.build import build as run
-
     given: dict[str, Any] = {
         "tokenizer": tokenizer,
         "vocab_size": vocab_size,
@@ -60,6 +58,9 @@ def build(
         "shard_tokens": shard_tokens,
     }
     config = _config({k: v for k, v in given.items() if v is not None})
+
+    from andromeda.data.build import build as run
+
     try:
         with progress() as report:
             manifest = run(sources, out, config, workers=workers or _cores(), report=report)

@@ -9,15 +9,18 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import Overrides, load_config
 from andromeda.cli.data import progress
 
 
 def demo(
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes to preset nano: key.path=value.")] = None,
+    overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The run folder.")] = Path("runs/demo"),
-    corpus: Annotated[Path, typer.Option(help="The corpus folder, made on the first call.")] = Path("corpora/python"),
+    corpus: Annotated[Path, typer.Option(help="The corpus folder, built on the first call.")] = Path("corpora/python"),
 ) -> None:
-    """Train a small model on this machine's own Python sources and read what it writes. Run it again after an interruption."""
+    """Train a small model on this machine's own Python sources and show what it generates. The same command resumes."""
+    load_config("nano", overrides)  # a wrong key is refused before torch is imported
+
     from andromeda.cli import demo_run as steps
     from andromeda.evaluate.loaded_model import load_model
     from andromeda.report import write_report
@@ -33,13 +36,13 @@ def demo(
     print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
     result = steps.train_or_go_on(config, out, build_screen(config.train.steps, False))
     if result.signal:
-        print("Interrupted; the state is saved. Run the same command to go on.")
+        print("Interrupted; the state is saved. The same command resumes.")
         raise typer.Exit(128 + result.signal)
 
-    print("\nWhat it writes (what was given, then what the model added):\n")
+    print("\nSamples (the prompt, then what the model generated):\n")
     subject = load_model(out)
     steps.write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
-    print("Measuring", flush=True)
+    print("Evaluating", flush=True)
     with progress() as report:
         evaluations = steps.evaluate(subject, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
     measured = steps.measure(subject, corpus, evaluations)

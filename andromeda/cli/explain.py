@@ -8,24 +8,25 @@ from typing import Annotated
 
 import typer
 
-from andromeda.utils.errors import RequestError
+from andromeda.cli.arguments import Ema, RunArgument, Step, check_run, parse_ints
 
 
 def explain(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    text: Annotated[str, typer.Argument(help="The text whose continuation is explained.")],
-    target: Annotated[str, typer.Option(help="The token whose logit is explained; the likeliest by default.")] = "",
-    against: Annotated[str, typer.Option(help="The token beside it; the likeliest other one by default.")] = "",
-    position: Annotated[int, typer.Option(help="The token after which the prediction is made; -1 is the last one.")] = -1,
+    run: RunArgument,
+    text: Annotated[str, typer.Argument(help="The text whose next token is explained.")],
+    target: Annotated[str, typer.Option(help="The token whose logit is explained; the most likely one by default.")] = "",
+    against: Annotated[str, typer.Option(help="The token it is compared with; the most likely other one by default.")] = "",
+    position: Annotated[int, typer.Option(help="Index of the token after which the prediction is made; -1 is the last one.")] = -1,
     layers: Annotated[str, typer.Option(help="Layers whose attention is shown, such as 1,4,12; all by default.")] = "",
-    step: Annotated[int | None, typer.Option(help="Use the checkpoint of this step; the newest by default.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights.")] = False,
-    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; all is computed in float64.")] = "cpu",
-    out: Annotated[Path | None, typer.Option(help="Where the page is written; RUN/explain.html by default.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON too.")] = False,
+    step: Step = None,
+    ema: Ema = False,
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; everything is computed in float64.")] = "cpu",
+    out: Annotated[Path | None, typer.Option(help="File of the page; RUN/explain.html by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Write a page that says why a model continues a text as it does: logit lens, attention, attributions."""
-    numbers = _numbers(layers)
+    """Explain the next token as one HTML page: logit lens, attention, input attribution, parts of the logit."""
+    numbers = parse_ints("--layers", layers)
+    check_run(run)
 
     from andromeda.api import Andromeda
     from andromeda.explain import ExplainRequest, write_explanation
@@ -43,10 +44,3 @@ def explain(
     for sentence in found.refused.values():
         print(sentence)
     print(page)
-
-
-def _numbers(given: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(word) for word in given.split(",")) if given else ()
-    except ValueError:
-        raise RequestError(f"--layers must be whole numbers with commas between them, not {given!r}.") from None

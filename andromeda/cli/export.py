@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import check_run
 from andromeda.utils.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16")
@@ -22,6 +23,7 @@ def export(
     """Write a model as a Hugging Face folder that transformers loads: weights, configuration, tokenizer, model card."""
     if dtype not in DTYPES:
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
+    check_run(run)
 
     from andromeda.hub.export_folder import export_run, push_command, usage
     from andromeda.report.hub_card import hub_card

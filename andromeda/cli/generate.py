@@ -10,47 +10,48 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from andromeda.cli.arguments import Device, DType, Ema, RunArgument, Step, check_run
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
     from andromeda.generate.sequence import Completion, StreamChunk
 
-FLAGS = {name: "--" + name.replace("_", "-") for name in ("stop", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")}
-FLAGS["max_new_tokens"] = "--max-tokens"
+SETTINGS = ("max_new_tokens", "stop", "repetition_penalty", "temperature", "top_k", "top_p", "min_p", "seed")
+FLAGS = {name: "--" + name.replace("_", "-") for name in SETTINGS}
 
 
 def generate(
-    run: Annotated[Path, typer.Argument(help="A run folder.")],
-    prompt: Annotated[str, typer.Argument(help="How the text begins; - reads it from standard input, nothing begins a new text.")] = "",
-    file: Annotated[
-        Path | None, typer.Option(help="Prompts, one a line: .txt, or .jsonl with texts, id lists, or objects with a prompt.")
+    run: RunArgument,
+    prompt: Annotated[str, typer.Argument(help="The prompt; - reads it from standard input; without one a new text is generated.")] = "",
+    prompts: Annotated[
+        Path | None, typer.Option(help="File of prompts, one a line: .txt, or .jsonl with texts, token ids, or objects with a prompt.")
     ] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="Longest answer in tokens; by default 256, or what the context has left.")] = None,
-    temperature: Annotated[float | None, typer.Option(help="0 takes the likeliest token always; 0.8 by default.")] = None,
-    top_k: Annotated[int | None, typer.Option(help="Only the k likeliest tokens; 50 by default, 0 is off.")] = None,
-    top_p: Annotated[float | None, typer.Option(help="Only the likeliest tokens that reach this probability; 1 (off) by default.")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(help="Longest completion; by default 256 tokens, or what the context has left.")
+    ] = None,
+    temperature: Annotated[float | None, typer.Option(help="0 always takes the most likely token; 0.8 by default.")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Sample from the k most likely tokens; 50 by default, 0 is off.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Sample from the top tokens that reach this probability; 1 (off) by default.")] = None,
     min_p: Annotated[
-        float | None, typer.Option(help="Only tokens of this share of the likeliest one's probability; 0 (off) by default.")
+        float | None, typer.Option(help="Drop tokens below this fraction of the most likely one's probability; 0 (off) by default.")
     ] = None,
     repetition_penalty: Annotated[
-        float | None, typer.Option(help="Above 1 makes tokens seen before less likely; 1 (off) by default.")
+        float | None, typer.Option(help="Above 1 makes tokens that already occur less likely; 1 (off) by default.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="The same seed writes the same text; by default another one each time.")] = None,
-    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the answer; may be repeated.")] = None,
-    ema: Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights.")] = False,
-    step: Annotated[int | None, typer.Option(help="Use the checkpoint of this step; the newest by default.")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = "auto",
-    dtype: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp64.")] = "auto",
-    compiled: Annotated[bool, typer.Option("--compiled", help="Compile the model: up to a minute at first, faster from then on.")] = False,
-    eight_bits: Annotated[
-        bool, typer.Option("--eight-bits", help="Linear layers in 8 bits: for long prompts on GPUs that have them.")
-    ] = False,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts of a file that are written at once.")] = 8,
+    seed: Annotated[int | None, typer.Option(help="The same seed gives the same text; by default a different one each time.")] = None,
+    stop: Annotated[list[str] | None, typer.Option(help="A text that ends the completion; may be repeated.")] = None,
+    ema: Ema = False,
+    step: Step = None,
+    device: Device = "auto",
+    dtype: DType = "auto",
+    compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model: a minute at first, faster afterwards.")] = False,
+    fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8: for long prompts on GPUs that compute it.")] = False,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are decoded at once.")] = 8,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
-    """Write text that follows a prompt."""
+    """Generate text from a prompt."""
     given = {
-        "max_new_tokens": max_tokens,
+        "max_new_tokens": max_new_tokens,
         "temperature": temperature,
         "top_k": top_k,
         "top_p": top_p,
@@ -59,38 +60,39 @@ def generate(
         "seed": seed,
         "stop": tuple(stop) if stop else None,
     }
-    wishes = {name: value for name, value in given.items() if value is not None}
-    prompts = _prompts(prompt, file, wishes)
+    settings = {name: value for name, value in given.items() if value is not None}
+    check_run(run)
+    texts = _prompts(prompt, prompts, settings)
 
     from andromeda.api import Andromeda
     from andromeda.generate.engine import Engine
 
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
-    model.optimize_for_inference(fp8=eight_bits, compile=compiled)
-    pieces = Engine(model, model.tokenizer, batch=batch).stream(prompts, **wishes)
+    model.optimize_for_inference(fp8=fp8, compile=compile_model)
+    pieces = Engine(model, model.tokenizer, batch=batch_size).stream(texts, **settings)
     if as_json:
-        _print_json(pieces, prompts)
-    elif file:
-        _print_blocks(pieces, prompts)
+        _print_json(pieces, texts)
+    elif prompts:
+        _print_blocks(pieces, texts)
     else:
         _print_stream(pieces)
 
 
-def _prompts(prompt: str, file: Path | None, wishes: dict[str, Any]) -> Sequence[str | list[int]]:
-    """The prompts; they and the wishes are checked before anything slow is imported."""
+def _prompts(prompt: str, file: Path | None, settings: dict[str, Any]) -> Sequence[str | list[int]]:
+    """The prompts. They and the settings are checked before the model is loaded."""
     from andromeda.generate.generation_config import parse_generation_config
     from andromeda.generate.prompts import read_prompts, read_stdin
 
-    parse_generation_config(FLAGS, **wishes)
+    parse_generation_config(FLAGS, **settings)
     if file and prompt:
-        raise RequestError("Give a prompt or --file, not both.")
+        raise RequestError("Give a prompt or --prompts, not both.")
     if file:
         return read_prompts(file)
     return [read_stdin() if prompt == "-" else prompt]
 
 
 def _print_stream(pieces: Iterator[StreamChunk]) -> None:
-    """Text as it comes on stdout, figures on stderr."""
+    """Text on stdout as it is generated, statistics on stderr."""
     for piece in pieces:
         sys.stdout.write(_printable(piece.text))
         sys.stdout.flush()
@@ -119,7 +121,7 @@ def _print_json(pieces: Iterator[StreamChunk], prompts: Sequence[str | list[int]
 
 
 def _in_order(pieces: Iterator[StreamChunk], count: int) -> Iterator[Completion]:
-    """Answers in the order of their prompts, each as soon as those before it are there; a bar on stderr counts them."""
+    """Completions in the order of their prompts, each as soon as those before it are done; a progress bar on stderr counts them."""
     from rich.console import Console
     from rich.progress import Progress
 
@@ -141,15 +143,15 @@ def _print_figures(completion: Completion) -> None:
 
     c = completion
     Console(stderr=True, highlight=False).print(
-        f"{len(c.ids)} tokens after a prompt of {c.prompt_tokens}, {c.tokens_per_second:.1f} a second, ended by {c.finish}, "
-        f"cache {c.cache_bytes / 2**20:.2f} MiB, seed {c.seed}",
+        f"{len(c.ids)} tokens after a prompt of {c.prompt_tokens}, {c.tokens_per_second:.1f} tokens/s, ended by {c.finish}, "
+        f"KV cache {c.cache_bytes / 2**20:.2f} MiB, seed {c.seed}",
         style="dim",
         soft_wrap=True,
     )
 
 
 def _printable(text: str) -> str:
-    """On a terminal, control characters as pictures: a model may write any byte, and escapes would command the terminal."""
+    """On a terminal, control characters as visible symbols: a model may write any byte, and escape sequences would control the terminal."""
     if not sys.stdout.isatty():
         return text
     controls = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(127, 160), "\ufffd")

@@ -26,18 +26,18 @@ from andromeda.cli.extend import extend
 from andromeda.cli.generate import generate
 from andromeda.cli.import_ import import_
 from andromeda.cli.plan import plan
-from andromeda.cli.renamed_options import renamed
+from andromeda.cli.renamed_options import explain_unknown
 from andromeda.cli.report import report
 from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
 from andromeda.cli.verify import verify
 from andromeda.utils.errors import AndromedaError, DataError, Interrupted
 
-WRONG_CALL = cast(type[Exception], typer.BadParameter.__mro__[1])
-"""UsageError, which typer raises for every call that it cannot read, and does not export."""
+UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
+"""What typer raises for every call that it cannot read, and does not export."""
 
 
-class Verbs(TyperGroup):
+class CommandGroup(TyperGroup):
     """All verbs. Typer ends an interruption without a word, and takes a file that ends too early for one."""
 
     def invoke(self, ctx: Any) -> Any:
@@ -52,7 +52,7 @@ class Verbs(TyperGroup):
 
 app = typer.Typer(
     name="andromeda",
-    cls=Verbs,
+    cls=CommandGroup,
     help="A long-context language model that you train, stretch, measure and serve yourself.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -80,16 +80,16 @@ for verb, command, short in (
     ("doctor", doctor, "What this machine can do, and what is missing."),
     ("plan", plan, "What a run needs: FLOPs, memory, time, cost."),
     ("demo", demo, "A small model from this machine's own sources."),
-    ("train", train, "Train a model, or go on training it."),
-    ("extend", extend, "Stretch a trained model over a longer context."),
-    ("generate", generate, "Write text that follows a prompt."),
+    ("train", train, "Train a model, or resume a run."),
+    ("extend", extend, "Extend the context of a trained model."),
+    ("generate", generate, "Generate text from a prompt."),
     ("ablate", ablate, "Compare techniques at an equal budget."),
-    ("eval", evaluate, "Measure a trained model."),
-    ("verify", verify, "Check all that a run folder says of itself."),
+    ("eval", evaluate, "Evaluate a trained model."),
+    ("verify", verify, "Recompute what a run folder claims, and compare."),
     ("report", report, "A run as one HTML page."),
     ("export", export, "A model as a Hugging Face folder."),
     ("import", import_, "A Hugging Face folder as a run."),
-    ("explain", explain, "Why a model goes on as it does, as a page."),
+    ("explain", explain, "Why a model predicts what it predicts, as one HTML page."),
 ):
     app.command(verb, short_help=short)(command)
 
@@ -98,10 +98,10 @@ def main() -> None:
     """Run the command line; bad input ends with its sentence on stderr and exit code 2."""
     try:
         # Not standalone: typer would print a wrong call as a box of several lines instead of one sentence.
-        code = app(standalone_mode=False)
+        code = app(standalone_mode=False, prog_name="andromeda")
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
-    except WRONG_CALL as error:
+    except UsageError as error:
         _refuse_call(error)
     except typer.Abort:
         sys.exit(130)
@@ -111,17 +111,17 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
             raise
-        asked = str(error).strip().partition("\n")[0].rstrip(".")
-        print(f"andromeda: Memory ran out ({asked[:200]}): take a smaller model, batch or context (`andromeda plan`).", file=sys.stderr)
+        detail = str(error).strip().partition("\n")[0].rstrip(".")
+        print(f"andromeda: Out of memory ({detail[:200]}): use a smaller model, batch or context (`andromeda plan`).", file=sys.stderr)
         sys.exit(2)
     except BrokenPipeError:
         # The reader of our output went away (`| head`).
         _drop_output()
         sys.exit(141)
     except OSError as error:
-        # A disk that is full, a folder that is read-only: what was written before is whole, for it was renamed into its place.
+        # A full disk, a read-only folder: files written before are complete, because each is renamed into place.
         place = f"{error.filename}: " if error.filename else ""
-        print(f"andromeda: {place}{error.strerror or error}: make room or give another place, and call again.", file=sys.stderr)
+        print(f"andromeda: {place}{error.strerror or error}: free some space or give another path, and call again.", file=sys.stderr)
         try:
             sys.stdout.flush()
         except OSError:
@@ -130,7 +130,7 @@ def main() -> None:
 
 
 def _drop_output() -> None:
-    """Point stdout elsewhere, so that the interpreter's last flush is quiet where nothing can be written."""
+    """Point stdout at /dev/null, so that the interpreter's last flush does not fail where nothing can be written."""
     with suppress(OSError):  # no file at all, where another program took stdout's place
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -141,16 +141,15 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def _refuse_call(error: Any) -> None:
-    """A call that the command line does not understand, as one sentence; a call without arguments gets the help."""
+    """Print why a call is not understood, as one sentence, and exit; a call without arguments gets the help."""
     if type(error).__name__ == "NoArgsIsHelpError":  # typer does not export it either
         print(error.format_message(), file=sys.stderr)
         sys.exit(error.exit_code)
     sentence = error.format_message().rstrip(".")
+    if error.ctx:
+        sentence = explain_unknown(error) or sentence
     if sentence:
         command = error.ctx.command_path if error.ctx else "andromeda"
-        option = getattr(error, "option_name", "")
-        if new := renamed(command, option):
-            sentence = f"{option} is now called {new}"
         print(f"andromeda: {sentence}: see `{command} --help`.", file=sys.stderr)
     sys.exit(error.exit_code)
 

@@ -18,33 +18,37 @@ if TYPE_CHECKING:
 def plan(
     sources: Annotated[
         list[str],
-        typer.Argument(metavar="PRESET|FILE|RUN... [KEY=VALUE...]", help="Configurations side by side, and changes to all of them."),
+        typer.Argument(metavar="PRESET|FILE|RUN|KEY=VALUE", help="Configurations to compare, and changes to all of them."),
     ],
-    seq: Annotated[int | None, typer.Option(help="Tokens of a row (train.seq_len); a shorter model.max_seq_len is raised to it.")] = None,
-    batch: Annotated[
-        int | None, typer.Option(help="Rows of one step (train.batch_size); a train.micro_batch_size that does not divide it is lowered.")
+    seq_len: Annotated[
+        int | None, typer.Option(help="Tokens per sequence (train.seq_len); a shorter model.max_seq_len is raised to it.")
+    ] = None,
+    batch_size: Annotated[
+        int | None,
+        typer.Option(help="Sequences per step (train.batch_size); a train.micro_batch_size that does not divide it is lowered."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, 4090, or cpu (this one, measured now).")] = "h200",
-    parallel: Annotated[str, typer.Option(help="How many GPUs, such as dp=8,fsdp=4,tp=2.")] = "",
-    tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9 (0: as configured).")] = 0.0,
-    price: Annotated[float, typer.Option(help="Dollars of one GPU for one hour.")] = 0.0,
-    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Share of the vendor's peak that training is taken to reach.")] = 0.4,
+    parallel: Annotated[str, typer.Option(help="Degrees of parallelism, such as dp=8,fsdp=4,tp=2.")] = "",
+    tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9; 0 takes the configuration's.")] = 0.0,
+    price: Annotated[float, typer.Option(help="Dollars per GPU-hour.")] = 0.0,
+    mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization to assume for training.")] = 0.4,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Say what a run needs: parameters, FLOPs by part, memory, time, cost, and how it divides over GPUs.
+    """Estimate a run before it is started: parameters, FLOPs by part, memory, time, cost, sharding over GPUs.
 
-    Beside presets and files, gpt3-175b, llama-7b and llama-65b can be named.
+    Besides presets and files, gpt3-175b, llama-7b and llama-65b can be planned.
     """
+    _check(seq_len, batch_size, tokens, price)
+    changes = [word for word in sources if "=" in word]
+    configs = {word: _load(word, changes, seq_len, batch_size) for word in sources if "=" not in word}
+    if not configs:
+        raise ConfigError(f"{' '.join(sources)} names no configuration: give a preset or a file first, such as `andromeda plan andromeda`.")
+
     from andromeda.plan import HardwareSetup
     from andromeda.plan.device_mesh import parse_mesh
     from andromeda.utils.hardware import find_hardware
 
-    _check(seq, batch, tokens, price)
-    changes = [word for word in sources if "=" in word]
     place = HardwareSetup(find_hardware(gpu), gpu.lower() != "cpu", parse_mesh(parallel), price, mfu)
-    configs = {word: _load(word, changes, seq, batch) for word in sources if "=" not in word}
-    if not configs:
-        raise ConfigError(f"{' '.join(sources)} names no configuration: give a preset or a file first, such as `andromeda plan andromeda`.")
     plans = [_plan(name, config, place, int(tokens)) for name, config in configs.items()]
     if as_json:
         import json
@@ -55,28 +59,33 @@ def plan(
     _print(plans, place)
 
 
-def _check(seq: int | None, batch: int | None, tokens: float, price: float) -> None:
-    """Refuse figures that are none."""
-    for option, value, least in (("--seq", seq, 1), ("--batch", batch, 1), ("--tokens", tokens, 0), ("--price", price, 0)):
+def _check(seq_len: int | None, batch_size: int | None, tokens: float, price: float) -> None:
+    """Refuse numbers that are out of range, not finite or not numbers."""
+    for option, value, least in (
+        ("--seq-len", seq_len, 1),
+        ("--batch-size", batch_size, 1),
+        ("--tokens", tokens, 0),
+        ("--price", price, 0),
+    ):
         if value is not None and not least <= value < math.inf:
             raise ConfigError(f"{option} must be a number of at least {least}, not {value}.")
 
 
-def _load(source: str, changes: list[str], seq: int | None, batch: int | None) -> RunConfig:
-    """A configuration with the changes; --seq and --batch take along what they would not fit with, unless a change names it."""
+def _load(source: str, changes: list[str], seq_len: int | None, batch_size: int | None) -> RunConfig:
+    """A configuration with the changes; --seq-len and --batch-size adjust the keys that depend on them, unless a change sets those."""
     from importlib.resources import files
 
     from andromeda.config.load import load
 
-    peer = files("andromeda.plan") / "peers" / f"{source}.toml"
+    peer = files("andromeda") / "plan" / "peers" / f"{source}.toml"
     path = str(peer) if peer.is_file() else source
     plain = load(path)
-    wished: dict[str, int] = {}
-    if seq:
-        wished |= {"train.seq_len": seq, "model.max_seq_len": max(seq, plain.model.max_seq_len)}
-    if batch:
-        wished |= {"train.batch_size": batch, "train.micro_batch_size": math.gcd(batch, plain.train.micro_batch_size)}
-    return load(path, [*(f"{key}={value}" for key, value in wished.items()), *changes])
+    adjusted: dict[str, int] = {}
+    if seq_len:
+        adjusted |= {"train.seq_len": seq_len, "model.max_seq_len": max(seq_len, plain.model.max_seq_len)}
+    if batch_size:
+        adjusted |= {"train.batch_size": batch_size, "train.micro_batch_size": math.gcd(batch_size, plain.train.micro_batch_size)}
+    return load(path, [*(f"{key}={value}" for key, value in adjusted.items()), *changes])
 
 
 def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int) -> RunPlan:
@@ -99,4 +108,4 @@ def _print(plans: list[RunPlan], place: HardwareSetup) -> None:
         share = plan.memory.peak / device.memory
         print(f"{plan.name}: {'needs' if share <= 1 else 'does not fit, it needs'} {share:.0%} of the memory of one {device.name}.")
     rates = ", ".join(f"{rate / 1e12:,.0f} in {kind}" for kind in ("fp32", "bf16", "fp8") if (rate := device.rate(kind)))
-    print(f"Least times are at {rates} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s ({device.source}).")
+    print(f"Minimum times are at {rates} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s ({device.source}).")

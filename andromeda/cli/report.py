@@ -7,12 +7,16 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import check_run
+
 
 def report(
-    run: Annotated[Path, typer.Argument(help="A run folder; the run may be going on.")],
-    out: Annotated[Path | None, typer.Option(help="Where the page is written; RUN/report.html by default.")] = None,
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run folder; the run may still be training.")],
+    out: Annotated[Path | None, typer.Option(help="File of the page; RUN/report.html by default.")] = None,
 ) -> None:
     """Write a run as one HTML page: curves, probes, evaluations, samples, sizes, manifest, model card."""
+    check_run(run)
+
     from andromeda.report import write_report
 
     print(write_report(run, out))

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import load_config
 from andromeda.cli.data import progress
 
 app = typer.Typer(help="Compare tokenizers by measurement.", no_args_is_help=True)
@@ -24,25 +25,36 @@ def compare(
     sources: Annotated[
         list[str], typer.Argument(metavar="SRC", help="Text, as `andromeda data build` takes it: files, a corpus, `python`.")
     ],
-    overrides: Annotated[list[str] | None, typer.Option("--set", help="A change of the models, key.path=value; may be repeated.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder of corpora, models and figures.")] = Path("runs/tokenizers"),
+    overrides: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="A change to the models' configuration; may be repeated.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of corpora, models and results.")] = Path("runs/tokenizers"),
     kinds: Annotated[str, typer.Option(help="bpe, unigram, bytes, with commas.")] = "bpe,unigram",
-    sizes: Annotated[str, typer.Option(help="Entries of the vocabularies, with commas.")] = "1024,4096,16384",
-    flops: Annotated[float, typer.Option(help="Floating-point operations that each model learns with; 0 trains none.")] = 2e13,
-    preset: Annotated[str, typer.Option(help="The models' preset or TOML file.")] = "nano",
+    vocab_sizes: Annotated[str, typer.Option(help="Vocabulary sizes, with commas.")] = "1024,4096,16384",
+    flops: Annotated[float, typer.Option(help="Training FLOPs of each model; 0 trains none.")] = 2e13,
+    preset: Annotated[str, typer.Option(help="Preset or TOML file of the models.")] = "nano",
     max_bytes: Annotated[int, typer.Option(min=0, help="Read this many bytes of each source; 0 reads everything.")] = 0,
     validation_fraction: Annotated[float, typer.Option(help="Fraction of the documents held out.")] = 0.02,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
-    """Bytes a token, fertility, speed, lossless round trip, and bits per byte of equal-compute models. A repeated call goes on."""
+    """Bytes per token, fertility, speed, lossless round trip, and bits/byte of models of equal compute. The same command resumes."""
     import json
+
+    load_config(preset, overrides)
 
     from andromeda.bench.tokenizer_comparison import ComparisonInterrupted, ComparisonIO, TokenizerComparison, numbers, run, table, words
     from andromeda.cli.tables import show
     from andromeda.train.progress import Silent, build_screen
 
     plan = TokenizerComparison(
-        tuple(sources), words(kinds), numbers(sizes, "--sizes"), flops, preset, tuple(overrides or []), max_bytes, validation_fraction
+        tuple(sources),
+        words(kinds),
+        numbers(vocab_sizes, "--vocab-sizes"),
+        flops,
+        preset,
+        tuple(overrides or []),
+        max_bytes,
+        validation_fraction,
     )
 
     def note(text: str) -> None:
@@ -53,7 +65,7 @@ def compare(
             around = ComparisonIO(report, note, lambda steps: Silent() if as_json else build_screen(steps), os.cpu_count() or 1)
             found = run(plan, out, around)
     except ComparisonInterrupted as error:
-        note("interrupted; the state is saved: the same command goes on from here.")
+        note("interrupted; the state is saved: the same command resumes.")
         raise typer.Exit(128 + error.signal) from None
     if as_json:
         print(json.dumps(found, indent=1))

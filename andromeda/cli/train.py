@@ -8,31 +8,38 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import Overrides, load_config
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 
 def train(
-    config: Annotated[str, typer.Argument(help="A preset, a TOML file or a run folder; with --resume the run's own by default.")] = "",
-    overrides: Annotated[list[str] | None, typer.Argument(help="Changes: key.path=value, as many as you like.")] = None,
+    config: Annotated[
+        str,
+        typer.Argument(metavar="PRESET|FILE|RUN", help="A preset, a TOML file or a run folder; with --resume the run's own by default."),
+    ] = "",
+    overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out from its last checkpoint.")] = False,
-    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; short for train.device=.")] = "",
+    resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its last checkpoint.")] = False,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; the same as train.device=.")] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print each line of metrics.jsonl as it is written.")] = False,
 ) -> None:
-    """Train a model, or go on training it. Ctrl-C and SIGTERM save a checkpoint and end the run."""
+    """Train a model, or resume a run. Ctrl-C and SIGTERM save a checkpoint and end the run."""
     changes = list(overrides or [])
     if "=" in config:
         config, changes = "", [config, *changes]
     if device:
         changes.append(f"train.device={device}")
     if not config and not (resume and out):
-        raise ConfigError("Name a preset or a TOML file to train, or give --out RUN --resume to go on with a run.")
+        raise ConfigError("Name a preset or a TOML file to train, or give --out RUN --resume to resume a run.")
 
-    from andromeda.config.load import load
+    from andromeda.config.rules import check_training
+
+    settings = load_config(config or str(out), changes)
+    check_training(settings)
+
     from andromeda.train.progress import build_screen
     from andromeda.train.trainer import train as run
 
-    settings = load(config or str(out), changes)
     with closing(build_screen(settings.train.steps, as_json)) as screen:
         result = run(settings, out or _named(settings.name), resume=resume, screen=screen)
         if result.signal:
@@ -48,7 +55,7 @@ def _named(name: str) -> Path:
 
 
 def _report(run: Path) -> str:
-    """Write report.html; that the run is finished stands, whatever becomes of its page."""
+    """Write report.html. A report that fails does not make a finished run fail."""
     from andromeda.report import write_report
 
     try:

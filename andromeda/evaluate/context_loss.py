@@ -141,7 +141,7 @@ def evenly_spaced_windows(tokens: Tensor, length: int, samples: int, tail: int) 
     if len(tokens) < length + 1:
         raise DataError(
             f"The held-out text has {len(tokens):,} tokens, fewer than a context of {length:,}: "
-            "build the corpus with a larger --validation-fraction, or name another with --held-out."
+            "build the corpus with a larger --validation-fraction, or name another with --eval-corpus."
         )
     spare = len(tokens) - length - 1
     count = max(1, min(samples, 1 + spare // tail))

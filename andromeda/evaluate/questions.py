@@ -82,7 +82,7 @@ def read_solved(path: Path) -> list[WordProblem]:
 def asked_range(count: int, shots: int, samples: int | None) -> range:
     """Which questions are asked: those after the examples. Raises RequestError when none is left."""
     if shots >= count:
-        raise RequestError(f"{shots} examples leave none of the {count} questions to ask: give fewer --shots.")
+        raise RequestError(f"{shots} examples leave none of the {count} questions to ask: give a lower --num-fewshot.")
     return range(shots, count if samples is None else min(count, shots + samples))
 
 

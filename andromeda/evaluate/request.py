@@ -73,7 +73,13 @@ class Evaluation(Protocol):
         """Do it. Raises an AndromedaError, one sentence."""
 
 
-FLAGS = {name: "--" + name.replace("_", "-") for name in EvalOptions.model_fields} | {"file": "--file", "tasks": "--task"}
+FLAGS = {name: "--" + name.replace("_", "-") for name in EvalOptions.model_fields} | {
+    "file": "--questions",
+    "shots": "--num-fewshot",
+    "beyond": "--extrapolate",
+    "tasks": "--harness-task",
+    "include": "--include-path",
+}
 
 
 def check_options(**values: Any) -> EvalOptions:
@@ -94,14 +100,14 @@ def check_lengths(loaded: LoadedModel, lengths: tuple[int, ...], beyond: bool) -
     if not beyond:
         raise RequestError(
             f"{longest} tokens are more than this model's context of {context}: give shorter --lengths, "
-            "or add --beyond to see how it does outside of it."
+            "or add --extrapolate to measure it there."
         )
 
 
 def existing_file(path: str, purpose: str) -> Path:
     """A file that the user named. Raises RequestError when it is not there."""
     if not path:
-        raise RequestError(f"{purpose} needs a file: give it with --file.")
+        raise RequestError(f"{purpose} needs a file: give it with --questions.")
     if not Path(path).is_file():
-        raise RequestError(f"There is no file {path}: give the questions of {purpose} with --file.")
+        raise RequestError(f"There is no file {path}: give the questions of {purpose} with --questions.")
     return Path(path)

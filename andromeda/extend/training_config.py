@@ -48,7 +48,7 @@ class ExtendRequest:
 def configure(old: RunConfig, wishes: ExtendRequest, method: str) -> RunConfig:
     """The new run's configuration. Raises ConfigError, one sentence."""
     if not 0 < wishes.rate <= 10:
-        raise ConfigError(f"--rate {wishes.rate:g} is the share of the old learning rates: give more than 0 and at most 10.")
+        raise ConfigError(f"--lr-scale {wishes.rate:g} is a factor on the old learning rates: give more than 0 and at most 10.")
     if any(change.partition("=")[0].strip() == "train.steps" for change in wishes.overrides):
         raise ConfigError("Give the steps of the continued training with --steps, from which its schedule follows, not as train.steps.")
     changes = [
@@ -69,7 +69,7 @@ def tail_length(old: RunConfig, wishes: ExtendRequest) -> int:
     """Targets of each window that are scored. Raises ConfigError when the trained context has no room for them."""
     trained = trained_context(old)
     if wishes.tail > trained:
-        raise ConfigError(f"--tail {wishes.tail} is more than the {trained} tokens that the run was trained on: give {trained} at most.")
+        raise ConfigError(f"--scored-tokens {wishes.tail} is more than the trained context of {trained} tokens: give fewer.")
     return wishes.tail or max(1, min(DEFAULT_TAIL, trained // 2))
 
 

@@ -43,8 +43,8 @@ while [ $# -gt 0 ]; do
   # A run that is stopped still saves its state, and the table is drawn.
   limit=$(((seconds - SECONDS - 20) / $#))
   amount=TOKENS_$size
-  andromeda ablate "$here/$size.toml" data.corpus="$corpus" --grid "$here/$size-grid.toml" --amount "${!amount:-${tokens[$size]}}" \
-    --jobs "${JOBS:-${jobs[$size]}}" --cost-steps "${COST_STEPS:-20}" --limit "$((limit > 1 ? limit : 1))" --lean --out "$work/$size" || code=$?
+  andromeda ablate "$here/$size.toml" data.corpus="$corpus" --grid "$here/$size-grid.toml" --budget-amount "${!amount:-${tokens[$size]}}" \
+    --jobs "${JOBS:-${jobs[$size]}}" --timing-steps "${COST_STEPS:-20}" --time-limit "$((limit > 1 ? limit : 1))" --drop-checkpoints --out "$work/$size" || code=$?
   keep
   shift
 done

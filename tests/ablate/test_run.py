@@ -91,7 +91,7 @@ def test_equal_tokens_and_seconds_are_counted_in_steps(tiny: str) -> None:
     assert amount_of("flops", config) == 20 * 96 * flops_per_token(config)
     with pytest.raises(ConfigError, match="less than one step"):
         steps_for("tokens", 10, config)
-    with pytest.raises(ConfigError, match="--cost-steps"):
+    with pytest.raises(ConfigError, match="--timing-steps"):
         steps_for("seconds", 10, config)
 
 
@@ -147,7 +147,7 @@ def table(out: Path) -> list[Any]:
     return [[row["name"], row["mean"], row["effect"], row["corrected_p"], row["verdict"]] for row in rows] + runs
 
 
-STUDY = ["--vary", "model.block.kind=parallel", "--seeds", "2", "--cost-steps", "0"]
+STUDY = ["--vary", "model.block.kind=parallel", "--seeds", "2", "--timing-steps", "0"]
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +187,23 @@ def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int,
 
 def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     out = str(tmp_path / "out")
-    assert call("ablate", tiny, "--vary", "model.num_layers=4", "--seeds", "1", "--cost-steps", "2", "--out", out, "--lean", "--json") == 0
+    assert (
+        call(
+            "ablate",
+            tiny,
+            "--vary",
+            "model.num_layers=4",
+            "--seeds",
+            "1",
+            "--timing-steps",
+            "2",
+            "--out",
+            out,
+            "--drop-checkpoints",
+            "--json",
+        )
+        == 0
+    )
     results = json.loads(capfd.readouterr().out)
     base, deep = results["arms"]
     assert deep["verdict"] == "one seed: no verdict"
@@ -203,7 +219,7 @@ def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[
 def test_a_run_that_diverges_is_no_matter_of_means(tiny: str, tmp_path: Path) -> None:
     out = tmp_path / "out"
     wild = ["--vary", "train.optim.lr=1e18", "train.spike_guard.enabled=false", "train.clip.kind=none"]
-    assert call("ablate", tiny, *wild, "--seeds", "2", "--cost-steps", "0", "--out", str(out)) == 0
+    assert call("ablate", tiny, *wild, "--seeds", "2", "--timing-steps", "0", "--out", str(out)) == 0
     arm = json.loads((out / "results.json").read_text())["arms"][1]
     assert (arm["verdict"], arm["effect"], arm["mean"]) == ("diverges: 2 of 2 runs", None, None)
 
@@ -216,7 +232,7 @@ REFUSED = [
     (["--vary", "train.batch_size=2"], "is the same run as 'baseline'"),
     (["--vary", "model.num_layers=1,1"], "Two arms"),
     (["--vary", "model.num_layers=1", "--budget", "money"], "budget must be one of tokens, flops, seconds"),
-    (["--vary", "model.num_layers=1", "--budget", "seconds"], "--amount"),
+    (["--vary", "model.num_layers=1", "--budget", "seconds"], "--budget-amount"),
     (["--vary", "model.num_layers=1", "--grid", "missing.toml"], "cannot be read"),
     (["--vary", "model.num_layers=1", "data.corpus="], "data.corpus is empty"),
     (["--vary", "model.num_layers=1", "data.corpus=nowhere"], "There is no corpus at nowhere"),
@@ -265,7 +281,7 @@ def test_another_study_in_the_same_folder_is_refused(tiny: str, tmp_path: Path, 
 
 def test_runs_of_other_data_are_not_mixed(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = ["ablate", tiny, "train.steps=2", "train.schedule.cooldown=0", "train.schedule.warmup=0", "--vary", "model.num_layers=1"]
-    asked += ["--seeds", "1", "--cost-steps", "0", "--lean", "--out", str(tmp_path / "out")]
+    asked += ["--seeds", "1", "--timing-steps", "0", "--drop-checkpoints", "--out", str(tmp_path / "out")]
     assert call(*asked) == 0
     other = BuildConfig(tokenizer="bytes", include=(".py",), max_bytes=20_000, validation_fraction=0.2)
     build([str(Path(__file__).parents[1] / "optim")], tmp_path / "other", other)

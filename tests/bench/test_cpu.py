@@ -115,7 +115,7 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads((tmp_path / "cpu.json").read_text())["sides"][ours]["parameters"] == 10
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 4000)
     build([str(tmp_path / "a.txt")], tmp_path / "corpus", BuildConfig(tokenizer="bytes", split_documents_at=4000, validation_fraction=0.1))
-    result = CliRunner().invoke(app, ["bench", "learn", str(tmp_path / "corpus"), "--steps", "3", "--json"])
+    result = CliRunner().invoke(app, ["bench", "convergence", str(tmp_path / "corpus"), "--steps", "3", "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["sides"][BASELINE]["final_loss"] == 0.0
     assert competitors.andromeda_config(True, ComputeMode()).model.value_embedding.kind == "layered"

@@ -43,7 +43,7 @@ def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pyte
         str(tmp_path / "out"),
         "--kinds",
         "bpe,unigram,bytes",
-        "--sizes",
+        "--vocab-sizes",
         "320,400",
         "--flops",
         "3e7",
@@ -97,8 +97,8 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
     [
         (["--kinds", "bpee"], "did you mean bpe?"),
         (["--kinds", ","], "Name at least one kind"),
-        (["--sizes", "1k"], "no whole numbers"),
-        (["--sizes", "100"], "no room for the 256 bytes"),
+        (["--vocab-sizes", "1k"], "no whole numbers"),
+        (["--vocab-sizes", "100"], "no room for the 256 bytes"),
         (["--flops", "-1"], "no number of operations"),
         (["--flops", "nan"], "no number of operations"),
         (["--validation-fraction", "2"], "validation_fraction must be below 0.5"),
@@ -119,5 +119,5 @@ def test_a_mistake_is_one_sentence(
 
 def test_another_comparison_in_the_folder_is_refused(texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "tokenizers.json").write_text('{"plan": {}, "tokenizers": {}}')
-    assert call("tokenizers", "compare", str(texts), "--out", str(tmp_path), "--sizes", "320") == 2
+    assert call("tokenizers", "compare", str(texts), "--out", str(tmp_path), "--vocab-sizes", "320") == 2
     assert "another comparison" in capsys.readouterr().err

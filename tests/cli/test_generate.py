@@ -47,7 +47,7 @@ def call(*arguments: str | Path) -> int:
 
 
 def test_text_goes_to_stdout_and_figures_to_stderr(run: Path, capsys: Capture) -> None:
-    assert call(run, "ab", "--max-tokens", "9", "--seed", "1", "--dtype", "fp32") == 0
+    assert call(run, "ab", "--max-new-tokens", "9", "--seed", "1", "--dtype", "fp32") == 0
     out, err = capsys.readouterr()
     assert out == Andromeda.from_run(run, dtype="fp32").generate("ab", max_new_tokens=9, seed=1) + "\n"
     assert "prompt of 3" in err
@@ -57,15 +57,15 @@ def test_text_goes_to_stdout_and_figures_to_stderr(run: Path, capsys: Capture) -
 
 def test_a_prompt_may_come_from_standard_input(run: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"ab")))
-    assert call(run, "-", "--max-tokens", "9", "--seed", "1") == 0
+    assert call(run, "-", "--max-new-tokens", "9", "--seed", "1") == 0
     piped = capsys.readouterr().out
-    assert call(run, "ab", "--max-tokens", "9", "--seed", "1") == 0
+    assert call(run, "ab", "--max-new-tokens", "9", "--seed", "1") == 0
     assert capsys.readouterr().out == piped
 
 
 @pytest.mark.parametrize("file", ["prompts.txt", "prompts.jsonl"])
 def test_json_is_one_object_a_prompt_in_their_order(run: Path, capsys: Capture, file: str) -> None:
-    assert call(run, "--file", file, "--json", "--max-tokens", "5", "--seed", "2", "--batch", "2", "--dtype", "fp32") == 0
+    assert call(run, "--prompts", file, "--json", "--max-new-tokens", "5", "--seed", "2", "--batch-size", "2", "--dtype", "fp32") == 0
     out, err = capsys.readouterr()
     answers = [json.loads(line) for line in out.rstrip("\n").split("\n")]
     prompts = ["first", "second one"] if file.endswith("txt") else ["first", "second\u2028one", [256, 65]]
@@ -83,14 +83,14 @@ def test_json_is_one_object_a_prompt_in_their_order(run: Path, capsys: Capture, 
 
 
 def test_a_file_without_json_is_headed_answers(run: Path, capsys: Capture) -> None:
-    assert call(run, "--file", "prompts.txt", "--max-tokens", "5") == 0
+    assert call(run, "--prompts", "prompts.txt", "--max-new-tokens", "5") == 0
     out = capsys.readouterr().out
     assert '1. "first"\n' in out
     assert '2. "second one"\n' in out
 
 
 def test_an_answer_ends_at_a_stop_text(run: Path, capsys: Capture) -> None:
-    wishes = ("ab", "--max-tokens", "30", "--seed", "4", "--temperature", "3", "--json")
+    wishes = ("ab", "--max-new-tokens", "30", "--seed", "4", "--temperature", "3", "--json")
     assert call(run, *wishes) == 0
     whole = json.loads(capsys.readouterr().out)["text"]
     assert call(run, *wishes, "--stop", "never written", "--stop", whole[4:7]) == 0
@@ -120,18 +120,18 @@ def test_a_terminal_gets_no_control_characters(monkeypatch: pytest.MonkeyPatch) 
         (["RUN", "x", "--min-p", "-0.1"], "--min-p must be at least 0"),
         (["RUN", "x", "--repetition-penalty", "0"], "--repetition-penalty must be above 0"),
         (["RUN", "x", "--seed", "-1"], "--seed must be at least 0"),
-        (["RUN", "x", "--max-tokens", "0"], "--max-tokens must be above 0"),
-        (["RUN", "x", "--max-tokens", "63"], "A prompt of 2 tokens and 63 new ones are more than this model's context of 64"),
+        (["RUN", "x", "--max-new-tokens", "0"], "--max-new-tokens must be above 0"),
+        (["RUN", "x", "--max-new-tokens", "63"], "A prompt of 2 tokens and 63 new ones are more than this model's context of 64"),
         (["RUN", "x" * 64], "The prompt has 65 tokens"),
         (["RUN", "x", "--stop", ""], "--stop must not be empty text"),
-        (["RUN", "x", "--file", "prompts.txt"], "Give a prompt or --file, not both."),
-        (["RUN", "--file", "absent.txt"], "The prompts in absent.txt cannot be read"),
-        (["RUN", "--file", "."], "The prompts in . cannot be read"),
-        (["RUN", "--file", "empty.txt"], "empty.txt holds no prompts"),
-        (["RUN", "--file", "latin.txt"], "latin.txt is not text in UTF-8 (byte 2)"),
-        (["RUN", "--file", "broken.jsonl"], "Line 2 of broken.jsonl is not JSON"),
-        (["RUN", "--file", "other.jsonl"], "Line 1 of other.jsonl holds no prompt"),
-        (["RUN", "--file", "long.txt"], "Prompt 2 of 2: The prompt has 81 tokens"),
+        (["RUN", "x", "--prompts", "prompts.txt"], "Give a prompt or --prompts, not both."),
+        (["RUN", "--prompts", "absent.txt"], "The prompts in absent.txt cannot be read"),
+        (["RUN", "--prompts", "."], "The prompts in . cannot be read"),
+        (["RUN", "--prompts", "empty.txt"], "empty.txt holds no prompts"),
+        (["RUN", "--prompts", "latin.txt"], "latin.txt is not text in UTF-8 (byte 2)"),
+        (["RUN", "--prompts", "broken.jsonl"], "Line 2 of broken.jsonl is not JSON"),
+        (["RUN", "--prompts", "other.jsonl"], "Line 1 of other.jsonl holds no prompt"),
+        (["RUN", "--prompts", "long.txt"], "Prompt 2 of 2: The prompt has 81 tokens"),
         (["RUN", "x", "--device", "cuda:77"], "device = 'cuda:77'"),
         (["RUN", "x", "--dtype", "int8"], "There is no dtype 'int8'"),
         (["RUN", "x", "--ema"], "keeps no moving average"),
@@ -164,5 +164,5 @@ def test_a_model_without_a_tokenizer_takes_ids_only(run: Path, capsys: Capture) 
     assert call(bare, "x") == 2
     assert "no tokenizer" in capsys.readouterr().err
     Path("ids.jsonl").write_text("[1, 2]\n")
-    assert call(bare, "--file", "ids.jsonl", "--json", "--max-tokens", "3") == 0
+    assert call(bare, "--prompts", "ids.jsonl", "--json", "--max-new-tokens", "3") == 0
     assert len(json.loads(capsys.readouterr().out)["ids"]) == 3

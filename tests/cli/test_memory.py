@@ -28,7 +28,7 @@ def test_memory_that_runs_out(way: str, monkeypatch: pytest.MonkeyPatch, capsys:
         cli.main()
     assert end.value.code == 2
     printed = capsys.readouterr().err
-    assert printed.startswith("andromeda: Memory ran out")
+    assert printed.startswith("andromeda: Out of memory")
     assert printed.strip().endswith(".")
     assert printed.count("\n") == 1
 

@@ -11,7 +11,7 @@ import pytest
 
 VERB = """
 from andromeda.cli import main
-def verb(standalone_mode):
+def verb(**_):
     print("kept")
     {then}
 main.app = verb
@@ -31,7 +31,7 @@ def run(then: str, out: Path) -> tuple[int, str]:
 def test_what_was_printed_before_a_failure_arrives(tmp_path: Path) -> None:
     code, said = run(FAILS, tmp_path / "out")
     assert (code, (tmp_path / "out").read_text()) == (2, "kept\n")
-    assert said == "andromeda: elsewhere: Permission denied: make room or give another place, and call again.\n"
+    assert said == "andromeda: elsewhere: Permission denied: free some space or give another path, and call again.\n"
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no file that is always full")

@@ -174,8 +174,8 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("plan for no tokens at all", nothing, ["plan", "nano", "--tokens", "nan"], "--tokens"),
     ("plan for endless tokens", nothing, ["plan", "nano", "--tokens", "inf"], "--tokens"),
     ("plan at a price below nothing", nothing, ["plan", "nano", "--price", "-1"], "--price"),
-    ("plan of no rows", nothing, ["plan", "nano", "--batch", "0"], "--batch"),
-    ("plan of rows without tokens", nothing, ["plan", "nano", "--seq", "0"], "--seq"),
+    ("plan of no rows", nothing, ["plan", "nano", "--batch-size", "0"], "--batch-size"),
+    ("plan of rows without tokens", nothing, ["plan", "nano", "--seq-len", "0"], "--seq-len"),
     ("plan over heads that do not divide", nothing, ["plan", "nano", "--parallel", "tp=3"], "tp"),
     # data
     ("no corpus", nothing, ["train", "nano", *RUN, "--out", "new"], "data.corpus"),
@@ -248,12 +248,12 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("benchmark of half a token", nothing, ["bench", "embedding", "--out", "x.json", "--tokens", "0.5"], "--tokens"),
     ("result that is a folder", nothing, ["bench", "cpu", "--out", "corpus"], "corpus"),
     ("result below a file", nothing, ["bench", "cpu", "--out", "run/config.toml/x.json"], "x.json"),
-    ("questions in lists without end", write("q.jsonl", b"[" * 100000), ["eval", "run", "fewshot", "--file", "q.jsonl"], "q.jsonl"),
+    ("questions in lists without end", write("q.jsonl", b"[" * 100000), ["eval", "run", "fewshot", "--questions", "q.jsonl"], "q.jsonl"),
     # generation
     ("no run", nothing, ["generate", "nowhere", "the"], "nowhere"),
     ("prompt too long", nothing, ["generate", "run", "x" * 100], "32"),
-    ("too many tokens asked for", nothing, [*WRITE, "--max-tokens", "1000"], "32"),
-    ("no tokens asked for", nothing, [*WRITE, "--max-tokens", "0"], "--max-tokens"),
+    ("too many tokens asked for", nothing, [*WRITE, "--max-new-tokens", "1000"], "32"),
+    ("no tokens asked for", nothing, [*WRITE, "--max-new-tokens", "0"], "--max-new-tokens"),
     ("negative temperature", nothing, [*WRITE, "--temperature", "-1"], "--temperature"),
     ("temperature that is no number", nothing, [*WRITE, "--temperature", "nan"], "--temperature"),
     ("share above one", nothing, [*WRITE, "--top-p", "1.5"], "--top-p"),
@@ -261,12 +261,12 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("share below zero", nothing, [*WRITE, "--min-p", "-0.1"], "--min-p"),
     ("penalty of zero", nothing, [*WRITE, "--repetition-penalty", "0"], "--repetition-penalty"),
     ("empty stop", nothing, [*WRITE, "--stop", ""], "stop"),
-    ("prompt file that is not there", nothing, ["generate", "run", "--file", "nowhere.txt"], "nowhere.txt"),
-    ("prompt file that is empty", write("none.txt", b""), ["generate", "run", "--file", "none.txt"], "none.txt"),
-    ("prompt file of junk", write("junk.txt", b"\xff\xfe\x00"), ["generate", "run", "--file", "junk.txt"], "junk.txt"),
-    ("broken prompt line", write("p.jsonl", b"{\n"), ["generate", "run", "--file", "p.jsonl"], "p.jsonl"),
-    ("prompt in lists without end", write("p.jsonl", b"[" * 100000), ["generate", "run", "--file", "p.jsonl"], "p.jsonl"),
-    ("ids outside the vocabulary", write("p.jsonl", b"[1, 99999]\n"), ["generate", "run", "--file", "p.jsonl"], "99999"),
+    ("prompt file that is not there", nothing, ["generate", "run", "--prompts", "nowhere.txt"], "nowhere.txt"),
+    ("prompt file that is empty", write("none.txt", b""), ["generate", "run", "--prompts", "none.txt"], "none.txt"),
+    ("prompt file of junk", write("junk.txt", b"\xff\xfe\x00"), ["generate", "run", "--prompts", "junk.txt"], "junk.txt"),
+    ("broken prompt line", write("p.jsonl", b"{\n"), ["generate", "run", "--prompts", "p.jsonl"], "p.jsonl"),
+    ("prompt in lists without end", write("p.jsonl", b"[" * 100000), ["generate", "run", "--prompts", "p.jsonl"], "p.jsonl"),
+    ("ids outside the vocabulary", write("p.jsonl", b"[1, 99999]\n"), ["generate", "run", "--prompts", "p.jsonl"], "99999"),
     ("numbers that do not exist", nothing, [*WRITE, "--dtype", "fp7"], "fp7"),
 ]
 
@@ -302,5 +302,5 @@ def test_there_are_enough_cases() -> None:
 
 
 def test_what_works_still_works_after_all_that(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert call(*WRITE, "--max-tokens", "5", "--json") == 0
+    assert call(*WRITE, "--max-new-tokens", "5", "--json") == 0
     assert json.loads(capsys.readouterr().out)["text"] is not None

@@ -21,7 +21,7 @@ from tests.command import call
 
 def test_the_first_result_of_each_kind_has_the_hashes_of_weights_and_data(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tasks = ["bits", "position", "context", "single", "reasoning", "fewshot"]
-    options = ["--samples", "2", "--lengths", "240", "--file", "choices.jsonl", "--depths", "2", "--style", "code", "--device", "cpu"]
+    options = ["--samples", "2", "--lengths", "240", "--questions", "choices.jsonl", "--depths", "2", "--style", "code", "--device", "cpu"]
     capsys.readouterr()
     assert call("eval", "run", *tasks, *options, "--json") == 0
     printed = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
@@ -108,7 +108,7 @@ def test_a_model_without_a_corpus_is_measured_on_a_file(place: Path) -> None:
         (["nowhere"], "nowhere is not a run folder"),
         (["run", "bitz"], "There is no evaluation 'bitz' (did you mean bits?)"),
         (["run", "bits", "--lengths", "1k"], "--lengths must be whole numbers"),
-        (["run", "bits", "--lengths", "0"], "must be above 0"),
+        (["run", "bits", "--lengths", "0"], "--lengths must be whole numbers of at least 1"),
         (["run", "bits", "--lengths", "999"], "more than this model's context of 256"),
         (["run", "bits", "--stride", "300"], "--stride 300"),
         (["run", "bits", "--text", "none.txt"], "none.txt cannot be read"),
@@ -119,21 +119,21 @@ def test_a_model_without_a_corpus_is_measured_on_a_file(place: Path) -> None:
         (["run", "context", "--text", "short.txt"], "No document has"),
         (["run", "multikey", "--lengths", "64"], "too short for multikey"),
         (["run", "common", "--device", "cpu"], "256 tokens is too short for common"),
-        (["run", "single", "--depths", "0"], "--depths must be a number of places from 1"),
+        (["run", "single", "--depths", "0"], "--depths must be a number of depths from 1"),
         (["run", "single", "--depths", "0,1.5"], "--depths must be at most 1, not 1.5"),
         (["run", "single", "--depths", "-1"], "--depths must be at least 0"),
-        (["run", "single", "--depths", "0,x"], "--depths must be a number of places, or places from 0 to 1"),
-        (["run", "single", "--lengths", "-5"], "--lengths must be above 0, not -5"),
+        (["run", "single", "--depths", "0,x"], "--depths must be a number of depths, or depths from 0 to 1"),
+        (["run", "single", "--lengths", "-5"], "--lengths must be whole numbers of at least 1 with commas between them, not '-5'"),
         (["run", "bits", "--out", "choices.jsonl"], "choices.jsonl/evaluations cannot be written"),
         (["run", "single", "--style", "verse"], "--style must be one of prose, code"),
         (["run", "single", "--samples", "0"], "--samples must be above 0"),
-        (["run", "fewshot"], "give it with --file"),
-        (["run", "fewshot", "--file", "none.jsonl"], "There is no file none.jsonl"),
-        (["run", "fewshot", "--file", "solved.jsonl"], "Question 1 of solved.jsonl"),
-        (["run", "fewshot", "--file", "choices.jsonl", "--shots", "7"], "leave none"),
-        (["run", "gsm8k", "--file", "choices.jsonl"], "Question 1 of choices.jsonl"),
-        (["run", "harness"], "--task"),
-        (["run", "harness", "--task", "x", "--include", "none"], "There is no folder none"),
+        (["run", "fewshot"], "give it with --questions"),
+        (["run", "fewshot", "--questions", "none.jsonl"], "There is no file none.jsonl"),
+        (["run", "fewshot", "--questions", "solved.jsonl"], "Question 1 of solved.jsonl"),
+        (["run", "fewshot", "--questions", "choices.jsonl", "--num-fewshot", "7"], "leave none"),
+        (["run", "gsm8k", "--questions", "choices.jsonl"], "Question 1 of choices.jsonl"),
+        (["run", "harness"], "--harness-task"),
+        (["run", "harness", "--harness-task", "x", "--include-path", "none"], "There is no folder none"),
         (["run", "--step", "9"], "The checkpoint of step 9"),
         (["run", "--ema"], "keeps no moving average"),
         (["run", "--dtype", "fp7"], "fp7"),
@@ -188,13 +188,13 @@ def test_what_was_measured_before_an_interruption_stays(
 
 
 @pytest.mark.parametrize(
-    ("shots", "said"), [("1", ("A question with its examples has", "give fewer --shots")), ("0", ("A question has", "leave out"))]
+    ("shots", "said"), [("1", ("A question with its examples has", "give a lower --num-fewshot")), ("0", ("A question has", "leave out"))]
 )
 def test_a_question_that_does_not_fit_says_what_mends_it(
     place: Path, capsys: pytest.CaptureFixture[str], shots: str, said: tuple[str, str]
 ) -> None:
     Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * n, "answer": "#### 1"}) + "\n" for n in (100, 250)))
-    assert call("eval", "run", "gsm8k", "--file", "long.jsonl", "--shots", shots, "--device", "cpu") == 2
+    assert call("eval", "run", "gsm8k", "--questions", "long.jsonl", "--num-fewshot", shots, "--device", "cpu") == 2
     told = capsys.readouterr().err
     assert all(part in told for part in said)
     assert "more than this model's context of 256" in told
@@ -220,8 +220,8 @@ doc_to_target: a
 metric_list: [{{metric: acc}}]
 """
         )
-    options = ["--include", "tasks", "--device", "cpu"]
-    assert call("eval", "run", "harness", "--task", "animals", *options) == 0
+    options = ["--include-path", "tasks", "--device", "cpu"]
+    assert call("eval", "run", "harness", "--harness-task", "animals", *options) == 0
     one = load_results("run")["harness-animals"]
     # The same choices by our own likelihoods.
     loaded = load_model(Path("run"), device="cpu")
@@ -233,7 +233,7 @@ metric_list: [{{metric: acc}}]
     assert one.result == {"animals": {"acc": right / len(rows)}}
     assert call("verify", "run", "--device", "cpu") == 0
     capsys.readouterr()
-    assert call("eval", "run", "harness", "--task", "lost", *options) == 2
+    assert call("eval", "run", "harness", "--harness-task", "lost", *options) == 2
     assert "lost cannot be run" in capsys.readouterr().err.splitlines()[-1]
 
 

@@ -345,5 +345,5 @@ def test_without_the_harness_a_sentence_says_how_to_install_it(
 
     monkeypatch.setattr("andromeda.evaluate.tasks.lm_eval_tasks.find_spec", lambda name: None)
     for task, file in (("fewshot", "choices.jsonl"), ("gsm8k", "solved.jsonl")):
-        assert call("eval", "run", task, "--file", file, "--shots", "1") == 2
+        assert call("eval", "run", task, "--questions", file, "--num-fewshot", "1") == 2
         assert "needs lm-eval: run `pip install 'andromeda[harness]'`" in capsys.readouterr().err

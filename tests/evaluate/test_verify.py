@@ -66,12 +66,12 @@ def test_verify_finds_other_weights_and_other_data(place: Path, capsys: pytest.C
 def test_a_training_repeated_on_a_cpu_is_equal_to_the_last_bit(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Whatever threads are set now: those of the run are used."""
     torch.set_num_threads(2)
-    assert said(capsys, "--repeat")[1]["weights of a repeated training"]["note"] == "equal to the last bit"
+    assert said(capsys, "--retrain")[1]["weights of a repeated training"]["note"] == "equal to the last bit"
     assert torch.get_num_threads() == 2
     torch.set_num_threads(1)
     path = place / "run/config.toml"
     path.write_text(path.read_text().replace("seed = 0", "seed = 1", 1))
-    code, checks = said(capsys, "--repeat")
+    code, checks = said(capsys, "--retrain")
     assert code == 1
     assert not checks["weights of a repeated training"]["agrees"]
 
@@ -83,10 +83,10 @@ def test_a_repeated_training_finds_a_changed_loss(place: Path, capsys: pytest.Ca
     row = next(line for line in lines if "loss" in line)
     row["tokens_per_second"] *= 2
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert said(capsys, "--repeat")[1]["metrics of a repeated training"]["agrees"]
+    assert said(capsys, "--retrain")[1]["metrics of a repeated training"]["agrees"]
     row["loss"] = math.nextafter(row["loss"], 0)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    code, checks = said(capsys, "--repeat")
+    code, checks = said(capsys, "--retrain")
     assert code == 1
     assert checks["weights of a repeated training"]["agrees"]
     assert checks["metrics of a repeated training"]["note"].startswith(f"loss of step {row['step']} was ")
@@ -95,23 +95,23 @@ def test_a_repeated_training_finds_a_changed_loss(place: Path, capsys: pytest.Ca
 def test_elsewhere_only_the_last_losses_of_two_trainings_are_compared(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Another processor rounds otherwise; that is no lie, but another loss is."""
     change(place / "run/manifest.json", lambda told: told["starts"][-1]["machine"].update(processor="another"))
-    code, checks = said(capsys, "--repeat")
+    code, checks = said(capsys, "--retrain")
     assert code == 0
     assert checks["validation/loss of a repeated training"]["difference"] < 1e-4
     path = place / "run/metrics.jsonl"
     path.write_text(path.read_text().replace('"validation/loss": ', '"validation/loss": 1'))
-    assert not said(capsys, "--repeat")[1]["validation/loss of a repeated training"]["agrees"]
+    assert not said(capsys, "--retrain")[1]["validation/loss of a repeated training"]["agrees"]
 
 
 def test_what_cannot_be_repeated_is_one_sentence(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = place / "run/metrics.jsonl"
     whole = path.read_text()
     path.write_text(whole.splitlines()[0].replace('"step": 2', '"step": 1') + "\n")
-    assert call("verify", "run", "--repeat") == 2
+    assert call("verify", "run", "--retrain") == 2
     assert "run stands at step 1 of 2: finish it" in capsys.readouterr().err
     path.write_text(whole)
     (place / "run/extension.json").write_text("{}")
-    assert call("verify", "run", "--repeat") == 2
+    assert call("verify", "run", "--retrain") == 2
     assert "began with the weights of another run" in capsys.readouterr().err
 
 

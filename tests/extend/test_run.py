@@ -141,7 +141,7 @@ def test_xpos_that_cannot_read_on_is_measured_as_far_as_it_can(make: Make, tmp_p
 
 def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "new"
-    options = ["--to", "64", "--steps", "2", "--samples", "2", "--tail", "16", "--out", str(out)]
+    options = ["--to", "64", "--steps", "2", "--samples", "2", "--scored-tokens", "16", "--out", str(out)]
     assert call("extend", str(old), "train.log.every=2", *options) == 0
     printed = capsys.readouterr().out
     assert "yarn, trained" in printed
@@ -161,13 +161,13 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
         (["{old}", "--to", "64", "--method", ","], "Name a method"),
         (["{old}", "--to", "64", "--method", "alibi-scale"], "the model has none"),
         (["{old}", "--to", "64", "--out", "{old}"], "never changed"),
-        (["{old}", "--to", "64", "--rate", "0"], "share of the old learning rates"),
+        (["{old}", "--to", "64", "--lr-scale", "0"], "is a factor on the old learning rates"),
         (["{old}", "--to", "100000"], "fewer than a context of 100,000"),
         (["{old}", "model.max_seq_len=128", "--to", "64"], "contradicts --to 64"),
         (["{old}", "train.sequense=64", "--to", "64"], "did you mean"),
-        (["{old}", "--to", "64", "--held-out", "{tmp}/none"], "There is no corpus"),
+        (["{old}", "--to", "64", "--eval-corpus", "{tmp}/none"], "There is no corpus"),
         (["{old}", "--to", "64", "--samples", "0"], "--samples"),
-        (["{old}", "--to", "64", "--tail", "33"], "more than the 32 tokens that the run was trained on"),
+        (["{old}", "--to", "64", "--scored-tokens", "33"], "is more than the trained context of 32 tokens"),
         (["{old}", "--to", "0"], "--to"),
         (["{old}", "model.hidden_size=32", "--to", "64"], "of another model"),
     ],

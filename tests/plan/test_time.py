@@ -156,7 +156,7 @@ def test_the_command_prints_what_was_computed(small: str) -> None:
 
 def test_presets_stand_side_by_side_at_any_batch_and_length() -> None:
     names = ["andromeda-65b", "speedrun"]  # one takes a step's rows at once, the other sixteen at a time
-    result = run(*names, "--batch", "6", "--seq", "3000", "--json")
+    result = run(*names, "--batch-size", "6", "--seq-len", "3000", "--json")
     assert result.exit_code == 0, result.output
     plans = json.loads(result.stdout)["plans"]
     assert [plan["name"] for plan in plans] == names
@@ -165,7 +165,7 @@ def test_presets_stand_side_by_side_at_any_batch_and_length() -> None:
 
 
 def test_the_table_names_every_section(small: str) -> None:
-    text = run(small, "--seq", "128", "--batch", "4", "--gpu", "cpu").stdout
+    text = run(small, "--seq-len", "128", "--batch-size", "4", "--gpu", "cpu").stdout
     for words in ("Forward FLOPs per token", "cache of one token", "4 of 128", "run at an MFU of 40%", "one this CPU"):
         assert words in text
     assert "\x1b" not in text

@@ -1,6 +1,6 @@
 """Evaluations by lm-evaluation-harness: its own tasks, a user's from a folder, and a user's questions from a JSONL file.
 
-A file of questions becomes a task of the harness that is built here. Its first questions are the solved examples (`--shots`) and are
+A file of questions becomes a task of the harness that is built here. Its first questions are the solved examples (`--num-fewshot`) and are
 never asked.
 """
 
@@ -159,7 +159,7 @@ def _ask(
     try:
         found = _simple_evaluate(model, [config], TaskManager(include_defaults=False), shots=None, samples=None, seed=0)
     except ContextOverflow as error:
-        what, mend = ("with its examples ", "give fewer --shots") if examples else ("", "leave out what is longer")
+        what, mend = ("with its examples ", "give a lower --num-fewshot") if examples else ("", "leave out what is longer")
         raise RequestError(
             f"A question {what}has {error.tokens} tokens, more than this model's context of {loaded.context}: {mend}."
         ) from None
@@ -187,9 +187,9 @@ class HarnessEvaluation:
         require_lm_eval("The evaluation harness")
         loaded.tokenizer("The evaluation harness")
         if not options.tasks:
-            raise RequestError("The evaluation harness needs a task: name one with --task, such as --task hellaswag.")
+            raise RequestError("The evaluation harness needs a task: name one with --harness-task, such as --harness-task hellaswag.")
         if options.include and not Path(options.include).is_dir():
-            raise RequestError(f"There is no folder {options.include}: give the one of your tasks with --include.")
+            raise RequestError(f"There is no folder {options.include}: give the folder of your tasks with --include-path.")
         return [
             HarnessSettings(tasks=options.tasks, include=options.include, shots=options.shots, samples=options.samples, seed=options.seed)
         ]
@@ -251,7 +251,7 @@ def _task_manager(settings: HarnessSettings) -> Any:
     tasks = TaskManager(include_path=settings.include or None)
     for name in settings.tasks:
         if name not in tasks.all_tasks:
-            raise RequestError(f"lm-evaluation-harness has no task {name!r}{nearest(name, tasks.all_tasks)}: see --include.")
+            raise RequestError(f"lm-evaluation-harness has no task {name!r}{nearest(name, tasks.all_tasks)}: see --include-path.")
     return tasks
 
 

@@ -60,7 +60,7 @@ class RetrievalEvaluation:
                 missing.append(name)
         told = f"context of {loaded.context} tokens is too short for {listed(missing)}"
         if not found:
-            raise RequestError(f"This model's {told}: give longer --lengths with --beyond, or leave it out.")
+            raise RequestError(f"This model's {told}: give longer --lengths with --extrapolate, or leave it out.")
         if missing:
             log.warning("andromeda: this model's %s: left out.", told)
         return found
