@@ -17,7 +17,7 @@ def import_(
 ) -> None:
     """Make a run folder of a Hugging Face folder. Nothing of the folder is run: no code, no pickle."""
     if not folder.is_dir():
-        raise CheckpointError(f"There is no folder {folder}: give a Hugging Face folder on this machine.")
+        raise CheckpointError(f"{folder} is no folder: give a Hugging Face folder on this machine.")
 
     from andromeda.hub.import_folder import read_folder, write_run
 

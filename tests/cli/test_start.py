@@ -61,7 +61,7 @@ WRONG = [
     *(([verb, "nowhere", *rest], "nowhere is not a run folder") for verb, rest in (("eval", []), ("report", []), ("verify", []))),
     *(([verb, "nowhere", *rest], "nowhere is not a run folder") for verb, rest in (("generate", ["a"]), ("explain", ["a"]))),
     (["export", "nowhere", "--to", "x"], "nowhere is not a run folder"),
-    (["import", "nowhere", "--out", "x"], "no folder nowhere"),
+    (["import", "nowhere", "--out", "x"], "nowhere is no folder"),
     (["eval", "{run}", "--lengths", "many"], "--lengths"),
     (["explain", "{run}", "a", "--layers", "many"], "--layers"),
     (["verify", "{run}", "--files", "nowhere"], "--files"),

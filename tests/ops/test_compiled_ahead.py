@@ -22,7 +22,16 @@ triton = pytest.importorskip("triton")
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.runtime import driver, jit  # noqa: E402
 
-from andromeda.ops.triton import activation, add_norm_shift, cross_entropy, decode_attention, embedding, float8, gelu, qk_preprocess
+from andromeda.ops.triton import (  # noqa: E402
+    activation,
+    add_norm_shift,
+    cross_entropy,
+    decode_attention,
+    embedding,
+    float8,
+    gelu,
+    qk_preprocess,
+)
 from tests.ops import interpreted  # noqa: E402
 
 pytestmark = pytest.mark.skipif(interpreted.INTERPRETED, reason="the interpreter compiles nothing")
