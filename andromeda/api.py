@@ -27,10 +27,10 @@ from andromeda.hub.export_folder import convert, write_folder
 from andromeda.hub.import_folder import read_folder
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
-from andromeda.train.memory_check import check_fits
-from andromeda.train.precision import fast_bfloat16
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import find_device, load_model, model_tensors
+from andromeda.train.memory_check import check_weights_fit
+from andromeda.train.precision import has_fast_bf16
+from andromeda.train.run_dir import RunDir
+from andromeda.train.state import load_model, model_tensors, resolve_device
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError, RequestError, nearest
 
@@ -72,11 +72,11 @@ class Andromeda(Transformer):
             raise ConfigError(f"{', '.join(names)} cannot change a ModelConfig that is given: leave one of them out.")
         meta, config = str(device) == "meta", config or model_from_names(**names)
         if not meta and module is None:
-            check_fits(config, torch.device("cpu"), 1)
+            check_weights_fit(config, torch.device("cpu"))
         with torch.device("meta" if meta else "cpu"):
             super().__init__(config, embedding=module, seed=seed)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer | None) else Tokenizer.load(tokenizer)
-        place(self, torch.device("meta") if meta else find_device(str(device), "device"), dtype)
+        place(self, torch.device("meta") if meta else resolve_device(str(device), "device"), dtype)
 
     @classmethod
     def from_preset(cls, preset: str, **rest: Any) -> Self:
@@ -105,7 +105,7 @@ class Andromeda(Transformer):
         kept = Path(path) / "tokenizer"
         model = cls(config, tokenizer=kept if kept.exists() else None)
         load_model(model, weights)
-        place(model, find_device(str(device), "device"), dtype)
+        place(model, resolve_device(str(device), "device"), dtype)
         return model.eval()
 
     @classmethod
@@ -119,7 +119,7 @@ class Andromeda(Transformer):
         imported = read_folder(path, tokenizer=tokenizer)
         model = cls(imported.config, tokenizer=imported.tokenizer)
         load_model(model, imported.weights)
-        place(model, find_device(str(device), "device"), dtype)
+        place(model, resolve_device(str(device), "device"), dtype)
         return model.eval()
 
     def save(self, path: str | Path) -> None:
@@ -127,7 +127,7 @@ class Andromeda(Transformer):
 
         Raises CheckpointError when there is one already.
         """
-        folder = RunFolder(path)
+        folder = RunDir(path)
         if folder.exists:
             raise CheckpointError(f"{path} already holds a run: save to another folder.")
         folder.create()
@@ -205,7 +205,7 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype | str) -> N
     if isinstance(dtype, str):
         if dtype == "auto":
             # On CPUs with bfloat16 products decoding gains nothing and prefill loses (docs/generation.md).
-            dtype = "bf16" if device.type == "cuda" and fast_bfloat16(device) else "fp32"
+            dtype = "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
         if dtype not in DTYPES:
             raise ConfigError(f"There is no dtype {dtype!r}{nearest(dtype, DTYPES)}: give auto, {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]

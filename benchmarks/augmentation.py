@@ -26,7 +26,7 @@ from andromeda.data.packing import IGNORE, PackedSequence
 from andromeda.evaluate.bits_per_byte import held_out_bits
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import linear_cross_entropy
-from andromeda.train.progress import Silent
+from andromeda.train.progress import NullReporter
 from andromeda.train.trainer import train
 from andromeda.train.weights import load_weights
 
@@ -83,7 +83,7 @@ def learn(out: Path, steps: int, changes: list[str]) -> Transformer:
     """A model after `steps` of preset nano's schedule."""
     shutil.rmtree(out, ignore_errors=True)
     schedule = [f"train.steps={steps}", f"train.schedule.cooldown={2 * steps // 5}", *QUIET]
-    train(load("nano", [*MODEL, *schedule, *changes]), out, screen=Silent())
+    train(load("nano", [*MODEL, *schedule, *changes]), out, reporter=NullReporter())
     return load_weights(out)
 
 

@@ -39,8 +39,8 @@ from andromeda.evaluate import hidden_notes
 from andromeda.extend.extension import extend
 from andromeda.extend.results import draw
 from andromeda.extend.training_config import ExtendRequest
-from andromeda.train.progress import Lines
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.progress import PlainTextReporter
+from andromeda.train.run_dir import RunDir
 from andromeda.train.trainer import train
 
 
@@ -251,7 +251,7 @@ class Experiment:
 
     def training(self) -> None:
         """As many steps as fit into the time, by the speed of a few, unless their number is given; a run that is there is taken."""
-        tokens, base = self.size.rows * self.size.trained, RunFolder(self.work / "base")
+        tokens, base = self.size.rows * self.size.trained, RunDir(self.work / "base")
         steps = self.steps or (base.config().train.steps if base.exists else 0)
         if not steps:
             speed = self._train("calibration", 16)
@@ -270,7 +270,7 @@ class Experiment:
     def _train(self, name: str, steps: int) -> float:
         """Train for `steps` in the folder `name`; returns tokens a second at the end."""
         config = load("andromeda-125m", [*self._settings(steps), *self.size.model, *self.size.train])
-        train(config, self.work / name, resume=RunFolder(self.work / name).exists, screen=Lines(steps))
+        train(config, self.work / name, resume=RunDir(self.work / name).exists, reporter=PlainTextReporter(steps))
         lines = [json.loads(line) for line in (self.work / name / "metrics.jsonl").read_text().splitlines()]
         torch._dynamo.reset()
         return [line["tokens_per_second"] for line in lines if line.get("tokens_per_second")][-1]
@@ -358,7 +358,7 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
         samples=size.samples,
         held_out=str(work / "code"),
     )
-    return extend(wishes, method, folder_of(work, to, method), Lines, print).values
+    return extend(wishes, method, folder_of(work, to, method), PlainTextReporter, print).values
 
 
 def read_far(work: Path, size: Size) -> dict[str, Any]:
@@ -366,7 +366,7 @@ def read_far(work: Path, size: Size) -> dict[str, Any]:
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
     overrides = ("train.micro_batch_size=1", "train.batch_size=1")
     wishes = ExtendRequest(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
-    return extend(wishes, "yarn", work / f"far-{folders[-1].name}", Lines, print).values
+    return extend(wishes, "yarn", work / f"far-{folders[-1].name}", PlainTextReporter, print).values
 
 
 def mixture(work: Path, length: int, share: float) -> str:

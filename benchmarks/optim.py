@@ -20,7 +20,7 @@ from andromeda.config.model import AttentionConfig, ModelConfig
 from andromeda.config.train import ClipConfig, OptimizerConfig
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import linear_cross_entropy
-from andromeda.optim import Optimizer, build_optimizer, clip
+from andromeda.optim import OptimizerContainer, build_optimizer, clip_gradients
 
 MODEL = ModelConfig(
     vocab_size=4096, max_seq_len=256, hidden_size=256, num_layers=6, attention=AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=64)
@@ -75,14 +75,14 @@ def losses(model: Transformer, ids: torch.Tensor) -> dict[str, Callable[[], obje
     }
 
 
-def updates(model: Transformer, optimizers: dict[str, Optimizer]) -> dict[str, Callable[[], object]]:
+def updates(model: Transformer, optimizers: dict[str, OptimizerContainer]) -> dict[str, Callable[[], object]]:
     """One update by each optimizer at a rate of zero, and each clipper with all of it to do."""
     for optimizer in optimizers.values():
-        optimizer.set_factor(0.0, 0)
+        optimizer.set_lr_factor(0.0, 0)
     cases: dict[str, Callable[[], object]] = {f"update, {name}": optimizer.step for name, optimizer in optimizers.items()}
     for kind in ("none", "norm", "value", "adaptive"):
         config = ClipConfig.model_validate({"kind": kind, "limit": 1e-3})
-        cases[f"clip, {kind}"] = partial(clip, list(model.parameters()), config)
+        cases[f"clip, {kind}"] = partial(clip_gradients, list(model.parameters()), config)
     return cases
 
 
@@ -98,9 +98,9 @@ def measure(cases: dict[str, Callable[[], object]], seconds: float) -> dict[str,
     return least
 
 
-def state_bytes(optimizer: Optimizer) -> int:
+def state_bytes(optimizer: OptimizerContainer) -> int:
     """Bytes of an optimizer's state."""
-    return sum(tensor.numel() * tensor.element_size() for tensor in optimizer.tensors().values())
+    return sum(tensor.numel() * tensor.element_size() for tensor in optimizer.state_tensors().values())
 
 
 def processor() -> str:

@@ -23,9 +23,9 @@ from torch import nn
 from andromeda.bench.record import record, save
 from andromeda.config.load import from_values
 from andromeda.train import checkpoint, state
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.state import Session, build_session
-from andromeda.train.step import Stepper, Work
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.state import TrainState, build_train_state
+from andromeda.train.step import StepBatch, TrainStep
 
 RESULT = Path(__file__).parent / "results" / "training.json"
 MODEL: dict[str, Any] = {
@@ -68,23 +68,23 @@ def main(rounds: int) -> None:
     print(json.dumps(figures, indent=1))
 
 
-def build(settings: dict[str, Any]) -> tuple[Session, Any]:
+def build(settings: dict[str, Any]) -> tuple[TrainState, Any]:
     """A session with these settings of `train`."""
     train = {"batch": BATCH, "device": "cpu", "precision": "fp32", "compile": "off", **settings}
     config = from_values({"model": MODEL, "train": train})
-    return build_session(config, torch.device("cpu"), "benchmark"), config
+    return build_train_state(config, torch.device("cpu"), "benchmark"), config
 
 
-def stepper(live: Session, config: Any) -> Callable[[], object]:
+def stepper(live: TrainState, config: Any) -> Callable[[], object]:
     """One step of `andromeda train`."""
-    step = Stepper(live, NextToken(live.model), config.train)
-    return lambda: step(Work(rows(), BATCH * LENGTH, (0, BATCH)))
+    step = TrainStep(live, NextTokenObjective(live.model), config.train)
+    return lambda: step(StepBatch(rows(), BATCH * LENGTH, (0, BATCH)))
 
 
-def rows() -> Rows:
+def rows() -> MicroBatch:
     """Random tokens."""
     ids = torch.randint(0, MODEL["vocab_size"], (BATCH, LENGTH + 1))
-    return Rows(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
+    return MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None)
 
 
 def copies() -> Callable[[], object]:
@@ -94,7 +94,7 @@ def copies() -> Callable[[], object]:
     for p in twin.parameters():
         p.data = p.data.bfloat16()
     own, cast = list(live.model.parameters()), list(twin.parameters())
-    loss = NextToken(twin)
+    loss = NextTokenObjective(twin)
 
     def step() -> None:
         for p, q in zip(own, cast, strict=True):
@@ -131,7 +131,7 @@ def count_faults(name: str) -> None:
     """What such a process does."""
     torch.set_num_threads(1)
     if name == "memory given back":
-        state.keep_freed_memory = lambda: None
+        state.retain_freed_memory = lambda: None
     assert name in ("memory given back", "memory kept")
     step = stepper(*build({}))
     for _ in range(3):
@@ -142,7 +142,7 @@ def count_faults(name: str) -> None:
     print((resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) // 4)
 
 
-def saving(live: Session) -> float:
+def saving(live: TrainState) -> float:
     """Seconds to write, read back, compare and name a checkpoint with AdamW's state."""
     stepper(live, live.config)()
     with tempfile.TemporaryDirectory() as folder:

@@ -24,7 +24,7 @@ from andromeda.ablate.jobs import AblationJob, PlannedVariant, jobs_of, plan_var
 from andromeda.ablate.worker import RunResult, StepCost, load_result
 from andromeda.ablate.worker_pool import WorkerPool, WorkerProcess, environments
 from andromeda.bench.record import record, save
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
 
@@ -92,9 +92,9 @@ def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: Ab
     return AblationResult(json.loads((out / "results.json").read_text()), finished, len(jobs), slots.failures, slots.slots.stopped)
 
 
-def _claim(out: Path) -> RunFolder:
+def _claim(out: Path) -> RunDir:
     """Make the folder and keep other processes out of it."""
-    folder = RunFolder(out)
+    folder = RunDir(out)
     if folder.exists:
         raise ConfigError(f"{out} is a run folder: give the ablation a folder of its own with --out.")
     try:

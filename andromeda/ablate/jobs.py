@@ -14,11 +14,11 @@ from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
 from andromeda.model.meta_model import meta_model
-from andromeda.optim.schedules import build_window
+from andromeda.optim.schedules import build_window_warmup
 from andromeda.plan.estimate import count_parameters
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import find_device
-from andromeda.train.trainer import open_data
+from andromeda.train.run_dir import RunDir
+from andromeda.train.state import resolve_device
+from andromeda.train.trainer import open_streams
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 SAMPLES = 64
@@ -35,7 +35,7 @@ def flops_per_token(config: RunConfig) -> float:
     sequence, train = config.train.seq_len or config.model.max_seq_len, config.train
     if not train.window.end:
         return training_flops_per_token(config.model, sequence)
-    window = build_window(train.window, SAMPLES)
+    window = build_window_warmup(train.window, SAMPLES)
     return statistics.fmean(training_flops_per_token(config.model, sequence, window=window(at)) for at in range(SAMPLES))
 
 
@@ -125,8 +125,8 @@ def _planned(source: str, changes: Sequence[str], arm: Variant, cost: Sequence[s
             # Without it nothing would be held out, and there would be nothing to compare.
             config = load(source, [*changes, f"train.eval_every={config.train.steps}"])
         check_training(config)
-        find_device(config.train.device)
-        open_data(config)
+        resolve_device(config.train.device)
+        open_streams(config)
         measured = load(source, [*changes, *cost])
         return PlannedVariant(arm, config, count_parameters(meta_model(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
@@ -171,7 +171,7 @@ def _job(plan: PlannedVariant, seed: int, out: Path) -> AblationJob:
 def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
     """Raises ConfigError when a run folder already holds another run than the job's, or one of other data."""
     for job in jobs:
-        folder = RunFolder(job.folder)
+        folder = RunDir(job.folder)
         if not folder.exists:
             continue
         old, new = flatten(folder.config().model_dump()), flatten(job.config.model_dump())
@@ -179,7 +179,7 @@ def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
         if differing:
             told = f"{differing[0]} was {old.get(differing[0])!r} and is now {new.get(differing[0])!r}"
             raise ConfigError(f"{job.folder} holds another run ({told}): give the old values, or another --out.")
-        before, now = folder.manifest().get("data"), open_data(job.config)[0].fingerprint
+        before, now = folder.manifest().get("data"), open_streams(job.config)[0].fingerprint
         if before not in (None, now):
             raise ConfigError(
                 f"{job.folder} was trained on other data (fingerprint {before[:12]}, now {now[:12]}): "

@@ -23,12 +23,12 @@ from andromeda.ablate.jobs import tokens_per_step
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
-from andromeda.train.metrics import memory, read_metrics
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import build_session, find_device
-from andromeda.train.step import Stepper, Work
-from andromeda.train.trainer import TrainingFailed, stream_length, train
+from andromeda.train.metrics import peak_memory, read_metrics
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.run_dir import RunDir
+from andromeda.train.state import build_train_state, resolve_device
+from andromeda.train.step import StepBatch, TrainStep
+from andromeda.train.trainer import TrainingFailed, resolve_seq_len, train
 from andromeda.utils.errors import AndromedaError, CheckpointError
 from andromeda.utils.files import write_whole
 
@@ -54,20 +54,20 @@ class StepCost:
 
 def measure_cost(config: RunConfig, steps: int) -> StepCost:
     """Take a few real steps of a run that is thrown away."""
-    device = find_device(config.train.device)
+    device = resolve_device(config.train.device)
     _forget(device)
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
-    stream = open_stream(config.data, stream_length(config), config.seed)
-    session = build_session(config, device, stream.fingerprint)
-    stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
+    stream = open_stream(config.data, resolve_seq_len(config), config.seed)
+    session = build_train_state(config, device, stream.fingerprint)
+    stepper = TrainStep(session, NextTokenObjective(session.model, config.train.z_loss), config.train)
     batch = stream.batch(0, config.train.batch_size)
-    work = Work(Rows.of(batch, config.data.document_mask), batch.tokens, (0, config.train.batch_size))
-    session.optimizer.set_factor(1e-3, 0)
+    work = StepBatch(MicroBatch.from_batch(batch, config.data.document_mask), batch.tokens, (0, config.train.batch_size))
+    session.optimizer.set_lr_factor(1e-3, 0)
     times = [_timed(stepper, work, device) for _ in range(WARMUP + steps)]
-    return StepCost(statistics.median(times[WARMUP:]), memory(device) - before, tokens_per_step(config))
+    return StepCost(statistics.median(times[WARMUP:]), peak_memory(device) - before, tokens_per_step(config))
 
 
-def _timed(stepper: Stepper, work: Work, device: torch.device) -> float:
+def _timed(stepper: TrainStep, work: StepBatch, device: torch.device) -> float:
     start = time.perf_counter()
     stepper(work)
     if device.type == "cuda":
@@ -109,7 +109,7 @@ class RunResult:
 
 def collect_result(folder: Path, failed: str = "") -> RunResult:
     """The outcome of a run from its metrics.jsonl."""
-    lines = read_metrics(RunFolder(folder).metrics_file).lines
+    lines = read_metrics(RunDir(folder).metrics_file).records
     timed = [line for line in lines if "seconds" in line]
     held_out = [line for line in lines if "validation/loss" in line]
     last: dict[str, Any] = timed[-1] if timed else {"step": 0, "tokens": 0, "seconds": 0.0}

@@ -29,10 +29,10 @@ from andromeda.bench.timing import time_alternately
 from andromeda.config.load import from_values
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.precision import PRECISIONS, fast_bfloat16
-from andromeda.train.state import build_session
-from andromeda.train.step import Stepper, Work
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.precision import PRECISIONS, has_fast_bf16
+from andromeda.train.state import build_train_state
+from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import MissingExtra
 from andromeda.utils.hardware import matmul_rate
 
@@ -93,12 +93,12 @@ def andromeda_config(mixed: bool, way: ComputeMode) -> RunConfig:
 
 def _andromeda(mixed: bool, way: ComputeMode) -> Competitor:
     config = andromeda_config(mixed, way)
-    session = build_session(config, CPU, "bench")
-    stepper = Stepper(session, NextToken(session.model), config.train)
+    session = build_train_state(config, CPU, "bench")
+    stepper = TrainStep(session, NextTokenObjective(session.model), config.train)
 
     def step(ids: Tensor, targets: Tensor, factor: float) -> Tensor:
-        session.optimizer.set_factor(factor, 0)
-        return stepper(Work(Rows(ids, targets, None), targets.numel(), (0, ROWS))).nll
+        session.optimizer.set_lr_factor(factor, 0)
+        return stepper(StepBatch(MicroBatch(ids, targets, None), targets.numel(), (0, ROWS))).nll
 
     return Competitor(step, sum(p.numel() for p in session.model.parameters()), training_flops_per_token(config.model, CONTEXT))
 
@@ -173,7 +173,7 @@ Key = tuple[str, ComputeMode]
 def compute_modes() -> list[ComputeMode]:
     """All that can be anyone's best here: compiled where there is a compiler, bfloat16 where it is not emulated."""
     compiled = (False, True) if shutil.which("g++") or shutil.which("clang++") else (False,)
-    precisions = ("fp32", "bf16") if fast_bfloat16(CPU) else ("fp32",)
+    precisions = ("fp32", "bf16") if has_fast_bf16(CPU) else ("fp32",)
     return [ComputeMode(way, precision) for precision in precisions for way in compiled]
 
 

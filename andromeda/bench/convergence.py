@@ -14,7 +14,10 @@ from typing import Any
 from andromeda.bench.competitors import BASELINE, COMPETITORS, CONTEXT, ROWS, VOCABULARY, Competitor, ComputeMode, build_competitor
 from andromeda.bench.timing import time_alternately
 from andromeda.config.data import DataConfig
+from andromeda.config.train import ScheduleConfig
 from andromeda.data.loader import TokenStream, open_stream
+from andromeda.optim import build_schedule
+from andromeda.optim.schedules import LRFactor
 from andromeda.utils.errors import DataError
 
 WINDOW = 0.1
@@ -29,21 +32,19 @@ def measure(corpus: str, steps: int, way: ComputeMode) -> dict[str, Any]:
         raise DataError(f"The corpus {corpus} has {stream.vocab_size} tokens: build one with --vocab-size {VOCABULARY}.")
     sides = {name: build_competitor(name, way) for name in COMPETITORS}
     losses: dict[str, list[float]] = {name: [] for name in COMPETITORS}
-    works = {name: partial(_learn, side, stream, steps, losses[name]) for name, side in sides.items()}
+    works = {name: partial(_learn, side, stream, lr_schedule(steps), losses[name]) for name, side in sides.items()}
     seconds = time_alternately(works, 0, steps)
     return {"way": str(way), "steps": steps, "corpus": stream.fingerprint, "sides": compare(losses, seconds, sides)}
 
 
-def factor(step: int, steps: int) -> float:
-    """Share of the learning rate: a short rise, then a cosine down to a tenth."""
-    if step < WARMUP:
-        return (step + 1) / WARMUP
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - WARMUP) / max(1, steps - WARMUP)))
+def lr_schedule(steps: int) -> LRFactor:
+    """A short warm-up, then a cosine down to a tenth."""
+    return build_schedule(ScheduleConfig(kind="cosine", warmup=min(WARMUP, steps), min_lr_ratio=0.1), steps)
 
 
-def _learn(side: Competitor, stream: TokenStream, steps: int, losses: list[float], step: int) -> None:
+def _learn(side: Competitor, stream: TokenStream, schedule: LRFactor, losses: list[float], step: int) -> None:
     batch = stream.batch(step * ROWS, ROWS)
-    losses.append(float(side.step(batch.ids, batch.targets, factor(step, steps))))
+    losses.append(float(side.step(batch.ids, batch.targets, schedule(step))))
 
 
 def compare(losses: dict[str, list[float]], seconds: dict[str, list[float]], sides: dict[str, Competitor]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.plan import HardwareSetup, plan
 from andromeda.plan.device_mesh import DeviceMeshShape
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.state import build_session, find_device
-from andromeda.train.step import Stepper, Work
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.state import build_train_state, resolve_device
+from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.hardware import Hardware, peak_flops, recognize, this_cpu
 
 ROUNDS = 5
@@ -30,7 +30,7 @@ def measure(source: str, changes: list[str]) -> dict[str, Any]:
     config = load(source, changes)
     micro = config.train.micro_batch_size or config.train.batch_size
     config = load(source, [*changes, f"train.batch_size={min(config.train.batch_size, 2 * micro)}", f"train.micro_batch_size={micro}"])
-    device = find_device(config.train.device)
+    device = resolve_device(config.train.device)
     planned = plan(source, config, HardwareSetup(_hardware(device), device.type == "cuda", DeviceMeshShape()))
     real = _run(config, device)
     peak = peak_flops(str(device), planned.precision)
@@ -58,11 +58,11 @@ def _hardware(device: torch.device) -> Hardware:
 
 def _run(config: RunConfig, device: torch.device) -> dict[str, float]:
     """A few real steps: bytes before one and at its worst moment, tokens a second."""
-    session = build_session(config, device, "bench")
-    stepper = Stepper(session, NextToken(session.model), config.train)
+    session = build_train_state(config, device, "bench")
+    stepper = TrainStep(session, NextTokenObjective(session.model), config.train)
     shape = (config.train.batch_size, config.train.seq_len or config.model.max_seq_len)
     ids = torch.randint(0, config.model.vocab_size, shape, device=device)
-    work = Work(Rows(ids, ids, None), ids.numel(), (0, len(ids)))
+    work = StepBatch(MicroBatch(ids, ids, None), ids.numel(), (0, len(ids)))
 
     def step() -> None:
         stepper(work)
@@ -72,7 +72,8 @@ def _run(config: RunConfig, device: torch.device) -> dict[str, float]:
     if device.type == "cuda":
         state, peak = _cuda_peak(step)
     else:
-        held = [*session.optimizer.tensors().values(), *session.average.tensors().values(), *session.model.state_dict().values()]
+        held = [*session.optimizer.state_tensors().values(), *session.model.state_dict().values()]
+        held += session.ema.state_tensors().values() if session.ema else []
         state, peak = _cpu_peak(step, held)
     start = time.perf_counter()
     for _ in range(ROUNDS):

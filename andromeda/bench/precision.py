@@ -19,9 +19,9 @@ from torch import Tensor
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.optim import build_schedule
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.state import build_session, find_device
-from andromeda.train.step import Stepper, Work
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.state import build_train_state, resolve_device
+from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import AndromedaError
 
 BYTES = 256
@@ -65,16 +65,16 @@ def batches(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def _curve(config: RunConfig) -> dict[str, Any]:
-    device = find_device(config.train.device)
-    session = build_session(config, device, "bench")
-    stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
+    device = resolve_device(config.train.device)
+    session = build_train_state(config, device, "bench")
+    stepper = TrainStep(session, NextTokenObjective(session.model, config.train.z_loss), config.train)
     schedule = build_schedule(config.train.schedule, config.train.steps)
     losses, seconds = [], []
     for number, (ids, targets) in enumerate(batches(config)):
-        session.optimizer.set_factor(schedule(number), number)
-        rows = Rows(ids.to(device), targets.to(device), None)
+        session.optimizer.set_lr_factor(schedule(number), number)
+        rows = MicroBatch(ids.to(device), targets.to(device), None)
         start = time.perf_counter()
-        losses.append(stepper(Work(rows, targets.numel(), (0, len(ids)))).nll.item())
+        losses.append(stepper(StepBatch(rows, targets.numel(), (0, len(ids)))).nll.item())
         seconds.append(time.perf_counter() - start)
     final = losses[-TAIL:]
     return {

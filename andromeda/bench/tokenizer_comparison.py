@@ -26,8 +26,8 @@ from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import ROUND_TRIP_TEXT, Tokenizer
 from andromeda.evaluate.bits_per_byte import held_out_bits
 from andromeda.model.flops import training_flops_per_token
-from andromeda.train.progress import Screen
-from andromeda.train.trainer import stream_length, train
+from andromeda.train.progress import Reporter
+from andromeda.train.trainer import resolve_seq_len, train
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
@@ -66,7 +66,7 @@ class ComparisonIO:
 
     report: ProgressCallback
     note: Callable[[str], None]
-    screens: Callable[[int], Screen]
+    screens: Callable[[int], Reporter]
     workers: int = 1
 
 
@@ -121,7 +121,7 @@ def speeds(tokenizer: Tokenizer, text: bytes) -> dict[str, Any]:
 
 def steps_for(config: RunConfig, flops: float) -> int:
     """Steps of training that come nearest to so many floating-point operations, one at least."""
-    length = stream_length(config)
+    length = resolve_seq_len(config)
     return max(1, round(flops / (config.train.batch_size * length * training_flops_per_token(config.model, length))))
 
 
@@ -144,12 +144,12 @@ def _learn(plan: TokenizerComparison, folder: Path, around: ComparisonIO) -> dic
     around.note(f"{folder.name}: training {config.train.steps:,} steps")
     screen = around.screens(config.train.steps)
     try:
-        ended = train(config, folder / "run", resume=(folder / "run" / "config.toml").exists(), screen=screen)
+        ended = train(config, folder / "run", resume=(folder / "run" / "config.toml").exists(), reporter=screen)
     finally:
         screen.close()
     if ended.signal:
         raise ComparisonInterrupted(ended.signal)
-    length = stream_length(config)
+    length = resolve_seq_len(config)
     bits = held_out_bits(
         load_weights(folder / "run"), open_stream(config.data, length, config.seed, "val"), context=length, stride=length // 2
     )

@@ -23,9 +23,9 @@ from andromeda.bench.models import ANDROMEDA_UNFUSED, LLAMA, X_TRANSFORMERS_ALIB
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.state import build_session, find_device
-from andromeda.train.step import Outcome, Stepper, Work
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.state import build_train_state, resolve_device
+from andromeda.train.step import StepBatch, StepResult, TrainStep
 
 WARMUP = 2
 
@@ -42,7 +42,7 @@ def measure(
     config = load(source, changes)
     micro = config.train.micro_batch_size or min(config.train.batch_size, rows)
     config = load(source, [*changes, f"train.batch_size={rows}", f"train.micro_batch_size={micro}"])
-    device = find_device(config.train.device)
+    device = resolve_device(config.train.device)
     makers: dict[str, Callable[[], Step]] = {"Andromeda": partial(_andromeda, config, device)}
     if unfused:
         makers[ANDROMEDA_UNFUSED] = partial(_unfused, config, device)
@@ -99,13 +99,13 @@ def _seconds(step: Step, ids: Tensor) -> tuple[float, str | None]:
     done = step(ids)
     if ids.is_cuda:
         torch.cuda.synchronize()
-    return time.perf_counter() - start, done.bad if isinstance(done, Outcome) else None
+    return time.perf_counter() - start, done.skip_reason if isinstance(done, StepResult) else None
 
 
 def _andromeda(config: RunConfig, device: torch.device) -> Step:
-    session = build_session(config, device, "bench")
-    stepper = Stepper(session, NextToken(session.model, config.train.z_loss), config.train)
-    return lambda ids: stepper(Work(Rows(ids, ids, None), ids.numel(), (0, len(ids))))
+    session = build_train_state(config, device, "bench")
+    stepper = TrainStep(session, NextTokenObjective(session.model, config.train.z_loss), config.train)
+    return lambda ids: stepper(StepBatch(MicroBatch(ids, ids, None), ids.numel(), (0, len(ids))))
 
 
 def _unfused(config: RunConfig, device: torch.device) -> Step:

@@ -31,19 +31,19 @@ def load_config(source: str, overrides: Sequence[str] | None) -> RunConfig:
 
 def check_exists(run: Path) -> None:
     """Raise CheckpointError, before anything slow is imported, for a path that is not a run folder."""
-    from andromeda.train.run_dir import RunFolder
+    from andromeda.train.run_dir import RunDir
     from andromeda.utils.errors import CheckpointError
 
-    if not RunFolder(run).exists:
+    if not RunDir(run).exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
 
 
 def check_run(run: Path) -> None:
     """`check_exists`, and raise ConfigError where the run's config.toml cannot be read."""
-    from andromeda.train.run_dir import RunFolder
+    from andromeda.train.run_dir import RunDir
 
     check_exists(run)
-    RunFolder(run).config()
+    RunDir(run).config()
 
 
 def parse_ints(option: str, text: str, least: int = 0) -> tuple[int, ...]:

@@ -24,7 +24,7 @@ def demo(
     from andromeda.cli import demo_run as steps
     from andromeda.evaluate.loaded_model import load_model
     from andromeda.report import write_report
-    from andromeda.train.progress import build_screen
+    from andromeda.train.progress import build_reporter
 
     config = steps.configuration(corpus, list(overrides or []))
     print(f"Corpus: the Python sources of {sys.executable}, in {corpus}", flush=True)
@@ -34,7 +34,7 @@ def demo(
     print(f"  {train.documents:,} documents, {train.tokens:,} tokens to learn from; {held_out.bytes:,} bytes held out")
 
     print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
-    result = steps.train_or_go_on(config, out, build_screen(config.train.steps, False))
+    result = steps.train_or_go_on(config, out, build_reporter(config.train.steps, False))
     if result.signal:
         print("Interrupted; the state is saved. The same command resumes.")
         raise typer.Exit(128 + result.signal)

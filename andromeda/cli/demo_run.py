@@ -24,9 +24,9 @@ from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.request import check_options
 from andromeda.evaluate.result import EvalResult
 from andromeda.train.metrics import read_metrics
-from andromeda.train.progress import Screen
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.trainer import Result as Ended
+from andromeda.train.progress import Reporter
+from andromeda.train.run_dir import RunDir
+from andromeda.train.trainer import TrainResult as Ended
 from andromeda.train.trainer import train
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.files import write_whole
@@ -107,9 +107,9 @@ def configuration(corpus: Path, overrides: list[str]) -> RunConfig:
     return load(PRESET, [f"data.corpus={json.dumps(str(corpus))}", *overrides])
 
 
-def train_or_go_on(config: RunConfig, out: Path, screen: Screen) -> Ended:
+def train_or_go_on(config: RunConfig, out: Path, screen: Reporter) -> Ended:
     """Train in `out`, from its last checkpoint if there is one."""
-    return train(config, out, resume=(out / "config.toml").exists(), screen=screen)
+    return train(config, out, resume=(out / "config.toml").exists(), reporter=screen)
 
 
 def compressed_bits(text: bytes) -> tuple[float, float]:
@@ -136,7 +136,7 @@ def measure(subject: LoadedModel, corpus: Path, evaluations: list[EvalResult]) -
     """Model and compressors on the held-out text; kept as demo.json in the run folder."""
     bits = next(result.result for result in evaluations if result.kind == "bits")
     xz, deflate = compressed_bits((corpus / "val.txt").read_bytes())
-    lines = read_metrics(RunFolder(subject.run).metrics_file).lines
+    lines = read_metrics(RunDir(subject.run).metrics_file).records
     last = next(line for line in reversed(lines) if "seconds" in line)
     measured = Measured(
         held_out=bits["bits_per_byte"],

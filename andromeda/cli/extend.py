@@ -47,7 +47,7 @@ def extend(
     from andromeda.extend.extension import extend as work
     from andromeda.extend.results import draw, table, verdicts
     from andromeda.extend.training_config import ExtendRequest
-    from andromeda.train.progress import Silent, build_screen
+    from andromeda.train.progress import NullReporter, build_reporter
 
     request = ExtendRequest(str(run), to, steps, lr_scale, tuple(changes), samples, scored_tokens or 0, eval_corpus)
     name = "extended" if "," in method or method == "all" else method
@@ -56,7 +56,7 @@ def extend(
     def note(text: str) -> None:
         print(text, file=sys.stderr if as_json else sys.stdout, flush=True)
 
-    ended = work(request, method, folder, lambda count: Silent() if as_json else build_screen(count), note)
+    ended = work(request, method, folder, lambda count: NullReporter() if as_json else build_reporter(count), note)
     if ended.signal:
         note("interrupted; the state is saved: the same command resumes.")
         raise typer.Exit(128 + ended.signal)

@@ -44,7 +44,7 @@ def compare(
 
     from andromeda.bench.tokenizer_comparison import ComparisonInterrupted, ComparisonIO, TokenizerComparison, numbers, run, table, words
     from andromeda.cli.tables import show
-    from andromeda.train.progress import Silent, build_screen
+    from andromeda.train.progress import NullReporter, build_reporter
 
     plan = TokenizerComparison(
         tuple(sources),
@@ -62,7 +62,7 @@ def compare(
 
     try:
         with progress() as report:
-            around = ComparisonIO(report, note, lambda steps: Silent() if as_json else build_screen(steps), os.cpu_count() or 1)
+            around = ComparisonIO(report, note, lambda steps: NullReporter() if as_json else build_reporter(steps), os.cpu_count() or 1)
             found = run(plan, out, around)
     except ComparisonInterrupted as error:
         note("interrupted; the state is saved: the same command resumes.")

@@ -37,14 +37,14 @@ def train(
     settings = load_config(config or str(out), changes)
     check_training(settings)
 
-    from andromeda.train.progress import build_screen
+    from andromeda.train.progress import build_reporter
     from andromeda.train.trainer import train as run
 
-    with closing(build_screen(settings.train.steps, as_json)) as screen:
-        result = run(settings, out or _named(settings.name), resume=resume, screen=screen)
+    with closing(build_reporter(settings.train.steps, as_json)) as reporter:
+        result = run(settings, out or _named(settings.name), resume=resume, reporter=reporter)
         if result.signal:
             raise typer.Exit(128 + result.signal)
-        screen.note(_report(result.folder))
+        reporter.message(_report(result.run_dir))
 
 
 def _named(name: str) -> Path:

@@ -32,9 +32,9 @@ def verify(
     from andromeda.cli.tables import show
     from andromeda.evaluate import verification as checking
     from andromeda.evaluate.reproduce import retrain_and_compare as repeating
-    from andromeda.train.state import find_device
+    from andromeda.train.state import resolve_device
 
-    find_device(device, "--device")
+    resolve_device(device, "--device")
     locations = checking.DataLocations(corpus, files)
     checks = []
     with progress() as report, tempfile.TemporaryDirectory() as place:

@@ -59,23 +59,25 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     return math.ceil(XPOS_BITS * model.max_seq_len / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))
 
 
-def find_class(path: str, key: str) -> Any:
-    """The kind of module that `package.module:Class` names; Python modules in the current folder are found too.
-
-    Raises ConfigError naming the key.
-    """
+def import_class(path: str, key: str) -> Any:
+    """What `package.module:Class` names; Python modules in the current folder are found too. Raises ConfigError naming the key."""
     module, _, name = path.partition(":")
     here = str(Path.cwd())
     if here not in sys.path:
         # An installed command does not search the folder it is run in, where a user's own module lies.
         sys.path.append(here)
     try:
-        found = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except Exception as error:  # whatever the user's module raises while it is imported
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ConfigError(
             f"{key} = {path!r} cannot be imported ({reason}): give package.module:Class, defined at the top of its module."
         ) from None
+
+
+def find_class(path: str, key: str) -> Any:
+    """The kind of module that `package.module:Class` names. Raises ConfigError naming the key."""
+    found = import_class(path, key)
     if not (isinstance(found, type) and hasattr(found, "forward")):
         raise ConfigError(f"{key} = {path!r} is no class of modules with a `forward`: give package.module:Class of one.")
     return found

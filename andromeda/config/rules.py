@@ -28,6 +28,7 @@ from andromeda.config.derived import (
 from andromeda.config.mistakes import sentence
 from andromeda.config.model import BACKENDS, MIXERS, ModelConfig
 from andromeda.config.run import RunConfig
+from andromeda.config.train import OPTIMIZERS
 from andromeda.utils.errors import ConfigError, nearest
 
 Rule = tuple[Callable[[Any], Any], str]
@@ -209,6 +210,10 @@ RUN: tuple[Rule, ...] = (
         "set it to 'wsd'",
     ),
     (
+        lambda c: c.train.optim.kind not in OPTIMIZERS and not re.fullmatch(r"[\w.]+:\w+", c.train.optim.kind),
+        "train.optim.kind = {c.train.optim.kind!r} is not an optimizer{optimizer_hint}: give {optimizers} or package.module:Class",
+    ),
+    (
         lambda c: not all(0 <= beta < 1 for beta in c.train.optim.betas),
         "train.optim.betas = {c.train.optim.betas} must both be at least 0 and below 1",
     ),
@@ -382,7 +387,14 @@ def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
 def _holding(rules: Iterable[Rule], **parts: Any) -> list[str]:
     """The clauses of the rules that hold."""
     (part,) = parts.values()
-    return [clause.format(**parts, **vars(_figures(parts.get("m") or part.model))) for holds, clause in rules if holds(part)]
+    figures = vars(_figures(parts.get("m") or part.model)) | _optimizers(parts.get("c"))
+    return [clause.format(**parts, **figures) for holds, clause in rules if holds(part)]
+
+
+def _optimizers(config: RunConfig | None) -> dict[str, str]:
+    if config is None:
+        return {}
+    return {"optimizers": ", ".join(OPTIMIZERS), "optimizer_hint": nearest(config.train.optim.kind, OPTIMIZERS)}
 
 
 def _figures(m: ModelConfig) -> SimpleNamespace:

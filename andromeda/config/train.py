@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from andromeda.config.base import BaseConfig, Pair, StepsOrFraction, Strings
+
+OPTIMIZERS = {
+    "adamw": "andromeda.optim.adamw:AdamW",
+    "adamw8bit": "andromeda.optim.adamw_8bit:AdamW8bit",
+    "muon": "andromeda.optim.muon:Muon",
+}
+"""Built-in optimizers that `optim.kind` may name, each by its `package.module:Class`."""
 
 
 class ScheduleConfig(BaseConfig):
@@ -32,12 +39,14 @@ class ClipConfig(BaseConfig):
 
 
 class OptimizerConfig(BaseConfig):
-    """The optimizer of matrices, and AdamW for everything else when that is Muon."""
+    """The optimizer, its learning rates by role, and the keys of AdamW and Muon."""
 
-    kind: Literal["adamw", "adamw8bit", "muon"] = "adamw"
-    """AdamW, AdamW with 8-bit states, or Muon for matrices with AdamW for the rest."""
+    kind: str = "adamw"
+    """`adamw`, `adamw8bit` (8-bit moments), `muon` (Muon for matrices, AdamW for the rest), or `package.module:Class` of your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Keys of an optimizer of your own, checked by its `Config`."""
     lr: PositiveFloat = 3e-4
-    """Learning rate of matrices (all parameters, with AdamW)."""
+    """Learning rate of matrices, and of every role without a rate of its own."""
     betas: Pair = (0.9, 0.95)
     """AdamW: decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
@@ -53,11 +62,11 @@ class OptimizerConfig(BaseConfig):
     newton_schulz_steps: int = Field(5, gt=0, le=100)
     """Muon: iterations of the orthogonalization."""
     embedding_lr: NonNegativeFloat = 0.0
-    """Learning rate of embedding tables; 0 takes `lr` (AdamW) or 0.3 (Muon)."""
+    """Learning rate of embedding tables; 0 takes `lr`, or 0.3 with Muon."""
     head_lr: NonNegativeFloat = 0.0
-    """Learning rate of the head; 0 takes `lr` (AdamW) or 0.004 (Muon)."""
+    """Learning rate of the head; 0 takes `lr`, or 0.004 with Muon."""
     scalar_lr: NonNegativeFloat = 0.0
-    """Learning rate of gains, biases and mixing weights; 0 takes `lr` (AdamW) or 0.04 (Muon)."""
+    """Learning rate of gains, biases and mixing weights; 0 takes `lr`, or 0.04 with Muon."""
 
 
 class SpikeGuardConfig(BaseConfig):

@@ -15,8 +15,8 @@ from andromeda.api import Andromeda
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.train.manifest import code_state, device_name, machine, versions
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.weights import chosen
+from andromeda.train.run_dir import RunDir
+from andromeda.train.weights import resolve_checkpoint
 from andromeda.utils.errors import RequestError
 
 log = logging.getLogger("andromeda")
@@ -65,11 +65,11 @@ class LoadedModel:
 
 def load_model(run: Path, *, step: int | None = None, average: bool = False, device: str = "auto", dtype: str = "auto") -> LoadedModel:
     """The model of a run folder, as `andromeda eval` measures it; arguments as in `Andromeda.from_run`. Raises CheckpointError."""
-    path = chosen(run, average=average, step=step, warn=log.warning)
+    path = resolve_checkpoint(run, average=average, step=step, warn=log.warning)
     number = int(path.name.removeprefix("step-"))
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=average, step=number)
     file = path / ("average.safetensors" if average else "model.safetensors")
-    return LoadedModel(run, RunFolder(run).config(), model, number, file_sha256(file), average)
+    return LoadedModel(run, RunDir(run).config(), model, number, file_sha256(file), average)
 
 
 def file_sha256(path: Path) -> str:

@@ -14,9 +14,9 @@ import torch
 
 from andromeda.evaluate.comparison import DataLocations, VerificationCheck, relative_difference, use_threads
 from andromeda.evaluate.run_files import last_start, repeats_exactly
-from andromeda.train.metrics import TIMED, Metrics, read_metrics
-from andromeda.train.progress import Figures, Silent
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.metrics import TIMING_METRICS, MetricsHistory, read_metrics
+from andromeda.train.progress import MetricValues, NullReporter
+from andromeda.train.run_dir import RunDir
 from andromeda.train.trainer import train
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import RequestError
@@ -26,20 +26,20 @@ LOOSE = 0.02
 """Relative difference of the last losses of two trainings that differ by rounding. Another seed, of a small run, differs by as much."""
 
 
-class StepProgress(Silent):
+class StepProgress(NullReporter):
     """Reports the steps of a training."""
 
     def __init__(self, steps: int, report: ProgressCallback) -> None:
         self._steps, self._report = steps, report
 
-    def write(self, step: int, figures: Figures) -> None:
+    def log(self, step: int, figures: MetricValues) -> None:
         """One more."""
         self._report("training again", step, self._steps)
 
 
 def retrain_and_compare(run: Path, place: Path, locations: DataLocations, report: ProgressCallback) -> Iterator[VerificationCheck]:
     """Train the run again on the CPU, in the new folder `place`, and compare. Raises RequestError for a run that cannot be repeated."""
-    folder = RunFolder(run)
+    folder = RunDir(run)
     config, start, old = folder.config(), last_start(folder), read_metrics(folder.metrics_file)
     if (run / "extension.json").exists():
         raise RequestError(f"{run} began with the weights of another run, which its configuration does not give: repeat that one.")
@@ -48,8 +48,8 @@ def retrain_and_compare(run: Path, place: Path, locations: DataLocations, report
     update = {"train": config.train.model_copy(update={"device": "cpu"}), "data": locations.data(config.data)}
     with use_threads(start.get("machine")):
         exact = repeats_exactly(start, "cpu")
-        train(config.model_copy(update=update), place, screen=StepProgress(config.train.steps, report))
-    new = read_metrics(RunFolder(place).metrics_file)
+        train(config.model_copy(update=update), place, reporter=StepProgress(config.train.steps, report))
+    new = read_metrics(RunDir(place).metrics_file)
     if exact:
         yield from (_weights(run, place), _metrics(old, new))
     else:
@@ -64,26 +64,28 @@ def _weights(run: Path, place: Path) -> VerificationCheck:
     return VerificationCheck("weights of a repeated training", f"{len(old)} tensors", f"{len(new)} tensors", None, 0.0, not different, note)
 
 
-def _metrics(old: Metrics, new: Metrics) -> VerificationCheck:
+def _metrics(old: MetricsHistory, new: MetricsHistory) -> VerificationCheck:
     """All figures of metrics.jsonl but those of the machine's speed."""
-    pairs = list(zip(old.lines, new.lines, strict=False))
+    pairs = list(zip(old.records, new.records, strict=False))
     wrong = next((told for one, other in pairs if (told := _apart(one, other))), "")
-    same = not wrong and len(old.lines) == len(new.lines)
+    same = not wrong and len(old.records) == len(new.records)
     note = "equal to the last bit" if same else wrong or "not the same lines"
-    return VerificationCheck("metrics of a repeated training", f"{len(old.lines)} lines", f"{len(new.lines)} lines", None, 0.0, same, note)
+    return VerificationCheck(
+        "metrics of a repeated training", f"{len(old.records)} lines", f"{len(new.records)} lines", None, 0.0, same, note
+    )
 
 
 def _apart(old: dict[str, Any], new: dict[str, Any]) -> str:
     """The first figure that differs, in words."""
-    for name in sorted((old.keys() | new.keys()) - set(TIMED)):
+    for name in sorted((old.keys() | new.keys()) - set(TIMING_METRICS)):
         if old.get(name) != new.get(name):
             return f"{name} of step {old['step']} was {old.get(name)} and is {new.get(name)}"
     return ""
 
 
-def _last_loss(old: Metrics, new: Metrics) -> VerificationCheck:
-    name = "validation/loss" if old.last("validation/loss") is not None else "loss"
-    stored, found = old.last(name), new.last(name)
+def _last_loss(old: MetricsHistory, new: MetricsHistory) -> VerificationCheck:
+    name = "validation/loss" if old.latest("validation/loss") is not None else "loss"
+    stored, found = old.latest(name), new.latest(name)
     gap = relative_difference(stored, found)
     note = "another processor, device or PyTorch: its bits cannot be repeated here"
     return VerificationCheck(f"{name} of a repeated training", f"{stored:.6g}", f"{found:.6g}", gap, LOOSE, gap <= LOOSE, note)

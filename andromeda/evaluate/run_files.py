@@ -13,23 +13,23 @@ from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.comparison import TOLERANCE, DataLocations, VerificationCheck, relative_difference, same_arithmetic, use_threads
 from andromeda.train import checkpoint
-from andromeda.train.callbacks.validation import ROWS
+from andromeda.train.callbacks.validation import ROW_SELECTION
 from andromeda.train.manifest import device_name, machine, versions
-from andromeda.train.metrics import Metrics, is_number, sha256_of_first
-from andromeda.train.objective import NextToken
+from andromeda.train.metrics import MetricsHistory, is_number, sha256_prefix
+from andromeda.train.objective import NextTokenObjective
 from andromeda.train.precision import build_precision
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import find_device
-from andromeda.train.trainer import build_validation, is_free, stream_length
+from andromeda.train.run_dir import RunDir
+from andromeda.train.state import resolve_device
+from andromeda.train.trainer import build_validation, may_change_on_resume, resolve_seq_len
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError
 
 
-def check_run_files(folder: RunFolder, metrics: Metrics, locations: DataLocations) -> Iterator[VerificationCheck]:
+def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLocations) -> Iterator[VerificationCheck]:
     """The data that was trained on, checkpoints, configuration, metrics and tokenizer; what a run does not have is not checked."""
     state, config = _remembered(folder), folder.config()
     try:
-        stream: TokenStream | AndromedaError = open_stream(locations.data(config.data), stream_length(config), config.seed)
+        stream: TokenStream | AndromedaError = open_stream(locations.data(config.data), resolve_seq_len(config), config.seed)
     except AndromedaError as error:
         stream = error
     yield from _data(folder, state, stream)
@@ -41,11 +41,11 @@ def check_run_files(folder: RunFolder, metrics: Metrics, locations: DataLocation
     yield from _metrics(folder, metrics, state)
 
 
-def _remembered(folder: RunFolder) -> dict[str, Any]:
+def _remembered(folder: RunDir) -> dict[str, Any]:
     """What the newest checkpoint that can be read keeps beside tensors; nothing where there is none."""
-    for path in checkpoint.listed(folder.checkpoints):
+    for path in checkpoint.list_all(folder.checkpoints):
         try:
-            values = checkpoint.read_values(path)
+            values = checkpoint.read_metadata(path)
         except AndromedaError:
             continue
         kinds = {"config": dict, "cursor": dict, "metrics_bytes": int, "metrics_sha256": str}
@@ -54,7 +54,7 @@ def _remembered(folder: RunFolder) -> dict[str, Any]:
     return {}
 
 
-def _data(folder: RunFolder, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[VerificationCheck]:
+def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[VerificationCheck]:
     """The fingerprint of the training stream that manifest and checkpoint name."""
     manifest = folder.manifest()
     if not manifest and state.get("cursor", {}).get("step"):
@@ -72,10 +72,10 @@ def _data(folder: RunFolder, state: dict[str, Any], stream: TokenStream | Androm
         )
 
 
-def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iterator[VerificationCheck]:
+def _tokenizer(folder: RunDir, metrics: MetricsHistory, stream: TokenStream) -> Iterator[VerificationCheck]:
     """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
     kept = folder.path / "tokenizer"
-    if not (kept.exists() or metrics.last("bits_per_byte")):
+    if not (kept.exists() or metrics.latest("bits_per_byte")):
         return
     found = stream.tokenizer.fingerprint if stream.tokenizer else "none"
     try:
@@ -88,10 +88,10 @@ def _tokenizer(folder: RunFolder, metrics: Metrics, stream: TokenStream) -> Iter
         )
 
 
-def _checkpoints(folder: RunFolder) -> VerificationCheck:
+def _checkpoints(folder: RunDir) -> VerificationCheck:
     """Whether each file of each checkpoint still has the hash that it was written with."""
-    kept = checkpoint.listed(folder.checkpoints)
-    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.damage(path)) and path.exists()]
+    kept = checkpoint.list_all(folder.checkpoints)
+    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.find_damage(path)) and path.exists()]
     note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
     return VerificationCheck(
         "checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note
@@ -101,18 +101,24 @@ def _checkpoints(folder: RunFolder) -> VerificationCheck:
 def _config(config: RunConfig, state: dict[str, Any]) -> VerificationCheck:
     """Whatever decides what is learned is as it was at the newest checkpoint."""
     old, new = flatten(state["config"]), flatten(json.loads(json.dumps(config.model_dump())))
-    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not is_free(key)]
+    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not may_change_on_resume(key)]
     note = f"{apart[0]} is {new[apart[0]]!r} and was {old[apart[0]]!r} in the newest checkpoint" if apart else ""
     return VerificationCheck("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
 
 
-def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iterator[VerificationCheck]:
+def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> Iterator[VerificationCheck]:
     """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
     size = state.get("metrics_bytes", 0)
-    if metrics.broken and not _unfinished(folder.metrics_file, metrics):
-        told = "1 line cannot be read" if metrics.broken == 1 else f"{metrics.broken} lines cannot be read"
+    if metrics.num_unreadable and not _unfinished(folder.metrics_file, metrics):
+        told = "1 line cannot be read" if metrics.num_unreadable == 1 else f"{metrics.num_unreadable} lines cannot be read"
         yield VerificationCheck(
-            "metrics.jsonl", f"{len(metrics.lines) + metrics.broken} lines", f"{len(metrics.lines)} lines", None, 0.0, False, told
+            "metrics.jsonl",
+            f"{len(metrics.records) + metrics.num_unreadable} lines",
+            f"{len(metrics.records)} lines",
+            None,
+            0.0,
+            False,
+            told,
         )
     elif size:
         yield _written(folder.metrics_file, size, state.get("metrics_sha256"))
@@ -121,35 +127,35 @@ def _metrics(folder: RunFolder, metrics: Metrics, state: dict[str, Any]) -> Iter
 def _written(path: Path, size: int, sha256: str | None) -> VerificationCheck:
     """That so many bytes are as they were; older checkpoints keep their number alone."""
     there = path.stat().st_size if path.is_file() else 0
-    changed = there >= size and sha256 is not None and sha256_of_first(path, size) != sha256
+    changed = there >= size and sha256 is not None and sha256_prefix(path, size) != sha256
     note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
     return VerificationCheck("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
 
 
-def _unfinished(path: Path, metrics: Metrics) -> bool:
+def _unfinished(path: Path, metrics: MetricsHistory) -> bool:
     """Whether the one line that cannot be read is the last one, cut off by a kill."""
-    return metrics.broken == 1 and not path.read_bytes().endswith(b"\n")
+    return metrics.num_unreadable == 1 and not path.read_bytes().endswith(b"\n")
 
 
 HELD_OUT, AVERAGE = "validation/", "_average"
 NAME = HELD_OUT + "loss"
 
 
-def check_held_out_loss(folder: RunFolder, metrics: Metrics, locations: DataLocations, device: str) -> Iterator[VerificationCheck]:
+def check_held_out_loss(folder: RunDir, metrics: MetricsHistory, locations: DataLocations, device: str) -> Iterator[VerificationCheck]:
     """The newest held-out figures in metrics.jsonl whose checkpoint is kept; nothing where there are none."""
-    kept = {int(path.name.removeprefix("step-")): path for path in checkpoint.listed(folder.checkpoints)}
-    lines = [line for line in metrics.lines if is_number(line.get(NAME)) and line["step"] in kept]
+    kept = {int(path.name.removeprefix("step-")): path for path in checkpoint.list_all(folder.checkpoints)}
+    lines = [line for line in metrics.records if is_number(line.get(NAME)) and line["step"] in kept]
     if lines:
         yield _held_out(folder, lines[-1], kept[lines[-1]["step"]], locations, device)
 
 
-def _held_out(folder: RunFolder, line: dict[str, Any], kept: Path, locations: DataLocations, device: str) -> VerificationCheck:
+def _held_out(folder: RunDir, line: dict[str, Any], kept: Path, locations: DataLocations, device: str) -> VerificationCheck:
     what, start = f"held-out loss of step {line['step']}", last_start(folder, line["step"])
     stored = {name: figure for name, figure in line.items() if name.startswith(HELD_OUT)}
     shown = f"{stored[NAME]:.6g}"
     try:
-        state = checkpoint.read_values(kept)
-        if state.get("validation") != ROWS:
+        state = checkpoint.read_metadata(kept)
+        if state.get("validation") != ROW_SELECTION:
             return VerificationCheck(what, shown, "not compared", None, 0.0, True, "an older version measured it on other rows")
         with use_threads(start.get("machine")):
             # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
@@ -169,7 +175,7 @@ def _held_out(folder: RunFolder, line: dict[str, Any], kept: Path, locations: Da
     )
 
 
-def last_start(folder: RunFolder, step: int | None = None) -> dict[str, Any]:
+def last_start(folder: RunDir, step: int | None = None) -> dict[str, Any]:
     """The newest start of the run that its manifest tells of, or the one that took a step; an empty one where it tells of none."""
     known = [start for start in folder.manifest().get("starts", []) if isinstance(start, dict)]
     before = [start for start in known if step is None or (is_number(start.get("step")) and start["step"] < step)]
@@ -178,7 +184,7 @@ def last_start(folder: RunFolder, step: int | None = None) -> dict[str, Any]:
 
 def repeats_exactly(start: dict[str, Any], device: str) -> bool:
     """Whether sums are computed here in the order that a start computed them in."""
-    now = {"device": device_name(find_device(device, "device")), **machine()}
+    now = {"device": device_name(resolve_device(device, "device")), **machine()}
     old = {**_table(start.get("machine")), "device": start.get("device")}
     return same_arithmetic(old, now, _table(start.get("versions")), versions())
 
@@ -188,13 +194,13 @@ def _table(value: Any) -> dict[str, Any]:
 
 
 def _measure(
-    folder: RunFolder, step: int, then: dict[str, Any], locations: DataLocations, device: str, average: bool
+    folder: RunDir, step: int, then: dict[str, Any], locations: DataLocations, device: str, average: bool
 ) -> tuple[dict[str, float], str]:
     """The held-out figures as training measures them, of the averaged weights too if asked for, and the precision.
 
     then: the settings of training at that step; a later start may have been given others.
     """
-    config, place = folder.config(), find_device(device, "device")
+    config, place = folder.config(), resolve_device(device, "device")
     train = config.train.model_copy(
         update={key: then[key] for key in ("eval_tokens", "micro_batch_size") if isinstance(then.get(key), int)}
     )
@@ -202,8 +208,8 @@ def _measure(
     precision = build_precision(train.precision, place)
 
     def figures(average: bool) -> dict[str, float]:
-        model = precision.prepare(load_weights(folder.path, step=step, average=average, device=place))
-        return validation(model, NextToken(model), precision)
+        model = precision.convert_model(load_weights(folder.path, step=step, average=average, device=place))
+        return validation(model, NextTokenObjective(model), precision)
 
     averaged = {f"{name}{AVERAGE}": figure for name, figure in figures(True).items()} if average else {}
     return figures(False) | averaged, precision.name

@@ -26,14 +26,14 @@ from andromeda.evaluate.loaded_model import LoadedModel, load_model
 from andromeda.evaluate.result import EvalResult, load_results, to_json_values
 from andromeda.evaluate.run_files import check_held_out_loss, check_run_files
 from andromeda.train.metrics import read_metrics
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.progress_callback import ProgressCallback
 
 
 def verify(run: Path, locations: DataLocations, device: str, report: ProgressCallback) -> Iterator[VerificationCheck]:
     """All checks of a run folder, as they are made. Raises CheckpointError where there is nothing to check."""
-    folder = RunFolder(run)
+    folder = RunDir(run)
     metrics = read_metrics(folder.metrics_file)
     yield from check_run_files(folder, metrics, locations)
     yield from check_held_out_loss(folder, metrics, locations, device)

@@ -27,18 +27,18 @@ from andromeda.extend.training_config import ExtendRequest, configure, tail_leng
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
-from andromeda.train.callbacks.ema import build_average
+from andromeda.train.callbacks.ema import build_ema
 from andromeda.train.precision import Precision, build_precision
-from andromeda.train.progress import Screen
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.state import build_session, find_device, load_model
-from andromeda.train.trainer import stream_length, train
+from andromeda.train.progress import Reporter
+from andromeda.train.run_dir import RunDir
+from andromeda.train.state import build_train_state, load_model, resolve_device
+from andromeda.train.trainer import resolve_seq_len, train
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 
 NUM_NEEDLES = 16
 """Notes of a row that retrieval is measured with: so many depths."""
-ReporterFactory = Callable[[int], Screen]
+ReporterFactory = Callable[[int], Reporter]
 """Makes the screen of a training of so many steps."""
 
 
@@ -62,7 +62,7 @@ def extend(wishes: ExtendRequest, method: str, out: Path, screens: ReporterFacto
     configs = {name: configure(old, wishes, name) for name in methods}
     if out.resolve() == Path(wishes.run).resolve():
         raise ConfigError(f"--out {out} is the run itself, which is never changed: give another folder.")
-    folders = {name: RunFolder(out / name if len(methods) > 1 else out) for name in methods}
+    folders = {name: RunDir(out / name if len(methods) > 1 else out) for name in methods}
     _refuse_others(out, folders.values())
     _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
     for config in configs.values():
@@ -83,7 +83,7 @@ def extend(wishes: ExtendRequest, method: str, out: Path, screens: ReporterFacto
 def _one(
     method: str,
     config: RunConfig,
-    folder: RunFolder,
+    folder: RunDir,
     weights: dict[str, Tensor],
     sample: _Sample,
     book: ExtensionResults,
@@ -101,7 +101,7 @@ def _one(
         initialize_run(config, folder, weights)
     screen = screens(config.train.steps)
     try:
-        ended = train(config, folder.path, resume=True, screen=screen)
+        ended = train(config, folder.path, resume=True, reporter=screen)
     finally:
         screen.close()
     _free()
@@ -113,12 +113,12 @@ def _one(
     return None
 
 
-def initialize_run(config: RunConfig, folder: RunFolder, weights: dict[str, Tensor]) -> None:
+def initialize_run(config: RunConfig, folder: RunDir, weights: dict[str, Tensor]) -> None:
     """A run folder at step 0 with the given weights. It becomes a run last, so that a kill leaves none that lacks its weights."""
-    stream = open_stream(config.data, stream_length(config), config.seed)
-    session = build_session(config, find_device(config.train.device), stream.fingerprint)
+    stream = open_stream(config.data, resolve_seq_len(config), config.seed)
+    session = build_train_state(config, resolve_device(config.train.device), stream.fingerprint)
     load_model(session.model, weights)
-    session.average = build_average(session.model, config.train.ema)
+    session.ema = build_ema(session.model, config.train.ema)
     folder.create()
     folder.lock()
     try:
@@ -139,7 +139,7 @@ class _Sample:
         data = config.data
         if wishes.held_out:
             data = data.model_copy(update={"corpus": wishes.held_out, "sources": ()})
-        self._device, self._tail = find_device(config.train.device), tail_length(old, wishes)
+        self._device, self._tail = resolve_device(config.train.device), tail_length(old, wishes)
         self._precision: Precision = build_precision("auto" if config.train.precision == "fp8" else config.train.precision, self._device)
         tokens = held_out_tokens(data, config.seed)
         self._rows = evenly_spaced_windows(tokens, wishes.to, wishes.samples, self._tail)
@@ -189,16 +189,16 @@ def _unstretched(old: RunConfig, wishes: ExtendRequest) -> tuple[RunConfig, list
 
 
 def _old(wishes: ExtendRequest) -> RunConfig:
-    folder = RunFolder(wishes.run)
+    folder = RunDir(wishes.run)
     if not folder.exists:
         raise CheckpointError(f"{wishes.run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     return load(str(folder.path))
 
 
-def _refuse_others(out: Path, folders: Iterable[RunFolder]) -> None:
-    for folder in (RunFolder(out), *folders):
-        folder.refuse_others()
-    if RunFolder(out).exists and not (out / RESULTS_FILE).exists():
+def _refuse_others(out: Path, folders: Iterable[RunDir]) -> None:
+    for folder in (RunDir(out), *folders):
+        folder.refuse_foreign_files()
+    if RunDir(out).exists and not (out / RESULTS_FILE).exists():
         raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
 
 

@@ -10,11 +10,9 @@ from andromeda.config.load import load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
 from andromeda.extend.methods import position_overrides, trained_context
+from andromeda.optim import find_optimizer
+from andromeda.optim.param_groups import ROLES
 from andromeda.utils.errors import ConfigError
-
-MUON_ADAM_LRS = {"embedding_lr": 0.3, "head_lr": 0.004, "scalar_lr": 0.04}
-"""What a 0 in these keys stands for beside Muon (andromeda/optim/build.py)."""
-
 
 DEFAULT_TAIL = 256
 """Scored targets where the trained context has room for them."""
@@ -109,6 +107,8 @@ def _training(old: RunConfig, wishes: ExtendRequest) -> list[str]:
 
 def _rates(old: RunConfig, share: float) -> list[str]:
     optim = old.train.optim
-    defaults = MUON_ADAM_LRS if optim.kind == "muon" else dict.fromkeys(MUON_ADAM_LRS, 0.0)
+    kind, _ = find_optimizer(optim)
+    # A key of 0 that stands for `lr` stays 0.
+    defaults = {f"{role}_lr": kind.default_lrs.get(role, 0.0) for role in ROLES if role != "matrix"}
     rates = {"lr": optim.lr} | {key: getattr(optim, key) or default for key, default in defaults.items()}
     return [f"train.optim.{key}={share * rate}" for key, rate in rates.items()]

@@ -21,8 +21,8 @@ from andromeda.hub.import_tokenizer import read_tokenizer
 from andromeda.hub.parameter_names import COUNTERS, hub_name
 from andromeda.model.meta_model import meta_model
 from andromeda.train import checkpoint
-from andromeda.train.memory_check import check_fits
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.memory_check import check_weights_fit
+from andromeda.train.run_dir import RunDir
 from andromeda.train.state import model_tensors
 from andromeda.utils.errors import CheckpointError, ConfigError
 
@@ -48,7 +48,7 @@ def read_folder(path: str | Path, *, tokenizer: bool = True) -> ImportedModel:
     family = None if own else family_of(settings)
     found = own_values(values) if family is None else family.config(settings)
     config = checked(found)
-    check_fits(config, torch.device("cpu"), 1)
+    check_weights_fit(config, torch.device("cpu"))
     files = folder.weights()
     weights = placed(config, dict(files if family is None else family.tensors(files, found)))
     notes: list[str] = []
@@ -96,10 +96,10 @@ def placed(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]
 
 def write_run(imported: ImportedModel, out: str | Path) -> Path:
     """Write a new run folder. Raises CheckpointError when there is one already."""
-    folder = RunFolder(out)
+    folder = RunDir(out)
     if folder.exists:
         raise CheckpointError(f"{out} already holds a run: import to another folder.")
-    folder.refuse_others()
+    folder.refuse_foreign_files()
     folder.create()
     checkpoint.save(folder.checkpoints, checkpoint.Snapshot(0, {"model": imported.weights}, {"healthy": True}))
     if imported.tokenizer:

@@ -1,6 +1,6 @@
 """What a model minimizes: tasks, and Nebula, which sums them."""
 
+from andromeda.loss.loss_task import Categorical, LossHead, LossSums, LossTask, PredictionTask, next_token
 from andromeda.loss.nebula import LossResult, Nebula
-from andromeda.loss.tasks import Categorical, Head, Prediction, Sums, Task, next_token
 
-__all__ = ["Categorical", "Head", "LossResult", "Nebula", "Prediction", "Sums", "Task", "next_token"]
+__all__ = ["Categorical", "LossHead", "LossResult", "LossSums", "LossTask", "Nebula", "PredictionTask", "next_token"]

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from andromeda.loss.tasks import Head, Task
+from andromeda.loss.loss_task import LossHead, LossTask
 from andromeda.utils.errors import ConfigError, nearest
 
 
@@ -28,10 +28,10 @@ class LossResult(NamedTuple):
     """Negative log-likelihood per target of each task in nats, unweighted, shape (), without gradients."""
 
 
-class Fixed(nn.Module):
+class FixedWeights(nn.Module):
     """The weights that the tasks declare. Tuned, they match the adaptive methods (unitary scalarization, arXiv 2201.04122)."""
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    def __init__(self, tasks: Sequence[LossTask]) -> None:
         super().__init__()
         self._weights = {task.name: task.weight for task in tasks}
 
@@ -40,14 +40,14 @@ class Fixed(nn.Module):
         return torch.stack([self._weights[name] * loss for name, loss in losses.items()]).sum()
 
 
-BALANCES: dict[str, Callable[[Sequence[Task]], nn.Module]] = {"fixed": Fixed}
+BALANCES: dict[str, Callable[[Sequence[LossTask]], nn.Module]] = {"fixed": FixedWeights}
 """How tasks are weighed against each other. A module each, since some learn their weights."""
 
 
 class Nebula(nn.Module):
     """The loss of a run. Called with the head (or all heads by name), the hidden states and the batch."""
 
-    def __init__(self, tasks: Sequence[Task], balance: str = "fixed") -> None:
+    def __init__(self, tasks: Sequence[LossTask], balance: str = "fixed") -> None:
         """Raises ConfigError without tasks, for two of one name, or for a balance that does not exist."""
         super().__init__()
         names = [task.name for task in tasks]
@@ -65,7 +65,7 @@ class Nebula(nn.Module):
         return {task.name: task.count(batch) for task in self.tasks}
 
     def forward(
-        self, heads: Head | Mapping[str, Head], hidden: Tensor, batch: Any, normalizer: Mapping[str, Tensor | int] | None = None
+        self, heads: LossHead | Mapping[str, LossHead], hidden: Tensor, batch: Any, normalizer: Mapping[str, Tensor | int] | None = None
     ) -> LossResult:
         """hidden (B, T, C) -> the loss of this micro-batch.
 

@@ -17,7 +17,7 @@ FLOOR = 1e-3
 """Adaptive clipping treats a unit whose weights are smaller than this as if they had this norm (arXiv 2102.06171, section 4)."""
 
 
-def clip(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Tensor:
+def clip_gradients(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Tensor:
     """Clip the gradients of `parameters` in place; returns their global l2 norm before clipping, shape (), on their device.
 
     - `norm`: every gradient times min(1, limit / (norm + 1e-6)).

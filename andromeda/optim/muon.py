@@ -2,24 +2,29 @@
 
 With gradient g, momentum m and an R x C matrix w, one step is
     m <- mu m + g;  u = g + mu m (Nesterov);  w <- (1 - lr decay) w - lr sqrt(max(1, R / C)) NS5(u)
-where NS5 pushes every singular value of u towards 1 with an odd polynomial, and needs only matrix products.
+where NS5 moves every singular value of u towards 1 with an odd polynomial, and needs only matmuls.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-"""a s + b s^3 + c s^5: the steepest slope at zero that still ends near 1. Five rounds map [0.01, 1] into [0.68, 1.13]."""
+from andromeda.config.train import OptimizerConfig
+from andromeda.optim.optimizer_kind import FLOAT_BYTES, Compile, OptimizerKind, ParamGroups
+from andromeda.optim.param_groups import Role
 
-_SMALLEST = 1e-12
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+"""a s + b s^3 + c s^5: the steepest slope at zero that still ends near 1. Five iterations map [0.01, 1] into [0.68, 1.13]."""
+
+_MIN_NORM = 1e-12
 """Gradients below this norm count as zero; anything above is scale-free."""
 
-_BATCH = 1 << 26
+_MAX_BATCH = 1 << 26
 """Most elements of one batch, so that stacking equal shapes never doubles the memory of a large model."""
 
 
@@ -32,8 +37,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5, dtype: torch.dtype | None = 
     dtype = dtype or iteration_dtype(matrices)
     rows, columns = matrices.shape[-2:]
     x = matrices.reshape(-1, rows, columns).to(torch.promote_types(matrices.dtype, torch.float32))
-    x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=_SMALLEST)).to(dtype)
-    # The Gram matrix is taken on the shorter side: fewer and smaller products.
+    x = (x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=_MIN_NORM)).to(dtype)
+    # The Gram matrix of the shorter side: fewer and smaller matmuls.
     x = x.mT if rows > columns else x
     a, b, c = COEFFICIENTS
     for _ in range(steps):
@@ -50,13 +55,17 @@ def iteration_dtype(tensor: Tensor) -> torch.dtype:
     return torch.float32 if tensor.device.type == "cpu" else torch.bfloat16
 
 
-class Muon(torch.optim.Optimizer):
+class Muon(torch.optim.Optimizer, OptimizerKind):
     """Muon for parameters of two or more dimensions; leading dimensions are a batch of matrices (stacked experts).
 
-    The momentum is an entry of each group, like `lr`: whoever drives the optimizer writes its warm-up there. The
-    update does not depend on the gradient's scale, so that clipping only changes how much one batch weighs in the momentum.
-    torch.optim.Muon keeps m <- mu m + (1 - mu) g instead: the same update while mu is constant, another while it warms up.
+    The momentum is an entry of each param group, like `lr`, and its warm-up is written there. The update does not depend on the scale of
+    the gradient, so that clipping only changes how much one batch weighs in the momentum. torch.optim.Muon keeps m <- mu m + (1 - mu) g
+    instead: the same update while mu is constant, another one while it warms up.
     """
+
+    Config = OptimizerConfig
+    default_lrs = MappingProxyType({"embedding": 0.3, "head": 0.004, "scalar": 0.04})
+    """Of AdamW for the other roles: those of modded-nanogpt's record of 2024-12-04."""
 
     def __init__(
         self,
@@ -73,6 +82,30 @@ class Muon(torch.optim.Optimizer):
                 if parameter.ndim < 2:
                     raise ValueError(f"Muon updates matrices; a parameter of shape {tuple(parameter.shape)} belongs to AdamW.")
 
+    @classmethod
+    def handles(cls, parameter: Tensor, role: Role) -> bool:
+        """Matrices."""
+        del parameter
+        return role == "matrix"
+
+    @classmethod
+    def build(cls, groups: ParamGroups, config: OptimizerConfig, compile: Compile) -> Muon:
+        del compile
+        return cls(groups, momentum=config.momentum, steps=config.newton_schulz_steps)
+
+    @classmethod
+    def state_bytes(cls, parameter: Tensor, config: OptimizerConfig) -> int:
+        """The momentum."""
+        del config
+        return parameter.numel() * FLOAT_BYTES
+
+    @classmethod
+    def before_step(cls, optimizer: torch.optim.Optimizer, config: OptimizerConfig, step: int) -> None:
+        """Momentum warm-up: linear from `momentum_start` at step 0 to `momentum` at step `momentum_warmup`."""
+        share = min(1.0, step / config.momentum_warmup) if config.momentum_warmup else 1.0
+        for group in optimizer.param_groups:
+            group["momentum"] = (1.0 - share) * config.momentum_start + share * config.momentum
+
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """One update of every parameter that has a gradient."""
@@ -81,12 +114,12 @@ class Muon(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for batch in _batches(p for p in group["params"] if p.grad is not None):
+            for batch in _equal_shapes(p for p in group["params"] if p.grad is not None):
                 self._update(batch, group)
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
-        """Update parameters of one shape together: a few large batched products instead of many small ones."""
+        """Update parameters of one shape together: a few large batched matmuls instead of many small ones."""
         lr, momentum = group["lr"], group["momentum"]
         grads = [p.grad for p in parameters if p.grad is not None]
         buffers = [self._buffer(p) for p in parameters]
@@ -105,12 +138,12 @@ class Muon(torch.optim.Optimizer):
         return state["momentum_buffer"]
 
 
-def _batches(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of equal shape, dtype and device together, at most `_BATCH` elements at a time."""
+def _equal_shapes(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters of equal shape, dtype and device together, at most `_MAX_BATCH` elements at a time."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
         alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
     for group in alike.values():
-        size = max(1, _BATCH // max(1, group[0].numel()))
+        size = max(1, _MAX_BATCH // max(1, group[0].numel()))
         for start in range(0, len(group), size):
             yield group[start : start + size]

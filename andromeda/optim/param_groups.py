@@ -18,7 +18,7 @@ ROLES: tuple[Role, ...] = get_args(Role)
 """In order of precedence: a weight that several modules share takes the first of their roles."""
 
 
-def roles(model: nn.Module) -> dict[str, Role]:
+def parameter_roles(model: nn.Module) -> dict[str, Role]:
     """The role of every parameter, by the name under which `model.named_parameters()` lists it.
 
     In order: `parameter.role`; fewer than two dimensions is a scalar; the `role` of the nearest module above that has one;

@@ -16,10 +16,10 @@ from andromeda.config.derived import in_steps
 from andromeda.config.train import ScheduleConfig, WindowWarmupConfig
 from andromeda.utils.errors import ConfigError
 
-Factor = Callable[[int], float]
+LRFactor = Callable[[int], float]
 
 
-def build_schedule(config: ScheduleConfig, steps: int) -> Factor:
+def build_schedule(config: ScheduleConfig, steps: int) -> LRFactor:
     """The factor of the learning rate at each step of a run of `steps` updates.
 
     Kinds: `constant` (1), `linear`, `cosine` (half a period, arXiv 1608.03983 eq. 5), `wsd` (warm-up, stable, linear
@@ -63,7 +63,7 @@ def _cosine(progress: float, final: float) -> float:
     return final + (1.0 - final) * 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-def build_window(config: WindowWarmupConfig, steps: int) -> Callable[[int], int]:
+def build_window_warmup(config: WindowWarmupConfig, steps: int) -> Callable[[int], int]:
     """The window at each step, in tokens: linear from `start` at step 0 to `end` at the last step, rounded up to a multiple of
     `step`; always 0 (as configured) when `end` is 0."""
     if not config.end:

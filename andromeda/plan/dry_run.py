@@ -29,8 +29,8 @@ from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.ops.compute_dtype import HALF_DTYPES, compute_dtype
 from andromeda.plan.memory_tracker import MemoryTracker
 from andromeda.train.activation_checkpoint import checkpoint_blocks
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.precision import PRECISIONS, Half, Precision
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.precision import PRECISIONS, HalfPrecision, Precision
 
 CPU = torch.device("cpu")
 EAGER, COMPILED = "eager", "aot_eager_decomp_partition"
@@ -119,7 +119,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         model = Transformer(config.model)
         products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
         # Layers in 8 bits hold their weights in two orders, which are as many bytes.
-        layers = products.exchange(model) if gpu and isinstance(products, Half) else ()
+        layers = products.convert_linears(model) if gpu and isinstance(products, HalfPrecision) else ()
         refresh(layers)
         checkpoint_blocks(model, config.train.activation_checkpointing)
         if backend != EAGER:
@@ -130,7 +130,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
         with ledger:
             ledger.watch(model.parameters())
             ledger.enter([*model.buffers(), ids])
-            unlearned = Rows(ids, ids.clone().fill_(cross_entropy.IGNORE_INDEX), None)
+            unlearned = MicroBatch(ids, ids.clone().fill_(cross_entropy.IGNORE_INDEX), None)
             held = _step(model, unlearned, products, config.train.z_loss, ledger)
         return replace(held, casts=sum(layer.rows.nbytes for layer in layers if layer.rows is not None))
 
@@ -166,7 +166,7 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
             torch._dynamo.reset()
 
 
-def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, ledger: MemoryTracker) -> StepMemory:
+def _step(model: Transformer, rows: MicroBatch, products: Precision, z_loss: float, ledger: MemoryTracker) -> StepMemory:
     """What a step takes beside what is there."""
     before = ledger.held
     with products.autocast():
@@ -177,7 +177,7 @@ def _step(model: Transformer, rows: Rows, products: Precision, z_loss: float, le
     del hidden
     ledger.restart()
     with products.autocast():
-        total: Tensor = NextToken(model, z_loss)(rows).total
+        total: Tensor = NextTokenObjective(model, z_loss)(rows).total
         forward_copies = ledger.copied
     forward = ledger.peak - before
     gc.collect()

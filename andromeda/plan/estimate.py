@@ -15,7 +15,7 @@ from andromeda.plan.device_mesh import CommunicationVolume, DeviceMeshShape, com
 from andromeda.plan.dry_run import step_memory
 from andromeda.plan.memory import CheckpointSize, TrainingMemory, cache_bytes, checkpoint_size, state_bytes, training_memory
 from andromeda.plan.roofline import ServingRoofline, seconds_per_step, serving_roofline
-from andromeda.train.compile import wants_compile
+from andromeda.train.compile import should_compile
 from andromeda.train.precision import build_precision
 from andromeda.utils.hardware import Hardware
 
@@ -152,7 +152,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) ->
     sequence = train.seq_len or config.model.max_seq_len
     _, micro = local_batch_sizes(config, mesh)
     precision = _precision(train.precision, place.gpu)
-    compiled = train.compile != "off" if place.gpu else wants_compile(config, torch.device("cpu"))
+    compiled = train.compile != "off" if place.gpu else should_compile(config, torch.device("cpu"))
     model = meta_model(config.model)
     parameters, state = count_parameters(model), state_bytes(model, train)
     held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)

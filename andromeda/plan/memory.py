@@ -16,16 +16,12 @@ from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OptimizerConfig, TrainConfig
 from andromeda.model.transformer import Transformer
-from andromeda.optim import Muon, roles
-from andromeda.optim.adamw_8bit import BLOCK, quantizable
+from andromeda.optim import find_optimizer, optimizer_state_bytes, parameter_roles
+from andromeda.optim.optimizer_kind import FLOAT_BYTES
+from andromeda.optim.param_groups import Role
 from andromeda.plan.device_mesh import WEIGHT_BYTES, DeviceMeshShape
 from andromeda.plan.dry_run import StepMemory
 from andromeda.plan.memory_tracker import MemoryTracker
-
-FLOAT = 4
-"""Bytes of a float32, in which weights, gradients, moments and the optimizer's step counts are held."""
-CODEBOOK = 256 * FLOAT
-"""torchao keeps, with every quantized moment, the values that its 256 codes stand for."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +45,8 @@ def state_bytes(model: nn.Module, train: TrainConfig) -> TrainStateBytes:
     """The state of training a model (which may be on the meta device)."""
     trained = [p for p in model.parameters() if p.requires_grad]
     weights = _bytes(model.parameters()) + _bytes(model.buffers())
-    average = sum(p.numel() * FLOAT for p in trained) if train.ema else 0
-    return TrainStateBytes(weights, _bytes(trained), optimizer_bytes(model, train.optim), average)
-
-
-def optimizer_bytes(model: nn.Module, optim: OptimizerConfig) -> int:
-    """State of the optimizer after its first step."""
-    by_role = roles(model)
-    return sum(_moments(p, by_role[name], optim) for name, p in model.named_parameters() if p.requires_grad)
-
-
-def _moments(parameter: Tensor, role: str, optim: OptimizerConfig) -> int:
-    """Bytes of one parameter's moments: one for Muon, two and a count of steps for AdamW, a byte an element each in 8 bits."""
-    n = parameter.numel()
-    if optim.kind == "muon" and role == "matrix":
-        return n * FLOAT
-    if optim.kind == "adamw8bit" and role != "embedding" and quantizable(parameter):
-        return 2 * (n + n // BLOCK * FLOAT + CODEBOOK) + FLOAT
-    return 2 * n * FLOAT + FLOAT
+    average = sum(p.numel() * FLOAT_BYTES for p in trained) if train.ema else 0
+    return TrainStateBytes(weights, _bytes(trained), optimizer_state_bytes(model, train.optim), average)
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -131,22 +111,30 @@ def _divided(passing: StepMemory, mesh: DeviceMeshShape) -> StepMemory:
 
 
 def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
-    """What an update takes for a moment. AdamW's kernels work in place (its 8-bit one too, once compiled); Muon's products do not."""
-    if optim.kind != "muon":
+    """Temporary memory of an update: none where the optimizer works in place, else measured on fake tensors."""
+    kind, options = find_optimizer(optim)
+    if kind.updates_in_place:
         return 0
-    named = roles(model)
+    roles = parameter_roles(model)
     with FakeTensorMode():
-        matrices = [nn.Parameter(torch.empty(p.shape)) for name, p in model.named_parameters() if named[name] == "matrix"]
-        for matrix in matrices:
-            matrix.grad = torch.empty_like(matrix)
-        muon = Muon(matrices, steps=optim.newton_schulz_steps, dtype=torch.bfloat16 if gpu else None)
-        ledger = MemoryTracker()
-        with ledger:
-            # The first step makes the momentum, which is state.
-            muon.step()
-            ledger.restart()
-            muon.step()
-        return ledger.peak - ledger.held
+        groups: dict[Role, list[nn.Parameter]] = {}
+        for name, p in model.named_parameters():
+            if p.requires_grad and kind.handles(p, roles[name]):
+                fake = nn.Parameter(torch.empty(p.shape, device="cuda" if gpu else "cpu"))
+                fake.grad = torch.empty_like(fake)
+                groups.setdefault(roles[name], []).append(fake)
+        if not groups:
+            return 0
+        param_groups = [{"params": fakes, "role": role, "lr": 0.0, "weight_decay": 0.0} for role, fakes in groups.items()]
+        optimizer = kind.build(param_groups, options, "off")
+        kind.before_step(optimizer, options, 0)
+        tracker = MemoryTracker()
+        with tracker:
+            # The first step allocates the state, which is counted elsewhere.
+            optimizer.step()
+            tracker.restart()
+            optimizer.step()
+        return tracker.peak - tracker.held
 
 
 def checkpoint_size(state: TrainStateBytes, keep: int) -> CheckpointSize:

@@ -54,7 +54,7 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
 def subtitle(record: RunData, counted: ParameterCount | None) -> Child:
     """The run in a paragraph that a stranger understands: what it is, what it learned from, how far it came, how good it is."""
     size_section = f" of {format_si(counted.total)} parameters" if counted else ""
-    tokens, bits = record.metrics.last("tokens"), held_out_bits(record)
+    tokens, bits = record.metrics.latest("tokens"), held_out_bits(record)
     sources = ", ".join(dict.fromkeys(source.name for corpus in record.corpora.values() for source in corpus.sources))
     learned = f" It has learned from {format_si(tokens)} tokens{f' of {sources}' if sources else ''}." if tokens else ""
     score = (
@@ -67,15 +67,15 @@ def key_figures(record: RunData, counted: ParameterCount | None) -> Markup:
     """Tiles; those that are not known are left out."""
     metrics = record.metrics
     held_out = held_out_bits(record)
-    tokens, seconds, loss = metrics.last("tokens"), metrics.last("seconds"), metrics.last("loss")
+    tokens, seconds, loss = metrics.latest("tokens"), metrics.latest("seconds"), metrics.latest("loss")
     shown: list[tuple[str, Child, Child]] = []
     if held_out is not None:
         beside = ", ".join(f"{name} -9 {format_number(v, 3)}" for name, v in record.compressors.items())
         shown.append(("Held-out text", format_number(held_out), "bits per byte" + (f"; {beside}" if beside else "")))
-    elif bits := metrics.last("validation/bits_per_byte"):
+    elif bits := metrics.latest("validation/bits_per_byte"):
         shown.append(("Validation", format_number(bits), "bits per byte"))
     if loss is not None:
-        validation = metrics.last("validation/loss")
+        validation = metrics.latest("validation/loss")
         shown.append(
             (
                 "Training loss",

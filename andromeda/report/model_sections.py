@@ -85,7 +85,7 @@ def size_section(record: RunData, counted: ParameterCount | None) -> Section:
     sequence = train.seq_len or model.max_seq_len
     forward = forward_flops_per_token(model, sequence)
     step = training_flops_per_token(model, sequence)
-    tokens = record.metrics.last("tokens")
+    tokens = record.metrics.latest("tokens")
     total = sum(counted.parts.values())
     drawn = grid(
         bar_chart("Parameters", [Bar(name, number, 1) for name, number in counted.parts.items()], unit=f"{total:,} in all", show=_whole),
@@ -228,18 +228,18 @@ def _data(record: RunData) -> str:
         sources = ", ".join(source.name for source in corpus.sources)
         told.append(f"{sources} ({path}): {train.documents:,} documents, {train.tokens:,} tokens" if train else path)
     told = told or [path for path in [record.config.data.corpus, *(s.path for s in record.config.data.sources)] if path]
-    learned = record.metrics.last("tokens")
+    learned = record.metrics.latest("tokens")
     return ("; ".join(told) or "not recorded") + (f". Learned from {learned:,.0f} tokens of it" if learned else "") + "."
 
 
 def _training(record: RunData) -> str:
-    train, seconds = record.config.train, record.metrics.last("seconds")
+    train, seconds = record.config.train, record.metrics.latest("seconds")
     rows = train.seq_len or record.config.model.max_seq_len
     time = f", {format_duration(seconds)} in steps" if seconds else ""
     machine = _start(record, "machine").get("processor")
     where = f" on {machine}" if machine else ""
     batch = f"{train.steps:,} steps of {train.batch_size} rows of {rows:,} tokens"
-    return f"{train.optim.kind}, {batch}, {train.schedule.kind} schedule{time}{where}."
+    return f"{train.optim.kind.rpartition(':')[2]}, {batch}, {train.schedule.kind} schedule{time}{where}."
 
 
 def _measured(record: RunData) -> str:
@@ -247,7 +247,7 @@ def _measured(record: RunData) -> str:
     for result in record.of_kind("reasoning"):
         scores = [f"{task} {format_percent(s.get('in'))}" for task, s in result.result.items() if isinstance(s, dict)]
         told.append("reasoning: " + ", ".join(scores))
-    if not told and (bits := record.metrics.last("validation/bits_per_byte")):
+    if not told and (bits := record.metrics.latest("validation/bits_per_byte")):
         told.append(f"{format_number(bits)} bits per byte on held-out text, while training")
     return ("; ".join(told) + ".") if told else "nothing yet."
 

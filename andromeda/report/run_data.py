@@ -11,8 +11,8 @@ from andromeda.config.run import RunConfig
 from andromeda.data.corpus import CorpusManifest
 from andromeda.evaluate.result import EvalResult, load_readable_results
 from andromeda.train import checkpoint
-from andromeda.train.metrics import Metrics, is_number, read_metrics
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.metrics import MetricsHistory, is_number, read_metrics
+from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import AndromedaError, CheckpointError
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
@@ -36,7 +36,7 @@ class RunData:
     path: Path
     config: RunConfig
     manifest: dict[str, Any]
-    metrics: Metrics
+    metrics: MetricsHistory
     evaluations: dict[str, EvalResult]
     samples: list[GeneratedSample]
     corpora: dict[str, CorpusManifest]
@@ -60,12 +60,12 @@ class RunData:
 
 def read_run(path: str | Path) -> RunData:
     """Everything in a run folder. Raises CheckpointError or ConfigError, one sentence, when it is none."""
-    folder = RunFolder(path)
+    folder = RunDir(path)
     if not folder.exists:
         raise CheckpointError(f"{path} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     evaluation_section, problems = load_readable_results(folder.path)
     config = folder.config()
-    there = checkpoint.listed(folder.checkpoints)
+    there = checkpoint.list_all(folder.checkpoints)
     return RunData(
         path=folder.path,
         config=config,
@@ -134,7 +134,7 @@ def _compressors(path: Path) -> dict[str, float]:
 def training_status(record: RunData) -> str:
     """How far the run is."""
     step, steps = record.metrics.step, record.config.train.steps
-    if not record.metrics.lines:
+    if not record.metrics.records:
         return f"saved at step {record.newest:,}" if record.newest is not None else "not begun"
     return f"training finished after {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,} of its training"
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from itertools import groupby
 
 from andromeda.report.fragments import code, missing_section, shell_quote
-from andromeda.report.run_data import GeneratedSample, Metrics, RunData
+from andromeda.report.run_data import GeneratedSample, MetricsHistory, RunData
 from andromeda.utils.formatting import format_number, format_percent, format_si
 from andromeda.utils.html import Axis, Markup, ReferenceLine, Section, Series, details, el, grid, join, line_chart, table
 
@@ -19,11 +19,13 @@ def curves_section(record: RunData) -> Section:
     """The section."""
     metrics = record.metrics
     lead = "Means over the steps since the line before, as training logged them; the figures under the pointer are told."
-    if not metrics.points("loss"):
+    if not metrics.series("loss"):
         nothing = missing_section("Nothing is logged yet.", f"andromeda train --out {record.path} --resume")
         return Section("curves", "Curves", lead, nothing)
     notes = (
-        [f"{metrics.broken} line{'s' * (metrics.broken > 1)} of metrics.jsonl cannot be read and is left out."] if metrics.broken else []
+        [f"{metrics.num_unreadable} line{'s' * (metrics.num_unreadable > 1)} of metrics.jsonl cannot be read and is left out."]
+        if metrics.num_unreadable
+        else []
     )
     return Section(
         "curves",
@@ -40,21 +42,21 @@ def curves_section(record: RunData) -> Section:
     )
 
 
-def _loss(metrics: Metrics) -> Markup:
+def _loss(metrics: MetricsHistory) -> Markup:
     series = [
-        Series("training", metrics.points("loss")),
-        Series("validation", metrics.points("validation/loss"), 2, dots=True),
-        Series("validation of the moving average", metrics.points("validation/loss_average"), 3, dots=True),
+        Series("training", metrics.series("loss")),
+        Series("validation", metrics.series("validation/loss"), 2, dots=True),
+        Series("validation of the moving average", metrics.series("validation/loss_average"), 3, dots=True),
     ]
-    bad = [float(line["step"]) for line in metrics.lines if "event" in line]
+    bad = [float(line["step"]) for line in metrics.records if "event" in line]
     return line_chart("Loss", series, Axis(STEP), Axis("nats per token"), marks=bad[-MOST_EVENTS:], wide=True)
 
 
 def _others(record: RunData) -> list[Markup]:
     metrics = record.metrics
     bits = [
-        Series("training", metrics.points("bits_per_byte")),
-        Series("validation", metrics.points("validation/bits_per_byte"), 2, dots=True),
+        Series("training", metrics.series("bits_per_byte")),
+        Series("validation", metrics.series("validation/bits_per_byte"), 2, dots=True),
     ]
     rules = [ReferenceLine({"xz": "xz -9", "zlib": "zlib -9"}[name], value) for name, value in record.compressors.items()]
     drawn = [line_chart("Bits per byte", bits, Axis(STEP), Axis("of UTF-8 text"), rules=rules)] if bits[0].points else []
@@ -62,18 +64,18 @@ def _others(record: RunData) -> list[Markup]:
         drawn.append(_rates(metrics, rates))
     drawn.append(_one(metrics, "gradient_norm", "Gradient norm", "before clipping", log=True))
     drawn.append(_one(metrics, "tokens_per_second", "Speed", "tokens per second", zero=True))
-    if metrics.points("mfu"):
+    if metrics.series("mfu"):
         drawn.append(_one(metrics, "mfu", "MFU", "model FLOPs over the device's peak", zero=True, show=format_percent))
-    if metrics.points("memory_gib"):
+    if metrics.series("memory_gib"):
         drawn.append(_one(metrics, "memory_gib", "Memory", "most so far, GiB", zero=True))
     return drawn
 
 
-def _rates(metrics: Metrics, names: list[str]) -> Markup:
-    peaks = {name: max(value for _, value in metrics.points(name)) for name in names if metrics.points(name)}
+def _rates(metrics: MetricsHistory, names: list[str]) -> Markup:
+    peaks = {name: max(value for _, value in metrics.series(name)) for name in names if metrics.series(name)}
     note = "Peaks: " + ", ".join(f"{name[3:]} {format_number(peak, 3)}" for name, peak in peaks.items()) + "."
     first = next(iter(peaks), names[0])
-    points = [(step, value / (peaks.get(first) or 1)) for step, value in metrics.points(first)]
+    points = [(step, value / (peaks.get(first) or 1)) for step, value in metrics.series(first)]
     return line_chart(
         "Learning rate",
         [Series("share of its peak", points)],
@@ -84,9 +86,16 @@ def _rates(metrics: Metrics, names: list[str]) -> Markup:
 
 
 def _one(
-    metrics: Metrics, name: str, title: str, unit: str, *, log: bool = False, zero: bool = False, show: Callable[[float], str] = format_si
+    metrics: MetricsHistory,
+    name: str,
+    title: str,
+    unit: str,
+    *,
+    log: bool = False,
+    zero: bool = False,
+    show: Callable[[float], str] = format_si,
 ) -> Markup:
-    return line_chart(title, [Series(title.lower(), metrics.points(name))], Axis(STEP), Axis(unit, log=log, zero=zero, show=show))
+    return line_chart(title, [Series(title.lower(), metrics.series(name))], Axis(STEP), Axis(unit, log=log, zero=zero, show=show))
 
 
 def _health(record: RunData) -> Markup:
@@ -95,7 +104,7 @@ def _health(record: RunData) -> Markup:
     if not ratios:
         text = "Health of updates, activations and attention logits was not measured; to measure it while training, set"
         return el("p", text, " ", code("train.log.diagnostics_every=100"), ".", class_="note")
-    series = [Series(name.partition("/")[2], metrics.points(name), i % 6 + 1, dots=True) for i, name in enumerate(ratios)]
+    series = [Series(name.partition("/")[2], metrics.series(name), i % 6 + 1, dots=True) for i, name in enumerate(ratios)]
     return join(
         el("h3", "Health"),
         grid(
@@ -106,8 +115,8 @@ def _health(record: RunData) -> Markup:
     )
 
 
-def _events(metrics: Metrics) -> Markup | None:
-    events = [(format_si(line["step"]), str(line["event"])) for line in metrics.lines if "event" in line]
+def _events(metrics: MetricsHistory) -> Markup | None:
+    events = [(format_si(line["step"]), str(line["event"])) for line in metrics.records if "event" in line]
     if not events:
         return None
     title = f"{len(events)} event{'s' * (len(events) > 1)} (dotted lines above)"
@@ -125,12 +134,12 @@ COLUMNS = {
 }
 
 
-def _table(metrics: Metrics, rows: int = 16) -> Markup:
+def _table(metrics: MetricsHistory, rows: int = 16) -> Markup:
     """The curves in figures, at evenly spaced steps."""
-    steps = [int(step) for step, _ in metrics.points("loss")]
+    steps = [int(step) for step, _ in metrics.series("loss")]
     chosen = sorted({steps[round(i * (len(steps) - 1) / max(1, rows - 1))] for i in range(rows)})
-    shown = {name: label for name, label in COLUMNS.items() if metrics.points(name)}
-    values = {name: dict(metrics.points(name)) for name in shown}
+    shown = {name: label for name, label in COLUMNS.items() if metrics.series(name)}
+    values = {name: dict(metrics.series(name)) for name in shown}
     body = [[f"{step:,}", *(_cell(values[name].get(step)) for name in shown)] for step in chosen]
     return details("The curves as a table", table(["step", *shown.values()], body))
 
@@ -151,7 +160,7 @@ def probes_section(record: RunData) -> Section:
     """The section."""
     lead = "Small generated tasks, the same problems at every measurement; solved means that greedy decoding writes exactly the answer."
     metrics = record.metrics
-    names = [name for name in metrics.names("probe/") if not name.endswith("/chance") and metrics.points(name)]
+    names = [name for name in metrics.names("probe/") if not name.endswith("/chance") and metrics.series(name)]
     if not names:
         resume = f"andromeda train --out {shell_quote(record.path)} --resume train.probes.every=100"
         return Section(
@@ -159,19 +168,19 @@ def probes_section(record: RunData) -> Section:
         )
     drawn = []
     for i, name in enumerate(names):
-        task, chance = name.partition("/")[2], metrics.last(name + "/chance")
+        task, chance = name.partition("/")[2], metrics.latest(name + "/chance")
         rules = [ReferenceLine("guessing", chance)] if chance is not None else []
         # Half of the chart at least, so that small differences near guessing look small.
-        top = max([0.5, *(value for _, value in metrics.points(name))])
+        top = max([0.5, *(value for _, value in metrics.series(name))])
         axis = Axis("", show=format_percent, ends=(0.0, 1.0 if top > 0.5 else 0.5))
-        series = [Series("solved", metrics.points(name), i % 6 + 1, dots=True)]
+        series = [Series("solved", metrics.series(name), i % 6 + 1, dots=True)]
         drawn.append(
             line_chart(task.capitalize(), series, Axis("step"), axis, rules=rules, note=PROBE_DESCRIPTIONS.get(task, ""), narrow=True)
         )
-    steps = sorted({step for name in names for step, _ in metrics.points(name)})
-    values = {name: dict(metrics.points(name)) for name in names}
+    steps = sorted({step for name in names for step, _ in metrics.series(name)})
+    values = {name: dict(metrics.series(name)) for name in names}
     rows = [[f"{step:,.0f}", *(format_percent(values[name].get(step)) for name in names)] for step in steps[-12:]]
-    chances = [["guessing", *(format_percent(metrics.last(name + "/chance")) for name in names)]]
+    chances = [["guessing", *(format_percent(metrics.latest(name + "/chance")) for name in names)]]
     body = table(["step", *(name.partition("/")[2] for name in names)], rows + chances)
     return Section("probes", "Probes", lead, join(grid(*drawn, kind="four"), details("The probes as a table", body)))
 

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.transformer import Transformer
 
-DEAR = (
+SAVED_OPS = (
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
@@ -33,7 +33,7 @@ DEAR = (
 )
 """Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
-DEAR8 = (*DEAR, "andromeda::add_norm_shift", "andromeda::preprocess_qkv")
+SAVED_OPS_FLOAT8 = (*SAVED_OPS, "andromeda::add_norm_shift", "andromeda::preprocess_qkv")
 """Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
 is read again; and there is room for queries, keys and values as attention takes them."""
 
@@ -53,7 +53,7 @@ def _full(block: nn.Module) -> Callable[..., Any]:
 
 
 def _selective(block: nn.Module) -> Callable[..., Any]:
-    dear = DEAR8 if any(isinstance(module, Float8TrainingLinear) for module in block.modules()) else DEAR
+    dear = SAVED_OPS_FLOAT8 if any(isinstance(module, Float8TrainingLinear) for module in block.modules()) else SAVED_OPS
     return _wrapped(block.forward, context_fn=partial(create_selective_checkpoint_contexts, partial(_policy, dear)))
 
 

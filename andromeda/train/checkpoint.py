@@ -37,25 +37,25 @@ class Snapshot:
 
     step: int
     tensors: Tensors
-    values: dict[str, Any]
+    metadata: dict[str, Any]
     """Everything that is not a tensor; JSON."""
 
 
-def name_of(step: int) -> str:
+def dir_name(step: int) -> str:
     """Folder name of a step's checkpoint."""
     return f"step-{step:08d}"
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write `snapshot` into `folder` (a run's checkpoints/) and return its path. Raises CheckpointError when the disk fails."""
-    final = folder / name_of(snapshot.step)
+    final = folder / dir_name(snapshot.step)
     beside = folder / f".{final.name}.new"
     try:
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         for part, tensors in snapshot.tensors.items():
             _write_tensors(beside / f"{part}.safetensors", tensors)
-        write_whole(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.values}).encode())
+        write_whole(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.metadata}).encode())
         index = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
         write_whole(beside / "index.json", json.dumps(index, indent=1).encode())
         _publish(beside, final)
@@ -105,13 +105,13 @@ def _fingerprint(path: Path) -> dict[str, Any]:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def listed(folder: Path) -> list[Path]:
+def list_all(folder: Path) -> list[Path]:
     """Checkpoints in a folder, newest first, whether or not they are intact."""
     found = [path for path in folder.glob("step-*") if re.fullmatch(r"step-\d{8,}", path.name)]
     return sorted(found, key=lambda path: int(path.name[5:]), reverse=True)
 
 
-def damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
+def find_damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a checkpoint, or None. parts: check only these (and the state); none is all."""
     try:
         index = json.loads((path / "index.json").read_text("utf-8"))
@@ -131,10 +131,10 @@ def damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
     return None
 
 
-def intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Path]:
+def iter_intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Path]:
     """Intact checkpoints, newest first, with a warning for each damaged one that is passed over."""
-    for path in listed(folder):
-        reason = damage(path, parts)
+    for path in list_all(folder):
+        reason = find_damage(path, parts)
         if reason is None:
             yield path
         else:
@@ -143,20 +143,20 @@ def intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Pa
 
 def latest(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Path | None:
     """The newest intact checkpoint, or None where there is no checkpoint at all. Raises CheckpointError when all are damaged."""
-    newest = next(intact(folder, warn, parts), None)
-    if newest is None and listed(folder):
+    newest = next(iter_intact(folder, warn, parts), None)
+    if newest is None and list_all(folder):
         raise CheckpointError(f"Every checkpoint in {folder} is damaged: copy them again from a backup, or train anew in another folder.")
     return newest
 
 
 def read(path: Path) -> Snapshot:
     """A checkpoint whose files are intact."""
-    values = read_values(path)
+    values = read_metadata(path)
     tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
     return Snapshot(values["step"], tensors, values)
 
 
-def read_values(path: Path) -> dict[str, Any]:
+def read_metadata(path: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not tensors."""
     try:
         values = json.loads((path / "state.json").read_text("utf-8"))
@@ -185,7 +185,7 @@ def set_aside(path: Path) -> None:
 
 def set_aside_newer(than: Path) -> None:
     """Take all that is newer than a checkpoint out of the list."""
-    there = listed(than.parent)
+    there = list_all(than.parent)
     for path in there[: there.index(than)]:
         set_aside(path)
 
@@ -195,7 +195,7 @@ def prune(folder: Path, keep: int) -> None:
     for leftover in [*folder.glob(".step-*.new"), *folder.glob(".step-*.old")]:
         shutil.rmtree(leftover, ignore_errors=True)
     kept = 0
-    for path in listed(folder):
+    for path in list_all(folder):
         if kept >= keep:
             _remove(path)
         else:
@@ -204,20 +204,6 @@ def prune(folder: Path, keep: int) -> None:
 
 def _healthy(path: Path) -> bool:
     try:
-        return bool(read_values(path)["healthy"])
+        return bool(read_metadata(path)["healthy"])
     except CheckpointError:
         return False
-
-
-@dataclass
-class Cursor:
-    """How far the run is, in units that do not depend on the number of processes."""
-
-    step: int = 0
-    """Steps behind us, bad ones included."""
-    rows: int = 0
-    """Rows of the stream behind us, those passed over included."""
-    tokens: int = 0
-    """Targets learned from."""
-    seconds: float = 0.0
-    """Time spent training, over all starts."""

@@ -12,18 +12,18 @@ from andromeda.model.flops import training_flops_per_token
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import ConfigError
 
-WORTH_IT = 3e14
+MIN_CPU_FLOPS = 3e14
 """Floating-point operations of a run on a CPU below which compiling takes longer than it saves (docs/training.md)."""
 
-VARIANTS = 32
+RECOMPILE_LIMIT = 32
 """Shapes and windows of one block that are compiled before torch gives up and goes on uncompiled; its own limit is 8."""
 
 
 def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) -> bool:
     """Compile the blocks if `train.compile` says so; returns whether. Raises ConfigError for `on` without a C++ compiler."""
-    if not wants_compile(config, device):
+    if not should_compile(config, device):
         return False
-    torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
+    torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
     for block in model.decoder.blocks:
         # Products with gaps between their rows would have to be copied for kernels of our own, which want them as they are.
@@ -31,7 +31,7 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
     return True
 
 
-def wants_compile(config: RunConfig, device: torch.device) -> bool:
+def should_compile(config: RunConfig, device: torch.device) -> bool:
     """Whether a run on `device` compiles its blocks. Raises ConfigError for `on` without a C++ compiler."""
     train = config.train
     if train.compile == "off":
@@ -43,4 +43,4 @@ def wants_compile(config: RunConfig, device: torch.device) -> bool:
         raise ConfigError("train.compile = 'on' needs a C++ compiler on this CPU: install g++, or set train.compile=off.")
     sequence = train.seq_len or config.model.max_seq_len
     work = train.steps * train.batch_size * sequence * training_flops_per_token(config.model, sequence)
-    return train.compile == "on" or (bool(compiler) and work > WORTH_IT)
+    return train.compile == "on" or (bool(compiler) and work > MIN_CPU_FLOPS)

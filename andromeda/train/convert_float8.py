@@ -18,11 +18,11 @@ def convert_to_float8(root: nn.Module, chosen: Callable[[str], bool]) -> None:
     """Exchange the linear layers below `root` whose paths are chosen and whose sizes fit, alone or filled up beside others."""
     convert_linears(root, Float8TrainingLinear, chosen, float8_inference.has_aligned_shape, float8_inference.ALIGNMENT)
     for module in root.modules():
-        for reader, norm, shift in _read(module):
-            _bound(reader, norm, shift)
+        for reader, norm, shift in _norm_readers(module):
+            _set_input_bound(reader, norm, shift)
 
 
-def _read(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
+def _norm_readers(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
     """Parts of a block that read what a norm gives, after a shift, and nothing else."""
     if type(block) is SerialBlock:
         yield block.attention, block.attention_norm, block.attention_shift
@@ -32,7 +32,7 @@ def _read(block: nn.Module) -> Iterator[tuple[nn.Module, nn.Module, nn.Module]]:
         yield block.feedforward, block.norm, block.shift
 
 
-def _bound(reader: nn.Module, norm: nn.Module, shift: nn.Module) -> None:
+def _set_input_bound(reader: nn.Module, norm: nn.Module, shift: nn.Module) -> None:
     """Tell the layers that read first what bounds their input, where norm and shift leave a bound."""
     if type(norm) not in (LayerNorm, RMSNorm, RMSNormNoGain) or type(shift) not in (NoShift, ChunkShift):
         return

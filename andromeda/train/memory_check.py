@@ -1,4 +1,4 @@
-"""Whether a model can be held at all, asked before anything is built: a system that runs out of memory kills without a word."""
+"""Whether a run fits a device's memory, checked before anything is built: a system that runs out of memory kills without a message."""
 
 from __future__ import annotations
 
@@ -9,53 +9,65 @@ from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import meta_model
+from andromeda.optim import optimizer_state_bytes
 from andromeda.utils.errors import ConfigError
 
-BYTES = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
-"""Of a number that a product reads, by the precision of a training."""
+COMPUTE_ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
+"""Bytes of a number that a matmul reads, by the precision of training."""
 
 
-def parameters(config: ModelConfig) -> int:
-    """Number of weights of a model, a shared one counted once; nothing is allocated."""
+def check_state_fits(config: RunConfig, device: torch.device) -> None:
+    """Raise ConfigError when weights, gradients and optimizer state are more than the device's whole memory."""
+    model, optim = meta_model(config.model), config.train.optim
+    parameters = list(model.parameters())
+    num_bytes = sum(2 * p.numel() * p.element_size() for p in parameters) + optimizer_state_bytes(model, optim)
+    _check(sum(p.numel() for p in parameters), num_bytes, "weights, gradients and optimizer state alone", device)
+
+
+def check_weights_fit(config: ModelConfig, device: torch.device, itemsize: int = 4) -> None:
+    """Raise ConfigError when the weights, `itemsize` bytes a number, are more than the device's whole memory."""
+    count = count_parameters(config)
+    _check(count, count * itemsize, "weights", device)
+
+
+def count_parameters(config: ModelConfig) -> int:
+    """Number of parameters of a model, shared ones counted once; nothing is allocated."""
     return sum(weight.numel() for weight in meta_model(config).parameters())
 
 
-def check_fits(config: ModelConfig, device: torch.device, copies: int, itemsize: int = 4) -> None:
-    """Raise ConfigError when `copies` of the weights, `itemsize` bytes a number, are more than the device's whole memory."""
-    count = parameters(config)
-    needed, held = count * copies * itemsize, memory_of(device)
-    if needed > held:
-        what = "weights" if copies == 1 else "weights, gradients and optimizer state alone"
+def _check(count: int, num_bytes: int, what: str, device: torch.device) -> None:
+    if num_bytes > (available := device_memory(device)):
         raise ConfigError(
-            f"The model's {count:,} parameters need {needed / 2**30:,.1f} GiB for {what}, and {device} has {held / 2**30:,.1f} GiB: "
-            "take a smaller model or another device (`andromeda plan` says what a run needs)."
+            f"The model's {count:,} parameters need {num_bytes / 2**30:,.1f} GiB for {what}, and {device} has "
+            f"{available / 2**30:,.1f} GiB: use a smaller model or another device (`andromeda plan` shows what a run needs)."
         )
 
 
-def check_rows_fit(config: RunConfig, device: torch.device, precision: str) -> None:
-    """Raise ConfigError when the blocks alone keep more of one micro-batch for the backward pass than the device's whole memory."""
-    rows, length = config.train.micro_batch_size or config.train.batch_size, config.train.seq_len or config.model.max_seq_len
-    needed, held = rows * length * least_kept(config, precision), memory_of(device)
-    if needed > held:
+def check_activations_fit(config: RunConfig, device: torch.device, precision: str) -> None:
+    """Raise ConfigError when the blocks of one micro-batch save more for the backward pass than the device's whole memory."""
+    size, seq_len = config.train.micro_batch_size or config.train.batch_size, config.train.seq_len or config.model.max_seq_len
+    num_bytes, available = size * seq_len * min_saved_bytes_per_token(config, precision), device_memory(device)
+    if num_bytes > available:
         raise ConfigError(
-            f"{rows:,} rows of {length:,} tokens at once need at least {needed / 2**30:,.1f} GiB for the backward pass, and {device} has "
-            f"{held / 2**30:,.1f} GiB: give a smaller train.micro_batch_size, or shorter rows (`andromeda plan` says what a run needs)."
+            f"A micro-batch of {size:,} sequences of {seq_len:,} tokens saves at least {num_bytes / 2**30:,.1f} GiB for the backward pass, "
+            f"and {device} has {available / 2**30:,.1f} GiB: lower train.micro_batch_size or train.seq_len "
+            "(`andromeda plan` shows what a run needs)."
         )
 
 
-def least_kept(config: RunConfig, precision: str) -> int:
-    """A lower bound of the bytes a token that a backward pass finds kept in all blocks: what their products and attention read.
+def min_saved_bytes_per_token(config: RunConfig, precision: str) -> int:
+    """A lower bound of the bytes per token that all blocks save for the backward pass: the inputs of their matmuls and of attention.
 
-    Queries, keys, values, attention's output and the feed-forward's inner activations; recomputing blocks keep their input alone.
+    Queries, keys, values, attention's output and the feed-forward's inner activations; recomputed blocks save their input alone.
     """
     model, attention = config.model, config.model.attention
     numbers = model.hidden_size
     if config.train.activation_checkpointing == "none":
         numbers += 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim + intermediate_size(model)
-    return model.num_layers * numbers * BYTES[precision]
+    return model.num_layers * numbers * COMPUTE_ITEMSIZE[precision]
 
 
-def memory_of(device: torch.device) -> int:
+def device_memory(device: torch.device) -> int:
     """Bytes of memory that a device has, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory

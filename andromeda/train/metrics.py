@@ -1,4 +1,4 @@
-"""metrics.jsonl read back: of a run that is going on, that was killed, or that somebody else sent."""
+"""Metrics of a run: accumulated over steps, timed, written to metrics.jsonl, TensorBoard and Weights & Biases, and read back."""
 
 from __future__ import annotations
 
@@ -22,193 +22,192 @@ from torch import Tensor
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import peak_flops, training_flops_per_token
-from andromeda.train.checkpoint import Cursor
 from andromeda.train.precision import Precision
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.progress import MetricValues, Progress
+from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import MissingExtra
 
-TIMED = ("seconds", "tokens_per_second", "mfu", "memory_gib")
-"""Figures that depend on the machine's mood: all others repeat."""
+TIMING_METRICS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+"""Metrics that depend on the state of the machine: all others are reproducible."""
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """The lines of metrics.jsonl that can be read."""
+class MetricsHistory:
+    """The readable lines of a metrics.jsonl."""
 
-    lines: list[dict[str, Any]]
-    broken: int = 0
-    """Lines that cannot: the last one, while it is being written, or after a kill."""
+    records: list[dict[str, Any]]
+    num_unreadable: int = 0
+    """Unreadable lines: the last one, while it is being written, or after a kill."""
 
-    def points(self, name: str) -> list[tuple[float, float]]:
-        """(step, figure) wherever the figure is a number."""
-        return [(line["step"], line[name]) for line in self.lines if is_number(line.get(name))]
+    def series(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) wherever the metric is a number."""
+        return [(record["step"], record[name]) for record in self.records if is_number(record.get(name))]
 
-    def last(self, name: str) -> float | None:
-        """The newest value of a figure."""
-        return next((line[name] for line in reversed(self.lines) if is_number(line.get(name))), None)
+    def latest(self, name: str) -> float | None:
+        """The newest value of a metric."""
+        return next((record[name] for record in reversed(self.records) if is_number(record.get(name))), None)
 
-    def names(self, start: str) -> list[str]:
-        """Figures whose names begin so, in the order in which they came."""
-        return list(dict.fromkeys(name for line in self.lines for name in line if name.startswith(start)))
+    def names(self, prefix: str) -> list[str]:
+        """Metrics whose names begin with `prefix`, in order of first occurrence."""
+        return list(dict.fromkeys(name for record in self.records for name in record if name.startswith(prefix)))
 
     @property
     def step(self) -> int:
-        """The newest step that there are figures of."""
-        return max((int(line["step"]) for line in self.lines), default=0)
+        """The newest step that has metrics."""
+        return max((int(record["step"]) for record in self.records), default=0)
 
 
-def read_metrics(path: Path) -> Metrics:
-    """The lines that are whole. A file that is missing has none."""
+def read_metrics(path: Path) -> MetricsHistory:
+    """The readable lines of a file, which may be missing or still being written."""
     try:
         raw = path.read_bytes()
     except OSError:
-        return Metrics([])
-    lines, broken = [], 0
+        return MetricsHistory([])
+    records, num_unreadable = [], 0
     for text in raw.splitlines():
         try:
-            line = json.loads(text)
-            lines.append(line | {"step": int(line["step"])})
+            record = json.loads(text)
+            records.append(record | {"step": int(record["step"])})
         except (ValueError, TypeError, KeyError):
-            broken += bool(text.strip(b"\0 "))
-    return Metrics(lines, broken)
+            num_unreadable += bool(text.strip(b"\0 "))
+    return MetricsHistory(records, num_unreadable)
 
 
 def is_number(value: Any) -> bool:
-    """Whether a figure is one."""
+    """Whether the value of a metric is a number."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-class Meter:
-    """Loss, bits and gradient norm of the steps since the last line."""
+class MetricAccumulator:
+    """Loss, bits per byte and gradient norm of the steps since the last line of metrics.jsonl."""
 
     def __init__(self, device: torch.device) -> None:
-        # In float64 a sum goes to JSON and back without a rounding of its own.
+        # In float64 a sum survives JSON without rounding.
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
-        self._steps, self._targets, self._bytes = 0, 0, 0
+        self._steps, self._num_targets, self._num_bytes = 0, 0, 0
 
-    def add(self, nll: Tensor, norm: Tensor, targets: int, text: int) -> None:
-        """A step that was taken: nll per target in nats and gradient norm, both (); its targets, and the bytes of text they stand for."""
-        self._sums += torch.stack([nll.double() * targets, norm.double()])
-        self._steps, self._targets, self._bytes = self._steps + 1, self._targets + targets, self._bytes + text
+    def add(self, nll: Tensor, grad_norm: Tensor, num_targets: int, num_bytes: int) -> None:
+        """Add a step that was taken.
 
-    def take(self) -> dict[str, float]:
-        """The means, and a fresh start; nothing when no step was taken."""
-        nll, norm = self._sums.tolist()
-        steps, targets, text = self._steps, self._targets, self._bytes
+        nll: cross entropy per target in nats, shape (); grad_norm: shape (); num_bytes: of the text that the targets stand for.
+        """
+        self._sums += torch.stack([nll.double() * num_targets, grad_norm.double()])
+        self._steps, self._num_targets, self._num_bytes = self._steps + 1, self._num_targets + num_targets, self._num_bytes + num_bytes
+
+    def compute_and_reset(self) -> dict[str, float]:
+        """The means since the last call, which waits for the device; empty when no step was taken."""
+        nll, grad_norm = self._sums.tolist()
+        steps, num_targets, num_bytes = self._steps, self._num_targets, self._num_bytes
         self._sums.zero_()
-        self._steps, self._targets, self._bytes = 0, 0, 0
+        self._steps, self._num_targets, self._num_bytes = 0, 0, 0
         if not steps:
             return {}
-        means = {"loss": nll / max(1, targets), "gradient_norm": norm / steps}
-        return means | ({"bits_per_byte": nll / math.log(2) / text} if text else {})
+        means = {"loss": nll / max(1, num_targets), "gradient_norm": grad_norm / steps}
+        return means | ({"bits_per_byte": nll / math.log(2) / num_bytes} if num_bytes else {})
 
-    def values(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """State, for JSON."""
-        return {"sums": self._sums.tolist(), "steps": self._steps, "targets": self._targets, "bytes": self._bytes}
+        return {"sums": self._sums.tolist(), "steps": self._steps, "targets": self._num_targets, "bytes": self._num_bytes}
 
-    def load(self, values: dict[str, Any]) -> None:
-        """Take back what `values` gave."""
-        self._sums.copy_(torch.tensor(values["sums"], dtype=torch.float64))
-        self._steps, self._targets, self._bytes = values["steps"], values["targets"], values["bytes"]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` returned."""
+        self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
+        self._steps, self._num_targets, self._num_bytes = state["steps"], state["targets"], state["bytes"]
 
 
 GIB = 1 << 30
 
 
-class Speed:
-    """A watch that runs during steps."""
+class ThroughputMonitor:
+    """Tokens per second, MFU and peak memory, over the time spent in steps."""
 
-    def __init__(self, model: ModelConfig, sequence: int, precision: Precision) -> None:
-        self._sequence = sequence
-        self._flops_per_token = cache(lambda window: training_flops_per_token(model, sequence, window=window))
+    def __init__(self, model: ModelConfig, seq_len: int, precision: Precision) -> None:
+        self._seq_len = seq_len
+        self._flops_per_token = cache(lambda window: training_flops_per_token(model, seq_len, window=window))
         self._device = precision.device
-        self._peak = peak_flops(str(precision.device), precision.name)
+        self._peak_flops = peak_flops(str(precision.device), precision.name)
         self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
 
-    def count(self, rows: int, window: int) -> None:
-        """Rows that were trained on, with the window that narrowed attention."""
-        tokens = rows * self._sequence
+    def add_sequences(self, count: int, window: int) -> None:
+        """Add sequences that were trained on with the attention window `window` (0: as configured)."""
+        tokens = count * self._seq_len
         self._tokens, self._flops = self._tokens + tokens, self._flops + tokens * self._flops_per_token(window)
 
     @contextmanager
-    def running(self, cursor: Cursor) -> Iterator[None]:
-        """Count the block's time, here and in the run's own sum."""
-        began = time.perf_counter()
+    def measure(self, progress: Progress) -> Iterator[None]:
+        """Add the block's time, here and to the run's total."""
+        start = time.perf_counter()
         yield
-        passed = time.perf_counter() - began
-        self._seconds, cursor.seconds = self._seconds + passed, cursor.seconds + passed
+        elapsed = time.perf_counter() - start
+        self._seconds, progress.seconds = self._seconds + elapsed, progress.seconds + elapsed
 
-    def take(self) -> dict[str, float]:
-        """Figures since the last call. With a GPU, call after something has waited for it."""
+    def compute_and_reset(self) -> dict[str, float]:
+        """Metrics since the last call. With a GPU, synchronize with it first."""
         seconds, tokens, flops = self._seconds, self._tokens, self._flops
         self._seconds, self._tokens, self._flops = 0.0, 0, 0.0
         if not tokens:
             return {}
-        figures = {"tokens_per_second": tokens / seconds, "memory_gib": memory(self._device) / GIB}
-        return figures | ({"mfu": flops / seconds / self._peak} if self._peak else {})
+        metrics = {"tokens_per_second": tokens / seconds, "memory_gib": peak_memory(self._device) / GIB}
+        return metrics | ({"mfu": flops / seconds / self._peak_flops} if self._peak_flops else {})
 
 
-def memory(device: torch.device) -> int:
-    """Most bytes held so far: allocated on a GPU, resident on a CPU."""
+def peak_memory(device: torch.device) -> int:
+    """Peak memory in bytes so far: allocated on a GPU, resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-Figures = dict[str, Any]
+class MetricsLogger(Protocol):
+    """Receives the metrics of a step."""
 
-
-class Sink(Protocol):
-    """Takes the figures of a step."""
-
-    def write(self, step: int, figures: Figures) -> None:
-        """Figures by name; text and lists may be among them."""
+    def log(self, step: int, metrics: MetricValues) -> None:
+        """Metrics by name; text and lists may be among them."""
 
     def close(self) -> None:
-        """Finish."""
+        """Flush and release."""
 
 
 class MetricsFile:
-    """metrics.jsonl: one JSON object a line, `step` first; only ever appended to, except by `cut`."""
+    """metrics.jsonl: one JSON object a line, `step` first. Append-only, except for `truncate`."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 - open for the life of the run
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Append a line; a figure that is not finite becomes null, which JSON has."""
-        line = {"step": step} | {name: _plain(figure) for name, figure in figures.items()}
+    def log(self, step: int, metrics: MetricValues) -> None:
+        """Append a line; a value that is not finite becomes null, since JSON has no NaN."""
+        line = {"step": step} | {name: _finite_or_none(value) for name, value in metrics.items()}
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
 
     def sync(self) -> int:
-        """Make everything durable; returns the file's size in bytes."""
+        """Flush to the disk; returns the file's size in bytes."""
         self._file.flush()
         os.fsync(self._file.fileno())
         return self._file.seek(0, os.SEEK_END)
 
-    def kept(self) -> dict[str, Any]:
-        """Make everything durable; returns the size of what is written and its hash, as a checkpoint keeps them."""
+    def checkpoint_info(self) -> dict[str, Any]:
+        """Flush to the disk; returns size and hash of the file, which a checkpoint records."""
         size = self.sync()
-        return {"metrics_bytes": size, "metrics_sha256": sha256_of_first(self._path, size)}
+        return {"metrics_bytes": size, "metrics_sha256": sha256_prefix(self._path, size)}
 
-    def cut(self, size: int) -> None:
-        """Drop what was written after the file had `size` bytes, so that it reads as if never interrupted."""
+    def truncate(self, size: int) -> None:
+        """Drop all after the first `size` bytes, so that the file reads as if the run had never been interrupted."""
         self._file.truncate(min(size, self.sync()))
 
     def close(self) -> None:
-        """Finish."""
         self.sync()
         self._file.close()
 
 
-def sha256_of_first(path: Path, size: int) -> str:
-    """sha256 of a file's first `size` bytes, or of all where it has fewer."""
+def sha256_prefix(path: Path, size: int) -> str:
+    """sha256 of a file's first `size` bytes, or of the whole file if it is shorter."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read(size)).hexdigest()
 
 
-class TensorBoard:
+class TensorBoardLogger:
     """Scalars for TensorBoard, in the run folder."""
 
     def __init__(self, folder: Path, step: int) -> None:
@@ -217,21 +216,20 @@ class TensorBoard:
         # purge_step hides what an interrupted process wrote after the checkpoint.
         self._writer = SummaryWriter(str(folder), purge_step=step + 1 if step else None)
 
-    def write(self, step: int, figures: Figures) -> None:
-        """The numbers among the figures."""
-        for name, figure in figures.items():
-            if isinstance(figure, int | float):
-                self._writer.add_scalar(name, figure, step)
+    def log(self, step: int, metrics: MetricValues) -> None:
+        """The numbers among the metrics."""
+        for name, value in metrics.items():
+            if isinstance(value, int | float):
+                self._writer.add_scalar(name, value, step)
 
     def close(self) -> None:
-        """Finish."""
         self._writer.close()
 
 
-class WeightsAndBiases:
-    """Figures for wandb, under the run's own id, so that a resumed run goes on in the same chart."""
+class WandbLogger:
+    """Metrics for Weights & Biases, under the run's own id, so that a resumed run continues the same chart."""
 
-    def __init__(self, config: RunConfig, folder: RunFolder, identity: str) -> None:
+    def __init__(self, config: RunConfig, run_dir: RunDir, identity: str) -> None:
         import wandb
 
         self._run = wandb.init(
@@ -239,34 +237,32 @@ class WeightsAndBiases:
             name=config.name,
             id=identity,
             resume="allow",
-            dir=str(folder.path),
+            dir=str(run_dir.path),
             config=config.model_dump(),
         )
 
-    def write(self, step: int, figures: Figures) -> None:
-        """All figures."""
-        self._run.log(figures, step=step)
+    def log(self, step: int, metrics: MetricValues) -> None:
+        self._run.log(metrics, step=step)
 
     def close(self) -> None:
-        """Finish."""
         self._run.finish()
 
 
-def check_extras(config: RunConfig) -> None:
-    """Raises MissingExtra when the configuration asks for a sink that is not installed."""
+def check_loggers_installed(config: RunConfig) -> None:
+    """Raises MissingExtra when the configuration asks for a logger that is not installed."""
     if config.train.log.wandb and find_spec("wandb") is None:
         raise MissingExtra("wandb", "wandb", "Logging to Weights & Biases (train.log.wandb)")
 
 
-def build_sinks(config: RunConfig, folder: RunFolder, step: int, identity: str) -> list[Sink]:
-    """What the configuration asks for besides metrics.jsonl."""
-    sinks: list[Sink] = []
+def build_loggers(config: RunConfig, run_dir: RunDir, step: int, identity: str) -> list[MetricsLogger]:
+    """The loggers that the configuration asks for besides metrics.jsonl."""
+    loggers: list[MetricsLogger] = []
     if config.train.log.wandb:
-        sinks.append(WeightsAndBiases(config, folder, identity))
+        loggers.append(WandbLogger(config, run_dir, identity))
     if config.train.log.tensorboard:
-        sinks.append(TensorBoard(folder.path / "tensorboard", step))
-    return sinks
+        loggers.append(TensorBoardLogger(run_dir.path / "tensorboard", step))
+    return loggers
 
 
-def _plain(figure: Any) -> Any:
-    return None if isinstance(figure, float) and not math.isfinite(figure) else figure
+def _finite_or_none(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -14,8 +14,8 @@ from andromeda.loss import Nebula, next_token
 from andromeda.model.transformer import Transformer
 
 
-class Sums(NamedTuple):
-    """Sums over the targets of some rows, in nats."""
+class ObjectiveSums(NamedTuple):
+    """Sums over the targets of a micro-batch, in nats, each of shape ()."""
 
     total: Tensor
     """What is minimized; the one with gradients."""
@@ -23,24 +23,8 @@ class Sums(NamedTuple):
     """Cross entropy alone."""
 
 
-class NextToken:
-    """Nebula with the one task of a language model: cross entropy of the next token, with its z-loss."""
-
-    def __init__(self, model: Transformer, z_loss: float = 0.0) -> None:
-        self._model = model
-        self._loss = Nebula([next_token(z_loss)])
-        # Sums, not means: the step divides by the targets of all its micro-batches.
-        self._undivided = {task.name: 1 for task in self._loss.tasks}
-
-    def __call__(self, batch: Rows, window: int = 0) -> Sums:
-        """The sums over a batch that is on the model's device."""
-        hidden = self._model.hidden(batch.ids, documents=batch.documents, window=window)
-        result = self._loss(self._model.head, hidden, batch, self._undivided)
-        return Sums(result.total, result.parts["next_token"])
-
-
-class Rows(NamedTuple):
-    """Some rows of the stream."""
+class MicroBatch(NamedTuple):
+    """Sequences as a model reads them."""
 
     ids: Tensor
     """(B, T)."""
@@ -50,19 +34,35 @@ class Rows(NamedTuple):
     """(B, T) document numbers, or None where attention may cross documents."""
 
     @classmethod
-    def of(cls, batch: Batch, document_mask: bool) -> Rows:
-        """What a model reads of a batch."""
+    def from_batch(cls, batch: Batch, document_mask: bool) -> MicroBatch:
+        """What a model reads of a batch of the stream."""
         return cls(batch.ids, batch.targets, batch.documents if document_mask else None)
 
-    def to(self, device: torch.device) -> Rows:
-        """On a device, without waiting for it."""
-        return self._each(lambda x: x.to(device, non_blocking=True))
+    def to(self, device: torch.device) -> MicroBatch:
+        """Copied to a device asynchronously."""
+        return self._map(lambda x: x.to(device, non_blocking=True))
 
-    def split(self, rows: int) -> Iterator[Rows]:
-        """`rows` rows at a time."""
-        for start in range(0, len(self.ids), rows):
-            yield self._each(itemgetter(slice(start, start + rows)))
+    def split(self, size: int) -> Iterator[MicroBatch]:
+        """Micro-batches of `size` sequences each; the last may be smaller."""
+        for start in range(0, len(self.ids), size):
+            yield self._map(itemgetter(slice(start, start + size)))
 
-    def _each(self, change: Callable[[Tensor], Tensor]) -> Rows:
-        documents = None if self.documents is None else change(self.documents)
-        return Rows(change(self.ids), change(self.targets), documents)
+    def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
+        documents = None if self.documents is None else function(self.documents)
+        return MicroBatch(function(self.ids), function(self.targets), documents)
+
+
+class NextTokenObjective:
+    """Nebula with the one task of a language model: cross entropy of the next token, with its z-loss."""
+
+    def __init__(self, model: Transformer, z_loss: float = 0.0) -> None:
+        self._model = model
+        self._loss = Nebula([next_token(z_loss)])
+        # Sums, not means: the step divides by the number of targets of all its micro-batches.
+        self._normalizer = {task.name: 1 for task in self._loss.tasks}
+
+    def __call__(self, batch: MicroBatch, window: int = 0) -> ObjectiveSums:
+        """The sums over a batch on the model's device."""
+        hidden = self._model.hidden(batch.ids, documents=batch.documents, window=window)
+        result = self._loss(self._model.head, hidden, batch, self._normalizer)
+        return ObjectiveSums(result.total, result.parts["next_token"])

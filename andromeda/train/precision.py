@@ -30,7 +30,7 @@ class Precision:
         self.device = device
         self._one = torch.ones((), device=device)
 
-    def prepare(self, model: Transformer) -> Transformer:
+    def convert_model(self, model: Transformer) -> Transformer:
         """The model with whatever the products need exchanged in it; float32 weights stay the ones that are trained."""
         return model
 
@@ -38,19 +38,19 @@ class Precision:
         """Wraps the forward pass and the loss."""
         return contextlib.nullcontext()
 
-    def summing(self) -> contextlib.AbstractContextManager[Any]:
+    def accumulate_grads(self) -> contextlib.AbstractContextManager[Any]:
         """Wraps the micro-batches of a step, whose gradients are added up."""
         return contextlib.nullcontext()
 
     @property
-    def scale(self) -> Tensor:
+    def loss_scale(self) -> Tensor:
         """What the loss is multiplied with before the backward pass, shape ()."""
         return self._one
 
-    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+    def unscale_grads(self, parameters: Iterable[nn.Parameter]) -> None:
         """Bring the gradients back to their true size, in place, before they are clipped."""
 
-    watches = False
+    syncs_every_step = False
     """Whether every step's norm must be known on the host."""
 
     def overflowed(self, loss: float, norm: float) -> bool:
@@ -60,15 +60,15 @@ class Precision:
     def update(self, norm: float) -> None:
         """After every step, taken or not."""
 
-    def values(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """State, for JSON."""
         return {}
 
-    def load(self, values: dict[str, Any]) -> None:
+    def load_state_dict(self, values: dict[str, Any]) -> None:
         """Take back what `values` gave."""
 
 
-class Half(Precision):
+class HalfPrecision(Precision):
     """Products in 16 bits. On a GPU the blocks' weights are cast once a step, and their products add up the gradients."""
 
     dtype: ClassVar[torch.dtype]
@@ -77,34 +77,34 @@ class Half(Precision):
         super().__init__(device)
         self._layers: Sequence[master_weight_linear.MasterWeightLinear] = ()
 
-    def prepare(self, model: Transformer) -> Transformer:
+    def convert_model(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
         if self.device.type == "cuda":
-            self.exchange(model)
+            self.convert_linears(model)
         return model
 
-    def exchange(self, model: Transformer) -> Sequence[master_weight_linear.MasterWeightLinear]:
+    def convert_linears(self, model: Transformer) -> Sequence[master_weight_linear.MasterWeightLinear]:
         """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
-        self._layers = master_weight_linear.convert_to_master_weights(model.decoder, _chosen, self.dtype)
+        self._layers = master_weight_linear.convert_to_master_weights(model.decoder, _is_block_linear, self.dtype)
         return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """Products in 16 bits."""
         return torch.autocast(self.device.type, dtype=self.dtype)
 
-    def summing(self) -> contextlib.AbstractContextManager[Any]:
+    def accumulate_grads(self) -> contextlib.AbstractContextManager[Any]:
         """Gradients of the layers are added up by their products."""
         return master_weight_linear.accumulate_weight_grads(self._layers)
 
 
-class BFloat16(Half):
+class BFloat16(HalfPrecision):
     """Products in bfloat16, which has float32's range: no scaling."""
 
     name = "bf16"
     dtype = torch.bfloat16
 
 
-class Float16(Half):
+class Float16(HalfPrecision):
     """Products in float16 with a scaled loss (arXiv 1710.03740).
 
     The scale starts at 2^16, halves whenever a gradient is not finite (that step is not taken) and doubles after 2,000 good
@@ -114,7 +114,7 @@ class Float16(Half):
 
     name = "fp16"
     dtype = torch.float16
-    watches = True
+    syncs_every_step = True
     START, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
     def __init__(self, device: torch.device) -> None:
@@ -122,11 +122,11 @@ class Float16(Half):
         self._scale, self._good = self.START, 0
 
     @property
-    def scale(self) -> Tensor:
+    def loss_scale(self) -> Tensor:
         """The current scale."""
         return self._one * self._scale
 
-    def unscale(self, parameters: Iterable[nn.Parameter]) -> None:
+    def unscale_grads(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide by the scale: exact, it is a power of two."""
         torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
 
@@ -143,11 +143,11 @@ class Float16(Half):
         if self._good == self.INTERVAL:
             self._scale, self._good = self._scale * self.GROWTH, 0
 
-    def values(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """Scale and count of good steps."""
         return {"scale": self._scale, "good": self._good}
 
-    def load(self, values: dict[str, Any]) -> None:
+    def load_state_dict(self, values: dict[str, Any]) -> None:
         """Take them back."""
         self._scale, self._good = float(values["scale"]), int(values["good"])
 
@@ -162,31 +162,31 @@ class Float8(BFloat16):
 
     name = "fp8"
 
-    def prepare(self, model: Transformer) -> Transformer:
+    def convert_model(self, model: Transformer) -> Transformer:
         """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and float8.TRITON:
-            convert_float8.convert_to_float8(model.decoder, _chosen)
+            convert_float8.convert_to_float8(model.decoder, _is_block_linear)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training
         except ImportError:
             raise MissingExtra("torchao", "eightbit", "train.precision = 'fp8'") from None
         config = Float8LinearConfig(emulate=self.device.type == "cpu")
-        convert_to_float8_training(model, config=config, module_filter_fn=_fits_fp8)
+        convert_to_float8_training(model, config=config, module_filter_fn=_fits_float8)
         return model
 
 
-def _chosen(path: str) -> bool:
+def _is_block_linear(path: str) -> bool:
     """Not a router, by its path in the decoder: its scores decide by small differences and are kept exact."""
     return path.startswith("blocks.") and ".router." not in path
 
 
-def _fits_fp8(module: nn.Module, path: str) -> bool:
+def _fits_float8(module: nn.Module, path: str) -> bool:
     """The blocks' own products."""
     return (
         isinstance(module, nn.Linear)
         and path.startswith("decoder.")
-        and _chosen(path.removeprefix("decoder."))
+        and _is_block_linear(path.removeprefix("decoder."))
         and float8_inference.has_aligned_shape(module)
     )
 
@@ -200,7 +200,7 @@ def build_precision(name: str, device: torch.device) -> Precision:
     Raises ConfigError for fp8 on a device without it.
     """
     if name == "auto":
-        name = "bf16" if fast_bfloat16(device) else "fp32"
+        name = "bf16" if has_fast_bf16(device) else "fp32"
     if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ConfigError(
             f"train.precision = {name!r} needs a GPU with 8-bit products (compute capability 8.9 or newer), "
@@ -209,7 +209,7 @@ def build_precision(name: str, device: torch.device) -> Precision:
     return PRECISIONS[name](device)
 
 
-def fast_bfloat16(device: torch.device) -> bool:
+def has_fast_bf16(device: torch.device) -> bool:
     """Whether bfloat16 products run on hardware of their own; emulated ones are slower than float32 (docs/training.md)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,107 +1,118 @@
-"""What a person sees while a run goes on: a live line on a terminal, plain lines when piped, JSON lines when asked for."""
+"""How far a run is, and how that is shown: a live bar on a terminal, plain lines when piped, JSON lines on request."""
 
 from __future__ import annotations
 
 import json
 import sys
+from dataclasses import dataclass
 from typing import Any, Protocol
 
+from rich import progress
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-Figures = dict[str, Any]
+MetricValues = dict[str, Any]
+"""Metrics of a step by name; text and lists may be among them."""
 
 
-class Screen(Protocol):
-    """Shows figures and remarks."""
+@dataclass
+class Progress:
+    """How far a run is, in units that do not depend on the number of processes."""
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Figures of a step."""
+    step: int = 0
+    """Steps done, skipped ones included."""
+    rows: int = 0
+    """Rows of the stream read, skipped ones included."""
+    tokens: int = 0
+    """Targets learned from."""
+    seconds: float = 0.0
+    """Time spent training, over all starts."""
 
-    def note(self, text: str) -> None:
-        """Something that a person should know."""
+
+class Reporter(Protocol):
+    """Shows metrics and messages to the user."""
+
+    def log(self, step: int, metrics: MetricValues) -> None:
+        """Show the metrics of a step."""
+
+    def message(self, text: str) -> None:
+        """Show a message."""
 
     def close(self) -> None:
-        """Finish."""
+        """Release the terminal."""
 
 
-class Silent:
+class NullReporter:
     """Shows nothing."""
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Nothing."""
-
-    def note(self, text: str) -> None:
-        """Nothing."""
-
-    def close(self) -> None:
-        """Nothing."""
+    def log(self, step: int, metrics: MetricValues) -> None: ...
+    def message(self, text: str) -> None: ...
+    def close(self) -> None: ...
 
 
-class JsonLines(Silent):
-    """Each line of metrics.jsonl on stdout as it is written; remarks on stderr."""
+class JsonLinesReporter(NullReporter):
+    """Metrics on stdout, one JSON object a line as in metrics.jsonl; messages on stderr."""
 
-    def write(self, step: int, figures: Figures) -> None:
-        """One object."""
-        print(json.dumps({"step": step} | figures), flush=True)
+    def log(self, step: int, metrics: MetricValues) -> None:
+        print(json.dumps({"step": step} | metrics), flush=True)
 
-    def note(self, text: str) -> None:
-        """On stderr."""
+    def message(self, text: str) -> None:
         print(f"andromeda: {text}", file=sys.stderr, flush=True)
 
 
-class Lines(Silent):
-    """A line for each set of figures."""
+class PlainTextReporter(NullReporter):
+    """One line of text for each set of metrics."""
 
     def __init__(self, steps: int) -> None:
         self._steps = steps
 
-    def write(self, step: int, figures: Figures) -> None:
-        """One line."""
-        if shown := describe(figures):
-            print(f"step {step}/{self._steps}  {shown}", flush=True)
+    def log(self, step: int, metrics: MetricValues) -> None:
+        if text := format_metrics(metrics):
+            print(f"step {step}/{self._steps}  {text}", flush=True)
 
-    def note(self, text: str) -> None:
-        """One line."""
+    def message(self, text: str) -> None:
         print(text, flush=True)
 
 
-class Terminal(Silent):
-    """A bar with the newest figures below it; what stays above are validation, probes and remarks."""
+class ConsoleReporter(NullReporter):
+    """A progress bar with the newest metrics below it; validation, probes and messages are printed above."""
 
     def __init__(self, steps: int, console: Console) -> None:
-        self._progress = Progress(TextColumn("step"), MofNCompleteColumn(), BarColumn(), TimeRemainingColumn(), TextColumn("left"))
-        self._task = self._progress.add_task("train", total=steps)
-        self._figures = Text()
-        self._live = Live(Group(self._progress, self._figures), console=console, refresh_per_second=4)
+        self._bar = progress.Progress(
+            progress.TextColumn("step"),
+            progress.MofNCompleteColumn(),
+            progress.BarColumn(),
+            progress.TimeRemainingColumn(),
+            progress.TextColumn("left"),
+        )
+        self._task = self._bar.add_task("train", total=steps)
+        self._latest = Text()
+        self._live = Live(Group(self._bar, self._latest), console=console, refresh_per_second=4)
         self._steps = steps
 
-    def write(self, step: int, figures: Figures) -> None:
-        """Into the bar, or above it."""
+    def log(self, step: int, metrics: MetricValues) -> None:
         self._live.start()
-        if "loss" in figures:
-            self._progress.update(self._task, completed=step)
-            self._figures.plain = describe(figures)
-        elif shown := describe(figures):
-            self.note(f"step {step}/{self._steps}  {shown}")
+        if "loss" in metrics:
+            self._bar.update(self._task, completed=step)
+            self._latest.plain = format_metrics(metrics)
+        elif text := format_metrics(metrics):
+            self.message(f"step {step}/{self._steps}  {text}")
 
-    def note(self, text: str) -> None:
-        """Above the bar."""
+    def message(self, text: str) -> None:
         self._live.console.print(text, highlight=False)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Stop the bar and leave it on the screen."""
         self._live.stop()
 
 
-def build_screen(steps: int, as_json: bool = False) -> Screen:
-    """The screen that suits where stdout goes."""
+def build_reporter(steps: int, as_json: bool = False) -> Reporter:
+    """The reporter that suits stdout: a bar on a terminal, lines of text in a pipe, JSON on request."""
     if as_json:
-        return JsonLines()
+        return JsonLinesReporter()
     console = Console()
-    return Terminal(steps, console) if console.is_terminal else Lines(steps)
+    return ConsoleReporter(steps, console) if console.is_terminal else PlainTextReporter(steps)
 
 
 FORMATS = {
@@ -109,25 +120,23 @@ FORMATS = {
     "bits_per_byte": ("bits/byte", "{:.4f}"),
     "validation/loss": ("validation loss", "{:.4f}"),
     "validation/bits_per_byte": ("bits/byte", "{:.4f}"),
-    "validation/loss_average": ("of the average", "{:.4f}"),
+    "validation/loss_average": ("with averaged weights", "{:.4f}"),
     "gradient_norm": ("norm", "{:.3g}"),
-    "tokens_per_second": ("tok/s", "{:,.0f}"),
+    "tokens_per_second": ("tokens/s", "{:,.0f}"),
     "mfu": ("MFU", "{:.1%}"),
     "memory_gib": ("GiB", "{:.2f}"),
     "update_ratio/matrix": ("update/weight of matrices", "{:.2g}"),
     "activation_max": ("largest activation", "{:.3g}"),
     "attention_logit_bound": ("attention logit", "{:.3g}"),
 }
-"""How figures are shown; those not here stay in metrics.jsonl."""
+"""Label and number format of the metrics that are shown; all others are in metrics.jsonl only."""
 
 
-def describe(figures: Figures) -> str:
-    """Figures on one line."""
-    shown = [f"{label} {form.format(figures[name])}" for name, (label, form) in FORMATS.items() if figures.get(name) is not None]
+def format_metrics(metrics: MetricValues) -> str:
+    """Metrics as one line of text."""
+    shown = [f"{label} {form.format(metrics[name])}" for name, (label, form) in FORMATS.items() if metrics.get(name) is not None]
     shown += [
-        f"{name[6:]} {figure:.0%} (chance {figures[name + '/chance']:.0%})"
-        for name, figure in figures.items()
-        if name + "/chance" in figures
+        f"{name[6:]} {value:.0%} (chance {metrics[name + '/chance']:.0%})" for name, value in metrics.items() if name + "/chance" in metrics
     ]
-    shown += [str(figures["event"])] if "event" in figures else []
+    shown += [str(metrics["event"])] if "event" in metrics else []
     return "  ".join(shown)

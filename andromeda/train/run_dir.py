@@ -22,7 +22,7 @@ from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import PART, write_whole
 
 
-class RunFolder:
+class RunDir:
     """Paths and small files of one run."""
 
     def __init__(self, path: str | Path) -> None:
@@ -40,7 +40,7 @@ class RunFolder:
         """Whether a run has begun here."""
         return self.config_file.exists()
 
-    def refuse_others(self) -> None:
+    def refuse_foreign_files(self) -> None:
         """Raises ConfigError where a run would write over what no run has written, such as a corpus's manifest and tokenizer."""
         if self.exists or self.lock_file.exists():
             return

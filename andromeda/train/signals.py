@@ -11,14 +11,14 @@ from types import FrameType
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-class Signals:
+class SignalHandler:
     """Remembers the first signal."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     @contextmanager
-    def caught(self) -> Iterator[None]:
+    def installed(self) -> Iterator[None]:
         """Catch them within the block. Only the main thread may; elsewhere signals stay as they are."""
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -31,7 +31,7 @@ class Signals:
                 signal.signal(number, handler)
 
     @staticmethod
-    def name(number: int) -> str:
+    def signal_name(number: int) -> str:
         """A signal in words."""
         return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(number)]
 

@@ -1,4 +1,4 @@
-"""Which device a run computes on."""
+"""The live state of a run: model, optimizer, precision, spike guard, averages, random states; saved to and restored from snapshots."""
 
 from __future__ import annotations
 
@@ -15,21 +15,22 @@ from torch import Tensor, nn
 
 from andromeda.config.run import RunConfig
 from andromeda.model.transformer import Transformer
-from andromeda.optim import Optimizer, build_optimizer
+from andromeda.optim import OptimizerContainer, build_optimizer
 from andromeda.train.activation_checkpoint import checkpoint_blocks
-from andromeda.train.callbacks.ema import NoAverage, build_average
-from andromeda.train.callbacks.spike_guard import BadSteps
-from andromeda.train.callbacks.validation import ROWS
-from andromeda.train.checkpoint import Cursor, Snapshot
+from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
+from andromeda.train.callbacks.spike_guard import LossSpikeGuard
+from andromeda.train.callbacks.validation import ROW_SELECTION
+from andromeda.train.checkpoint import Snapshot
 from andromeda.train.compile import compile_blocks
-from andromeda.train.memory_check import check_fits, check_rows_fit
-from andromeda.train.metrics import Meter
+from andromeda.train.memory_check import check_activations_fit, check_state_fits
+from andromeda.train.metrics import MetricAccumulator
 from andromeda.train.precision import Precision, build_precision
+from andromeda.train.progress import Progress
 from andromeda.utils.errors import CheckpointError, ConfigError, nearest
 
 
-def find_device(name: str, key: str = "train.device") -> torch.device:
-    """The device that a user names under `key`; `auto` is the first GPU, or else the CPU. Raises ConfigError where there is none such."""
+def resolve_device(name: str, key: str = "train.device") -> torch.device:
+    """The device that the key `key` names; `auto` is the first GPU, or else the CPU. Raises ConfigError for one that does not exist."""
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
@@ -44,14 +45,14 @@ def find_device(name: str, key: str = "train.device") -> torch.device:
 
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3
-"""glibc's <malloc.h>."""
+"""Parameters of mallopt in glibc's <malloc.h>."""
 
 
-def keep_freed_memory() -> None:
-    """Ask glibc not to give large blocks back to the system between steps; other C libraries are left as they are.
+def retain_freed_memory() -> None:
+    """Ask glibc not to return large blocks to the system between steps; no effect with other C libraries.
 
-    By default it returns them at once and takes them again page by page: 17,000 page faults and 2 to 4 % of the time of a
-    step of 6 layers of width 256 on a CPU, against next to none with this.
+    By default it returns them at once and maps them again page by page: 17,000 page faults and 2 to 4 % of the time of a step of
+    6 layers with hidden size 256 on a CPU.
     """
     with contextlib.suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
@@ -67,7 +68,7 @@ def seed_all(seed: int) -> None:
 
 
 def rng_tensors() -> dict[str, Tensor]:
-    """The states that are arrays."""
+    """Random states that are arrays."""
     states = {"torch": torch.get_rng_state(), "numpy": torch.from_numpy(np.random.get_state()[1].astype(np.int64))}  # type: ignore[index]
     if torch.cuda.is_available():
         states |= {f"cuda.{index}": state for index, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -75,115 +76,111 @@ def rng_tensors() -> dict[str, Tensor]:
 
 
 def rng_values() -> dict[str, Any]:
-    """The rest."""
+    """Random states that are plain values, for JSON."""
     version, state, gauss = random.getstate()
     _, _, position, has_gauss, cached = np.random.get_state()
     return {"python": [version, list(state), gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
 
 
-def load_rng(saved: dict[str, Tensor], described: dict[str, Any]) -> None:
-    """Take back what `tensors` and `values` gave. States of devices that are not here are left out."""
-    version, state, gauss = described["python"]
+def load_rng(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Restore what `rng_tensors` and `rng_values` returned. States of devices that this machine does not have are ignored."""
+    version, state, gauss = values["python"]
     random.setstate((version, tuple(state), gauss))
-    np.random.set_state(("MT19937", saved["numpy"].numpy().astype(np.uint32), *described["numpy"]))
-    torch.set_rng_state(saved["torch"])
+    np.random.set_state(("MT19937", tensors["numpy"].numpy().astype(np.uint32), *values["numpy"]))
+    torch.set_rng_state(tensors["torch"])
     for index in range(torch.cuda.device_count()):
-        if f"cuda.{index}" in saved:
-            torch.cuda.set_rng_state(saved[f"cuda.{index}"], index)
-
-
-COPIES = {"adamw": 4, "muon": 3, "adamw8bit": 2}
-"""How often each optimizer's training holds the parameters in 32 bits, at least: weights, gradients, moments."""
+        if f"cuda.{index}" in tensors:
+            torch.cuda.set_rng_state(tensors[f"cuda.{index}"], index)
 
 
 @dataclass
-class Session:
+class TrainState:
     """The live parts of a run."""
 
     config: RunConfig
     model: Transformer
-    optimizer: Optimizer
+    optimizer: OptimizerContainer
     precision: Precision
-    guard: BadSteps
-    average: NoAverage
-    meter: Meter
-    fingerprint: str
-    """Of the data."""
-    cursor: Cursor = field(default_factory=Cursor)
+    spike_guard: LossSpikeGuard
+    ema: ExponentialMovingAverage | None
+    metrics: MetricAccumulator
+    data_fingerprint: str
+    progress: Progress = field(default_factory=Progress)
 
-    def snapshot(self, metrics: Mapping[str, Any]) -> Snapshot:
-        """The whole state. metrics: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.kept)."""
+    def snapshot(self, metrics_info: Mapping[str, Any]) -> Snapshot:
+        """The whole state. metrics_info: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.checkpoint_info)."""
         tensors = {
             "model": model_tensors(self.model),
-            "optimizer": self.optimizer.tensors(),
-            "average": self.average.tensors(),
+            "optimizer": self.optimizer.state_tensors(),
+            "average": self.ema.state_tensors() if self.ema else {},
             "random": rng_tensors(),
         }
-        values = {
-            "healthy": self.guard.healthy,
-            "cursor": asdict(self.cursor),
-            "data": self.fingerprint,
+        metadata = {
+            "healthy": self.spike_guard.healthy,
+            "cursor": asdict(self.progress),
+            "data": self.data_fingerprint,
             "config": self.config.model_dump(),
-            "optimizer": self.optimizer.values(),
-            "average": self.average.updates,
-            "precision": {"name": self.precision.name, **self.precision.values()},
-            "guard": self.guard.values(),
-            "meter": self.meter.values(),
+            "optimizer": self.optimizer.state_metadata(),
+            "average": self.ema.updates if self.ema else 0,
+            "precision": {"name": self.precision.name, **self.precision.state_dict()},
+            "guard": self.spike_guard.state_dict(),
+            "meter": self.metrics.state_dict(),
             "random": rng_values(),
-            "validation": ROWS,
-            **metrics,
+            "validation": ROW_SELECTION,
+            **metrics_info,
         }
-        return Snapshot(self.cursor.step, {part: held for part, held in tensors.items() if held}, values)
+        return Snapshot(self.progress.step, {part: held for part, held in tensors.items() if held}, metadata)
 
     def restore(self, snapshot: Snapshot) -> None:
-        """Take a whole state back. Raises CheckpointError, one sentence, when it is of another model, optimizer or data."""
-        values = snapshot.values
-        if values["data"] != self.fingerprint:
+        """Restore a whole state. Raises CheckpointError, one sentence, when it is of another model, optimizer or corpus."""
+        metadata = snapshot.metadata
+        if metadata["data"] != self.data_fingerprint:
             raise CheckpointError(
-                f"The data has changed since the checkpoint (fingerprint {self.fingerprint[:12]}, then {values['data'][:12]}): "
+                f"The data has changed since the checkpoint (fingerprint {self.data_fingerprint[:12]}, then {metadata['data'][:12]}): "
                 "give the run its old corpus, or train in another folder."
             )
-        if values["precision"]["name"] != self.precision.name:
+        if metadata["precision"]["name"] != self.precision.name:
             raise CheckpointError(
-                f"The checkpoint was trained in {values['precision']['name']} and this start would use {self.precision.name}: "
-                f"add train.precision={values['precision']['name']}."
+                f"The checkpoint was trained in {metadata['precision']['name']} and this start would use {self.precision.name}: "
+                f"add train.precision={metadata['precision']['name']}."
             )
         load_model(self.model, snapshot.tensors["model"])
-        self.optimizer.load(snapshot.tensors.get("optimizer", {}), values["optimizer"])
-        self.average.load(snapshot.tensors.get("average", {}), values["average"])
-        self.precision.load(values["precision"])
-        self.guard.load(values["guard"])
-        self.meter.load(values["meter"])
-        load_rng(snapshot.tensors["random"], values["random"])
-        self.cursor = Cursor(**values["cursor"])
+        self.optimizer.load_state(snapshot.tensors.get("optimizer", {}), metadata["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state(snapshot.tensors.get("average", {}), metadata["average"])
+        self.precision.load_state_dict(metadata["precision"])
+        self.spike_guard.load_state_dict(metadata["guard"])
+        self.metrics.load_state_dict(metadata["meter"])
+        load_rng(snapshot.tensors["random"], metadata["random"])
+        self.progress = Progress(**metadata["cursor"])
 
 
-def build_session(config: RunConfig, device: torch.device, fingerprint: str) -> Session:
-    """A run at its beginning."""
+def build_train_state(config: RunConfig, device: torch.device, data_fingerprint: str) -> TrainState:
+    """The state of a run before its first step. Raises ConfigError for what cannot fit the device's memory."""
     train = config.train
-    check_fits(config.model, device, COPIES[train.optim.kind])
+    check_state_fits(config, device)
     if device.type == "cpu":
-        keep_freed_memory()
+        retain_freed_memory()
     seed_all(config.seed)
     precision = build_precision(train.precision, device)
-    check_rows_fit(config, device, precision.name)
-    model = precision.prepare(Transformer(config.model, seed=config.seed).to(device))
+    check_activations_fit(config, device, precision.name)
+    model = precision.convert_model(Transformer(config.model, seed=config.seed).to(device))
     checkpoint_blocks(model, train.activation_checkpointing)
     compile_blocks(model, config, device)
-    return Session(
+    return TrainState(
         config,
         model,
         build_optimizer(model, train.optim, train.compile),
         precision,
-        BadSteps(train.spike_guard),
-        build_average(model, train.ema),
-        Meter(device),
-        fingerprint,
+        LossSpikeGuard(train.spike_guard),
+        build_ema(model, train.ema),
+        MetricAccumulator(device),
+        data_fingerprint,
     )
 
 
 def model_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """Weights and kept buffers by name, each once (a tied head is the embedding's table)."""
+    """Weights and persistent buffers by name, each once (a tied head is listed as the embedding's weight)."""
     seen: set[int] = set()
     kept: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -194,7 +191,7 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
-    """Copy saved tensors into a model. Raises CheckpointError, saying what differs, before anything changes."""
+    """Copy saved tensors into a model. Raises CheckpointError, before anything changes, when names or shapes differ."""
     live = model_tensors(model)
     different = [f"{name} is only in the {'model' if name in live else 'checkpoint'}" for name in sorted(live.keys() ^ saved.keys())]
     different += [

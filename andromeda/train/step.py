@@ -1,4 +1,4 @@
-"""What a step minimizes, as sums over tokens, so that any split of a batch adds up to the same number."""
+"""One optimizer step: gradients of all micro-batches, clipping, the check for loss spikes, the update."""
 
 from __future__ import annotations
 
@@ -11,91 +11,94 @@ from torch import Tensor
 
 from andromeda.config.train import TrainConfig
 from andromeda.model.feedforward.moe import Router
-from andromeda.optim import clip
-from andromeda.train.callbacks.spike_guard import Span
-from andromeda.train.objective import Rows, Sums
-from andromeda.train.state import Session
+from andromeda.optim import clip_gradients
+from andromeda.train.callbacks.spike_guard import RowRange
+from andromeda.train.objective import MicroBatch, ObjectiveSums
+from andromeda.train.state import TrainState
 
 
 @dataclass(frozen=True)
-class Work:
+class StepBatch:
     """What one step learns from."""
 
-    rows: Rows
-    targets: int
-    """Targets that count, in all rows."""
-    span: Span
-    """Where the rows are in the stream."""
+    data: MicroBatch
+    """All its sequences."""
+    num_targets: int
+    """Targets that count, over all sequences."""
+    rows: RowRange
+    """Where the sequences are in the stream."""
     window: int = 0
+    """Attention window of the window warm-up, in tokens; 0 is the configured one."""
 
 
 @dataclass(frozen=True)
-class Outcome:
+class StepResult:
     """What one step did."""
 
     nll: Tensor
     """Cross entropy per target in nats, shape (), on the device."""
-    norm: Tensor
+    grad_norm: Tensor
     """Gradient norm before clipping, shape (), on the device."""
-    bad: str | None
-    """Why the weights were left as they were."""
+    skip_reason: str | None
+    """Why the update was skipped, or None."""
 
 
-class Stepper:
-    """Takes one step after the other with the same parts."""
+class TrainStep:
+    """Runs optimizer steps on a TrainState."""
 
-    def __init__(self, session: Session, objective: Callable[[Rows, int], Sums], config: TrainConfig) -> None:
-        self._session, self._objective, self._limits = session, objective, config.clip
-        self._micro_batch = config.micro_batch_size or config.batch_size
-        self._parameters = session.optimizer.parameters()
-        self._routers = [module for module in session.model.modules() if isinstance(module, Router)]
+    def __init__(self, state: TrainState, objective: Callable[[MicroBatch, int], ObjectiveSums], config: TrainConfig) -> None:
+        self._state, self._objective, self._clip = state, objective, config.clip
+        self._micro_batch_size = config.micro_batch_size or config.batch_size
+        self._parameters = state.optimizer.parameters()
+        self._routers = [module for module in state.model.modules() if isinstance(module, Router)]
 
-    def __call__(self, work: Work) -> Outcome:
-        """Learn from `work`. The caller has set the learning rates."""
-        session = self._session
-        loss, nll = self._gradients(work)
-        session.precision.unscale(self._parameters)
-        norm = clip(self._parameters, self._limits)
-        bad = self._verdict(loss, norm, work.span)
-        if bad is None:
-            session.optimizer.step()
-            session.average.update()
+    def __call__(self, batch: StepBatch) -> StepResult:
+        """Learn from `batch`. The caller has set the learning rates."""
+        state = self._state
+        loss, nll = self._accumulate_grads(batch)
+        state.precision.unscale_grads(self._parameters)
+        grad_norm = clip_gradients(self._parameters, self._clip)
+        skip_reason = self._check(loss, grad_norm, batch.rows)
+        if skip_reason is None:
+            state.optimizer.step()
+            if state.ema is not None:
+                state.ema.update()
         for router in self._routers:
-            router.step() if bad is None else router.load.zero_()
-        session.optimizer.zero_grad()
-        return Outcome(nll, norm, bad)
+            router.step() if skip_reason is None else router.load.zero_()
+        state.optimizer.zero_grad()
+        return StepResult(nll, grad_norm, skip_reason)
 
-    def _gradients(self, work: Work) -> tuple[Tensor, Tensor]:
-        """Leaves the scaled gradient in the weights; returns the mean of what is minimized, and of the cross entropy."""
-        precision, targets = self._session.precision, max(1, work.targets)
+    def _accumulate_grads(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
+        """Accumulates the scaled gradient in the weights; returns the mean of the objective and of the cross entropy."""
+        precision, num_targets = self._state.precision, max(1, batch.num_targets)
         loss, nll = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
-        several = len(work.rows.ids) > self._micro_batch
-        # Of one micro-batch each gradient is made when its layer's turn comes, as activations go: less memory.
-        with precision.summing() if several else contextlib.nullcontext():
-            for micro in work.rows.split(self._micro_batch):
-                part = self._add_gradients(micro, work, targets)
-                loss += part.total
-                nll += part.nll
+        several = len(batch.data.ids) > self._micro_batch_size
+        # With one micro-batch, each gradient is allocated when the backward pass reaches its layer, as activations are freed: less memory.
+        with precision.accumulate_grads() if several else contextlib.nullcontext():
+            for micro_batch in batch.data.split(self._micro_batch_size):
+                means = self._backward(micro_batch, batch, num_targets)
+                loss += means.total
+                nll += means.nll
         return loss, nll
 
-    def _add_gradients(self, micro: Rows, work: Work, targets: int) -> Sums:
-        """Of one micro-batch of `work`; returns its part in the means over all targets."""
-        precision = self._session.precision
+    def _backward(self, micro_batch: MicroBatch, batch: StepBatch, num_targets: int) -> ObjectiveSums:
+        """Forward and backward pass of one micro-batch of `batch`; returns its share of the means over all targets."""
+        precision = self._state.precision
         for router in self._routers:
             # The balance loss is a mean over a micro-batch, which has this share in the step.
-            router.loss_scale.copy_(precision.scale * (len(micro.ids) / len(work.rows.ids)))
+            router.loss_scale.copy_(precision.loss_scale * (len(micro_batch.ids) / len(batch.data.ids)))
         with precision.autocast():
-            sums = self._objective(micro.to(precision.device), work.window)
-        part = sums.total / targets
-        (part * precision.scale).backward()
-        return Sums(part.detach(), sums.nll / targets)
+            sums = self._objective(micro_batch.to(precision.device), batch.window)
+        mean = sums.total / num_targets
+        (mean * precision.loss_scale).backward()
+        return ObjectiveSums(mean.detach(), sums.nll / num_targets)
 
-    def _verdict(self, loss: Tensor, norm: Tensor, span: Span) -> str | None:
-        precision, guard = self._session.precision, self._session.guard
-        if not (guard.enabled or precision.watches):
+    def _check(self, loss: Tensor, grad_norm: Tensor, rows: RowRange) -> str | None:
+        precision, guard = self._state.precision, self._state.spike_guard
+        if not (guard.enabled or precision.syncs_every_step):
             return None
-        loss_value, norm_value = torch.stack([loss.float(), norm.float()]).tolist()
+        loss_value, norm_value = torch.stack([loss.float(), grad_norm.float()]).tolist()
         overflow = precision.overflowed(loss_value, norm_value)
-        bad = "the scaled gradient overflowed" if overflow else guard.judge(loss_value, norm_value, span)
+        reason = "the scaled gradient overflowed" if overflow else guard.check(loss_value, norm_value, rows)
         precision.update(norm_value)
-        return bad
+        return reason

@@ -1,8 +1,9 @@
-"""The training loop: data, step, figures, checkpoints, and what happens when something goes wrong."""
+"""The training loop: data, steps, metrics, checkpoints, and recovery from loss spikes, signals and damaged checkpoints."""
 
 from __future__ import annotations
 
 import uuid
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -13,157 +14,165 @@ from andromeda.config.keys import flatten
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.optim import build_schedule
-from andromeda.optim.schedules import build_window
+from andromeda.optim.schedules import build_window_warmup
 from andromeda.train import checkpoint
-from andromeda.train.callbacks.diagnostics import Health
+from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
-from andromeda.train.callbacks.validation import NoValidation, Validation
+from andromeda.train.callbacks.validation import Validation
 from andromeda.train.manifest import start_entry
-from andromeda.train.metrics import MetricsFile, Sink, Speed, build_sinks, check_extras
-from andromeda.train.objective import NextToken, Rows
-from andromeda.train.progress import Screen, Silent
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.signals import Signals
-from andromeda.train.state import Session, build_session, find_device
-from andromeda.train.step import Stepper, Work
+from andromeda.train.metrics import MetricsFile, MetricsLogger, ThroughputMonitor, build_loggers, check_loggers_installed
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.progress import MetricValues, NullReporter, Reporter
+from andromeda.train.run_dir import RunDir
+from andromeda.train.signals import SignalHandler
+from andromeda.train.state import TrainState, build_train_state, resolve_device
+from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 
 class TrainingFailed(AndromedaError):
-    """A run that cannot go on by itself. Its last healthy checkpoint is on disk."""
+    """A run that cannot continue by itself. Its last healthy checkpoint is on disk."""
 
     exit_code = 1
 
 
 @dataclass
-class Surroundings:
-    """What the loop reads from and writes to."""
+class RunIO:
+    """What the trainer reads from and writes to."""
 
-    folder: RunFolder
+    run_dir: RunDir
     stream: TokenStream
-    validation: NoValidation
+    validation: Validation | None
     probes: Probes
-    metrics: MetricsFile
-    sinks: list[Sink]
-    screen: Screen
-    signals: Signals
-    speed: Speed
+    metrics_file: MetricsFile
+    loggers: list[MetricsLogger]
+    reporter: Reporter
+    signals: SignalHandler
+    throughput: ThroughputMonitor
 
 
-class Loop:
-    """One process's share of a run, from where `session` is to the last step or a signal."""
+class Trainer:
+    """Runs the training loop of one process, from the step that `state` is at to the last step or a signal."""
 
-    def __init__(self, config: RunConfig, session: Session, around: Surroundings) -> None:
+    def __init__(self, config: RunConfig, state: TrainState, io: RunIO) -> None:
         train = config.train
-        self._config, self._train, self._session, self._around = config, train, session, around
-        self._factor = build_schedule(train.schedule, train.steps)
-        self._window = build_window(train.window, train.steps)
-        self._objective = NextToken(session.model, train.z_loss)
-        self._step = Stepper(session, self._objective, train)
-        self._health = Health(session.model, session.precision)
-        self._saved = session.cursor.step
+        self._config, self._train, self._state, self._io = config, train, state, io
+        self._lr_factor = build_schedule(train.schedule, train.steps)
+        self._window = build_window_warmup(train.window, train.steps)
+        self._objective = NextTokenObjective(state.model, train.z_loss)
+        self._step = TrainStep(state, self._objective, train)
+        self._diagnostics = Diagnostics(state.model, state.precision)
+        self._saved_step = state.progress.step
+        self._periodic: list[tuple[int, Callable[[], MetricValues]]] = [
+            (train.log.every, self._step_metrics),
+            (train.log.diagnostics_every, lambda: self._diagnostics.metrics),
+            (train.eval_every, self._validate),
+            (train.probes.every, lambda: io.probes(state.model, state.precision)),
+        ]
 
     def run(self) -> None:
         """Train until the last step or a signal; the state is on disk when this returns."""
-        if not checkpoint.listed(self._around.folder.checkpoints):
+        if not checkpoint.list_all(self._io.run_dir.checkpoints):
             # At once, so that a disk that cannot hold a checkpoint is found out now and not hours later.
             self._save()
-        while self._session.cursor.step < self._train.steps and not self._around.signals.received:
-            self._advance()
-            self._observe()
-            if self._session.guard.exhausted:
+        while self._state.progress.step < self._train.steps and not self._io.signals.received:
+            self._train_step()
+            self._after_step()
+            if self._state.spike_guard.must_roll_back:
                 self._roll_back()
-        if self._saved != self._session.cursor.step:
+        if self._saved_step != self._state.progress.step:
             self._save()
 
-    def _advance(self) -> None:
-        """One step of the run."""
-        session, cursor, size = self._session, self._session.cursor, self._train.batch_size
-        first = session.guard.next_row(cursor.rows)
-        with self._around.speed.running(cursor):
-            batch = self._around.stream.batch(first, size)
-        work = Work(Rows.of(batch, self._config.data.document_mask), batch.tokens, (first, first + size), self._window(cursor.step))
-        session.optimizer.set_factor(self._factor(cursor.step), cursor.step)
-        watched = self._due(self._train.log.diagnostics_every, cursor.step + 1)
-        with self._health.watching(work.rows) if watched else nullcontext(), self._around.speed.running(cursor):
-            outcome = self._step(work)
-        self._around.speed.count(size, work.window)
-        cursor.step, cursor.rows = cursor.step + 1, first + size
-        if outcome.bad is None:
-            cursor.tokens += batch.tokens
-            session.meter.add(outcome.nll, outcome.norm, batch.tokens, batch.bytes)
+    def _train_step(self) -> None:
+        state, progress, batch_size = self._state, self._state.progress, self._train.batch_size
+        first = state.spike_guard.next_row(progress.rows)
+        with self._io.throughput.measure(progress):
+            batch = self._io.stream.batch(first, batch_size)
+        data = MicroBatch.from_batch(batch, self._config.data.document_mask)
+        step_batch = StepBatch(data, batch.tokens, (first, first + batch_size), self._window(progress.step))
+        state.optimizer.set_lr_factor(self._lr_factor(progress.step), progress.step)
+        diagnosed = self._is_due(self._train.log.diagnostics_every, progress.step + 1)
+        with self._diagnostics.measure(data) if diagnosed else nullcontext(), self._io.throughput.measure(progress):
+            result = self._step(step_batch)
+        self._io.throughput.add_sequences(batch_size, step_batch.window)
+        progress.step, progress.rows = progress.step + 1, first + batch_size
+        if result.skip_reason is None:
+            progress.tokens += batch.tokens
+            state.metrics.add(result.nll, result.grad_norm, batch.tokens, batch.bytes)
         else:
-            self._write({"event": f"step not taken: {outcome.bad}", "rows": [first, first + size]})
+            self._log({"event": f"step skipped: {result.skip_reason}", "rows": [first, first + batch_size]})
 
-    def _observe(self) -> None:
-        """Figures and checkpoints that are due after this step."""
-        session, step, train = self._session, self._session.cursor.step, self._train
-        if self._due(train.log.every, step):
-            self._write(self._figures())
-        if self._due(train.log.diagnostics_every, step):
-            self._write(self._health.figures)
-        if self._due(train.eval_every, step):
-            validate = partial(self._around.validation, session.model, self._objective, session.precision)
-            self._write(validate() | session.average.figures(validate))
-        if self._due(train.probes.every, step):
-            self._write(self._around.probes(session.model, session.precision))
-        every = train.checkpoints.every
-        # A checkpoint between two bad steps would be one that a rollback cannot use: it waits for a good step.
-        if every and step // every > self._saved // every and session.guard.healthy:
+    def _after_step(self) -> None:
+        """Metrics and the checkpoint that are due after this step."""
+        for every, metrics in self._periodic:
+            if self._is_due(every, self._state.progress.step):
+                self._log(metrics())
+        every = self._train.checkpoints.every
+        # No checkpoint between two bad steps: a rollback could not use it. It waits for a good step.
+        if every and self._state.progress.step // every > self._saved_step // every and self._state.spike_guard.healthy:
             self._save()
 
-    def _due(self, every: int, step: int) -> bool:
-        """Whether what happens `every` steps (0: never) happens after this one; all of it happens after the last."""
+    def _is_due(self, every: int, step: int) -> bool:
+        """Whether what happens every `every` steps (0: never) happens after this one; all of it happens after the last step."""
         return bool(every) and (step == self._train.steps or step % every == 0)
 
-    def _figures(self) -> dict[str, Any]:
-        session = self._session
-        rates = {f"lr/{role}": rate for role, rate in session.optimizer.learning_rates().items()}
-        # The meter first: taking its figures waits for the device, and the watch must not stop before that.
-        figures = session.meter.take()
-        cursor = session.cursor
-        return figures | rates | {"tokens": cursor.tokens, "rows": cursor.rows} | self._around.speed.take() | {"seconds": cursor.seconds}
+    def _step_metrics(self) -> MetricValues:
+        state = self._state
+        lrs = {f"lr/{role}": lr for role, lr in state.optimizer.learning_rates().items()}
+        # The accumulator first: it waits for the device, and the throughput's clock must not be read before that.
+        metrics = state.metrics.compute_and_reset()
+        progress = state.progress
+        counts = {"tokens": progress.tokens, "rows": progress.rows}
+        return metrics | lrs | counts | self._io.throughput.compute_and_reset() | {"seconds": progress.seconds}
 
-    def _write(self, figures: dict[str, Any]) -> None:
-        if not figures:
+    def _validate(self) -> MetricValues:
+        state = self._state
+        if self._io.validation is None:
+            return {}
+        validate = partial(self._io.validation, state.model, self._objective, state.precision)
+        return validate() | (state.ema.evaluate(validate) if state.ema else {})
+
+    def _log(self, metrics: MetricValues) -> None:
+        if not metrics:
             return
-        for sink in (self._around.metrics, *self._around.sinks, self._around.screen):
-            sink.write(self._session.cursor.step, figures)
+        for logger in (self._io.metrics_file, *self._io.loggers, self._io.reporter):
+            logger.log(self._state.progress.step, metrics)
 
     def _save(self) -> None:
-        folder = self._around.folder.checkpoints
-        checkpoint.save(folder, self._session.snapshot(self._around.metrics.kept()))
-        checkpoint.prune(folder, self._train.checkpoints.keep)
-        self._saved = self._session.cursor.step
+        checkpoints = self._io.run_dir.checkpoints
+        checkpoint.save(checkpoints, self._state.snapshot(self._io.metrics_file.checkpoint_info()))
+        checkpoint.prune(checkpoints, self._train.checkpoints.keep)
+        self._saved_step = self._state.progress.step
 
     def _roll_back(self) -> None:
-        """Back to the last healthy checkpoint, with the rows of the bad steps passed over from now on."""
-        session, screen = self._session, self._around.screen
-        step, (rollbacks, skips) = session.cursor.step, session.guard.pass_over()
-        if session.guard.gives_up:
+        """Restore the last healthy checkpoint and skip the rows of the bad steps from now on."""
+        state, guard = self._state, self._state.spike_guard
+        step, (rollbacks, skipped_rows) = state.progress.step, guard.after_rollback()
+        if guard.out_of_rollbacks:
             raise TrainingFailed(
-                f"{self._train.spike_guard.patience} steps in a row up to step {step} could not be taken, "
-                f"after {session.guard.rollbacks} rollbacks: "
-                f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._around.folder.checkpoints}."
+                f"{self._train.spike_guard.patience} steps in a row up to step {step} were skipped, after {guard.rollbacks} rollbacks: "
+                f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._io.run_dir.checkpoints}."
             )
-        healthy = (
-            path for path in checkpoint.intact(self._around.folder.checkpoints, screen.note) if checkpoint.read_values(path)["healthy"]
+        snapshot = self._last_healthy_snapshot()
+        state.restore(snapshot)
+        self._saved_step = snapshot.step
+        guard.rollbacks, guard.skipped_rows = rollbacks, skipped_rows
+        self._io.metrics_file.truncate(snapshot.metadata["metrics_bytes"])
+        self._log({"event": f"rolled back from step {step}", "rows_skipped": skipped_rows})
+
+    def _last_healthy_snapshot(self) -> checkpoint.Snapshot:
+        """Raises TrainingFailed where there is none."""
+        checkpoints = self._io.run_dir.checkpoints
+        for path in checkpoint.iter_intact(checkpoints, self._io.reporter.message):
+            if checkpoint.read_metadata(path)["healthy"]:
+                checkpoint.set_aside_newer(path)  # or a later start would resume from them
+                return checkpoint.read(path)
+        raise TrainingFailed(
+            f"The run must roll back from step {self._state.progress.step}, and no healthy checkpoint is left in {checkpoints}."
         )
-        path = next(healthy, None)
-        if path is None:
-            raise TrainingFailed(
-                f"The run must go back from step {step}, and no healthy checkpoint is left in {self._around.folder.checkpoints}."
-            )
-        checkpoint.set_aside_newer(path)  # or a later start would go on from them
-        snapshot = checkpoint.read(path)
-        session.restore(snapshot)
-        self._saved = snapshot.step
-        session.guard.rollbacks, session.guard.skips = rollbacks, skips
-        self._around.metrics.cut(snapshot.values["metrics_bytes"])
-        self._write({"event": f"rolled back from step {step}", "rows_passed_over": skips})
 
 
-FREE = (
+MAY_CHANGE_ON_RESUME = (
     "name",
     "data.corpus",
     "data.workers",
@@ -177,126 +186,135 @@ FREE = (
     "train.probes",
     "train.log",
 )
-"""Keys (and tables) that a resumed run may change: none of them decides what is learned. The data's fingerprint guards its path."""
+"""Keys and tables that a resumed run may change: none of them affects what is learned. The data's fingerprint guards its path."""
 
 
 @dataclass(frozen=True)
-class Result:
+class TrainResult:
     """How a call of `train` ended."""
 
-    folder: Path
+    run_dir: Path
     step: int
     steps: int
     signal: int | None
-    """The signal that ended it before the last step."""
+    """The signal that stopped it before the last step."""
 
 
-def train(config: RunConfig, out: str | Path, *, resume: bool = False, screen: Screen | None = None) -> Result:
-    """Train `config` in the run folder `out`, or go on with the run that is there.
+def train(config: RunConfig, out: str | Path, *, resume: bool = False, reporter: Reporter | None = None) -> TrainResult:
+    """Train `config` in the run folder `out`, or resume the run that is there.
 
-    Raises an AndromedaError, one sentence, for anything that cannot work; a new folder is made only when all else is right.
+    Raises an AndromedaError, one sentence, for anything that cannot work; a new folder is created only after all checks have passed.
     """
-    folder, screen, signals = RunFolder(out), screen or Silent(), Signals()
-    changes = _changes(folder, config, resume)
-    check_extras(config)
-    stream, validation = open_data(config)
-    session = build_session(config, find_device(config.train.device), stream.fingerprint)
+    run_dir, reporter, signals = RunDir(out), reporter or NullReporter(), SignalHandler()
+    changes = _changed_keys(run_dir, config, resume)
+    check_loggers_installed(config)
+    stream, validation = open_streams(config)
+    state = build_train_state(config, resolve_device(config.train.device), stream.fingerprint)
     probes = build_probes(config, stream)
-    folder.create()
-    folder.lock()
+    run_dir.create()
+    run_dir.lock()
     try:
-        with signals.caught():
-            _changes(folder, config, resume)  # again, now that no other process can begin a run here
-            kept = _restore(session, folder, screen)
-            metrics = MetricsFile(folder.metrics_file)  # before the start is recorded, which it may prevent
-            identity = _record(config, folder, session, changes)
+        with signals.installed():
+            _changed_keys(run_dir, config, resume)  # again, now that no other process can start a run here
+            metrics_bytes = _resume_latest(state, run_dir, reporter)
+            metrics_file = MetricsFile(run_dir.metrics_file)  # before the start is recorded: opening it may fail
+            identity = _record_start(config, run_dir, state, changes)
             if stream.tokenizer:
-                # A run writes text without its corpus.
-                stream.tokenizer.save(folder.path / "tokenizer")
-            sinks = build_sinks(config, folder, session.cursor.step, identity)
-            metrics.cut(kept)
-            speed = Speed(config.model, stream_length(config), session.precision)
+                # So that the run generates text without its corpus.
+                stream.tokenizer.save(run_dir.path / "tokenizer")
+            loggers = build_loggers(config, run_dir, state.progress.step, identity)
+            metrics_file.truncate(metrics_bytes)
+            throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision)
+            io = RunIO(run_dir, stream, validation, probes, metrics_file, loggers, reporter, signals, throughput)
             try:
-                Loop(config, session, Surroundings(folder, stream, validation, probes, metrics, sinks, screen, signals, speed)).run()
+                Trainer(config, state, io).run()
             finally:
-                for sink in (metrics, *sinks):
-                    sink.close()
+                for logger in (metrics_file, *loggers):
+                    logger.close()
     finally:
-        folder.unlock()
+        run_dir.unlock()
     if signals.received:
-        name = Signals.name(signals.received)
-        screen.note(f"stopped by {name} after step {session.cursor.step}, which is saved: go on with --resume --out {folder.path}")
-    return Result(folder.path, session.cursor.step, config.train.steps, signals.received)
+        name = SignalHandler.signal_name(signals.received)
+        reporter.message(f"stopped by {name} after step {state.progress.step}, which is saved: resume with --resume --out {run_dir.path}")
+    return TrainResult(run_dir.path, state.progress.step, config.train.steps, signals.received)
 
 
-def stream_length(config: RunConfig) -> int:
-    """Tokens of a row."""
+def resolve_seq_len(config: RunConfig) -> int:
+    """Tokens of a training sequence."""
     return config.train.seq_len or config.model.max_seq_len
 
 
-def open_data(config: RunConfig) -> tuple[TokenStream, NoValidation]:
-    """What a run reads: its training rows, and the held-out ones.
+def open_streams(config: RunConfig) -> tuple[TokenStream, Validation | None]:
+    """What a run reads: its training stream, and the held-out one unless `train.eval_every` is 0.
 
-    Raises an AndromedaError where the corpus is missing, damaged, or has tokens that the model has no vector for.
+    Raises an AndromedaError where the corpus is missing or damaged, or has tokens outside the model's vocabulary.
     """
-    stream = open_stream(config.data, stream_length(config), config.seed)
+    stream = open_stream(config.data, resolve_seq_len(config), config.seed)
     if stream.vocab_size > config.model.vocab_size:
         raise ConfigError(
             f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
             f"set model.vocab_size={stream.vocab_size} or more."
         )
-    return stream, build_validation(config) if config.train.eval_every else NoValidation()
+    return stream, build_validation(config) if config.train.eval_every else None
 
 
-def _changes(folder: RunFolder, config: RunConfig, resume: bool) -> list[str]:
-    """Keys that differ from the run in `folder`. Raises ConfigError when there must be no run, or another one."""
-    if not folder.exists:
-        if resume and folder.path.exists():
-            raise ConfigError(f"There is no run in {folder.path} to resume: leave out --resume to begin one.")
+def _changed_keys(run_dir: RunDir, config: RunConfig, resume: bool) -> list[str]:
+    """Keys that differ from the run in `run_dir`. Raises ConfigError where a run may not be started or resumed."""
+    if not run_dir.exists:
+        if resume and run_dir.path.exists():
+            raise ConfigError(f"There is no run in {run_dir.path} to resume: leave out --resume to start one.")
         if resume:
-            raise ConfigError(f"There is no run folder {folder.path}: give the right one with --out, or leave out --resume to begin one.")
-        folder.refuse_others()
+            raise ConfigError(f"There is no run folder {run_dir.path}: give the right one with --out, or leave out --resume to start one.")
+        run_dir.refuse_foreign_files()
         return []
     if not resume:
-        raise ConfigError(f"{folder.path} already holds a run: add --resume to go on with it, or give another folder with --out.")
-    old, new = flatten(folder.config().model_dump()), flatten(config.model_dump())
+        raise ConfigError(f"{run_dir.path} already holds a run: add --resume to continue it, or give another folder with --out.")
+    old, new = flatten(run_dir.config().model_dump()), flatten(config.model_dump())
     changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    refused = sorted(key for key in changed if not is_free(key))
+    refused = sorted(key for key in changed if not may_change_on_resume(key))
     if refused:
-        told = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
-        raise ConfigError(f"The run in {folder.path} was begun with another configuration ({told}): give the old values, or another --out.")
+        details = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
+        raise ConfigError(
+            f"The run in {run_dir.path} was started with another configuration ({details}): give the old values, or another --out."
+        )
     return sorted(changed)
 
 
-def is_free(key: str) -> bool:
+def may_change_on_resume(key: str) -> bool:
     """Whether a resumed run may change a key."""
-    return any(key == free or key.startswith(free + ".") for free in FREE)
+    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
 
 
 def build_validation(config: RunConfig) -> Validation:
-    """What a run of this configuration is validated on."""
-    train, sequence = config.train, stream_length(config)
-    # Its rows lie apart, which reading ahead does not expect.
-    held_out = open_stream(config.data.model_copy(update={"workers": 0}), sequence, config.seed, "val")
-    return Validation(held_out, train.eval_tokens, sequence, train.micro_batch_size or train.batch_size, config.data.document_mask)
+    """The validation that a run of this configuration uses."""
+    train, seq_len = config.train, resolve_seq_len(config)
+    # Without workers: they prefetch consecutive rows, and validation reads rows that are far apart.
+    held_out = open_stream(config.data.model_copy(update={"workers": 0}), seq_len, config.seed, "val")
+    return Validation(held_out, train.eval_tokens, seq_len, train.micro_batch_size or train.batch_size, config.data.document_mask)
 
 
-def _restore(session: Session, folder: RunFolder, screen: Screen) -> int:
-    """Take back the newest intact checkpoint, if there is one, setting damaged ones aside; returns the bytes of its metrics."""
-    newest = checkpoint.latest(folder.checkpoints, screen.note)
+def _resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> int:
+    """Restore the newest intact checkpoint, if there is one, setting damaged ones aside; returns the size of its metrics.jsonl."""
+    newest = checkpoint.latest(run_dir.checkpoints, reporter.message)
     if newest is None:
         return 0
     snapshot = checkpoint.read(newest)
-    session.restore(snapshot)
+    state.restore(snapshot)
     checkpoint.set_aside_newer(newest)
-    screen.note(f"going on from step {snapshot.step}")
-    return snapshot.values["metrics_bytes"]
+    reporter.message(f"resuming from step {snapshot.step}")
+    metrics_bytes: int = snapshot.metadata["metrics_bytes"]
+    return metrics_bytes
 
 
-def _record(config: RunConfig, folder: RunFolder, session: Session, changes: list[str]) -> str:
-    """Write the configuration and this start into the folder; returns the run's identity."""
-    manifest = folder.manifest() or {"identity": uuid.uuid4().hex[:12], "seed": config.seed, "data": session.fingerprint, "starts": []}
-    folder.write_config(config)
-    manifest["starts"].append(start_entry(session.cursor.step, session.precision.device, changes))
-    folder.write_manifest(manifest)
-    return manifest["identity"]
+def _record_start(config: RunConfig, run_dir: RunDir, state: TrainState, changes: list[str]) -> str:
+    """Write the configuration and this start into the run folder; returns the run's identity."""
+    manifest: dict[str, Any] = run_dir.manifest() or {
+        "identity": uuid.uuid4().hex[:12],
+        "seed": config.seed,
+        "data": state.data_fingerprint,
+        "starts": [],
+    }
+    run_dir.write_config(config)
+    manifest["starts"].append(start_entry(state.progress.step, state.precision.device, changes))
+    run_dir.write_manifest(manifest)
+    return str(manifest["identity"])

@@ -10,7 +10,7 @@ from torch import Tensor
 from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
-from andromeda.train.run_dir import RunFolder
+from andromeda.train.run_dir import RunDir
 from andromeda.train.state import load_model
 from andromeda.utils.errors import CheckpointError
 
@@ -33,19 +33,19 @@ def read_weights(
     average: its moving average instead of the last weights. step: an older checkpoint instead of the newest intact one.
     Raises CheckpointError, one sentence, when there is none.
     """
-    path = chosen(run, average=average, step=step, warn=warn)
+    path = resolve_checkpoint(run, average=average, step=step, warn=warn)
     weights = checkpoint.read_tensors(path / "model.safetensors")
     if average:
         weights |= checkpoint.read_tensors(path / "average.safetensors")
-    return RunFolder(run).config().model, weights
+    return RunDir(run).config().model, weights
 
 
-def chosen(run: str | Path, *, average: bool = False, step: int | None = None, warn: checkpoint.Warn = print) -> Path:
+def resolve_checkpoint(run: str | Path, *, average: bool = False, step: int | None = None, warn: checkpoint.Warn = print) -> Path:
     """The folder of the checkpoint that `read_weights` reads. Raises CheckpointError, one sentence, when there is none."""
-    folder, parts = RunFolder(run), ("model", "average") if average else ("model",)
+    folder, parts = RunDir(run), ("model", "average") if average else ("model",)
     if not folder.exists:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
-    there = checkpoint.listed(folder.checkpoints)
+    there = checkpoint.list_all(folder.checkpoints)
     if not there:
         raise CheckpointError(f"{folder.path} holds no checkpoint yet: wait for the first one.")
     if "average" in parts and not (there[0] / "average.safetensors").exists():
@@ -54,8 +54,8 @@ def chosen(run: str | Path, *, average: bool = False, step: int | None = None, w
         path = checkpoint.latest(folder.checkpoints, warn, parts)
         assert path is not None
         return path
-    path = folder.checkpoints / checkpoint.name_of(step)
-    reason = checkpoint.damage(path, parts) if path in there else "it does not exist"
+    path = folder.checkpoints / checkpoint.dir_name(step)
+    reason = checkpoint.find_damage(path, parts) if path in there else "it does not exist"
     if reason:
         steps = ", ".join(str(int(other.name[5:])) for other in there)
         raise CheckpointError(f"The checkpoint of step {step} in {folder.path} cannot be used ({reason}): there are steps {steps}.")

@@ -80,8 +80,8 @@ def test_time_to_the_peers_loss() -> None:
 
 def test_running_mean_and_rate() -> None:
     assert convergence.running_mean([1.0, 3.0, 5.0], 2) == [math.inf, 2.0, 4.0]
-    assert [convergence.factor(step, 100) for step in (0, 19, 20)] == [1 / 20, 1.0, 1.0]
-    assert convergence.factor(100, 100) == pytest.approx(0.1)
+    assert [convergence.lr_schedule(100)(step) for step in (0, 19, 20)] == [1 / 20, 1.0, 1.0]
+    assert convergence.lr_schedule(100)(100) == pytest.approx(0.1)
 
 
 def test_the_picture_of_two_precisions() -> None:

@@ -30,6 +30,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, BaseConfig):
         return parts_of(kind)
+    if get_origin(kind) is dict:  # keys of a user's own part
+        return st.dictionaries(st.text("abc", min_size=1), st.integers(0, LARGEST_NUMBER) | st.text() | st.booleans(), max_size=2)
     if inner := table(field):
         return st.lists(parts_of(inner), max_size=2).map(tuple)
     if get_origin(kind) is Literal:

@@ -18,8 +18,8 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import raw
 from andromeda.data.loader import open_stream
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.train.run_dir import RunFolder
-from andromeda.train.trainer import stream_length
+from andromeda.train.run_dir import RunDir
+from andromeda.train.trainer import resolve_seq_len
 from tests.command import call
 
 HELD_OUT = "held-out loss of step 2"
@@ -186,8 +186,8 @@ def test_whatever_is_changed_is_found(
 
 
 def test_a_manifest_of_other_data_is_found_by_what_the_checkpoint_remembers(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = RunFolder(place / "run").config()
-    other = open_stream(config.data, stream_length(config), 7).fingerprint
+    config = RunDir(place / "run").config()
+    other = open_stream(config.data, resolve_seq_len(config), 7).fingerprint
     _replace(place / "run/config.toml", b"seed = 0", b"seed = 7")
     change(place / "run/manifest.json", lambda told: told.update(data=other))
     found = said(capsys)[1]["training data"]

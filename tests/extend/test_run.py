@@ -18,7 +18,7 @@ from andromeda.config.load import dumps, load
 from andromeda.extend.extension import extend
 from andromeda.extend.results import ExtensionResults, difference, table, verdicts
 from andromeda.extend.training_config import ExtendRequest, tail_length
-from andromeda.train.progress import Silent
+from andromeda.train.progress import NullReporter
 from tests.command import call
 from tools.extension_section import sections
 
@@ -28,15 +28,15 @@ QUICK = {"steps": 6, "samples": 3, "tail": 16}
 CHANGES = ("train.log.every=1", "train.checkpoints.keep=9")
 
 
-class Stop(Silent):
+class Stop(NullReporter):
     """A kill in the middle of training."""
 
-    def write(self, step: int, figures: dict[str, Any]) -> None:
+    def log(self, step: int, metrics: dict[str, Any]) -> None:
         raise KeyboardInterrupt
 
 
-def silent(steps: int) -> Silent:
-    return Silent()
+def silent(steps: int) -> NullReporter:
+    return NullReporter()
 
 
 def quiet(text: str) -> None:
@@ -109,14 +109,14 @@ def test_a_kill_while_training_changes_nothing(extended: Any, old: Path, tmp_pat
 
 
 def test_a_kill_before_the_run_is_a_run_begins_it_again(extended: Any, old: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from andromeda.train.run_dir import RunFolder
+    from andromeda.train.run_dir import RunDir
 
-    def dead(self: RunFolder, config: object) -> None:
+    def dead(self: RunDir, config: object) -> None:
         raise KeyboardInterrupt
 
     wishes = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
     with monkeypatch.context() as patch:
-        patch.setattr(RunFolder, "write_config", dead)
+        patch.setattr(RunDir, "write_config", dead)
         with pytest.raises(KeyboardInterrupt):
             extend(wishes, "pi", tmp_path / "out", silent, quiet)
     values = extend(wishes, "pi", tmp_path / "out", silent, quiet).values

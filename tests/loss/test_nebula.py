@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from andromeda.loss import Categorical, Head, Nebula, Prediction, Sums, next_token
+from andromeda.loss import Categorical, LossHead, LossSums, Nebula, PredictionTask, next_token
 from andromeda.ops.cross_entropy import reference
 from andromeda.utils.errors import ConfigError
 
@@ -51,9 +51,9 @@ class SquaredError:
     def count(self, target: Tensor) -> Tensor:
         return torch.tensor(target.numel())
 
-    def __call__(self, head: Head, hidden: Tensor, target: Tensor) -> Sums:
+    def __call__(self, head: LossHead, hidden: Tensor, target: Tensor) -> LossSums:
         error = 0.5 * ((hidden @ head.weight.T)[..., 0] - target).square().sum()
-        return Sums(error, error.detach(), self.count(target))
+        return LossSums(error, error.detach(), self.count(target))
 
 
 @pytest.mark.parametrize("softcap", [0.0, 3.0])
@@ -100,8 +100,8 @@ def test_tasks_of_other_heads_and_likelihoods_are_weighed_and_reported() -> None
     heads = {"head": TinyHead(), "classes": TinyHead(V=3, seed=1), "value": TinyHead(V=1, seed=2)}
     tasks = [
         next_token(weight=0.5),
-        Prediction("kind", Categorical(), head="classes", target="labels", weight=2.0),
-        Prediction("score", SquaredError(), head="value", target="labels", weight=0.1),
+        PredictionTask("kind", Categorical(), head="classes", target="labels", weight=2.0),
+        PredictionTask("score", SquaredError(), head="value", target="labels", weight=0.1),
     ]
     result = Nebula(tasks)(heads, hidden, batch)
     first = reference(hidden, heads["head"].weight, batch.targets).total / 14
@@ -122,7 +122,7 @@ def test_a_class_with_the_face_of_a_task_is_one() -> None:
         def count(self, batch: Any) -> Tensor:
             return (batch.targets[:, 1:] != -100).sum()
 
-        def __call__(self, heads: Mapping[str, Head], hidden: Tensor, batch: Any) -> Sums:
+        def __call__(self, heads: Mapping[str, LossHead], hidden: Tensor, batch: Any) -> LossSums:
             return Categorical()(heads["head"], hidden[:, :-1], batch.targets[:, 1:])
 
     hidden, batch = problem()
@@ -141,4 +141,4 @@ def test_refusals() -> None:
     with pytest.raises(ConfigError, match="has none"):
         Nebula([])
     with pytest.raises(ConfigError, match=r"head 'heed', which the model does not have \(did you mean head\?\)"):
-        Nebula([Prediction("x", Categorical(), head="heed")])(TinyHead(), hidden, batch)
+        Nebula([PredictionTask("x", Categorical(), head="heed")])(TinyHead(), hidden, batch)

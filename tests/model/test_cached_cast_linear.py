@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from andromeda.model import fused_qkv
 from andromeda.model.layers import Linear
 from andromeda.model.master_weight_linear import MasterWeightLinear, accumulate_weight_grads, convert_to_master_weights
-from andromeda.optim import roles
+from andromeda.optim import parameter_roles
 from tests.ops import emulated16
 
 assert emulated16
@@ -63,10 +63,10 @@ def test_layers_with_something_of_their_own_stay() -> None:
     made.query.role = "scalar"  # type: ignore[assignment]
     called: list[nn.Module] = []
     made.value.register_forward_hook(lambda module, args, out: called.append(module))
-    before = roles(made)
+    before = parameter_roles(made)
     convert_to_master_weights(made, lambda path: True, torch.bfloat16)
     assert [type(made.get_submodule(name)) for name in ("query", "value", "key")] == [Linear, Linear, MasterWeightLinear]
-    assert roles(made) == before
+    assert parameter_roles(made) == before
     with torch.autocast("cpu", torch.bfloat16):
         made(torch.randn(5, 32))
     assert called == [made.value]

@@ -69,7 +69,7 @@ def test_gradients_are_as_near_those_of_bfloat16_as_with_exact_maxima(kind: str)
     pytest.importorskip("torchao")
     config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     plain, ours = gradients(model(False, config)), gradients(model(True, config))
-    theirs = gradients(Float8(torch.device("cpu")).prepare(model(False, config)))
+    theirs = gradients(Float8(torch.device("cpu")).convert_model(model(False, config)))
     assert plain.keys() == ours.keys() == theirs.keys()
     assert all(gradient.dtype == torch.float32 for gradient in ours.values())
 

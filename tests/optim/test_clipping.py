@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from andromeda.config.train import ClipConfig
-from andromeda.optim import clip
+from andromeda.optim import clip_gradients
 from andromeda.optim.clipping import clip_units
 
 SHAPES = [(5, 3), (4,), (2, 3, 4), (6, 1)]
@@ -35,7 +35,7 @@ def float64_norm(params: list[nn.Parameter]) -> float:
 def test_returns_the_global_norm_before_clipping(kind: str, scale: float) -> None:
     params = parameters(scale)
     before = float64_norm(params)
-    norm = clip(params, ClipConfig.model_validate({"kind": kind, "limit": 0.5}))
+    norm = clip_gradients(params, ClipConfig.model_validate({"kind": kind, "limit": 0.5}))
     assert norm.shape == ()
     assert norm.item() == pytest.approx(before, rel=1e-6)
 
@@ -43,11 +43,11 @@ def test_returns_the_global_norm_before_clipping(kind: str, scale: float) -> Non
 @pytest.mark.parametrize("limit", [0.1, 1.0, 1e3])
 def test_norm_and_value_equal_torch(limit: float) -> None:
     ours, theirs = parameters(), parameters()
-    clip(ours, ClipConfig(kind="norm", limit=limit))
+    clip_gradients(ours, ClipConfig(kind="norm", limit=limit))
     nn.utils.clip_grad_norm_(theirs, limit)
     assert all(torch.equal(a, b) for a, b in zip(grads(ours), grads(theirs), strict=True))
     ours, theirs = parameters(), parameters()
-    clip(ours, ClipConfig(kind="value", limit=limit))
+    clip_gradients(ours, ClipConfig(kind="value", limit=limit))
     nn.utils.clip_grad_value_(theirs, limit)
     assert all(torch.equal(a, b) for a, b in zip(grads(ours), grads(theirs), strict=True))
 
@@ -56,7 +56,7 @@ def test_norm_by_hand() -> None:
     params = parameters(10.0)
     before = [g.double() for g in grads(params)]
     coefficient = min(1.0, 1.0 / (float64_norm(params) + 1e-6))
-    clip(params, ClipConfig(kind="norm", limit=1.0))
+    clip_gradients(params, ClipConfig(kind="norm", limit=1.0))
     for got, was in zip(grads(params), before, strict=True):
         torch.testing.assert_close(got.double(), was * coefficient, rtol=1e-6, atol=0)
 
@@ -64,7 +64,7 @@ def test_norm_by_hand() -> None:
 def test_none_touches_nothing() -> None:
     params = parameters(1e6)
     before = grads(params)
-    clip(params, ClipConfig(kind="none"))
+    clip_gradients(params, ClipConfig(kind="none"))
     assert all(torch.equal(a, b) for a, b in zip(before, grads(params), strict=True))
 
 
@@ -75,7 +75,7 @@ def test_adaptive_by_hand(scale: float) -> None:
     params = parameters(scale)
     params[0].data[0] = 0.0
     before = [g.double().numpy() for g in grads(params)]
-    clip(params, ClipConfig(kind="adaptive", limit=limit))
+    clip_gradients(params, ClipConfig(kind="adaptive", limit=limit))
     for p, was, got in zip(params, before, grads(params), strict=True):
         w = p.detach().double().numpy()
         rows = (lambda a: a.reshape(-1, a.shape[-1])) if p.ndim > 1 else (lambda a: a[None])
@@ -105,13 +105,13 @@ def test_adaptive_equals_timms_formula_for_matrices_and_vectors() -> None:
 def test_adaptive_lets_a_zero_row_move_by_the_floor_only() -> None:
     p = nn.Parameter(torch.zeros(1, 4))
     p.grad = torch.ones(1, 4)
-    clip([p], ClipConfig(kind="adaptive", limit=0.01))
+    clip_gradients([p], ClipConfig(kind="adaptive", limit=0.01))
     assert p.grad.norm().item() == pytest.approx(1e-5)
 
 
 def test_missing_gradients_and_bad_ones() -> None:
-    assert clip([nn.Parameter(torch.ones(2))], ClipConfig()).item() == 0.0
+    assert clip_gradients([nn.Parameter(torch.ones(2))], ClipConfig()).item() == 0.0
     params = parameters()
     assert params[0].grad is not None
     params[0].grad[0, 0] = float("nan")
-    assert clip(params, ClipConfig()).isnan()
+    assert clip_gradients(params, ClipConfig()).isnan()

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from andromeda.config.train import OptimizerConfig
-from andromeda.optim import build_optimizer, roles
+from andromeda.optim import build_optimizer, parameter_roles
 from andromeda.utils.errors import ConfigError
 
 
@@ -29,7 +29,7 @@ class Tiny(nn.Module):
 
 
 def test_each_kind_of_parameter_has_its_role() -> None:
-    found = roles(Tiny())
+    found = parameter_roles(Tiny())
     assert found == {
         "embedding.weight": "embedding",
         "blocks.0.0.weight": "matrix",
@@ -50,7 +50,7 @@ def test_each_kind_of_parameter_has_its_role() -> None:
 @pytest.mark.parametrize("head_first", [False, True])
 def test_a_tied_head_counts_once_and_as_embedding(head_first: bool) -> None:
     model = Tiny(tied=True, head_first=head_first)
-    found = roles(model)
+    found = parameter_roles(model)
     shared = [name for name in ("embedding.weight", "head.weight") if name in found]
     assert len(shared) == 1
     assert found[shared[0]] == "embedding"
@@ -62,7 +62,7 @@ def test_a_parameter_overrides_its_module_and_a_module_its_place() -> None:
     model.experts.role = "embedding"  # type: ignore[attr-defined]
     model.head.role = "matrix"  # type: ignore[assignment]
     model.blocks[0].role = "head"  # type: ignore[assignment]
-    found = roles(model)
+    found = parameter_roles(model)
     assert (found["experts"], found["head.weight"], found["head.bias"]) == ("embedding", "matrix", "scalar")
     assert (found["blocks.0.0.weight"], found["blocks.1.0.weight"]) == ("head", "matrix")
 
@@ -71,7 +71,7 @@ def test_a_misspelt_role_is_refused_with_the_nearest_one() -> None:
     model = Tiny()
     model.mix.role = "scaler"  # type: ignore[attr-defined]
     with pytest.raises(ConfigError, match=r"mix has the role 'scaler' \(did you mean scalar\?\)"):
-        roles(model)
+        parameter_roles(model)
 
 
 SHAPES = st.lists(st.sampled_from([(3,), (2, 3), (4, 64), (64, 64), (64, 65), (2, 64, 64), ()]), min_size=1, max_size=8)
@@ -86,6 +86,6 @@ def test_every_trainable_parameter_is_updated_by_exactly_one_group(
     for index, shape in enumerate(shapes):
         model.register_parameter(f"extra{index}", nn.Parameter(torch.zeros(shape), requires_grad=index != frozen))
     optimizer = build_optimizer(model, OptimizerConfig.model_validate({"kind": kind}))
-    grouped = [id(p) for part in optimizer.parts for group in part.param_groups for p in group["params"]]
+    grouped = [id(p) for part in optimizer.optimizers for group in part.param_groups for p in group["params"]]
     assert len(grouped) == len(set(grouped))
     assert set(grouped) == {id(p) for p in model.parameters() if p.requires_grad}

@@ -16,7 +16,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.optim import build_optimizer
 from andromeda.plan.estimate import count_parameters
 from andromeda.plan.memory import cache_bytes, checkpoint_size, state_bytes
-from andromeda.train.callbacks.ema import build_average
+from andromeda.train.callbacks.ema import build_ema
 
 pytestmark = pytest.mark.usefixtures("still_heap")
 
@@ -90,8 +90,9 @@ def test_state_is_what_a_step_leaves_behind(name: str, kind: str) -> None:
     planned = state_bytes(meta_model(config.model), config.train)
     assert planned.weights == held([*model.parameters(), *model.buffers()])
     assert planned.gradients == held([p.grad for p in model.parameters()])
-    assert planned.optimizer == held(optimizer.tensors().values())
-    assert planned.average == held(build_average(model, config.train.ema).tensors().values())
+    assert planned.optimizer == held(optimizer.state_tensors().values())
+    assert (ema := build_ema(model, config.train.ema)) is not None
+    assert planned.average == held(ema.state_tensors().values())
     saved = checkpoint_size(planned, keep=2)
     assert saved.disk == planned.total - planned.gradients
     assert saved.disk_peak == 3 * saved.disk

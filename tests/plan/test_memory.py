@@ -26,7 +26,7 @@ from andromeda.plan.device_mesh import DeviceMeshShape
 from andromeda.plan.dry_run import step_memory
 from andromeda.plan.memory import TrainStateBytes, training_memory, update_bytes
 from andromeda.train.activation_checkpoint import checkpoint_blocks
-from andromeda.train.objective import NextToken, Rows
+from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.precision import PRECISIONS
 
 pytestmark = pytest.mark.usefixtures("still_heap")
@@ -66,7 +66,7 @@ class Real:
             for block in self.model.decoder.blocks:
                 block.compile()
         ids = torch.randint(0, run.model.vocab_size, (ROWS, T))
-        self.rows, self.objective = Rows(ids, ids, None), NextToken(self.model)
+        self.rows, self.objective = MicroBatch(ids, ids, None), NextTokenObjective(self.model)
         self.precision = PRECISIONS[precision](torch.device("cpu"))
         self.gradients = sum(p.numel() * p.element_size() for p in self.model.parameters())
 

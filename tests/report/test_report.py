@@ -164,8 +164,8 @@ def test_a_run_that_is_going_on(run: Path) -> None:
     lines = path.read_bytes().splitlines(keepends=True)
     path.write_bytes(b"".join(lines[: len(lines) // 2]) + b"\xff\x00junk\n" + lines[-1][:15])
     metrics = read_metrics(path)
-    assert metrics.broken == 2
-    assert len(metrics.lines) == len(lines) // 2
+    assert metrics.num_unreadable == 2
+    assert len(metrics.records) == len(lines) // 2
     text = build_report(run)
     parse(text)
     assert "2 lines of metrics.jsonl cannot be read" in text
@@ -178,7 +178,7 @@ def test_metrics_cut_anywhere(run: Path, cut: int) -> None:
     whole = path.read_bytes()[:cut]
     path.write_bytes(whole)
     metrics = read_metrics(path)
-    assert len(metrics.lines) in (whole.count(b"\n"), whole.count(b"\n") + 1)
+    assert len(metrics.records) in (whole.count(b"\n"), whole.count(b"\n") + 1)
     parse(build_report(run))
 
 

@@ -51,7 +51,7 @@ def test_round_trip(tmp_path: Path) -> None:
     back = checkpoint.read(path)
     assert back.step == 3
     assert bits(back) == bits(snapshot(3))
-    assert (back.values["healthy"], back.values["note"]) == (True, "é")
+    assert (back.metadata["healthy"], back.metadata["note"]) == (True, "é")
     assert {file.suffix for file in path.iterdir()} == {".safetensors", ".json"}, "nothing that could run code"
 
 
@@ -88,7 +88,7 @@ def test_death_at_any_moment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ag
         folder = tmp_path / str(moment)
         checkpoint.save(folder, snapshot(1))
         if again:
-            checkpoint.save(folder, Snapshot(2, snapshot(1).tensors, snapshot(1).values))
+            checkpoint.save(folder, Snapshot(2, snapshot(1).tensors, snapshot(1).metadata))
         with monkeypatch.context() as patch:
             die_at(patch, moment)
             try:
@@ -186,17 +186,17 @@ def test_a_disk_that_changes_what_it_stores(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr(checkpoint, "save_file", lies)
     with pytest.raises(CheckpointError, match="does not read back as it was written"):
         checkpoint.save(tmp_path, snapshot(1))
-    assert checkpoint.listed(tmp_path) == []
+    assert checkpoint.list_all(tmp_path) == []
 
 
 def test_prune_counts_healthy_ones(tmp_path: Path) -> None:
     for step, healthy in ((1, True), (2, True), (3, False), (4, True), (5, False)):
         checkpoint.save(tmp_path, snapshot(step, healthy))
     checkpoint.prune(tmp_path, 2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (2, 3, 4, 5)]
-    (tmp_path / checkpoint.name_of(4) / "state.json").write_text("{")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.dir_name(step) for step in (2, 3, 4, 5)]
+    (tmp_path / checkpoint.dir_name(4) / "state.json").write_text("{")
     checkpoint.prune(tmp_path, 1)
-    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.name_of(step) for step in (2, 3, 4, 5)]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [checkpoint.dir_name(step) for step in (2, 3, 4, 5)]
 
 
 def test_set_aside_is_kept_but_not_listed(tmp_path: Path) -> None:
@@ -204,7 +204,7 @@ def test_set_aside_is_kept_but_not_listed(tmp_path: Path) -> None:
     shutil.copytree(path, tmp_path / "damaged-step-00000001")
     checkpoint.set_aside(path)
     assert [p.name for p in tmp_path.iterdir()] == ["damaged-step-00000001"]
-    assert checkpoint.listed(tmp_path) == []
+    assert checkpoint.list_all(tmp_path) == []
 
 
 def test_another_model_is_refused_before_anything_changes() -> None:

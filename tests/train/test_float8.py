@@ -23,7 +23,7 @@ CPU = torch.device("cpu")
 def test_parameters_and_names_stay_the_same_tensors() -> None:
     model = Transformer(CONFIG)
     before = dict(model.named_parameters())
-    after = dict(Float8(CPU).prepare(model).named_parameters())
+    after = dict(Float8(CPU).convert_model(model).named_parameters())
     assert after.keys() == before.keys()
     assert all(after[name] is parameter for name, parameter in before.items())
 
@@ -35,7 +35,7 @@ def test_only_products_of_the_blocks_that_fit_are_exchanged() -> None:
             "experts": ExpertsConfig(num_shared_experts=1, num_experts=16),
         }
     )
-    kinds = {name: type(module).__name__ for name, module in Float8(CPU).prepare(Transformer(odd)).named_modules()}
+    kinds = {name: type(module).__name__ for name, module in Float8(CPU).convert_model(Transformer(odd)).named_modules()}
     exchanged = {name for name, kind in kinds.items() if kind == "Float8Linear"}
     assert exchanged == {f"decoder.blocks.{layer}.attention.{part}" for layer in (0, 1) for part in ("query", "key", "value", "out")}
 
@@ -45,7 +45,9 @@ def test_our_own_layers_where_they_can_run(triton: bool, kind: str, monkeypatch:
     monkeypatch.setattr(float8, "TRITON", triton)
     on_gpu = Float8(CPU)
     on_gpu.device = torch.device("cuda")
-    kinds = {type(module).__name__ for module in on_gpu.prepare(Transformer(CONFIG)).decoder.modules() if isinstance(module, nn.Linear)}
+    kinds = {
+        type(module).__name__ for module in on_gpu.convert_model(Transformer(CONFIG)).decoder.modules() if isinstance(module, nn.Linear)
+    }
     assert kinds == {kind}
 
 
@@ -58,7 +60,7 @@ def test_a_router_is_left_alone() -> None:
         }
     )
     model = Transformer(mixture)
-    convert_float8.convert_to_float8(model.decoder, precision._chosen)
+    convert_float8.convert_to_float8(model.decoder, precision._is_block_linear)
     exchanged = {name for name, module in model.decoder.named_modules() if isinstance(module, Float8TrainingLinear)}
     attention = {f"attention.{part}" for part in ("query", "key", "value", "out")}
     shared = {f"feedforward.shared.0.{part}" for part in ("gate", "inner")}
@@ -67,7 +69,7 @@ def test_a_router_is_left_alone() -> None:
 
 def test_a_product_is_that_of_the_rounded_factors() -> None:
     """Each factor is rounded to e4m3 after its largest value has been scaled to 448; the product itself is exact but for float32."""
-    model = Float8(CPU).prepare(Transformer(CONFIG))
+    model = Float8(CPU).convert_model(Transformer(CONFIG))
     layer = model.decoder.blocks[0].attention.query
     x = torch.randn(1, 5, 32)
 
@@ -84,7 +86,7 @@ def test_a_product_is_that_of_the_rounded_factors() -> None:
 def test_gradients_are_near_those_of_float32() -> None:
     ids = torch.randint(0, 64, (2, 16), generator=torch.Generator().manual_seed(0))
     gradients = []
-    for prepare in (lambda model: model, Float8(CPU).prepare):
+    for prepare in (lambda model: model, Float8(CPU).convert_model):
         model = prepare(Transformer(CONFIG))
         model(ids).square().mean().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None]))

@@ -30,13 +30,13 @@ def test_loss_scale_follows_grad_scaler(steps: list[str]) -> None:
     for kind in steps:
         factor = {"good": 1.0, "inf": math.inf, "nan": math.nan}[kind]
         a.grad = b.grad = None
-        (a.square().sum() * ours.scale).backward()
+        (a.square().sum() * ours.loss_scale).backward()
         theirs.scale(b.square().sum()).backward()
         assert a.grad is not None
         assert b.grad is not None
         a.grad *= factor
         b.grad *= factor
-        ours.unscale([a])
+        ours.unscale_grads([a])
         theirs.unscale_(optimizer)
         torch.testing.assert_close(a.grad, b.grad, rtol=0, atol=0, equal_nan=True)
         before = b.detach().clone()
@@ -49,7 +49,7 @@ def test_loss_scale_follows_grad_scaler(steps: list[str]) -> None:
             with torch.no_grad():
                 a -= 0.1 * a.grad
         ours.update(norm)
-        assert float(ours.scale) == theirs.get_scale() or float(ours.scale) == 1.0 > theirs.get_scale()
+        assert float(ours.loss_scale) == theirs.get_scale() or float(ours.scale) == 1.0 > theirs.get_scale()
         assert torch.equal(a, b)
 
 
@@ -58,7 +58,7 @@ def test_a_scale_of_one_does_not_hide_a_broken_run() -> None:
     for _ in range(16):
         assert precision.overflowed(1.0, math.inf)
         precision.update(math.inf)
-    assert float(precision.scale) == 1.0
+    assert float(precision.loss_scale) == 1.0
     assert not precision.overflowed(1.0, math.inf), "from here on it is the guard's matter"
     assert not Float16(CPU).overflowed(math.nan, math.nan), "a loss that is not finite is no overflow of gradients"
 
@@ -88,8 +88,8 @@ def test_state_round_trip() -> None:
     precision, again = Float16(CPU), Float16(CPU)
     for norm in (1.0, math.inf, 1.0, 1.0):
         precision.update(norm)
-    again.load(precision.values())
-    assert again.values() == precision.values() == {"scale": 2.0**15, "good": 2}
+    again.load_state_dict(precision.state_dict())
+    assert again.state_dict() == precision.state_dict() == {"scale": 2.0**15, "good": 2}
 
 
 @pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
@@ -104,13 +104,13 @@ def test_layers_of_the_blocks_are_exchanged_on_a_gpu(name: str, dtype: torch.dty
         feedforward=FeedForwardConfig(kind="moe"),
     )
     made = build_precision(name, CPU)
-    plain = made.prepare(Transformer(config))
+    plain = made.convert_model(Transformer(config))
     assert not any(isinstance(module, MasterWeightLinear) for module in plain.modules())
     made.device = torch.device("cuda")
-    on_gpu = made.prepare(Transformer(config))
+    on_gpu = made.convert_model(Transformer(config))
     exchanged = {path: module.dtype for path, module in on_gpu.named_modules() if isinstance(module, MasterWeightLinear)}
     assert exchanged == {f"decoder.blocks.0.attention.{part}": dtype for part in ("query", "key", "value", "out")}
-    with made.summing():
+    with made.accumulate_grads():
         query = on_gpu.decoder.blocks[0].attention.query
         assert query.weight.grad is not None
     assert query.total is None

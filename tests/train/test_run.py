@@ -63,12 +63,12 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     assert [line.split("  ")[0] for line in lines] == ["step 3/6", "step 5/6", "step 6/6", "step 6/6"]
     assert report == f"report: {run / 'report.html'}"
     assert "loss" in lines[0]
-    assert "tok/s" in lines[0]
+    assert "tokens/s" in lines[0]
     assert "validation loss" in lines[1]
     assert "\x1b" not in out, "no colors when piped"
     assert {"config.toml", "manifest.json", "metrics.jsonl", "checkpoints", "samples"} <= {path.name for path in run.iterdir()}
     code, out, _ = command("train", "--out", run, "--resume")
-    assert (code, out) == (0, f"going on from step 6\n{report}\n")
+    assert (code, out) == (0, f"resuming from step 6\n{report}\n")
 
 
 def test_json_lines_are_the_metrics(command: Command, settings: Path, tmp_path: Path) -> None:
@@ -83,13 +83,13 @@ def test_json_lines_are_the_metrics(command: Command, settings: Path, tmp_path: 
 def test_signals_end_with_their_number(
     command: Command, settings: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, code: int
 ) -> None:
-    real = trainer.Loop._advance
+    real = trainer.Trainer._train_step
 
-    def advance(self: trainer.Loop) -> None:
+    def advance(self: trainer.Trainer) -> None:
         os.kill(os.getpid(), number)
         real(self)
 
-    monkeypatch.setattr(trainer.Loop, "_advance", advance)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", advance)
     ended, out, _ = command("train", settings, "--out", tmp_path / "run")
     assert ended == code
     assert "step 1" in out.splitlines()[-1]

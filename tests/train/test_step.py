@@ -14,51 +14,51 @@ from torch import Tensor
 from andromeda.config.run import RunConfig
 from andromeda.model.feedforward.moe import Router
 from andromeda.model.master_weight_linear import accumulate_weight_grads, convert_to_master_weights
-from andromeda.train.objective import NextToken, Rows, Sums
+from andromeda.train.objective import MicroBatch, NextTokenObjective, ObjectiveSums
 from andromeda.train.precision import Precision
-from andromeda.train.state import Session, build_session
-from andromeda.train.step import Outcome, Stepper, Work
+from andromeda.train.state import TrainState, build_train_state
+from andromeda.train.step import StepBatch, StepResult, TrainStep
 from tests.ops import emulated16
 
 assert emulated16
 CPU = torch.device("cpu")
 
 
-def batch(rows: int = 6, length: int = 16) -> Rows:
+def batch(rows: int = 6, length: int = 16) -> MicroBatch:
     """Random ids in random documents, with an uneven third of the targets left out."""
     draw = torch.Generator().manual_seed(5)
     ids = torch.randint(0, 257, (rows, length + 1), generator=draw)
     targets = ids[:, 1:].clone()
     targets[torch.rand(targets.shape, generator=draw) < torch.linspace(0, 0.9, rows)[:, None]] = -100
     documents = (torch.rand(rows, length, generator=draw) < 0.1).cumsum(1).int()
-    return Rows(ids[:, :-1], targets, documents)
+    return MicroBatch(ids[:, :-1], targets, documents)
 
 
-def work(rows: Rows) -> Work:
-    return Work(rows, int((rows.targets != -100).sum()), (0, len(rows.ids)))
+def work(rows: MicroBatch) -> StepBatch:
+    return StepBatch(rows, int((rows.targets != -100).sum()), (0, len(rows.ids)))
 
 
 class Kept:
     """A step whose gradients stay to be looked at."""
 
     def __init__(self, config: RunConfig, wide: bool = True) -> None:
-        self.session = build_session(config, CPU, "data")
+        self.session = build_train_state(config, CPU, "data")
         if wide:
             self.session.model.double()
         self.gradients: dict[str, Tensor] = {}
         self.session.optimizer.zero_grad = self._keep  # type: ignore[method-assign]
-        self.stepper = Stepper(self.session, NextToken(self.session.model, config.train.z_loss), config.train)
+        self.stepper = TrainStep(self.session, NextTokenObjective(self.session.model, config.train.z_loss), config.train)
 
     def _keep(self) -> None:
         for name, p in self.session.model.named_parameters():
             assert p.grad is not None, name
             self.gradients[name], p.grad = p.grad, None
 
-    def __call__(self, rows: Rows) -> Outcome:
+    def __call__(self, rows: MicroBatch) -> StepResult:
         return self.stepper(work(rows))
 
 
-def reference(session: Session, rows: Rows, z_loss: float) -> tuple[float, dict[str, Tensor]]:
+def reference(session: TrainState, rows: MicroBatch, z_loss: float) -> tuple[float, dict[str, Tensor]]:
     """Mean cross entropy over the targets that count, and its gradient with the z-loss, by PyTorch's own functions."""
     model = session.model
     logits = model(rows.ids, documents=rows.documents)
@@ -77,7 +77,7 @@ def test_gradient_is_that_of_the_whole_batch(tiny: Callable[..., RunConfig], mic
     outcome = step(batch())
     assert float(outcome.nll) == pytest.approx(loss, rel=1e-6)
     norm = torch.cat([g.flatten() for g in gradients.values()]).norm()
-    assert float(outcome.norm) == pytest.approx(float(norm), rel=1e-6)
+    assert float(outcome.grad_norm) == pytest.approx(float(norm), rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-10, atol=1e-12)
 
@@ -88,11 +88,11 @@ def test_gradient_that_products_add_up(tiny: Callable[..., RunConfig], micro_bat
     step, used = Kept(tiny(train__batch_size=6, train__micro_batch_size=micro_batch, train__clip={"kind": "none"})), []
     layers = convert_to_master_weights(step.session.model.decoder, lambda path: True, torch.float64)
 
-    def summing() -> contextlib.AbstractContextManager[None]:
+    def accumulate_grads() -> contextlib.AbstractContextManager[None]:
         used.append(True)
         return accumulate_weight_grads(layers)
 
-    monkeypatch.setattr(step.session.precision, "summing", summing)
+    monkeypatch.setattr(step.session.precision, "accumulate_grads", accumulate_grads)
     for _ in range(2):
         step(batch())
     assert len(used) == (0 if micro_batch == 0 else 2)
@@ -109,10 +109,10 @@ class Scaled(Precision):
     FACTOR = 1024.0
 
     @property
-    def scale(self) -> Tensor:
+    def loss_scale(self) -> Tensor:
         return torch.tensor(self.FACTOR)
 
-    def unscale(self, parameters: Iterable[torch.nn.Parameter]) -> None:
+    def unscale_grads(self, parameters: Iterable[torch.nn.Parameter]) -> None:
         for p in parameters:
             if p.grad is not None:
                 p.grad /= self.FACTOR
@@ -154,13 +154,13 @@ def test_router_loss_has_its_weight(tiny: Callable[..., RunConfig], precision: t
 class Poisoned:
     """The objective, with a total that is not finite at the calls that are named."""
 
-    def __init__(self, inner: NextToken, calls: set[int], value: float) -> None:
+    def __init__(self, inner: NextTokenObjective, calls: set[int], value: float) -> None:
         self._inner, self._calls, self._value, self._count = inner, calls, value, 0
 
-    def __call__(self, rows: Rows, window: int) -> Sums:
+    def __call__(self, rows: MicroBatch, window: int) -> ObjectiveSums:
         sums = self._inner(rows, window)
         self._count += 1
-        return Sums(sums.total * self._value, sums.nll) if self._count in self._calls else sums
+        return ObjectiveSums(sums.total * self._value, sums.nll) if self._count in self._calls else sums
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -175,12 +175,12 @@ def test_step_that_is_not_finite_changes_nothing(tiny: Callable[..., RunConfig],
         model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
         model__experts={"num_experts": 4, "top_k": 2, "bias_update_rate": 0.1},
     )
-    session = build_session(config, CPU, "data")
-    stepper = Stepper(session, Poisoned(NextToken(session.model), {5}, value), config.train)
+    session = build_train_state(config, CPU, "data")
+    stepper = TrainStep(session, Poisoned(NextTokenObjective(session.model), {5}, value), config.train)
     states, verdicts = [], []
     for _ in range(4):
-        verdicts.append(stepper(work(batch())).bad)
-        held = dict(session.model.named_parameters()) | session.optimizer.tensors() | session.average.tensors()
+        verdicts.append(stepper(work(batch())).skip_reason)
+        held = dict(session.model.named_parameters()) | session.optimizer.state_tensors() | session.ema.state_tensors()
         held |= {name: buffer for name, buffer in session.model.named_buffers() if name.endswith(("votes", "load"))}
         states.append({name: tensor.detach().clone() for name, tensor in held.items()})
     assert [verdict is None for verdict in verdicts] == [True, False, True, True]
@@ -193,29 +193,29 @@ def test_step_that_is_not_finite_changes_nothing(tiny: Callable[..., RunConfig],
 def test_fp16_overflow_halves_the_scale_and_is_no_fault(tiny: Callable[..., RunConfig]) -> None:
     """Gradients that overflow below a finite loss are no bad step of the guard: the scale falls until they fit."""
     config = tiny(train__batch_size=6, train__precision="fp16", train__spike_guard={"patience": 1})
-    session = build_session(config, CPU, "data")
-    inner = NextToken(session.model)
+    session = build_train_state(config, CPU, "data")
+    inner = NextTokenObjective(session.model)
 
-    def steep(rows: Rows, window: int) -> Sums:
+    def steep(rows: MicroBatch, window: int) -> ObjectiveSums:
         sums = inner(rows, window)
         # The value stays what it is, its slope is 2^12 times as steep.
-        return Sums(sums.total * 2.0**12 - (sums.total * (2.0**12 - 1)).detach(), sums.nll)
+        return ObjectiveSums(sums.total * 2.0**12 - (sums.total * (2.0**12 - 1)).detach(), sums.nll)
 
-    stepper = Stepper(session, steep, config.train)
-    verdicts = [stepper(work(batch())).bad for _ in range(40)]
+    stepper = TrainStep(session, steep, config.train)
+    verdicts = [stepper(work(batch())).skip_reason for _ in range(40)]
     overflows = verdicts.count("the scaled gradient overflowed")
     assert 5 < overflows < 40
-    assert session.guard.healthy
+    assert session.spike_guard.healthy
     assert verdicts[-1] is None
-    assert float(session.precision.scale) == max(1.0, 2.0 ** (16 - overflows))
+    assert float(session.precision.loss_scale) == max(1.0, 2.0 ** (16 - overflows))
 
 
 def test_fp16_learns_what_fp32_learns(tiny: Callable[..., RunConfig]) -> None:
     losses = {}
     for precision in ("fp32", "fp16", "bf16"):
         config = tiny(train__batch_size=6, train__precision=precision)
-        session = build_session(config, CPU, "data")
-        stepper = Stepper(session, NextToken(session.model), config.train)
+        session = build_train_state(config, CPU, "data")
+        stepper = TrainStep(session, NextTokenObjective(session.model), config.train)
         losses[precision] = [float(stepper(work(batch())).nll) for _ in range(12)]
     assert losses["fp32"][-1] < losses["fp32"][0] - 0.5
     assert losses["fp16"] == pytest.approx(losses["fp32"], rel=0.01)

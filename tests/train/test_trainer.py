@@ -21,7 +21,7 @@ from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.loader import TokenStream
 from andromeda.train import checkpoint, trainer
-from andromeda.train.objective import NextToken, Rows, Sums
+from andromeda.train.objective import MicroBatch, NextTokenObjective, ObjectiveSums
 from andromeda.train.trainer import TrainingFailed, train
 
 Tiny = Callable[..., RunConfig]
@@ -109,13 +109,13 @@ class Poison:
     def __init__(self, rows: Tensor) -> None:
         self._rows = {tuple(row.tolist()) for row in rows}
 
-    def objective(self, model: Any, z_loss: float) -> Callable[[Rows, int], Sums]:
-        inner = NextToken(model, z_loss)
+    def objective(self, model: Any, z_loss: float) -> Callable[[MicroBatch, int], ObjectiveSums]:
+        inner = NextTokenObjective(model, z_loss)
 
-        def poisoned(rows: Rows, window: int) -> Sums:
+        def poisoned(rows: MicroBatch, window: int) -> ObjectiveSums:
             sums = inner(rows, window)
             bad = any(tuple(row.tolist()) in self._rows for row in rows.ids)
-            return Sums(sums.total * math.nan, sums.nll * math.nan) if bad else sums
+            return ObjectiveSums(sums.total * math.nan, sums.nll * math.nan) if bad else sums
 
         return poisoned
 
@@ -128,7 +128,7 @@ def poison(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], 
     def make(first: int, end: int) -> None:
         config = tiny()
         rows = open_stream(config.data, 32, config.seed).batch(first, end - first).ids
-        monkeypatch.setattr(trainer, "NextToken", Poison(rows).objective)
+        monkeypatch.setattr(trainer, "NextTokenObjective", Poison(rows).objective)
 
     return make
 
@@ -140,14 +140,14 @@ def without(monkeypatch: pytest.MonkeyPatch, first: int, end: int) -> None:
     def shorter(self: TokenStream, start: int, count: int) -> Any:
         return real(self, start + (end - first) if self.num_sequences is None and start >= first else start, count)
 
-    monkeypatch.setattr(TokenStream, "rows", shorter)
+    monkeypatch.setattr(TokenStream, "batch", shorter)
 
 
 def test_one_bad_batch_is_left_out(tiny: Tiny, tmp_path: Path, metrics: Metrics, poison: Callable[[int, int], None]) -> None:
     poison(20, 24)
     train(tiny(train__eval_every=0), tmp_path / "run")
     events = [line for line in metrics(tmp_path / "run") if "event" in line]
-    assert events == [{"step": 6, "event": "step not taken: the loss is not finite", "rows": [20, 24]}]
+    assert events == [{"step": 6, "event": "step skipped: the loss is not finite", "rows": [20, 24]}]
     last = metrics(tmp_path / "run")[-1]
     assert (last["step"], last["rows"], last["tokens"]) == (12, 48, 11 * 128)
     assert math.isfinite(last["loss"])
@@ -174,7 +174,7 @@ def test_rollback_ends_as_if_the_rows_had_never_been(
     lines = metrics(tmp_path / "rolled")
     events = [line for line in lines if "event" in line]
     assert [event["event"] for event in events] == ["rolled back from step 8"]
-    assert events[0]["rows_passed_over"] == [[20, 24], [24, 28], [28, 32]]
+    assert events[0]["rows_skipped"] == [[20, 24], [24, 28], [28, 32]]
     kept = [line | {"rows": line["rows"] - 12 * (line["step"] > 5)} if "rows" in line else line for line in lines if "event" not in line]
     assert kept == metrics(tmp_path / "never")
 
@@ -187,10 +187,10 @@ def test_rollback_after_an_interruption(
     config = tiny(train__steps=14, train__spike_guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 1})
     poison(20, 32)
     train(config, tmp_path / "whole")
-    real = trainer.Loop._observe
+    real = trainer.Trainer._after_step
     taken = 0
 
-    def observe(self: trainer.Loop) -> None:
+    def observe(self: trainer.Trainer) -> None:
         nonlocal taken
         real(self)
         taken += 1
@@ -198,7 +198,7 @@ def test_rollback_after_an_interruption(
             os.kill(os.getpid(), signal.SIGTERM)
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.Loop, "_observe", observe)
+        patch.setattr(trainer.Trainer, "_after_step", observe)
         result = train(config, tmp_path / "stopped")
     assert result.signal == signal.SIGTERM
     assert result.step < 14
@@ -213,24 +213,24 @@ def test_what_a_rollback_left_behind_is_not_gone_on_with(
     config = tiny(train__steps=14, train__spike_guard={"patience": 3}, train__checkpoints={"every": 4, "keep": 2})
     poison(20, 32)
     train(config, tmp_path / "whole")
-    real = trainer.Loop._observe
+    real = trainer.Trainer._after_step
 
     def stop_after(count: int) -> None:
         left = iter(range(count - 1, -1, -1))
 
-        def observe(self: trainer.Loop) -> None:
+        def observe(self: trainer.Trainer) -> None:
             real(self)
             if next(left) == 0:
                 os.kill(os.getpid(), signal.SIGTERM)
 
         with monkeypatch.context() as patch:
-            patch.setattr(trainer.Loop, "_observe", observe)
+            patch.setattr(trainer.Trainer, "_after_step", observe)
             train(config, tmp_path / "stopped", resume=(tmp_path / "stopped").exists())
 
     stop_after(7)
-    assert checkpoint.listed(tmp_path / "stopped/checkpoints")[0].name == "step-00000007"
+    assert checkpoint.list_all(tmp_path / "stopped/checkpoints")[0].name == "step-00000007"
     stop_after(2)
-    assert checkpoint.listed(tmp_path / "stopped/checkpoints")[0].name == "step-00000005"
+    assert checkpoint.list_all(tmp_path / "stopped/checkpoints")[0].name == "step-00000005"
     train(config, tmp_path / "stopped", resume=True)
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
@@ -239,7 +239,7 @@ def test_gives_up_with_a_sentence(tiny: Tiny, tmp_path: Path, monkeypatch: pytes
     """Everything from row 20 on is bad: two rollbacks, then an error; the healthy checkpoint is still there and whole."""
     poison(20, 200)
     config = tiny(train__steps=40, train__spike_guard={"patience": 2, "rollbacks": 2}, train__checkpoints={"every": 4})
-    with pytest.raises(TrainingFailed, match=r"2 steps in a row up to step 7 could not be taken, after 2 rollbacks: lower .*optim\.lr"):
+    with pytest.raises(TrainingFailed, match=r"2 steps in a row up to step 7 were skipped, after 2 rollbacks: lower .*optim\.lr"):
         train(config, tmp_path / "run")
     newest = checkpoint.latest(tmp_path / "run" / "checkpoints", pytest.fail)
     assert newest is not None
@@ -252,16 +252,16 @@ def test_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
 ) -> None:
     config = tiny(train__checkpoints={"every": 0})
     train(config, tmp_path / "whole")
-    real = trainer.Loop._advance
+    real = trainer.Trainer._train_step
     steps: list[int] = []
 
-    def advance(self: trainer.Loop) -> None:
+    def advance(self: trainer.Trainer) -> None:
         if len(steps) == 5:
             os.kill(os.getpid(), number)  # in the middle of the sixth step, which is finished
         steps.append(1)
         real(self)
 
-    monkeypatch.setattr(trainer.Loop, "_advance", advance)
+    monkeypatch.setattr(trainer.Trainer, "_train_step", advance)
     result = train(config, tmp_path / "stopped")
     assert (result.step, result.signal) == (6, number)
     assert signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler)
@@ -278,17 +278,17 @@ def test_damaged_newest_checkpoint(tiny: Tiny, tmp_path: Path, assert_same_run: 
     os.truncate(tmp_path / "hurt" / "checkpoints" / "step-00000012" / "optimizer.safetensors", 1000)
     notes: list[str] = []
 
-    class Screen:
-        def write(self, step: int, figures: dict[str, Any]) -> None: ...
+    class RecordingReporter:
+        def log(self, step: int, metrics: dict[str, Any]) -> None: ...
         def close(self) -> None: ...
-        def note(self, text: str) -> None:
+        def message(self, text: str) -> None:
             notes.append(text)
 
-    train(config, tmp_path / "hurt", resume=True, screen=Screen())
+    train(config, tmp_path / "hurt", resume=True, reporter=RecordingReporter())
     assert notes == [
         "checkpoint step-00000012 is damaged (optimizer.safetensors has 1000 bytes instead of "
         f"{(tmp_path / 'whole/checkpoints/step-00000012/optimizer.safetensors').stat().st_size}); trying the one before it.",
-        "going on from step 8",
+        "resuming from step 8",
     ]
     assert_same_run(tmp_path / "whole", tmp_path / "hurt")
     assert (tmp_path / "hurt" / "checkpoints" / "damaged-step-00000012").is_dir()

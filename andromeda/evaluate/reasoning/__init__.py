@@ -4,25 +4,25 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from andromeda.data.reasoning_tasks import ReasoningTask
 from andromeda.evaluate.reasoning.dyck import Dyck
 from andromeda.evaluate.reasoning.harder import LongInduction, LongRecall, ThreeHops, TwoDigits
 from andromeda.evaluate.reasoning.parity import Parity
-from andromeda.train.callbacks.probes import TASKS
-from andromeda.train.callbacks.probes.task import Task
+from andromeda.train.callbacks.probes import PROBE_TASKS
 
 
 class Pair(NamedTuple):
     """A task and its harder form."""
 
-    usual: Task[Any]
-    harder: Task[Any]
+    usual: ReasoningTask[Any]
+    harder: ReasoningTask[Any]
 
 
 REASONING: dict[str, Pair] = {
-    "digits": Pair(TASKS["arithmetic"], TwoDigits()),
-    "recall": Pair(TASKS["recall"], LongRecall()),
-    "induction": Pair(TASKS["induction"], LongInduction()),
-    "multihop": Pair(TASKS["multihop"], ThreeHops()),
+    "digits": Pair(PROBE_TASKS["arithmetic"], TwoDigits()),
+    "recall": Pair(PROBE_TASKS["recall"], LongRecall()),
+    "induction": Pair(PROBE_TASKS["induction"], LongInduction()),
+    "multihop": Pair(PROBE_TASKS["multihop"], ThreeHops()),
     "parity": Pair(Parity(6), Parity(20)),
     "dyck": Pair(Dyck(2), Dyck(6)),
 }

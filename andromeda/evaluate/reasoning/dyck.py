@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from andromeda.train.callbacks.probes.task import Problem
+from andromeda.data.reasoning_tasks import ReasoningProblem
 
 EXAMPLES = 4
 CLOSING = {"(": ")", "[": "]", "{": "}"}
@@ -20,11 +20,11 @@ class Dyck:
         self.chance = len(CLOSING) ** -depth
         """The kinds of the open brackets are drawn evenly and separately."""
 
-    def draw(self, random: Random, alphabet: Sequence[int]) -> Problem[str]:
+    def draw(self, random: Random, alphabet: Sequence[int]) -> ReasoningProblem[str]:
         """Five rows, with pairs that are closed already between the open brackets."""
         rows = [self._row(random) for _ in range(EXAMPLES + 1)]
         lines = [f"{' '.join(row)} : {closers(row)}\n" for row in rows[:-1]]
-        return Problem("".join(lines) + f"{' '.join(rows[-1])} :", f" {closers(rows[-1])}")
+        return ReasoningProblem("".join(lines) + f"{' '.join(rows[-1])} :", f" {closers(rows[-1])}")
 
     def _row(self, random: Random) -> list[str]:
         row: list[str] = []

@@ -6,9 +6,7 @@ import string
 from collections.abc import Sequence
 from random import Random
 
-from andromeda.train.callbacks.probes.induction import Induction
-from andromeda.train.callbacks.probes.recall import Recall
-from andromeda.train.callbacks.probes.task import Problem
+from andromeda.data.reasoning_tasks import AssociativeRecall, Induction, ReasoningProblem
 
 
 class TwoDigits:
@@ -18,12 +16,12 @@ class TwoDigits:
     """109 is the sum of ninety of the 8,100 pairs, and no other sum of more."""
     EXAMPLES = 4
 
-    def draw(self, random: Random, alphabet: Sequence[int]) -> Problem[str]:
+    def draw(self, random: Random, alphabet: Sequence[int]) -> ReasoningProblem[str]:
         """Five different pairs of numbers of two digits."""
         pairs = [(10 + pair // 90, 10 + pair % 90) for pair in random.sample(range(8100), self.EXAMPLES + 1)]
         lines = [f"{a} + {b} = {a + b}\n" for a, b in pairs[:-1]]
         a, b = pairs[-1]
-        return Problem("".join(lines) + f"{a} + {b} =", f" {a + b}")
+        return ReasoningProblem("".join(lines) + f"{a} + {b} =", f" {a + b}")
 
     def solve(self, prompt: str) -> str:
         """Add what stands in the last line."""
@@ -31,7 +29,7 @@ class TwoDigits:
         return f" {int(a) + int(b)}"
 
 
-class LongRecall(Recall):
+class LongRecall(AssociativeRecall):
     """Recall among 32 pairs."""
 
     PAIRS = 32
@@ -52,7 +50,7 @@ class ThreeHops:
     chance = 1 / CHAINS
     """One of the values that were seen."""
 
-    def draw(self, random: Random, alphabet: Sequence[int]) -> Problem[str]:
+    def draw(self, random: Random, alphabet: Sequence[int]) -> ReasoningProblem[str]:
         """Twelve variables with different names and four different digits."""
         names = random.sample(string.ascii_lowercase, 3 * self.CHAINS)
         values = random.sample(range(10), self.CHAINS)
@@ -62,7 +60,7 @@ class ThreeHops:
         for lines in hops:
             random.shuffle(lines)
         _, _, asked, value = random.choice(chains)
-        return Problem("".join(sum(hops, start=[])) + f"assert {asked} ==", f" {value}")  # noqa: RUF017 - three short lists
+        return ReasoningProblem("".join(sum(hops, start=[])) + f"assert {asked} ==", f" {value}")  # noqa: RUF017 - three short lists
 
     def solve(self, prompt: str) -> str:
         """Follow the names until there is a digit."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from random import Random
 
-from andromeda.train.callbacks.probes.task import Problem
+from andromeda.data.reasoning_tasks import ReasoningProblem
 
 EXAMPLES = 4
 
@@ -19,11 +19,11 @@ class Parity:
     def __init__(self, bits: int) -> None:
         self._bits = bits
 
-    def draw(self, random: Random, alphabet: Sequence[int]) -> Problem[str]:
+    def draw(self, random: Random, alphabet: Sequence[int]) -> ReasoningProblem[str]:
         """Five rows."""
         rows = [[random.randrange(2) for _ in range(self._bits)] for _ in range(EXAMPLES + 1)]
         lines = [f"{' '.join(map(str, row))} : {sum(row) % 2}\n" for row in rows[:-1]]
-        return Problem("".join(lines) + f"{' '.join(map(str, rows[-1]))} :", f" {sum(rows[-1]) % 2}")
+        return ReasoningProblem("".join(lines) + f"{' '.join(map(str, rows[-1]))} :", f" {sum(rows[-1]) % 2}")
 
     def solve(self, prompt: str) -> str:
         """Count the ones of the last line."""

@@ -10,13 +10,13 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.mistakes import read
+from andromeda.data.reasoning_tasks import ReasoningTask
 from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.reasoning import REASONING
 from andromeda.evaluate.request import EvalOptions, Measurement
 from andromeda.evaluate.token_loss import batch_size_for
 from andromeda.generate.engine import eval_mode
-from andromeda.train.callbacks.probes.score import Batch
-from andromeda.train.callbacks.probes.task import Task
+from andromeda.train.callbacks.probes import AnswerBatch
 from andromeda.train.precision import Precision
 from andromeda.utils.progress_callback import ProgressCallback
 
@@ -52,7 +52,7 @@ class ReasoningEvaluation:
         return Measurement(self.kind, None, result)
 
 
-def _score(loaded: LoadedModel, task: Task[Any], seed: str, samples: int) -> float | None:
+def _score(loaded: LoadedModel, task: ReasoningTask[Any], seed: str, samples: int) -> float | None:
     tokenizer, random = loaded.tokenizer("Reasoning"), Random(seed)
     alphabet = np.flatnonzero(tokenizer.byte_lengths()).tolist()
 
@@ -71,5 +71,5 @@ def _score(loaded: LoadedModel, task: Task[Any], seed: str, samples: int) -> flo
     with eval_mode(loaded.model):
         for start in range(0, samples, count):
             group = rows[start : start + count]
-            right += float(Batch(group).score(loaded.model, Precision(loaded.device))) * len(group)
+            right += float(AnswerBatch(group).score(loaded.model, Precision(loaded.device))) * len(group)
     return right / samples

@@ -1,8 +1,8 @@
-"""Signs that a run is about to go wrong: how far a step moves the weights, how large activations and attention logits can be."""
+"""Early signs of divergence: how far a step moves the weights, and how large activations and attention logits can be."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -11,65 +11,64 @@ from torch import Tensor, nn
 
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
-from andromeda.optim import roles
-from andromeda.train.objective import Rows
+from andromeda.optim import parameter_roles
+from andromeda.train.objective import MicroBatch
 from andromeda.train.precision import Precision
 
 
-class Health:
-    """Measures one step and one forward pass; costs a copy of the weights and that pass, on the steps that ask for it."""
+class Diagnostics:
+    """Measures one step and one forward pass; costs a copy of the weights and that forward pass, on the steps that ask for it."""
 
     def __init__(self, model: Transformer, precision: Precision) -> None:
         self._model, self._precision = model, precision
-        by_role: dict[str, list[nn.Parameter]] = {}
-        named = dict(model.named_parameters())
-        for name, role in roles(model).items():
-            by_role.setdefault(role, []).append(named[name])
-        self._by_role = by_role
-        self.figures: dict[str, float] = {}
-        """What the last block of `watching` measured."""
+        self._by_role: dict[str, list[nn.Parameter]] = {}
+        parameters = dict(model.named_parameters())
+        for name, role in parameter_roles(model).items():
+            self._by_role.setdefault(role, []).append(parameters[name])
+        self.metrics: dict[str, float] = {}
+        """Results of the last `measure` block."""
 
     @contextmanager
-    def watching(self, rows: Rows) -> Iterator[None]:
-        """Around one step over `rows`."""
-        before = {role: [p.detach().clone() for p in held] for role, held in self._by_role.items()}
+    def measure(self, batch: MicroBatch) -> Iterator[None]:
+        """Measures the optimizer step over `batch` that the block makes."""
+        before = {role: [p.detach().clone() for p in params] for role, params in self._by_role.items()}
         yield
-        self.figures = {f"update_ratio/{role}": _ratio(before[role], held) for role, held in self._by_role.items()}
-        self.figures |= self._largest(rows.to(self._precision.device))
+        self.metrics = {f"update_ratio/{role}": _update_ratio(before[role], params) for role, params in self._by_role.items()}
+        self.metrics |= self._largest_values(batch.to(self._precision.device))
 
     @torch.no_grad()
-    def _largest(self, rows: Rows) -> dict[str, float]:
+    def _largest_values(self, batch: MicroBatch) -> dict[str, float]:
         """Largest |activation| after any block, and the largest |attention logit| that queries and keys allow (Cauchy-Schwarz)."""
         outputs: list[Tensor] = []
         logits: list[Tensor] = []
 
-        def keep_output(block: nn.Module, given: Any, x: Tensor) -> None:
+        def record_output(block: nn.Module, args: Any, x: Tensor) -> None:
             outputs.append(x.abs().max())
 
-        def keep_logits(scale: float, q: Tensor, k: Tensor) -> None:
+        def record_logit_bound(scale: float, q: Tensor, k: Tensor) -> None:
             logits.append(scale * q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
 
         with ExitStack() as hooks, torch.compiler.set_stance("force_eager"), self._precision.autocast():
             for block in self._model.decoder.blocks:
-                hooks.enter_context(_hooked(block, keep_output))
+                hooks.enter_context(_forward_hook(block, record_output))
             for module in self._model.modules():
                 if isinstance(module, Attention):
-                    hooks.enter_context(_hooked(module.qk_norm, lambda _, __, qk, scale=module.scale: keep_logits(scale, *qk)))
+                    hooks.enter_context(_forward_hook(module.qk_norm, lambda _, __, qk, scale=module.scale: record_logit_bound(scale, *qk)))
             self._model.eval()
-            self._model.hidden(rows.ids, documents=rows.documents)
+            self._model.hidden(batch.ids, documents=batch.documents)
             self._model.train()
-        figures = {"activation_max": float(torch.stack(outputs).max())}
-        return figures | ({"attention_logit_bound": float(torch.stack(logits).max())} if logits else {})
+        metrics = {"activation_max": float(torch.stack(outputs).max())}
+        return metrics | ({"attention_logit_bound": float(torch.stack(logits).max())} if logits else {})
 
 
-def _ratio(before: list[Tensor], after: list[nn.Parameter]) -> float:
+def _update_ratio(before: list[Tensor], after: list[nn.Parameter]) -> float:
     """|w_new - w| / |w| over all weights of a role."""
-    moved = torch.nn.utils.get_total_norm(torch._foreach_sub([p.detach() for p in after], before))
-    return float(moved / torch.nn.utils.get_total_norm(before).clamp(min=1e-12))
+    update = torch.nn.utils.get_total_norm(torch._foreach_sub([p.detach() for p in after], before))
+    return float(update / torch.nn.utils.get_total_norm(before).clamp(min=1e-12))
 
 
 @contextmanager
-def _hooked(module: nn.Module, hook: Any) -> Iterator[None]:
+def _forward_hook(module: nn.Module, hook: Callable[..., None]) -> Iterator[None]:
     handle = module.register_forward_hook(hook)
     try:
         yield

@@ -1,7 +1,10 @@
-"""An exponential moving average of the weights: e <- decay e + (1 - decay) w after every update taken.
+"""Exponential moving average of the weights: e <- d e + (1 - d) w after every update taken, d = min(decay, (1 + n) / (10 + n)).
 
-From the first step on e would lean on the random start for about 1/(1-decay) steps; as in TensorFlow's
-ExponentialMovingAverage the decay of update n is therefore min(decay, (1 + n) / (10 + n)).
+The warm-up of d is that of TensorFlow's ExponentialMovingAverage: with a constant decay, e would depend on the random initial
+weights for about 1 / (1 - decay) steps.
+
+Not torch.optim.swa_utils.AveragedModel: it deep-copies the module, whose checkpointed and compiled block forwards would stay bound to
+the original's weights, and its first update copies the weights where this one averages them with the initial ones.
 """
 
 from __future__ import annotations
@@ -12,64 +15,47 @@ import torch
 from torch import Tensor, nn
 
 
-class NoAverage:
-    """Off."""
-
-    def update(self) -> None:
-        """Nothing."""
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Nothing."""
-        return {}
-
-    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Nothing."""
-
-    updates = 0
-
-    def figures(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-
-class Average(NoAverage):
-    """Float32 copies of all trained weights."""
+class ExponentialMovingAverage:
+    """Float32 averages of all trained weights, by parameter name."""
 
     def __init__(self, parameters: Iterable[tuple[str, nn.Parameter]], decay: float) -> None:
         self._decay, self.updates = decay, 0
-        self._live = dict(parameters)
-        self._mean = {name: p.detach().float().clone() for name, p in self._live.items()}
+        self._parameters = dict(parameters)
+        self._averages = {name: p.detach().float().clone() for name, p in self._parameters.items()}
 
     @torch.no_grad()
     def update(self) -> None:
-        """After an update of the weights."""
+        """Call after every update of the weights."""
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self._mean.values()), [p.detach().float() for p in self._live.values()], 1.0 - decay)
+        torch._foreach_lerp_(list(self._averages.values()), [p.detach().float() for p in self._parameters.values()], 1.0 - decay)
 
-    def tensors(self) -> dict[str, Tensor]:
+    def state_tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name; live, not copied."""
-        return self._mean
+        return self._averages
 
-    def load(self, tensors: dict[str, Tensor], updates: int) -> None:
-        """Take back what `tensors` gave."""
+    def load_state(self, tensors: dict[str, Tensor], updates: int) -> None:
+        """Restore what `state_tensors` returned after `updates` updates."""
         self.updates = updates
-        for name, mean in self._mean.items():
-            mean.copy_(tensors[name])
+        for name, average in self._averages.items():
+            average.copy_(tensors[name])
 
     @torch.no_grad()
-    def figures(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """What `measure` says of the averaged weights, each name with `_average` at its end; the weights are then put back."""
-        held = [p.detach().clone() for p in self._live.values()]
-        for p, mean in zip(self._live.values(), self._mean.values(), strict=True):
-            p.copy_(mean)
+    def evaluate(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """The metrics that `measure` returns with the averaged weights in the model, `_average` appended to each name.
+
+        The weights are restored afterwards, also when `measure` raises.
+        """
+        weights = [p.detach().clone() for p in self._parameters.values()]
+        for p, average in zip(self._parameters.values(), self._averages.values(), strict=True):
+            p.copy_(average)
         try:
-            return {f"{name}_average": figure for name, figure in measure().items()}
+            return {f"{name}_average": value for name, value in measure().items()}
         finally:
-            for p, own in zip(self._live.values(), held, strict=True):
-                p.copy_(own)
+            for p, weight in zip(self._parameters.values(), weights, strict=True):
+                p.copy_(weight)
 
 
-def build_average(model: nn.Module, decay: float) -> NoAverage:
-    """The average that `train.ema` asks for; 0 is none."""
-    return Average(model.named_parameters(), decay) if decay else NoAverage()
+def build_ema(model: nn.Module, decay: float) -> ExponentialMovingAverage | None:
+    """The average that `train.ema` asks for; None for a decay of 0."""
+    return ExponentialMovingAverage(model.named_parameters(), decay) if decay else None

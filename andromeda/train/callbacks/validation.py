@@ -1,4 +1,4 @@
-"""Loss on held-out rows."""
+"""Loss on held-out sequences."""
 
 from __future__ import annotations
 
@@ -9,46 +9,38 @@ import torch
 from torch import nn
 
 from andromeda.data.loader import TokenStream
-from andromeda.train.objective import Rows, Sums
+from andromeda.train.objective import MicroBatch, ObjectiveSums
 from andromeda.train.precision import Precision
 
-ROWS = "spread"
-"""Which held-out rows are measured, as checkpoints keep it: those of older versions were the first ones, and keep nothing."""
+ROW_SELECTION = "spread"
+"""How the held-out rows are chosen, recorded in checkpoints: older versions took the first rows and recorded nothing."""
 
 
-class NoValidation:
-    """Off: nothing needs to be held out."""
+class Validation:
+    """Validates on rows at equal distances over the held-out stream, the same at every call.
 
-    def __call__(self, model: nn.Module, objective: Callable[[Rows, int], Sums], precision: Precision) -> dict[str, float]:
-        """Nothing."""
-        return {}
-
-
-class Validation(NoValidation):
-    """Rows that lie evenly over the held-out stream, the same at every call.
-
-    Not its first: a long document or two would be all that is measured.
+    Not on its first rows: they could all belong to one or two long documents.
     """
 
-    def __init__(self, stream: TokenStream, tokens: int, sequence: int, rows_at_once: int, document_mask: bool) -> None:
-        self._stream, self._mask, self._at_once = stream, document_mask, rows_at_once
+    def __init__(self, stream: TokenStream, tokens: int, seq_len: int, micro_batch_size: int, document_mask: bool) -> None:
+        self._stream, self._document_mask, self._micro_batch_size = stream, document_mask, micro_batch_size
         available = stream.num_sequences or 0
-        count = min(max(1, tokens // sequence), available)
+        count = min(max(1, tokens // seq_len), available)
         self._rows = [i * available // count for i in range(count)]
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, objective: Callable[[Rows, int], Sums], precision: Precision) -> dict[str, float]:
-        """Loss in nats per token and bits per byte of text; nothing when nothing is held out."""
+    def __call__(self, model: nn.Module, objective: Callable[[MicroBatch, int], ObjectiveSums], precision: Precision) -> dict[str, float]:
+        """Loss in nats per token and bits per byte of text; empty when nothing is held out."""
         nll = torch.zeros((), dtype=torch.float64, device=precision.device)
-        targets, text = 0, 0
+        num_targets, num_bytes = 0, 0
         model.eval()
-        for start in range(0, len(self._rows), self._at_once):
-            batch = self._stream.gather(self._rows[start : start + self._at_once])
+        for start in range(0, len(self._rows), self._micro_batch_size):
+            batch = self._stream.gather(self._rows[start : start + self._micro_batch_size])
             with precision.autocast():
-                nll += objective(Rows.of(batch, self._mask).to(precision.device), 0).nll
-            targets, text = targets + batch.tokens, text + batch.bytes
+                nll += objective(MicroBatch.from_batch(batch, self._document_mask).to(precision.device), 0).nll
+            num_targets, num_bytes = num_targets + batch.tokens, num_bytes + batch.bytes
         model.train()
-        if not targets:
+        if not num_targets:
             return {}
-        figures = {"validation/loss": float(nll) / targets}
-        return figures | ({"validation/bits_per_byte": float(nll) / math.log(2) / text} if text else {})
+        metrics = {"validation/loss": float(nll) / num_targets}
+        return metrics | ({"validation/bits_per_byte": float(nll) / math.log(2) / num_bytes} if num_bytes else {})

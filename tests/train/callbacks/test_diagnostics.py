@@ -12,8 +12,8 @@ import torch
 from andromeda.config.run import RunConfig
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
-from andromeda.train.callbacks.diagnostics import Health
-from andromeda.train.objective import Rows
+from andromeda.train.callbacks.diagnostics import Diagnostics
+from andromeda.train.objective import MicroBatch
 from andromeda.train.precision import build_precision
 from andromeda.train.trainer import train
 
@@ -25,9 +25,9 @@ def test_figures(tiny: Callable[..., RunConfig], qk_norm: str) -> None:
     """Activations from block to block; no logit is above its bound, and with a single pair of heads and tokens it is reached."""
     config = tiny(model__attention={"num_heads": 2, "num_kv_heads": 1, "head_dim": 16, "qk_norm": qk_norm}, model__rotary={"kind": "none"})
     model = Transformer(config.model)
-    health = Health(model, build_precision("fp32", torch.device("cpu")))
+    health = Diagnostics(model, build_precision("fp32", torch.device("cpu")))
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    with health.watching(Rows(IDS, IDS, None)), torch.no_grad():
+    with health.measure(MicroBatch(IDS, IDS, None)), torch.no_grad():
         for p in model.parameters():
             p.mul_(1.01)
         model.head.weight[:] = before["head.weight"] * 0.5
@@ -43,7 +43,7 @@ def test_figures(tiny: Callable[..., RunConfig], qk_norm: str) -> None:
             )
     with torch.no_grad():
         model.hidden(IDS)
-    figures = health.figures
+    figures = health.metrics
     assert figures["activation_max"] == pytest.approx(float(max(largest)), rel=1e-6)
     bound = figures["attention_logit_bound"]
     assert float(max(logits)) <= bound * 1.000001

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from andromeda.train.callbacks.ema import Average, build_average
+from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
 
 
 @pytest.mark.parametrize(("decay", "updates"), [(0.9, 5), (0.9, 200), (0.999, 200)])
@@ -16,7 +16,8 @@ def test_closed_form(decay: float, updates: int) -> None:
     draw = np.random.default_rng(0)
     model = nn.Linear(3, 2, bias=False)
     weights = [model.weight.detach().numpy().astype(np.float64)]
-    average = build_average(model, decay)
+    average = build_ema(model, decay)
+    assert average is not None
     for _ in range(updates):
         with torch.no_grad():
             model.weight += torch.from_numpy(draw.normal(size=(2, 3))).float()
@@ -27,42 +28,38 @@ def test_closed_form(decay: float, updates: int) -> None:
     shares = np.append(after[0], (1 - decays) * after[1:])
     assert shares.sum() == pytest.approx(1.0)
     expected = sum(share * w for share, w in zip(shares, weights, strict=True))
-    np.testing.assert_allclose(average.tensors()["weight"].numpy(), expected, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(average.state_tensors()["weight"].numpy(), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_figures_are_of_the_average_and_the_weights_stay() -> None:
     """Measured with the mean in place; afterwards the weights are bit by bit what they were, also when measuring fails."""
     model = nn.Linear(2, 2)
-    average = build_average(model, 0.5)
+    average = ExponentialMovingAverage(model.named_parameters(), 0.5)
     own = model.weight.detach().clone()
     with torch.no_grad():
         model.weight *= 3.0
     now = model.weight.detach().clone()
-    measured = average.figures(lambda: {"sum": float(model.weight.detach().sum())})
+    measured = average.evaluate(lambda: {"sum": float(model.weight.detach().sum())})
     assert measured == {"sum_average": pytest.approx(float(own.sum()))}
     assert torch.equal(model.weight, now)
     with pytest.raises(ZeroDivisionError):
-        average.figures(lambda: {"sum": 1 / 0})
+        average.evaluate(lambda: {"sum": 1 / 0})
     assert torch.equal(model.weight, now)
 
 
-def test_off_is_nothing() -> None:
-    average = build_average(nn.Linear(2, 2), 0.0)
-    average.update()
-    assert average.tensors() == {}
-    assert average.figures(lambda: {"sum": 1.0}) == {}
-    assert not isinstance(average, Average)
+def test_off_is_none() -> None:
+    assert build_ema(nn.Linear(2, 2), 0.0) is None
 
 
 def test_load_goes_on_where_it_was() -> None:
     model = nn.Linear(2, 2)
-    average = build_average(model, 0.99)
+    average = ExponentialMovingAverage(model.named_parameters(), 0.99)
     for _ in range(3):
         average.update()
-    again = build_average(model, 0.99)
-    again.load({name: tensor.clone() for name, tensor in average.tensors().items()}, average.updates)
+    again = ExponentialMovingAverage(model.named_parameters(), 0.99)
+    again.load_state({name: tensor.clone() for name, tensor in average.state_tensors().items()}, average.updates)
     with torch.no_grad():
         model.weight.mul_(2.0)
     average.update()
     again.update()
-    assert all(torch.equal(tensor, again.tensors()[name]) for name, tensor in average.tensors().items())
+    assert all(torch.equal(tensor, again.state_tensors()[name]) for name, tensor in average.state_tensors().items())

@@ -16,8 +16,7 @@ from torch import Tensor, nn
 
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
-from andromeda.train.callbacks.probes import TASKS, build_probes
-from andromeda.train.callbacks.probes.score import Batch, ordinary_tokens
+from andromeda.train.callbacks.probes import PROBE_TASKS, AnswerBatch, build_probes, ordinary_tokens
 from andromeda.train.precision import build_precision
 from andromeda.utils.errors import ConfigError
 
@@ -25,11 +24,11 @@ CPU = torch.device("cpu")
 ALPHABET = range(1000, 1400)
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROBE_TASKS)
 def test_solver_scores_everything(name: str) -> None:
     draw = Random(1)
-    problems = [TASKS[name].draw(draw, ALPHABET) for _ in range(500)]
-    assert all(TASKS[name].solve(problem.prompt) == problem.answer for problem in problems)
+    problems = [PROBE_TASKS[name].draw(draw, ALPHABET) for _ in range(500)]
+    assert all(PROBE_TASKS[name].solve(problem.prompt) == problem.answer for problem in problems)
     assert len({problem.prompt for problem in problems}) == 500
 
 
@@ -61,13 +60,13 @@ GUESSERS: dict[str, Callable[[Any, Random], Any]] = {
 }
 
 
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", PROBE_TASKS)
 def test_guessing_scores_the_chance_level(name: str) -> None:
     """A guesser that knows the form of the answer, over 4,000 problems: within four standard deviations of `chance`."""
     draw, guess, n = Random(2), Random(3), 4000
-    problems = [TASKS[name].draw(draw, ALPHABET) for _ in range(n)]
+    problems = [PROBE_TASKS[name].draw(draw, ALPHABET) for _ in range(n)]
     score = sum(GUESSERS[name](problem.prompt, guess) == problem.answer for problem in problems) / n
-    chance = TASKS[name].chance
+    chance = PROBE_TASKS[name].chance
     assert abs(score - chance) < 4 * math.sqrt(chance * (1 - chance) / n)
 
 
@@ -102,7 +101,7 @@ def test_one_pass_scores_what_greedy_decoding_would(seed: int) -> None:
             decoded += (model.next(decoded),)
         right += decoded[len(prompt) :] == tuple(answer)
     assert 0 < right < 40
-    score = Batch(rows).score(model, build_precision("fp32", CPU))  # type: ignore[arg-type]
+    score = AnswerBatch(rows).score(model, build_precision("fp32", CPU))  # type: ignore[arg-type]
     assert float(score) == pytest.approx(right / 40)
 
 
@@ -115,7 +114,7 @@ def test_a_run_scores_the_same_problems_and_draws_nothing_global(tiny: Callable[
     first, second = build_probes(config, stream), build_probes(config, stream)
     assert torch.equal(before[0], torch.get_rng_state())
     assert before[1] == random.getstate()
-    for name in TASKS:
+    for name in PROBE_TASKS:
         assert torch.equal(first._batches[name].ids, second._batches[name].ids)
     other = build_probes(config.model_copy(update={"seed": 1}), stream)
     assert not torch.equal(first._batches["recall"].ids, other._batches["recall"].ids)
@@ -151,13 +150,16 @@ def test_text_probes_need_a_tokenizer(tiny: Callable[..., RunConfig]) -> None:
 @pytest.mark.slow
 def test_a_trained_model_beats_chance_on_recall(tiny: Callable[..., RunConfig]) -> None:
     """With shifted tokens two layers learn associative recall when the text consists of it; the probe says so."""
+    from andromeda.data.reasoning_tasks import AssociativeRecall
     from andromeda.model.transformer import Transformer
-    from andromeda.train.callbacks.probes.recall import Recall
 
     config = tiny(model__max_seq_len=64, model__hidden_size=64, model__shift={"kind": "chunks"})
     model, draw = Transformer(config.model), Random(5)
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    batches = [Batch([(list(p.prompt), list(p.answer)) for p in (Recall().draw(draw, range(64)) for _ in range(64))]) for _ in range(600)]
+    batches = [
+        AnswerBatch([(list(p.prompt), list(p.answer)) for p in (AssociativeRecall().draw(draw, range(64)) for _ in range(64))])
+        for _ in range(600)
+    ]
     for batch in batches[:-1]:
         logits = model(batch.ids)
         nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), ignore_index=-100).backward()
@@ -165,4 +167,4 @@ def test_a_trained_model_beats_chance_on_recall(tiny: Callable[..., RunConfig]) 
         optimizer.zero_grad()
     precision = build_precision("fp32", CPU)
     assert float(batches[-1].score(Transformer(config.model), precision)) < 0.1
-    assert float(batches[-1].score(model, precision)) > 3 * Recall.chance
+    assert float(batches[-1].score(model, precision)) > 3 * AssociativeRecall.chance

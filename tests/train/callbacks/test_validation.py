@@ -14,7 +14,7 @@ from andromeda.config.run import RunConfig
 from andromeda.data.build import build
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.train.callbacks.validation import Validation
-from andromeda.train.objective import Rows, Sums
+from andromeda.train.objective import MicroBatch, ObjectiveSums
 from andromeda.train.precision import Precision
 
 LENGTH = 32
@@ -33,13 +33,13 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> TokenStream:
     return open_stream(RunConfig.model_validate({"data": {"corpus": str(place / "corpus")}}).data, LENGTH, 0, "val")
 
 
-def bigrams(seen: list[torch.Tensor]) -> Callable[[Rows, int], Sums]:
+def bigrams(seen: list[torch.Tensor]) -> Callable[[MicroBatch, int], ObjectiveSums]:
     """The loss above, and what was read."""
 
-    def objective(rows: Rows, step: int) -> Sums:
+    def objective(rows: MicroBatch, step: int) -> ObjectiveSums:
         seen.append(rows.ids)
         losses = BIGRAM[rows.ids, rows.targets.clamp(min=0)] * (rows.targets >= 0)
-        return Sums(losses.sum(), losses.sum())
+        return ObjectiveSums(losses.sum(), losses.sum())
 
     return objective
 

@@ -16,7 +16,7 @@ from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from andromeda.utils.errors import ConfigError, nearest
 
 
-class Head(Protocol):
+class LossHead(Protocol):
     """A linear map from hidden states to logits, as a loss sees it: its parts, so that the logits are never all held."""
 
     @property
@@ -32,7 +32,7 @@ class Head(Protocol):
         """Logits become cap tanh(logits / cap); 0 is off."""
 
 
-class Sums(NamedTuple):
+class LossSums(NamedTuple):
     """Sums over the targets of one task that count, so that any split of a batch adds up to the same."""
 
     total: Tensor
@@ -43,7 +43,7 @@ class Sums(NamedTuple):
     """Targets that count, shape ()."""
 
 
-class Task(Protocol):
+class LossTask(Protocol):
     """One thing to learn."""
 
     @property
@@ -57,17 +57,17 @@ class Task(Protocol):
     def count(self, batch: Any) -> Tensor:
         """Targets of the batch that count, shape (): known before any forward pass."""
 
-    def __call__(self, heads: Mapping[str, Head], hidden: Tensor, batch: Any) -> Sums:
+    def __call__(self, heads: Mapping[str, LossHead], hidden: Tensor, batch: Any) -> LossSums:
         """hidden (B, T, C) -> the sums over the batch."""
 
 
-class Likelihood(Protocol):
+class TargetLikelihood(Protocol):
     """How a head's answer is compared with the truth."""
 
     def count(self, target: Tensor) -> Tensor:
         """Targets that count, shape ()."""
 
-    def __call__(self, head: Head, hidden: Tensor, target: Tensor) -> Sums:
+    def __call__(self, head: LossHead, hidden: Tensor, target: Tensor) -> LossSums:
         """The sums over the targets that count; masked ones never do."""
 
 
@@ -82,18 +82,18 @@ class Categorical:
         """Targets other than -100."""
         return (target != IGNORE_INDEX).sum()
 
-    def __call__(self, head: Head, hidden: Tensor, target: Tensor) -> Sums:
+    def __call__(self, head: LossHead, hidden: Tensor, target: Tensor) -> LossSums:
         """Cross entropy plus z-loss of every target that counts."""
         out = linear_cross_entropy(hidden, head.weight, target, bias=head.bias, softcap=head.softcap, z_loss=self.z_loss)
-        return Sums(out.total, out.nll, out.tokens)
+        return LossSums(out.total, out.nll, out.tokens)
 
 
 @dataclass(frozen=True)
-class Prediction:
+class PredictionTask:
     """The plain task: a head answers, an attribute of the batch is the truth, a likelihood compares."""
 
     name: str
-    likelihood: Likelihood
+    likelihood: TargetLikelihood
     head: str = "head"
     target: str = "targets"
     weight: float = 1.0
@@ -102,7 +102,7 @@ class Prediction:
         """Targets of the batch that count, shape ()."""
         return self.likelihood.count(getattr(batch, self.target))
 
-    def __call__(self, heads: Mapping[str, Head], hidden: Tensor, batch: Any) -> Sums:
+    def __call__(self, heads: Mapping[str, LossHead], hidden: Tensor, batch: Any) -> LossSums:
         """hidden (B, T, C) -> the sums over the batch. Raises ConfigError when the model has no such head."""
         if self.head not in heads:
             raise ConfigError(
@@ -111,6 +111,6 @@ class Prediction:
         return self.likelihood(heads[self.head], hidden, getattr(batch, self.target))
 
 
-def next_token(z_loss: float = 0.0, weight: float = 1.0) -> Prediction:
+def next_token(z_loss: float = 0.0, weight: float = 1.0) -> PredictionTask:
     """The language model's own task: the next token of every position."""
-    return Prediction("next_token", Categorical(z_loss), weight=weight)
+    return PredictionTask("next_token", Categorical(z_loss), weight=weight)

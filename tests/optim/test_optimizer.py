@@ -16,7 +16,7 @@ from safetensors.torch import load, save
 from torch import Tensor, nn
 
 from andromeda.config.train import OptimizerConfig
-from andromeda.optim import Optimizer, adamw_8bit, build_optimizer
+from andromeda.optim import OptimizerContainer, adamw_8bit, build_optimizer
 from andromeda.utils.errors import CheckpointError, MissingExtra
 
 KINDS = ["adamw", "adamw8bit", "muon"]
@@ -39,20 +39,20 @@ class Tiny(nn.Module):
         return self.head(x + self.blocks[3](self.blocks[2](x)))
 
 
-def train(model: Tiny, optimizer: Optimizer, steps: int, seed: int = 0) -> None:
+def train(model: Tiny, optimizer: OptimizerContainer, steps: int, seed: int = 0) -> None:
     generator = torch.Generator().manual_seed(seed)
     for step in range(steps):
         ids = torch.randint(64, (4, 8), generator=generator)
-        optimizer.set_factor(1.0 / (step + 1), step)
+        optimizer.set_lr_factor(1.0 / (step + 1), step)
         nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.roll(-1, 1).flatten()).backward()
         optimizer.step()
         optimizer.zero_grad()
 
 
-def through_bytes(optimizer: Optimizer, shuffle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def through_bytes(optimizer: OptimizerContainer, shuffle: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """State as a checkpoint keeps it: safetensors and JSON, optionally with all keys in another order."""
-    tensors = load(save({name: tensor.contiguous() for name, tensor in optimizer.tensors().items()}))
-    values = json.loads(json.dumps(optimizer.values()))
+    tensors = load(save({name: tensor.contiguous() for name, tensor in optimizer.state_tensors().items()}))
+    values = json.loads(json.dumps(optimizer.state_metadata()))
     if shuffle:
         keys = list(tensors)
         random.Random(0).shuffle(keys)
@@ -72,10 +72,10 @@ def test_a_resumed_optimizer_goes_on_bit_for_bit(kind: str, shuffle: bool) -> No
     optimizer = build_optimizer(resumed, config)
     tensors, values = through_bytes(straight, shuffle)
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
-    optimizer.load(tensors, values)
-    for name, tensor in straight.tensors().items():
-        assert torch.equal(tensor, optimizer.tensors()[name]), name
-    assert optimizer.values() == straight.values()
+    optimizer.load_state(tensors, values)
+    for name, tensor in straight.state_tensors().items():
+        assert torch.equal(tensor, optimizer.state_tensors()[name]), name
+    assert optimizer.state_metadata() == straight.state_metadata()
     train(whole, straight, 2, seed=1)
     train(resumed, optimizer, 2, seed=1)
     assert all(torch.equal(a, b) for a, b in zip(whole.parameters(), resumed.parameters(), strict=True))
@@ -113,7 +113,7 @@ def test_eight_bit_keeps_embeddings_and_small_tensors_in_32_bits() -> None:
     model = Tiny()
     optimizer = build_optimizer(model, OptimizerConfig(kind="adamw8bit"))
     train(model, optimizer, 1)
-    tensors = optimizer.tensors()
+    tensors = optimizer.state_tensors()
     quantized = {name.split("/")[0] for name in tensors if name.endswith("/codes")}
     assert quantized == {"blocks.0.weight", "blocks.1.weight", "head.weight"}
     assert tensors["blocks.0.weight/exp_avg/codes"].dtype == torch.uint8
@@ -155,7 +155,7 @@ def test_eight_bit_compiles_where_it_pays(
         stances.append(stance)
         return contextlib.nullcontext()
 
-    monkeypatch.setattr(adamw_8bit, "WORTH_IT", elements)
+    monkeypatch.setattr(adamw_8bit, "MIN_COMPILED", elements)
     monkeypatch.setattr(shutil, "which", lambda name: compiler)
     model = Tiny()
     optimizer = build_optimizer(model, OptimizerConfig(kind="adamw8bit"), compile)
@@ -173,7 +173,7 @@ def test_eight_bit_without_torchao_is_one_sentence(monkeypatch: pytest.MonkeyPat
 
 def test_muon_updates_matrices_and_adamw_the_rest() -> None:
     optimizer = build_optimizer(Tiny(), OptimizerConfig(kind="muon", lr=0.05))
-    muon, adamw = optimizer.parts
+    muon, adamw = optimizer.optimizers
     assert sorted(tuple(p.shape) for p in muon.param_groups[0]["params"]) == [(3, 64), (64, 3), (64, 64), (64, 64)]
     assert {group["role"] for group in adamw.param_groups} == {"embedding", "head", "scalar"}
     assert optimizer.learning_rates() == {"matrix": 0.05, "embedding": 0.3, "head": 0.004, "scalar": 0.04}
@@ -186,21 +186,21 @@ def test_the_factor_reaches_every_group(kind: str) -> None:
     optimizer = build_optimizer(Tiny(), OptimizerConfig.model_validate({"kind": kind, "lr": 0.5}))
     base = optimizer.learning_rates()
     for factor in (0.25, 1.0, 0.0):
-        optimizer.set_factor(factor, 0)
+        optimizer.set_lr_factor(factor, 0)
         assert optimizer.learning_rates() == pytest.approx({role: rate * factor for role, rate in base.items()})
 
 
 def test_the_momentum_warms_up_linearly() -> None:
     optimizer = build_optimizer(Tiny(), OptimizerConfig(kind="muon", momentum_start=0.85, momentum=0.95, momentum_warmup=300))
     for step, expected in ((0, 0.85), (150, 0.9), (300, 0.95), (9999, 0.95)):
-        optimizer.set_factor(1.0, step)
-        assert optimizer.parts[0].param_groups[0]["momentum"] == pytest.approx(expected)
+        optimizer.set_lr_factor(1.0, step)
+        assert optimizer.optimizers[0].param_groups[0]["momentum"] == pytest.approx(expected)
 
 
 def test_state_before_the_first_step_is_empty_and_loads() -> None:
     optimizer = build_optimizer(Tiny(), OptimizerConfig())
-    assert optimizer.tensors() == {}
-    build_optimizer(Tiny(), OptimizerConfig()).load({}, json.loads(json.dumps(optimizer.values())))
+    assert optimizer.state_tensors() == {}
+    build_optimizer(Tiny(), OptimizerConfig()).load_state({}, json.loads(json.dumps(optimizer.state_metadata())))
 
 
 def test_wrong_state_is_refused_and_changes_nothing() -> None:
@@ -208,15 +208,15 @@ def test_wrong_state_is_refused_and_changes_nothing() -> None:
     optimizer = build_optimizer(model, OptimizerConfig())
     train(model, optimizer, 1)
     tensors, values = through_bytes(optimizer, shuffle=False)
-    before = {name: tensor.clone() for name, tensor in optimizer.tensors().items()}
+    before = {name: tensor.clone() for name, tensor in optimizer.state_tensors().items()}
     last = max(tensors)
     with pytest.raises(CheckpointError, match=f"lacks the optimizer tensor {last}"):
-        optimizer.load({name: tensor + 1 for name, tensor in tensors.items() if name != last}, values)
+        optimizer.load_state({name: tensor + 1 for name, tensor in tensors.items() if name != last}, values)
     for entry, wrong in (("exp_avg", torch.zeros(())), ("exp_avg_sq", torch.zeros(2)), ("step", torch.zeros(64))):
         with pytest.raises(CheckpointError, match="has the shape"):
-            optimizer.load({**tensors, f"head.weight/{entry}": wrong}, values)
+            optimizer.load_state({**tensors, f"head.weight/{entry}": wrong}, values)
     with pytest.raises(CheckpointError, match="optimizer is 'muon'"):
-        optimizer.load(tensors, {**values, "kind": "muon"})
+        optimizer.load_state(tensors, {**values, "kind": "muon"})
     with pytest.raises(CheckpointError, match=r"another model: a\.stranger"):
-        optimizer.load(tensors, {**values, "parameters": ["a.stranger", *values["parameters"]]})
-    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.tensors().items())
+        optimizer.load_state(tensors, {**values, "parameters": ["a.stranger", *values["parameters"]]})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in optimizer.state_tensors().items())

@@ -1,4 +1,9 @@
-"""Problems as one batch of tokens, and how a model is scored on them."""
+"""Probes: small generated reasoning tasks, scored while a model trains.
+
+Each task knows the score of guessing and has a solver that scores 100 %. All are scored by greedy exact match in one batched forward
+pass: if every token of the answer is the model's most likely token given the correct tokens before it, greedy decoding would have
+generated exactly that answer.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +16,23 @@ from torch import Tensor
 
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream
+from andromeda.data.reasoning_tasks import Arithmetic, AssociativeRecall, Induction, MultiHop, ReasoningTask
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.model.transformer import Transformer
-from andromeda.train.callbacks.probes.arithmetic import Arithmetic
-from andromeda.train.callbacks.probes.induction import Induction
-from andromeda.train.callbacks.probes.multihop import MultiHop
-from andromeda.train.callbacks.probes.recall import Recall
-from andromeda.train.callbacks.probes.task import Task
 from andromeda.train.precision import Precision
 from andromeda.utils.errors import ConfigError, nearest
 
-TASKS: dict[str, Task[Any]] = {"arithmetic": Arithmetic(), "recall": Recall(), "induction": Induction(), "multihop": MultiHop()}
+PROBE_TASKS: dict[str, ReasoningTask[Any]] = {
+    "arithmetic": Arithmetic(),
+    "recall": AssociativeRecall(),
+    "induction": Induction(),
+    "multihop": MultiHop(),
+}
 
 IGNORED = -100
 
 
-class Batch:
+class AnswerBatch:
     """The problems of one task: ids (N, T) padded at the right, and what each position must predict (-100 outside of answers)."""
 
     def __init__(self, rows: list[tuple[list[int], list[int]]]) -> None:
@@ -53,7 +59,7 @@ class Batch:
 class Probes:
     """The same problems throughout a run."""
 
-    def __init__(self, batches: dict[str, Batch]) -> None:
+    def __init__(self, batches: dict[str, AnswerBatch]) -> None:
         self._batches = batches
 
     @torch.no_grad()
@@ -64,7 +70,9 @@ class Probes:
         with torch.compiler.set_stance("force_eager"):
             scores = {name: float(batch.score(model, precision)) for name, batch in self._batches.items()}
         model.train()
-        return {f"probe/{name}": score for name, score in scores.items()} | {f"probe/{name}/chance": TASKS[name].chance for name in scores}
+        return {f"probe/{name}": score for name, score in scores.items()} | {
+            f"probe/{name}/chance": PROBE_TASKS[name].chance for name in scores
+        }
 
 
 def build_probes(config: RunConfig, stream: TokenStream) -> Probes:
@@ -78,12 +86,14 @@ def build_probes(config: RunConfig, stream: TokenStream) -> Probes:
     return Probes({name: _batch(name, config, stream) for name in wanted.tasks})
 
 
-def _batch(name: str, config: RunConfig, stream: TokenStream) -> Batch:
-    if name not in TASKS:
-        raise ConfigError(f"There is no probe {name!r}{nearest(name, TASKS)}: train.probes.tasks takes {', '.join(TASKS)}.")
+def _batch(name: str, config: RunConfig, stream: TokenStream) -> AnswerBatch:
+    if name not in PROBE_TASKS:
+        raise ConfigError(f"There is no probe {name!r}{nearest(name, PROBE_TASKS)}: train.probes.tasks takes {', '.join(PROBE_TASKS)}.")
     random, alphabet = Random(f"{config.seed} {name}"), ordinary_tokens(stream)
-    problems = [TASKS[name].draw(random, alphabet) for _ in range(config.train.probes.samples)]
-    batch = Batch([(_begin(stream) + _spell(prompt, stream.tokenizer), _spell(answer, stream.tokenizer)) for prompt, answer in problems])
+    problems = [PROBE_TASKS[name].draw(random, alphabet) for _ in range(config.train.probes.samples)]
+    batch = AnswerBatch(
+        [(_begin(stream) + _spell(prompt, stream.tokenizer), _spell(answer, stream.tokenizer)) for prompt, answer in problems]
+    )
     if batch.ids.shape[1] > config.model.max_seq_len:
         raise ConfigError(
             f"Probe {name} has problems of {batch.ids.shape[1]} tokens and the model's context is {config.model.max_seq_len}: "
