@@ -11,9 +11,9 @@ from pydantic.fields import FieldInfo
 from andromeda.config.aliases import DIRECT, HUGGING_FACE_DIRECT, HUGGING_FACE_GROUPS, SPEC_DIRECT, SPEC_GROUPS
 from andromeda.config.base import BaseConfig
 from andromeda.config.data import BuildConfig
-from andromeda.config.keys import table
+from andromeda.config.keys import nested_config
 from andromeda.config.load import presets
-from andromeda.config.rules import MODEL, NOTES, RUN, TRAINING
+from andromeda.config.rules import MODEL_RULES, NOTE_RULES, RUN_RULES, TRAINING_RULES
 from andromeda.config.run import RunConfig
 
 INTRODUCTION = """\
@@ -97,13 +97,15 @@ def _presets() -> Iterator[str]:
 def _tables(part: type[BaseConfig], path: str) -> Iterator[str]:
     """A section for a part's own keys, then one for each table in it."""
     yield f"\n## {f'`[{path}]`' if path else 'The top of the file'}\n\n{_text(part.__doc__)}"
-    own = {name: field for name, field in part.model_fields.items() if not table(field) or table(field) is not field.annotation}
+    own = {
+        name: field for name, field in part.model_fields.items() if not nested_config(field) or nested_config(field) is not field.annotation
+    }
     if own:
         yield from ("\n| key | default | values | meaning |", "|---|---|---|---|")
     for name, field in own.items():
         yield f"| `{name}` | {_default(field)} | {_values(field)} | {_text(field.description)} |"
     for name, field in part.model_fields.items():
-        if inner := table(field):
+        if inner := nested_config(field):
             brackets = "" if inner is field.annotation else "[]"
             yield from _tables(inner, f"{path}.{name}{brackets}" if path else name)
 
@@ -126,11 +128,11 @@ def _names() -> Iterator[str]:
 
 def _rules() -> Iterator[str]:
     yield "\n## What is refused\n"
-    for _, clause in (*MODEL, *RUN, *TRAINING):
+    for _, clause in (*MODEL_RULES, *RUN_RULES, *TRAINING_RULES):
         yield f"- {_blank(clause)}"
     yield "- model.rotary.scale_base = … overflows the number format at model.max_seq_len = …: set it to at least …"
     yield "\n## What is legal, and said before a run\n"
-    for _, clause in NOTES:
+    for _, clause in NOTE_RULES:
         yield f"- {_blank(clause)}"
 
 
@@ -160,7 +162,7 @@ def _values(field: FieldInfo) -> str:
         inner = get_args(kind)
         return (
             "list of tables"
-            if table(field)
+            if nested_config(field)
             else f"{'list' if ... in inner else len(inner)} of {_name(inner[0])}".replace("2 of number", "2 numbers")
         )
     limits = [f"{sign} {getattr(limit, name):,.12g}" for limit in field.metadata for name, sign in SIGNS.items() if hasattr(limit, name)]

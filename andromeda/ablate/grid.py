@@ -10,8 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, NonNegativeFloat, NonNegativeInt, PositiveFloat
 
-from andromeda.config.base import BaseConfig, Strings, as_tuple
-from andromeda.config.mistakes import read
+from andromeda.config.base import BaseConfig, StringTuple, as_tuple
+from andromeda.config.validation_errors import validate
 from andromeda.utils.errors import ConfigError, nearest
 
 BASELINE = "baseline"
@@ -24,7 +24,7 @@ class Variant(BaseConfig):
 
     name: str
     """Title in tables; also names the run folders."""
-    changes: Strings = ()
+    changes: StringTuple = ()
     """Overrides `key.path=value` on top of the baseline's, or of `on`'s."""
     on: str = BASELINE
     """The arm that this one starts from, and is compared with."""
@@ -40,13 +40,13 @@ class AblationGrid(BaseConfig):
     """A whole comparison."""
 
     arm: Annotated[tuple[Variant, ...], BeforeValidator(as_tuple)] = ()
-    base: Strings = ()
+    base: StringTuple = ()
     """Changes to the configuration that make the baseline."""
     budget: Literal["tokens", "flops", "seconds"] = "tokens"
     """What is equal between arms."""
     amount: NonNegativeFloat = 0.0
     """How much of it a run gets; 0 is what the baseline is configured for (seconds must be given)."""
-    cost: Strings = ()
+    cost: StringTuple = ()
     """Changes under which time and memory are measured, such as a batch that fills the device."""
     seeds: Annotated[tuple[NonNegativeInt, ...], BeforeValidator(as_tuple)] = (0, 1, 2)
     metric: Literal["loss", "bits_per_byte"] = "loss"
@@ -70,7 +70,7 @@ def read_grid(path: str | Path) -> AblationGrid:
 def grid_from_values(values: dict[str, Any], source: str = "the grid") -> AblationGrid:
     """A grid from nested values, checked. Raises ConfigError."""
     try:
-        grid = read(AblationGrid, values)
+        grid = validate(AblationGrid, values)
     except ConfigError as error:
         raise ConfigError(f"In {source}: {error}") from None
     check_grid(grid, source)

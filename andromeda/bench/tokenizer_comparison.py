@@ -17,8 +17,8 @@ from typing import Any
 
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import load
-from andromeda.config.mistakes import read
 from andromeda.config.run import RunConfig
+from andromeda.config.validation_errors import validate
 from andromeda.data.build import build
 from andromeda.data.compare_tokenizers import compare
 from andromeda.data.corpus import HELD_OUT_TEXT, CorpusManifest
@@ -227,7 +227,7 @@ def _build_config(plan: TokenizerComparison, name: str) -> BuildConfig:
     given: dict[str, Any] = {"tokenizer": kind, "max_bytes": plan.max_bytes, "validation_fraction": plan.validation}
     if size:
         given["vocab_size"] = int(size)
-    return read(BuildConfig, given)
+    return validate(BuildConfig, given)
 
 
 def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:

@@ -78,7 +78,7 @@ def explain_unknown(error: Any) -> str | None:
 def _key(option: str) -> str | None:
     """The key of the configuration that an option is named after, here or in another library."""
     from andromeda.config.keys import fields
-    from andromeda.config.keys import table as nested_config
+    from andromeda.config.keys import nested_config as nested_config
     from andromeda.config.suggestions import our_name
 
     name = option.lstrip("-").replace("-", "_")

@@ -30,5 +30,5 @@ def steps_or_fraction(value: Any) -> int | float:
 
 StepsOrFraction = Annotated[int | float, BeforeValidator(steps_or_fraction)]
 # TOML and JSON have only lists; the configuration holds tuples because it is frozen.
-Strings = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
-Pair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]
+StringTuple = Annotated[tuple[str, ...], BeforeValidator(as_tuple)]
+FloatPair = Annotated[tuple[float, float], BeforeValidator(as_tuple)]

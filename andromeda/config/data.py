@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
-from andromeda.config.base import BaseConfig, Strings, as_tuple
+from andromeda.config.base import BaseConfig, StringTuple, as_tuple
 from andromeda.utils.errors import ConfigError
 
 
@@ -78,7 +78,7 @@ class BuildConfig(BaseConfig):
     tokenizer.json or a SentencePiece .model."""
     vocab_size: int = Field(4096, gt=0, le=1 << 24)
     """Vocabulary size of a trained tokenizer, special tokens included."""
-    special_tokens: Strings = ()
+    special_tokens: StringTuple = ()
     """Names of special tokens besides the document separator; text never turns into them."""
     max_digits: int = Field(2, gt=0, le=1000)
     """Longest run of digits that can be one token (bpe)."""
@@ -88,7 +88,7 @@ class BuildConfig(BaseConfig):
     """Tokens of one shard file."""
     text_field: str = "text"
     """Key of the text in .jsonl and .parquet records and in datasets."""
-    include: Strings = ()
+    include: StringTuple = ()
     """File extensions to read (such as ".py"), unknown ones as plain text; empty reads every known kind."""
     min_document_bytes: PositiveInt = 1
     """A shorter document is skipped."""

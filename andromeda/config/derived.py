@@ -13,7 +13,7 @@ from andromeda.utils.errors import ConfigError
 
 FOLDED_DIMS = 4
 """Head dimensions that a folded ALiBi takes from the content."""
-FOLDED_REACH = 1 << 24
+FOLDED_MAX_POSITIONS = 1 << 24
 """Positions that three base-256 digits tell apart."""
 XPOS_BITS = math.log2(1.4 / 0.4)
 """Powers of two by which xPos's fastest pair decays over `scale_base` tokens: zeta is 0.4 / 1.4 there."""

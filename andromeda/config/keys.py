@@ -13,15 +13,15 @@ from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError
 
 
-def walk(part: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+def iter_fields(part: type[BaseConfig], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Each field below `part` with its dotted path, a table before the keys inside it; a list of tables is `name[]`."""
     for name, field in part.model_fields.items():
         yield prefix + name, field
-        if inner := table(field):
-            yield from walk(inner, f"{prefix}{name}{'' if inner is field.annotation else '[]'}.")
+        if inner := nested_config(field):
+            yield from iter_fields(inner, f"{prefix}{name}{'' if inner is field.annotation else '[]'}.")
 
 
-def table(field: FieldInfo) -> type[BaseConfig] | None:
+def nested_config(field: FieldInfo) -> type[BaseConfig] | None:
     """The part that a field holds, one or many of, when it is a table of keys."""
     for kind in (field.annotation, *get_args(field.annotation)[:1]):
         if isinstance(kind, type) and issubclass(kind, BaseConfig):
@@ -32,7 +32,7 @@ def table(field: FieldInfo) -> type[BaseConfig] | None:
 @cache
 def fields() -> dict[str, FieldInfo]:
     """All keys of a run's configuration, tables included, by dotted path."""
-    return dict(walk(RunConfig))
+    return dict(iter_fields(RunConfig))
 
 
 def is_text(path: str) -> bool:
@@ -50,14 +50,14 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def place(values: dict[str, Any], path: str, value: Any) -> None:
-    """Put a value at a dotted path, making the tables on the way. Raises ConfigError when a plain value is in the way."""
+def set_path(values: dict[str, Any], path: str, value: Any) -> None:
+    """Set a value at a dotted path, creating the tables it is in. Raises ConfigError where one of them is a plain value."""
     *tables, last = path.split(".")
     for depth, name in enumerate(tables, 1):
         values = values.setdefault(name, {})
         if not isinstance(values, dict):
             raise ConfigError(
-                f"{path} cannot be set beside {'.'.join(tables[:depth])}, which is a value and no table: leave one of them out."
+                f"{path} cannot be set together with {'.'.join(tables[:depth])}, which is a value and not a table: leave one of them out."
             )
     values[last] = value
 
@@ -71,8 +71,8 @@ def merge(base: Mapping[str, Any], change: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def show(value: Any) -> str:
-    """A value as a user would write it, short."""
+def format_value(value: Any) -> str:
+    """A value as a user would write it, shortened."""
     if isinstance(value, Mapping | BaseConfig):
         return "a table"
     if isinstance(value, bool):

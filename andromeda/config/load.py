@@ -1,6 +1,6 @@
 """Reading a configuration: from a preset, a TOML file or a run folder, with overrides; and writing it back.
 
-A layer is what one source says. The preset comes first, the file's own keys change it, overrides change both. Every
+A layer is what one source sets. The preset comes first, the file's own keys change it, overrides change both. Every
 layer may use the flat names (aliases.py) in its [model] table. What comes out is typed, and its parts fit together.
 
 Two things are settled here, so that every command and the run folder hold the same numbers: a vocabulary size that only
@@ -19,20 +19,20 @@ from typing import Any, NamedTuple
 
 import tomli_w
 
-from andromeda.config.aliases import HUGGING_FACE_NAMES, NAMES, SPEC_NAMES, translate
-from andromeda.config.keys import fields, is_text, merge, place, show, table
-from andromeda.config.mistakes import read, refuse_huge
+from andromeda.config.aliases import FLAT_NAMES, HUGGING_FACE_NAMES, SPEC_NAMES, resolve_aliases
+from andromeda.config.keys import fields, format_value, is_text, merge, nested_config, set_path
 from andromeda.config.model import ModelConfig
 from andromeda.config.rules import check, check_model, schedule_in_steps
 from andromeda.config.run import RunConfig
+from andromeda.config.validation_errors import check_magnitude, validate
 from andromeda.config.vocabulary import VOCAB_SIZE_NAMES, corpus_vocab_size, padded
 from andromeda.utils.errors import ConfigError, nearest
 
 Values = Mapping[str, Any]
 
 
-class Layer(NamedTuple):
-    """What one source says."""
+class ConfigLayer(NamedTuple):
+    """What one source sets."""
 
     values: Values
     is_preset: bool = False
@@ -46,7 +46,7 @@ def load(source: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     Raises ConfigError, one sentence.
     """
     source = str(source)
-    layers = [*_layers(_read(source), source, is_preset=source in presets()), Layer(_override_values(overrides))]
+    layers = [*_layers(_read(source), source, is_preset=source in presets()), ConfigLayer(_override_values(overrides))]
     return _checked(layers)
 
 
@@ -69,13 +69,13 @@ def model_from_names(**names: Any) -> ModelConfig:
     What is not given comes from preset `andromeda`; from `andromeda-65b` when only Hugging Face's names are used.
     """
     for name in names:
-        if name not in NAMES and name not in ModelConfig.model_fields:
-            raise ConfigError(f"Andromeda has no parameter {name}{nearest(name, [*NAMES, *ModelConfig.model_fields])}.")
-    refuse_huge(names)
+        if name not in FLAT_NAMES and name not in ModelConfig.model_fields:
+            raise ConfigError(f"Andromeda has no parameter {name}{nearest(name, [*FLAT_NAMES, *ModelConfig.model_fields])}.")
+    check_magnitude(names)
     only_hugging_face = names.keys() & HUGGING_FACE_NAMES and not names.keys() & SPEC_NAMES
     base = load("andromeda-65b" if only_hugging_face else "andromeda").model
-    values, spelled = translate(names, base, prefix="")
-    model = read(ModelConfig, merge(base.model_dump(), values), "model", spelled)
+    values, given_names = resolve_aliases(names, base, prefix="")
+    model = validate(ModelConfig, merge(base.model_dump(), values), "model", given_names)
     check_model(model)
     return model
 
@@ -93,7 +93,7 @@ def presets() -> dict[str, str]:
     return {name: named[name].read_text("utf-8").partition("\n")[0].lstrip("# ").strip() for name in sorted(named)}
 
 
-def _checked(layers: Sequence[Layer]) -> RunConfig:
+def _checked(layers: Sequence[ConfigLayer]) -> RunConfig:
     config = RunConfig()
     for layer in layers:
         config = _change(config, layer.values)
@@ -106,11 +106,11 @@ def _checked(layers: Sequence[Layer]) -> RunConfig:
 def _change(config: RunConfig, values: Values) -> RunConfig:
     """The configuration with one layer's values in the place of its own."""
     values = dict(values)
-    spelled: Values = {}
-    refuse_huge(values)
+    given_names: Values = {}
+    check_magnitude(values)
     if isinstance(values.get("model"), Mapping):
-        values["model"], spelled = translate(values["model"], config.model)
-    return read(RunConfig, merge(config.model_dump(), values), spelled=spelled)
+        values["model"], given_names = resolve_aliases(values["model"], config.model)
+    return validate(RunConfig, merge(config.model_dump(), values), given_names=given_names)
 
 
 def _sets_vocab_size(values: Values) -> bool:
@@ -119,22 +119,22 @@ def _sets_vocab_size(values: Values) -> bool:
 
 
 def _with_vocabulary_of_corpus(config: RunConfig) -> RunConfig:
-    """The configuration with as many entries as its corpus has, padded as its preset's are; unchanged where none says it."""
+    """The configuration with the vocabulary size of its corpus, padded as its preset's is; unchanged where no corpus gives one."""
     entries = corpus_vocab_size(config.data)
     if entries is None:
         return config
-    return read(RunConfig, merge(config.model_dump(), {"model": {"vocab_size": padded(entries, config.model.vocab_size)}}))
+    return validate(RunConfig, merge(config.model_dump(), {"model": {"vocab_size": padded(entries, config.model.vocab_size)}}))
 
 
-def _layers(values: Values, source: str, is_preset: bool = False) -> Iterator[Layer]:
-    """The layers that a file's values stand for: those of the preset that it names, then its own."""
+def _layers(values: Values, source: str, is_preset: bool = False) -> Iterator[ConfigLayer]:
+    """The layers of a file: those of the preset that it starts from, then its own values."""
     own = dict(values)
     name = own.pop("preset", None)
     if name is not None:
         if not isinstance(name, str) or name not in presets():
-            raise ConfigError(f"{source} starts from preset {show(name)}, which does not exist{_hint(str(name))}.")
+            raise ConfigError(f"{source} starts from preset {format_value(name)}, which does not exist{_hint(str(name))}.")
         yield from _layers(_preset(name), name, is_preset=True)
-    yield Layer(own, is_preset)
+    yield ConfigLayer(own, is_preset)
 
 
 def _hint(name: str) -> str:
@@ -155,12 +155,12 @@ def _read(source: str) -> Values:
         raise ConfigError(f"{source[:200]} cannot be read ({error.strerror}).") from None
     except UnicodeDecodeError:
         raise ConfigError(f"{path} is not a text file in UTF-8.") from None
-    except (ValueError, RecursionError) as error:  # numbers of thousands of digits, tables in tables without end: not only TOML's own error
+    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits and unbounded nesting
         raise ConfigError(f"{path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
 
 
 def _file(source: str) -> Path:
-    """The TOML file that a path which is no preset's name means."""
+    """The TOML file at a path, or in a run folder."""
     path = Path(source)
     if source and path.is_dir():
         path = path / "config.toml"
@@ -172,7 +172,7 @@ def _file(source: str) -> Path:
 
 
 def _override_values(overrides: Sequence[str]) -> Values:
-    """The layer that command-line overrides stand for."""
+    """Command-line overrides as nested values."""
     values: dict[str, Any] = {}
     for override in overrides:
         key, equals, text = override.partition("=")
@@ -182,19 +182,19 @@ def _override_values(overrides: Sequence[str]) -> Values:
         if key == "preset":
             raise ConfigError("preset cannot be overridden: name the preset as the configuration itself.")
         value = _value(key, text.strip())
-        if value == {} and key in fields() and table(fields()[key]):
+        if value == {} and key in fields() and nested_config(fields()[key]):
             raise ConfigError(f"{key}={{}} sets nothing: write the keys inside it, such as {key}.name=value.")
-        place(values, key, value)
+        set_path(values, key, value)
     return values
 
 
 def _value(key: str, text: str) -> Any:
-    """A value as TOML reads it; text where the key holds text, or where TOML reads nothing, needs no quotes."""
+    """A value parsed as TOML. Text needs no quotes where the key holds text, or where it is not valid TOML."""
     if is_text(key) and not text.startswith(('"', "'")):
         return text
     try:
         values = tomllib.loads(f"value = {text}")
     except (ValueError, RecursionError):
-        # TOML wants a digit on both sides of the point; shells and people do not.
+        # TOML requires a digit on both sides of the point.
         return float(text) if re.fullmatch(r"[+-]?(\d+\.|\.\d+)(e[+-]?\d+)?", text) else text
     return values["value"] if values.keys() == {"value"} else text

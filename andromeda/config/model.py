@@ -20,10 +20,10 @@ MIXERS = {
 }
 """Attention mechanisms that `attention.mixer` may name, each by its `package.module:Class`. A new one is one file and one row here."""
 
-LARGEST_SIZE, LONGEST = 1_000_000, 2_000_000_000
+MAX_SIZE, MAX_LENGTH = 1_000_000, 2_000_000_000
 """Where a number is surely a slip: beyond any model's sizes, and beyond what token ids and positions of 32 bits can count."""
-Size = Annotated[int, Field(gt=0, le=LARGEST_SIZE)]
-Length = Annotated[int, Field(gt=0, le=LONGEST)]
+Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
+Length = Annotated[int, Field(gt=0, le=MAX_LENGTH)]
 
 
 class EmbeddingConfig(BaseConfig):
@@ -48,7 +48,7 @@ class RopeScalingConfig(BaseConfig):
     """Linear (position interpolation), NTK-aware, NTK that follows the length, or YaRN."""
     factor: float = Field(1.0, ge=1.0)
     """New context length over the original one."""
-    original_max_seq_len: int = Field(0, ge=0, le=LONGEST)
+    original_max_seq_len: int = Field(0, ge=0, le=MAX_LENGTH)
     """Context the model was trained at; 0 means `context / factor`."""
     beta_fast: PositiveFloat = 32.0
     """YaRN: pairs that turn at least this often over the original context keep their frequency."""
@@ -106,7 +106,7 @@ class AttentionConfig(BaseConfig):
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
     """Attention logits become cap * tanh(logits / cap); 0 is off."""
-    sliding_window: int = Field(0, ge=0, le=LONGEST)
+    sliding_window: int = Field(0, ge=0, le=MAX_LENGTH)
     """Tokens that a query sees, itself included; 0 is all."""
     full_attention_interval: int = Field(0, ge=0)
     """With a window: every n-th layer sees everything; 0 is none."""
@@ -119,7 +119,7 @@ class FeedForwardConfig(BaseConfig):
 
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe"] = "gelu"
     """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, reglu), or a mixture of experts."""
-    intermediate_size: int = Field(0, ge=0, le=LARGEST_SIZE)
+    intermediate_size: int = Field(0, ge=0, le=MAX_SIZE)
     """Inner width; 0 takes `mult` times the model's width (for gated kinds two thirds of that, to 64)."""
     mlp_ratio: PositiveFloat = 4.0
     """Inner width over the model's width, when `hidden` is 0."""
@@ -134,7 +134,7 @@ class ExpertsConfig(BaseConfig):
     """Experts of a layer."""
     top_k: Size = 2
     """Experts that each token goes through, besides the shared ones."""
-    num_shared_experts: int = Field(0, ge=0, le=LARGEST_SIZE)
+    num_shared_experts: int = Field(0, ge=0, le=MAX_SIZE)
     """Experts that every token passes through."""
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "swiglu"
     """Network of each expert, as in `model.feedforward.kind`."""

@@ -1,8 +1,8 @@
-"""Every rule between the parts of a configuration: what is refused, and what is legal but worth a word.
+"""Every rule between the parts of a configuration: what is refused, and what is allowed but unusual.
 
 A rule is a condition on the configuration and the clause that the user reads when it holds. Clauses name keys by their
-dotted path, say why, and how to mend it; `{...}` is filled from the configuration. Ranges and types of single keys are
-not here: the types in model.py, data.py and train.py have them.
+dotted path, say why, and how to fix it; `{...}` is filled from the configuration. Ranges and types of single keys are
+in model.py, data.py and train.py.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 
 from andromeda.config.derived import (
     FOLDED_DIMS,
-    FOLDED_REACH,
+    FOLDED_MAX_POSITIONS,
     GATED,
     content_dim,
     find_class,
@@ -25,15 +25,15 @@ from andromeda.config.derived import (
     rotated_dims,
     smallest_scale_base,
 )
-from andromeda.config.mistakes import sentence
 from andromeda.config.model import BACKENDS, MIXERS, ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OPTIMIZERS
+from andromeda.config.validation_errors import join_clauses
 from andromeda.utils.errors import ConfigError, nearest
 
 Rule = tuple[Callable[[Any], Any], str]
 
-MODEL: tuple[Rule, ...] = (
+MODEL_RULES: tuple[Rule, ...] = (
     # Heads
     (
         lambda m: m.attention.num_heads % m.attention.num_kv_heads != 0,
@@ -64,25 +64,26 @@ MODEL: tuple[Rule, ...] = (
         "use heads of more than {twice_folded} dimensions, or model.alibi.fold_into_qk = false",
     ),
     (
-        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.max_seq_len > FOLDED_REACH,
+        lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.max_seq_len > FOLDED_MAX_POSITIONS,
         "model.alibi.fold_into_qk reaches {reach} positions, fewer than model.max_seq_len = {m.max_seq_len}: "
         "set model.alibi.fold_into_qk = false",
     ),
     (
         lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.softcap,
-        "model.alibi.fold_into_qk does not go with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
+        "model.alibi.fold_into_qk cannot be combined with model.attention.softcap = {m.attention.softcap:g}, which would cap the bias too: "
         "set model.alibi.fold_into_qk = false",
     ),
     (
         lambda m: m.alibi.num_heads and m.alibi.fold_into_qk and m.attention.mixer == "sigmoid",
-        "model.alibi.fold_into_qk needs softmax, which ignores what is constant along a row, not model.attention.mixer = 'sigmoid': "
+        "model.alibi.fold_into_qk needs softmax, which ignores a constant added to all logits of a query, "
+        "not model.attention.mixer = 'sigmoid': "
         "set model.alibi.fold_into_qk = false",
     ),
     # Rotary positions
     (
         lambda m: m.rotary.kind != "none" and not _whole_pairs(m),
-        "model.rotary.fraction = {m.rotary.fraction:g} turns {turned:g} of {content} head dimensions, but rotation turns whole pairs: "
-        "take a fraction such as {even:g}",
+        "model.rotary.fraction = {m.rotary.fraction:g} rotates {rotated:g} of {content} head dimensions, but rotation takes whole pairs: "
+        "use a fraction such as {even:g}",
     ),
     (
         lambda m: m.rotary.kind == "none" and m.rotary.scaling.kind != "none",
@@ -98,17 +99,17 @@ MODEL: tuple[Rule, ...] = (
         "model.rotary.scaling.beta_fast = {m.rotary.scaling.beta_fast:g} must be above beta_slow = {m.rotary.scaling.beta_slow:g}",
     ),
     (
-        lambda m: m.rotary.heads == "non_alibi" and not _divides_heads(m),
-        "model.rotary.heads = 'non_alibi' divides the heads between model.alibi and model.rotary: "
+        lambda m: m.rotary.heads == "non_alibi" and not _splits_heads(m),
+        "model.rotary.heads = 'non_alibi' splits the heads between model.alibi and model.rotary: "
         "set model.alibi.num_heads above 0 and model.rotary.kind to 'rope' or 'xpos'",
     ),
     (
-        lambda m: _divides_heads(m) and m.alibi.num_heads * m.attention.num_kv_heads % m.attention.num_heads != 0,
-        "model.rotary.heads = 'non_alibi' needs key/value heads that serve heads of one kind, but "
+        lambda m: _splits_heads(m) and m.alibi.num_heads * m.attention.num_kv_heads % m.attention.num_heads != 0,
+        "model.rotary.heads = 'non_alibi' needs key/value heads whose query heads are all of one kind, but "
         "model.alibi.num_heads = {m.alibi.num_heads} is not a multiple of the {served} query heads of each: "
         "change it, or model.attention.num_kv_heads = {m.attention.num_kv_heads}",
     ),
-    # Reach
+    # Attention span
     (
         lambda m: m.attention.sliding_window >= m.max_seq_len,
         "model.attention.sliding_window = {m.attention.sliding_window} covers the whole model.max_seq_len = {m.max_seq_len}: "
@@ -122,7 +123,7 @@ MODEL: tuple[Rule, ...] = (
     (
         lambda m: m.attention.full_attention_interval > m.num_layers,
         "model.attention.full_attention_interval = {m.attention.full_attention_interval} is more than "
-        "model.num_layers = {m.num_layers}: no layer would see everything",
+        "model.num_layers = {m.num_layers}: no layer would have full attention",
     ),
     # Feed-forward
     (
@@ -131,17 +132,18 @@ MODEL: tuple[Rule, ...] = (
     ),
     (
         lambda m: m.feedforward.kind == "moe" and m.feedforward.bias,
-        "model.feedforward.bias = true does not go with model.feedforward.kind = 'moe': experts have no biases",
+        "model.feedforward.bias = true cannot be combined with model.feedforward.kind = 'moe': experts have no biases",
     ),
     # DeepNorm
     (
         lambda m: m.block.residual == "deepnorm" and m.init.kind == "zero_projections",
-        "model.init.kind = 'zero_projections' does not go with model.block.residual = 'deepnorm': its bound rests on the scaled start, "
+        "model.init.kind = 'zero_projections' cannot be combined with model.block.residual = 'deepnorm': "
+        "its bound assumes the scaled initialization, "
         "so use model.init.kind = 'deepnorm'",
     ),
     (
         lambda m: m.block.residual == "deepnorm" and (m.skips.first or m.skips.unet),
-        "model.skips does not go with model.block.residual = 'deepnorm': its bound counts one path through the blocks",
+        "model.skips cannot be combined with model.block.residual = 'deepnorm': its bound assumes one path through the blocks",
     ),
     (
         lambda m: m.init.kind == "deepnorm" and m.block.residual != "deepnorm",
@@ -150,12 +152,12 @@ MODEL: tuple[Rule, ...] = (
     # Embedding and head
     (
         lambda m: m.head.tied and m.embedding.kind == "factorized",
-        "model.head.tied = true does not go with model.embedding.kind = 'factorized': there is no table of vocabulary x width to share",
+        "model.head.tied = true cannot be combined with model.embedding.kind = 'factorized': "
+        "there is no embedding table of vocabulary x hidden size to share",
     ),
     (
         lambda m: m.head.tied and m.init.kind == "zero_projections",
-        "model.head.tied = true does not go with model.init.kind = 'zero_projections', "
-        "which starts the head at zero and the embedding at one",
+        "model.head.tied = true cannot be combined with model.init.kind = 'zero_projections', which initializes the head to zero",
     ),
     (
         lambda m: m.embedding.kind == "factorized" and m.embedding.rank >= m.hidden_size,
@@ -165,7 +167,7 @@ MODEL: tuple[Rule, ...] = (
     (
         lambda m: m.embedding.kind == "custom" and not re.fullmatch(r"[\w.]+:[\w.]+", m.embedding.provider),
         "model.embedding.provider = {m.embedding.provider!r} must be package.module:Class when model.embedding.kind is 'custom'; "
-        "a class made inside a function has no such path",
+        "a class defined inside a function has no such path",
     ),
     (
         lambda m: m.embedding.kind != "custom" and m.embedding.provider,
@@ -174,11 +176,11 @@ MODEL: tuple[Rule, ...] = (
     ),
     (
         lambda m: m.shift.kind == "chunks" and m.shift.tokens >= m.hidden_size,
-        "model.shift.tokens = {m.shift.tokens} leaves no channel for each token in model.hidden_size = {m.hidden_size}",
+        "model.shift.tokens = {m.shift.tokens} leaves no channels for each token in model.hidden_size = {m.hidden_size}",
     ),
 )
 
-RUN: tuple[Rule, ...] = (
+RUN_RULES: tuple[Rule, ...] = (
     # Data
     (
         lambda c: c.data.corpus and c.data.sources,
@@ -220,7 +222,7 @@ RUN: tuple[Rule, ...] = (
     # Window warm-up
     (
         lambda c: bool(c.train.window.start) != bool(c.train.window.end),
-        "train.window needs both start and end above 0 (a window that grows), or neither",
+        "train.window needs both start and end above 0 (a growing window), or neither",
     ),
     (
         lambda c: c.train.window.start > c.train.window.end > 0,
@@ -229,7 +231,7 @@ RUN: tuple[Rule, ...] = (
     (
         lambda c: c.train.window.start and c.train.window.end != c.model.attention.sliding_window,
         "train.window.end = {c.train.window.end} must equal model.attention.sliding_window = {c.model.attention.sliding_window}: "
-        "the window grows to the one that the model keeps",
+        "the window grows to the model's own",
     ),
     # Precision and device
     (
@@ -238,17 +240,17 @@ RUN: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.train.precision == "fp16" and c.model.alibi.num_heads and c.model.alibi.fold_into_qk,
-        "train.precision = 'fp16' cannot hold what model.alibi.fold_into_qk puts into the queries, 65536 times a slope: "
+        "train.precision = 'fp16' overflows in the queries with model.alibi.fold_into_qk (65536 times a slope): "
         "use bf16, or set model.alibi.fold_into_qk = false",
     ),
     (
         lambda c: c.train.precision == "fp8" and c.train.device == "cpu",
-        "train.precision = 'fp8' needs a GPU with fp8 matrix products, not train.device = {c.train.device!r}: use bf16 or auto",
+        "train.precision = 'fp8' needs a GPU with fp8 matmuls, not train.device = {c.train.device!r}: use bf16 or auto",
     ),
     (
         lambda c: c.train.precision == "fp8" and any(size % 16 for size in _matrix_sizes(c.model)),
         "train.precision = 'fp8' needs matrix sizes that are multiples of 16: model.hidden_size, model.attention.head_dim and "
-        "the inner width of model.feedforward are {sizes}",
+        "the intermediate size are {sizes}",
     ),
     (
         lambda c: c.train.probes.every and not c.train.probes.tasks,
@@ -256,30 +258,32 @@ RUN: tuple[Rule, ...] = (
     ),
 )
 
-TRAINING: tuple[Rule, ...] = (
+TRAINING_RULES: tuple[Rule, ...] = (
     (
         lambda c: not c.data.corpus and not c.data.sources,
         "data.corpus is empty: name a folder that `andromeda data build` made, or list several in data.sources",
     ),
 )
 
-NOTES: tuple[Rule, ...] = (
+NOTE_RULES: tuple[Rule, ...] = (
     (
         lambda c: c.model.rotary.kind == "xpos" and c.model.alibi.num_heads and c.model.rotary.heads == "all",
-        "The first {c.model.alibi.num_heads} heads have both xPos's decay and ALiBi's: they look closer than either alone.",
+        "The first {c.model.alibi.num_heads} heads have both the decay of xPos and the bias of ALiBi: "
+        "they attend to nearer tokens than with either alone.",
     ),
     (
-        lambda c: c.model.alibi.num_heads and _bound(c.model) and _horizon(c.model) < c.model.max_seq_len / 8,
-        "QK norm {c.model.attention.qk_norm!r} bounds logits at {bound:g}, so the steepest ALiBi head sees about {horizon:.0f} tokens.",
+        lambda c: c.model.alibi.num_heads and _logit_bound(c.model) and _alibi_horizon(c.model) < c.model.max_seq_len / 8,
+        "QK norm {c.model.attention.qk_norm!r} bounds attention logits at {bound:g}, "
+        "so the steepest ALiBi head reaches about {horizon:.0f} tokens.",
     ),
     (
-        lambda c: c.model.rotary.kind == "xpos" and _retention(c.model) < 0.1,
+        lambda c: c.model.rotary.kind == "xpos" and _xpos_retention(c.model) < 0.1,
         "At a distance of model.max_seq_len xPos leaves {retention:.1%} of a rotated pair's weight on average: "
-        "raise model.rotary.scale_base (a quarter of the context leaves {quarter:.1%}) where far tokens matter.",
+        "raise model.rotary.scale_base (a quarter of the context leaves {quarter:.1%}) where distant tokens matter.",
     ),
     (
         lambda c: c.model.rotary.scaling.kind != "none" and c.model.alibi.num_heads and c.model.alibi.scale == 1.0,
-        "Rotary positions are stretched but ALiBi's slopes are not: model.alibi.scale = {c.model.rotary.scaling.factor:g} would match.",
+        "Rotary positions are scaled but ALiBi's slopes are not: model.alibi.scale = {c.model.rotary.scaling.factor:g} would match.",
     ),
     (
         lambda c: (o := c.model.rotary.scaling.original_max_seq_len) and c.model.max_seq_len > o * c.model.rotary.scaling.factor,
@@ -292,7 +296,7 @@ NOTES: tuple[Rule, ...] = (
             and not c.model.embedding.absolute
             and c.model.shift.kind == "none"
         ),
-        "The model has no positions at all (NoPE): it can tell order from the causal mask alone.",
+        "The model has no position encoding (NoPE): it can infer order from the causal mask alone.",
     ),
     (
         lambda c: c.model.alibi.fold_into_qk and not c.model.alibi.num_heads,
@@ -300,27 +304,27 @@ NOTES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.model.block.residual == "deepnorm" and c.model.block.kind == "parallel",
-        "DeepNorm with parallel blocks is unpublished: the bound counts branches and holds, but there are half as many norms.",
+        "DeepNorm with parallel blocks is unpublished: its bound still holds, but there are half as many norms.",
     ),
     (
         lambda c: c.model.block.residual == "deepnorm" and c.model.feedforward.kind in (*GATED, "moe"),
-        "DeepNorm's bound counts two matrices in the feed-forward; {c.model.feedforward.kind} has more.",
+        "DeepNorm's bound assumes two matrices in the feed-forward; {c.model.feedforward.kind} has more.",
     ),
     (
         lambda c: c.model.block.residual == "deepnorm" and c.model.init.kind != "deepnorm",
-        "DeepNorm without model.init.kind = 'deepnorm' scales the residual stream alone: its bound does not hold.",
+        "DeepNorm without model.init.kind = 'deepnorm' scales only the residual stream: its bound does not hold.",
     ),
     (
         lambda c: c.model.block.residual == "deepnorm" and c.train.optim.kind == "muon",
-        "DeepNorm's bound is about SGD's step: Muon's updates do not depend on the gradient's scale.",
+        "DeepNorm's bound is derived for SGD; Muon's updates do not depend on the gradient's scale.",
     ),
     (
         lambda c: c.train.optim.kind == "muon" and c.train.clip.kind == "norm",
-        "Clipping the global norm hardly touches matrices under Muon, whose update does not depend on the gradient's scale.",
+        "Clipping the global norm hardly affects matrices under Muon, whose update does not depend on the gradient's scale.",
     ),
     (
         lambda c: c.train.spike_guard.enabled and not c.train.checkpoints.every,
-        "The guard rolls back to a checkpoint, and train.checkpoints.every = 0 writes none on the way.",
+        "The spike guard rolls back to a checkpoint, but train.checkpoints.every = 0 writes none during the run.",
     ),
     (
         lambda c: c.model.feedforward.kind != "moe" and c.model.experts != type(c.model.experts)(),
@@ -331,18 +335,18 @@ NOTES: tuple[Rule, ...] = (
 
 def check_model(model: ModelConfig) -> None:
     """Raise ConfigError, one sentence for all reasons, when the model's parts do not fit together."""
-    _refuse(_model_reasons(model, "fp32"))
+    _raise_if_any(_model_reasons(model, "fp32"))
 
 
 def check(config: RunConfig) -> None:
     """Raise ConfigError, one sentence for all reasons, when the run's parts do not fit together."""
-    _refuse(_model_reasons(config.model, config.train.precision) + _holding(RUN, c=config))
+    _raise_if_any(_model_reasons(config.model, config.train.precision) + _violations(RUN_RULES, c=config))
 
 
 def check_training(config: RunConfig) -> None:
     """`check`, and what only a run needs: a source of tokens."""
     check(config)
-    _refuse(_holding(TRAINING, c=config))
+    _raise_if_any(_violations(TRAINING_RULES, c=config))
 
 
 def resolve(config: RunConfig) -> RunConfig:
@@ -366,17 +370,17 @@ def schedule_in_steps(config: RunConfig) -> RunConfig:
 
 
 def notes(config: RunConfig) -> list[str]:
-    """Sentences about what is legal but unusual, for a user to read before a run."""
-    return _holding(NOTES, c=config)
+    """Sentences about what is allowed but unusual, for a user to read before a run."""
+    return _violations(NOTE_RULES, c=config)
 
 
-def _refuse(reasons: list[str]) -> None:
+def _raise_if_any(reasons: list[str]) -> None:
     if reasons:
-        raise ConfigError(sentence(reasons))
+        raise ConfigError(join_clauses(reasons))
 
 
 def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
-    reasons = _holding(MODEL, m=model) + _overflow(model, precision)
+    reasons = _violations(MODEL_RULES, m=model) + _overflow(model, precision)
     if not reasons and model.embedding.kind == "custom":
         find_class(model.embedding.provider, "model.embedding.provider")
     if not reasons and ":" in model.attention.mixer:
@@ -384,10 +388,10 @@ def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
     return reasons
 
 
-def _holding(rules: Iterable[Rule], **parts: Any) -> list[str]:
-    """The clauses of the rules that hold."""
+def _violations(rules: Iterable[Rule], **parts: Any) -> list[str]:
+    """The clauses of the rules whose condition holds."""
     (part,) = parts.values()
-    figures = vars(_figures(parts.get("m") or part.model)) | _optimizers(parts.get("c"))
+    figures = vars(_clause_values(parts.get("m") or part.model)) | _optimizers(parts.get("c"))
     return [clause.format(**parts, **figures) for holds, clause in rules if holds(part)]
 
 
@@ -397,8 +401,8 @@ def _optimizers(config: RunConfig | None) -> dict[str, str]:
     return {"optimizers": ", ".join(OPTIMIZERS), "optimizer_hint": nearest(config.train.optim.kind, OPTIMIZERS)}
 
 
-def _figures(m: ModelConfig) -> SimpleNamespace:
-    """What clauses quote besides the keys themselves."""
+def _clause_values(m: ModelConfig) -> SimpleNamespace:
+    """Values that clauses quote besides the keys themselves."""
     content = content_dim(m)
     pairs = max(1, min(content // 2, round(m.rotary.fraction * content / 2)))
     return SimpleNamespace(
@@ -408,16 +412,16 @@ def _figures(m: ModelConfig) -> SimpleNamespace:
         mechanism_hint=nearest(m.attention.mixer, MIXERS),
         folded=FOLDED_DIMS,
         twice_folded=2 * FOLDED_DIMS,
-        reach=FOLDED_REACH,
+        reach=FOLDED_MAX_POSITIONS,
         content=content,
         served=m.attention.num_heads // m.attention.num_kv_heads,
-        turned=m.rotary.fraction * content,
+        rotated=m.rotary.fraction * content,
         even=2 * pairs / content if content > 0 else 1.0,
         sizes=", ".join(map(str, _matrix_sizes(m))),
-        bound=_bound(m),
-        horizon=_horizon(m) if m.alibi.num_heads else 0.0,
-        retention=_retention(m),
-        quarter=_decay(m, 4.0),
+        bound=_logit_bound(m),
+        horizon=_alibi_horizon(m) if m.alibi.num_heads else 0.0,
+        retention=_xpos_retention(m),
+        quarter=_xpos_decay(m, 4.0),
     )
 
 
@@ -429,13 +433,13 @@ def _cooldown(c: RunConfig) -> int:
     return in_steps(c.train.schedule.cooldown, c.train.steps)
 
 
-def _divides_heads(m: ModelConfig) -> bool:
+def _splits_heads(m: ModelConfig) -> bool:
     """Whether some heads have ALiBi and the others rotary positions."""
     return bool(m.rotary.heads == "non_alibi" and m.alibi.num_heads and m.rotary.kind != "none")
 
 
 def _whole_pairs(m: ModelConfig) -> bool:
-    """Whether a whole, positive number of pairs is turned (to the few digits with which a fraction is written)."""
+    """Whether the fraction rotates a whole, positive number of pairs, up to the rounding of a fraction written in few digits."""
     pairs = m.rotary.fraction * content_dim(m) / 2
     return round(pairs) >= 1 and abs(pairs - round(pairs)) < 0.01
 
@@ -456,7 +460,7 @@ def _overflow(m: ModelConfig, precision: str) -> list[str]:
     ]
 
 
-def _bound(m: ModelConfig) -> float:
+def _logit_bound(m: ModelConfig) -> float:
     """Largest attention logit that the QK norm lets through; 0 where there is none or it is learned."""
     D = content_dim(m)
     lengths = {"l2": 1.0, "rms": float(D)}  # product of the lengths of query and key
@@ -465,17 +469,17 @@ def _bound(m: ModelConfig) -> float:
     return lengths[norm] * (m.attention.scale or scales[norm]) if norm in lengths else 0.0
 
 
-def _horizon(m: ModelConfig) -> float:
+def _alibi_horizon(m: ModelConfig) -> float:
     """Distance at which the steepest ALiBi slope outweighs the largest difference of two logits."""
     steepest = 2 ** (-8 / 2 ** math.floor(math.log2(m.alibi.num_heads)))
-    return 2 * _bound(m) * m.alibi.scale / steepest
+    return 2 * _logit_bound(m) * m.alibi.scale / steepest
 
 
-def _retention(m: ModelConfig) -> float:
+def _xpos_retention(m: ModelConfig) -> float:
     """Mean over the rotated pairs of what xPos leaves of them at the distance of the whole context."""
-    return _decay(m, m.max_seq_len / (m.rotary.scale_base * m.rotary.scaling.factor))
+    return _xpos_decay(m, m.max_seq_len / (m.rotary.scale_base * m.rotary.scaling.factor))
 
 
-def _decay(m: ModelConfig, bases: float) -> float:
+def _xpos_decay(m: ModelConfig, bases: float) -> float:
     pairs = max(rotated_dims(m) // 2, 1)
     return sum(((i / pairs + 0.4) / 1.4) ** bases for i in range(pairs)) / pairs

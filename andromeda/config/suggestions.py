@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from andromeda.config.aliases import NAMES
+from andromeda.config.aliases import FLAT_NAMES
 from andromeda.config.keys import flatten
 from andromeda.utils.errors import nearest
 
@@ -158,7 +158,7 @@ def _precise(path: str, known: Sequence[str]) -> str | None:
         return f"there is no key {path}; {'use the option' if ours.startswith('--') else 'it is called'} {ours}"
     if name in ABSENT:
         return f"there is no key {path}: {ABSENT[name]}"
-    same = [f"model.{name}"] if name in NAMES else [other for other in known if other.rpartition(".")[2] == name]
+    same = [f"model.{name}"] if name in FLAT_NAMES else [other for other in known if other.rpartition(".")[2] == name]
     return f"there is no key {path} (did you mean {' or '.join(same)}?)" if 1 <= len(same) <= 2 else None
 
 
@@ -167,7 +167,7 @@ def _similar(path: str, known: Sequence[str]) -> str:
     plain = _without_indices(path)
     table, _, name = plain.rpartition(".")
     siblings = [other.rpartition(".")[2] for other in known if other.rpartition(".")[0] == table]
-    hint = nearest(name, [*siblings, *(NAMES if table == "model" else ())])
+    hint = nearest(name, [*siblings, *(FLAT_NAMES if table == "model" else ())])
     if hint and table:
         hint = hint.replace("mean ", f"mean {path.rpartition('.')[0]}.")
     return hint or nearest(plain, known)

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
-from andromeda.config.base import BaseConfig, Pair, StepsOrFraction, Strings
+from andromeda.config.base import BaseConfig, FloatPair, StepsOrFraction, StringTuple
 
 OPTIMIZERS = {
     "adamw": "andromeda.optim.adamw:AdamW",
@@ -47,7 +47,7 @@ class OptimizerConfig(BaseConfig):
     """Keys of an optimizer of your own, checked by its `Config`."""
     lr: PositiveFloat = 3e-4
     """Learning rate of matrices, and of every role without a rate of its own."""
-    betas: Pair = (0.9, 0.95)
+    betas: FloatPair = (0.9, 0.95)
     """AdamW: decay of the first and second moment."""
     eps: PositiveFloat = 1e-8
     """AdamW: added to the root of the second moment."""
@@ -98,7 +98,7 @@ class ProbesConfig(BaseConfig):
 
     every: NonNegativeInt = 0
     """Steps; 0 is off."""
-    tasks: Strings = ("arithmetic", "recall", "induction", "multihop")
+    tasks: StringTuple = ("arithmetic", "recall", "induction", "multihop")
     """Which tasks."""
     samples: int = Field(64, gt=0, le=100_000)
     """Questions of each task."""

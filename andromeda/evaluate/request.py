@@ -7,8 +7,8 @@ from typing import Annotated, Any, Literal, NamedTuple, Protocol
 
 from pydantic import BeforeValidator, Field, NonNegativeInt, PositiveInt
 
-from andromeda.config.base import BaseConfig, Strings, as_tuple
-from andromeda.config.mistakes import read
+from andromeda.config.base import BaseConfig, StringTuple, as_tuple
+from andromeda.config.validation_errors import validate
 from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.utils.errors import ConfigError, RequestError
 from andromeda.utils.progress_callback import ProgressCallback
@@ -42,7 +42,7 @@ class EvalOptions(BaseConfig):
     """Allow lengths beyond the model's context."""
     stride: NonNegativeInt = 0
     """Tokens that each window scores (bits)."""
-    tasks: Strings = ()
+    tasks: StringTuple = ()
     """Tasks of lm-evaluation-harness."""
     include: str = ""
     """A folder with tasks of one's own for lm-evaluation-harness."""
@@ -85,7 +85,7 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in EvalOptions.model_field
 def check_options(**values: Any) -> EvalOptions:
     """Checked wishes. Raises RequestError, one sentence that names the flags."""
     try:
-        return read(EvalOptions, values, spelled=FLAGS)
+        return validate(EvalOptions, values, given_names=FLAGS)
     except ConfigError as error:
         raise RequestError(str(error)) from None
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import Field, PositiveFloat, PositiveInt
 
-from andromeda.config.base import BaseConfig, Strings
-from andromeda.config.mistakes import read
+from andromeda.config.base import BaseConfig, StringTuple
+from andromeda.config.validation_errors import validate
 from andromeda.utils.errors import ConfigError, RequestError, nearest
 
 
@@ -17,7 +17,7 @@ class GenerationConfig(BaseConfig):
 
     max_new_tokens: PositiveInt | None = None
     """Longest answer in tokens; None takes 256, or what the context has left."""
-    stop: Strings = ()
+    stop: StringTuple = ()
     """Texts that end the answer; they are not part of it."""
     repetition_penalty: PositiveFloat = 1.0
     """Logits of tokens seen before are divided by it when positive and multiplied when negative (arXiv 1909.05858); 1 is off."""
@@ -37,10 +37,10 @@ DEFAULT_NEW_TOKENS = 256
 NO_OTHER_NAMES: Mapping[str, str] = {}
 
 
-def parse_generation_config(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> GenerationConfig:
+def parse_generation_config(given_names: Mapping[str, str] = NO_OTHER_NAMES, /, **values: Any) -> GenerationConfig:
     """The settings that a request names. Raises RequestError, one sentence for all mistakes.
 
-    spelled: for a setting, the name by which the user gave it.
+    given_names: for a setting, the name by which the user gave it.
     """
     unknown = [name for name in values if name not in GenerationConfig.model_fields]
     if unknown:
@@ -48,9 +48,9 @@ def parse_generation_config(spelled: Mapping[str, str] = NO_OTHER_NAMES, /, **va
     if isinstance(values.get("stop"), str):
         values["stop"] = (values["stop"],)
     try:
-        checked = read(GenerationConfig, values, spelled=spelled)
+        checked = validate(GenerationConfig, values, given_names=given_names)
     except ConfigError as error:
         raise RequestError(str(error)) from None
     if "" in checked.stop:
-        raise RequestError(f"{spelled.get('stop', 'stop')} must not be empty text, which would end every answer at once: leave it out.")
+        raise RequestError(f"{given_names.get('stop', 'stop')} must not be empty text, which would end every answer at once: leave it out.")
     return checked

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.derived import import_class
-from andromeda.config.mistakes import read
+from andromeda.config.validation_errors import validate
 from andromeda.config.train import OPTIMIZERS, OptimizerConfig
 from andromeda.optim import optimizer_state
 from andromeda.optim.adamw import AdamW
@@ -104,7 +104,7 @@ def find_optimizer(config: OptimizerConfig) -> tuple[type[OptimizerKind], BaseCo
         if config.options:
             raise ConfigError(f"train.optim.options has no effect with kind {config.kind!r}, whose keys are in train.optim itself.")
         return kind, config
-    return kind, read(kind.Config, config.options, "train.optim.options")
+    return kind, validate(kind.Config, config.options, "train.optim.options")
 
 
 def build_optimizer(model: nn.Module, config: OptimizerConfig, compile: Compile = "auto") -> OptimizerContainer:

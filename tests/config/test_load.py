@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from pydantic.fields import FieldInfo
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.keys import table
+from andromeda.config.keys import nested_config
 from andromeda.config.load import dumps, from_values, load, presets
-from andromeda.config.mistakes import LARGEST_NUMBER, read
 from andromeda.config.rules import check, resolve
 from andromeda.config.run import RunConfig
+from andromeda.config.validation_errors import MAX_NUMBER, validate
 from andromeda.utils.errors import ConfigError
 
 SMALL = Path(__file__).with_name("small.toml")
@@ -31,8 +31,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     if isinstance(kind, type) and issubclass(kind, BaseConfig):
         return parts_of(kind)
     if get_origin(kind) is dict:  # keys of a user's own part
-        return st.dictionaries(st.text("abc", min_size=1), st.integers(0, LARGEST_NUMBER) | st.text() | st.booleans(), max_size=2)
-    if inner := table(field):
+        return st.dictionaries(st.text("abc", min_size=1), st.integers(0, MAX_NUMBER) | st.text() | st.booleans(), max_size=2)
+    if inner := nested_config(field):
         return st.lists(parts_of(inner), max_size=2).map(tuple)
     if get_origin(kind) is Literal:
         return st.sampled_from(get_args(kind))
@@ -48,11 +48,11 @@ def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:
     if kind is bool:
         return st.booleans()
     if kind == int | float:  # steps, or a fraction of the run
-        return st.integers(0, LARGEST_NUMBER) | st.floats(0.0, 1.0, exclude_max=True)
+        return st.integers(0, MAX_NUMBER) | st.floats(0.0, 1.0, exclude_max=True)
     if kind is str:
         return st.text()
     if kind is int:
-        return st.integers(limits.get("ge", limits.get("gt", -LARGEST_NUMBER - 1) + 1), limits.get("le", LARGEST_NUMBER))
+        return st.integers(limits.get("ge", limits.get("gt", -MAX_NUMBER - 1) + 1), limits.get("le", MAX_NUMBER))
     low, high = limits.get("ge", limits.get("gt")), limits.get("le", limits.get("lt"))
     return st.floats(low, high, allow_nan=False, allow_infinity=False, exclude_min="gt" in limits, exclude_max="lt" in limits)
 
@@ -64,7 +64,7 @@ def parts_of(part: type[BaseConfig]) -> st.SearchStrategy[Any]:
 @settings(max_examples=60, deadline=None)
 @given(parts_of(RunConfig))
 def test_what_is_written_is_read_back_equal(config: RunConfig) -> None:
-    assert read(RunConfig, tomllib.loads(dumps(config))) == config
+    assert validate(RunConfig, tomllib.loads(dumps(config))) == config
 
 
 @pytest.mark.parametrize("name", NAMES)

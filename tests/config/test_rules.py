@@ -70,11 +70,11 @@ def test_interpolation_reaches_past_the_model_it_stretches() -> None:
 def test_notes_quote_the_reach_of_alibi_under_a_qk_norm() -> None:
     # Logits within ±10 and a slope of 1/2: 20 / (1/2) tokens; slope 2^-8, of the only head: 20 * 256.
     steep = load("andromeda", ["model.attention.qk_norm=l2", "model.alibi.num_heads=8"])
-    assert any("bounds logits at 10" in note and "about 40 tokens" in note for note in notes(steep))
+    assert any("bounds attention logits at 10" in note and "about 40 tokens" in note for note in notes(steep))
     gentle = load("andromeda", ["model.attention.qk_norm=l2", "model.alibi.num_heads=1", "model.max_seq_len=65536"])
     assert any("about 5120 tokens" in note for note in notes(gentle))
     rms = load("andromeda", ["model.attention.qk_norm=rms"])
-    assert any(f"bounds logits at {math.sqrt(128):.6g}," in note for note in notes(rms))
+    assert any(f"bounds attention logits at {math.sqrt(128):.6g}," in note for note in notes(rms))
 
 
 @pytest.mark.parametrize(("context", "percent"), [(8192, "7.5%"), (16384, "3.5%"), (32768, "1.5%")])
@@ -101,7 +101,7 @@ def test_a_plain_run_has_no_notes() -> None:
         (["model.deepnorm=true", "model.block.kind=parallel"], "unpublished"),
         (["model.deepnorm=true", "model.feedforward.kind=swiglu"], "swiglu"),
         (["model.block.residual=deepnorm", "model.init.kind=normal"], "bound does not hold"),
-        (["model.alibi.num_heads=2", "model.rotary.kind=xpos"], "closer"),
+        (["model.alibi.num_heads=2", "model.rotary.kind=xpos"], "nearer"),
         (["model.alibi.num_heads=2", "model.rotary.scaling.kind=linear", "model.rotary.scaling.factor=2.0"], "model.alibi.scale = 2"),
     ],
     ids=str,

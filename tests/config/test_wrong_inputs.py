@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from andromeda.config.keys import fields, place
+from andromeda.config.keys import fields, set_path
 from andromeda.config.load import from_values, load, model_from_names
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
@@ -299,7 +299,7 @@ def test_a_run_without_tokens_is_refused_only_when_it_starts() -> None:
 def test_a_key_of_the_last_version_is_refused_with_its_new_name(path: str) -> None:
     value: Any = {"patience": 3} if path == "train.guard" else 1
     values: dict[str, Any] = {}
-    place(values, path, value)
+    set_path(values, path, value)
     with pytest.raises(ConfigError) as caught:
         from_values(values)
     assert_one_sentence(str(caught.value), path, RENAMED[path])

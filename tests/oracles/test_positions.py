@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.config.model import LONGEST, AlibiConfig, AttentionConfig, ModelConfig, RopeScalingConfig, RotaryConfig
+from andromeda.config.model import MAX_LENGTH, AlibiConfig, AttentionConfig, ModelConfig, RopeScalingConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.position.alibi import slopes
 from andromeda.model.position.rotary import RoPE as RotaryPart
@@ -149,7 +149,7 @@ def test_xpos_depends_on_the_distance_alone_and_not_on_the_center() -> None:
         torch.testing.assert_close(found, first, rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("base", [10**6, LONGEST])
+@pytest.mark.parametrize("base", [10**6, MAX_LENGTH])
 def test_xpos_with_a_long_base_is_rope_but_for_what_decays_on_the_way(base: int) -> None:
     """The fastest pair keeps zeta^(distance / base) with zeta = 0.4 / 1.4, all others more."""
     q, k = normal(3, 128), normal(3, 128, seed=1)

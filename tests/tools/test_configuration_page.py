@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from andromeda.config.aliases import DIRECT, NAMES
+from andromeda.config.aliases import DIRECT, FLAT_NAMES
 from andromeda.config.data import BuildConfig
-from andromeda.config.keys import fields, table, walk
+from andromeda.config.keys import fields, iter_fields, nested_config
 from tools.configuration_page import MEANINGS, document
 
 PAGE = Path(__file__).parents[2] / "docs" / "configuration.md"
@@ -18,11 +18,11 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_key_says_what_it_means() -> None:
-    for path, field in {**fields(), **dict(walk(BuildConfig))}.items():
-        assert field.description or table(field), f"{path} needs a docstring"
+    for path, field in {**fields(), **dict(iter_fields(BuildConfig))}.items():
+        assert field.description or nested_config(field), f"{path} needs a docstring"
 
 
 def test_every_name_is_explained() -> None:
-    assert MEANINGS.keys() | DIRECT.keys() == NAMES
-    for name in NAMES:
+    assert MEANINGS.keys() | DIRECT.keys() == FLAT_NAMES
+    for name in FLAT_NAMES:
         assert f"| `{name}` |" in document()

@@ -15,8 +15,8 @@ from typing import Any
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from andromeda.config.base import BaseConfig, Strings
-from andromeda.config.mistakes import read
+from andromeda.config.base import BaseConfig, StringTuple
+from andromeda.config.validation_errors import validate
 from andromeda.evaluate.loaded_model import LoadedModel, file_sha256
 from andromeda.evaluate.questions import MultipleChoiceQuestion, WordProblem, asked_range, read_choices, read_solved
 from andromeda.evaluate.request import EvalOptions, Measurement, existing_file
@@ -52,7 +52,7 @@ class MultipleChoiceEvaluation:
 
     def read(self, values: dict[str, Any]) -> QuestionSettings:
         """Settings that were stored."""
-        return read(QuestionSettings, values)
+        return validate(QuestionSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: QuestionSettings, report: ProgressCallback) -> Measurement:
         """Both accuracies, and that of guessing."""
@@ -97,7 +97,7 @@ class Gsm8kEvaluation:
 
     def read(self, values: dict[str, Any]) -> QuestionSettings:
         """Settings that were stored."""
-        return read(QuestionSettings, values)
+        return validate(QuestionSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: QuestionSettings, report: ProgressCallback) -> Measurement:
         """Exact match of the final number of the greedy answer. An answer without one is wrong."""
@@ -170,7 +170,7 @@ def _ask(
 class HarnessSettings(BaseConfig):
     """Tasks by their names there; None leaves examples and number of questions to each task."""
 
-    tasks: Strings
+    tasks: StringTuple
     include: str
     shots: NonNegativeInt | None
     samples: PositiveInt | None
@@ -196,7 +196,7 @@ class HarnessEvaluation:
 
     def read(self, values: dict[str, Any]) -> HarnessSettings:
         """Settings that were stored."""
-        return read(HarnessSettings, values)
+        return validate(HarnessSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: HarnessSettings, report: ProgressCallback) -> Measurement:
         """Every metric that the harness computes. Raises MissingExtra where it is not installed."""

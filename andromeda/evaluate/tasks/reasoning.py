@@ -9,7 +9,7 @@ import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.mistakes import read
+from andromeda.config.validation_errors import validate
 from andromeda.data.reasoning_tasks import ReasoningTask
 from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.reasoning import REASONING
@@ -40,7 +40,7 @@ class ReasoningEvaluation:
 
     def read(self, values: dict[str, Any]) -> ReasoningSettings:
         """Settings that were stored."""
-        return read(ReasoningSettings, values)
+        return validate(ReasoningSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: ReasoningSettings, report: ProgressCallback) -> Measurement:
         """Both forms of every task; None where problems are longer than the context, or need more different tokens than there are."""

@@ -10,7 +10,7 @@ from typing import Any, Literal
 from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.mistakes import read
+from andromeda.config.validation_errors import validate
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.request import Depths, EvalOptions, Lengths, Measurement, check_lengths
@@ -76,7 +76,7 @@ class RetrievalEvaluation:
 
     def read(self, values: dict[str, Any]) -> RetrievalSettings:
         """Settings that were stored."""
-        settings = read(RetrievalSettings, values)
+        settings = validate(RetrievalSettings, values)
         if settings.task not in RETRIEVAL_TASKS:
             raise ConfigError(f"There is no task of retrieval {settings.task!r}{nearest(settings.task, RETRIEVAL_TASKS)}.")
         return settings

@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from torch import Tensor
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.mistakes import read
+from andromeda.config.validation_errors import validate
 from andromeda.evaluate.bits_per_byte import BitsPerByte, text_nats
 from andromeda.evaluate.context_loss import bin_by_position, loss_by_context, loss_by_position
 from andromeda.evaluate.held_out_text import HELD_OUT, EvalText, open_text
@@ -53,7 +53,7 @@ class BitsEvaluation:
 
     def read(self, values: dict[str, Any]) -> BitsSettings:
         """Settings that were stored."""
-        return read(BitsSettings, values)
+        return validate(BitsSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: BitsSettings, report: ProgressCallback) -> Measurement:
         """Every token of the text but the first."""
@@ -94,7 +94,7 @@ class PositionEvaluation:
 
     def read(self, values: dict[str, Any]) -> PositionSettings:
         """Settings that were stored."""
-        return read(PositionSettings, values)
+        return validate(PositionSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: PositionSettings, report: ProgressCallback) -> Measurement:
         """Means over bins that double."""
@@ -132,7 +132,7 @@ class ContextEvaluation:
 
     def read(self, values: dict[str, Any]) -> ContextSettings:
         """Settings that were stored."""
-        return read(ContextSettings, values)
+        return validate(ContextSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: ContextSettings, report: ProgressCallback) -> Measurement:
         """Mean and standard error over the places, and what the longest context gains over the shortest."""
