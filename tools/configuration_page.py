@@ -148,7 +148,8 @@ def _build() -> Iterator[str]:
 def _default(field: FieldInfo) -> str:
     if field.is_required():
         return "(needed)"
-    value = list(field.default) if isinstance(field.default, tuple) else field.default
+    default = field.get_default(call_default_factory=True)
+    value = list(default) if isinstance(default, tuple) else default
     if isinstance(value, bool):
         return f"`{str(value).lower()}`"
     return f"`{value!r}`".replace("'", '"')
@@ -173,6 +174,8 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 
 
 def _name(kind: Any) -> str:
+    if get_origin(kind) is dict:
+        return "table"
     if kind == int | float:
         return "whole number, or fraction ≥ 0, < 1"
     return {int: "whole number", float: "number", bool: "true, false", str: "text"}[kind]

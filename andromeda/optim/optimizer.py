@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.derived import import_class
-from andromeda.config.validation_errors import validate
 from andromeda.config.train import OPTIMIZERS, OptimizerConfig
+from andromeda.config.validation_errors import validate
 from andromeda.optim import optimizer_state
 from andromeda.optim.adamw import AdamW
 from andromeda.optim.optimizer_kind import Compile, OptimizerKind, ParamGroups
