@@ -80,6 +80,8 @@ class BuildConfig(BaseConfig):
     """Vocabulary size of a trained tokenizer, special tokens included."""
     special_tokens: StringTuple = ()
     """Names of special tokens besides the document separator; text never turns into them."""
+    pre_tokenizer: Literal["andromeda", "gpt-2", "llama-bpe", "qwen2"] = "andromeda"
+    """Pattern that cuts text before merging (bpe): Andromeda's own, or one of those that llama.cpp knows, which a GGUF file needs."""
     max_digits: int = Field(2, gt=0, le=1000)
     """Longest run of digits that can be one token (bpe)."""
     validation_fraction: float = Field(0.01, gt=0.0, lt=0.5)

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
+from andromeda.data.encoders.split_patterns import SPLIT_PATTERNS, WHOLE_WORDS
 from andromeda.utils.errors import ConfigError, DataError
 
 MAX_TRAINING_WORD = 256
@@ -92,8 +93,11 @@ def train(texts: Iterable[str], config: BuildConfig) -> BPEEncoder:
         raise ConfigError(
             f"A bpe vocabulary of {config.vocab_size} is too small: it holds at least {least} (256 bytes and special tokens)."
         )
-    model = Tokenizer(models.BPE())
-    cut = pre_tokenizers.Split(Regex(pattern(config.max_digits)), "isolated")
+    named = config.pre_tokenizer != "andromeda"
+    if named and "max_digits" in config.model_fields_set:
+        raise ConfigError(f"max_digits belongs to Andromeda's own pattern: leave it out with pre_tokenizer {config.pre_tokenizer}.")
+    model = Tokenizer(models.BPE(ignore_merges=config.pre_tokenizer in WHOLE_WORDS))
+    cut = pre_tokenizers.Split(Regex(SPLIT_PATTERNS[config.pre_tokenizer] if named else pattern(config.max_digits)), "isolated")
     shorten = pre_tokenizers.Split(Regex(rf"[\s\S]{{1,{MAX_TRAINING_WORD}}}"), "isolated")
     spell = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     model.pre_tokenizer = pre_tokenizers.Sequence([cut, shorten, spell])

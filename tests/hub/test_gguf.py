@@ -1,0 +1,166 @@
+"""GGUF files in llama.cpp itself (xllamacpp): the same token ids and the same probabilities."""
+
+from __future__ import annotations
+
+import json
+import math
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from andromeda.config.data import BuildConfig
+from andromeda.config.model import ModelConfig
+from andromeda.data.tokenizer import Tokenizer, train_tokenizer
+from andromeda.hub.gguf_file import stored_type, write_gguf
+from andromeda.model.transformer import Transformer
+from andromeda.train.state import load_model, model_tensors
+from andromeda.utils.errors import AndromedaError
+from tests.hub.exported import small_preset, stirred
+from tests.hub.test_export import LLAMA_SCALE, llama
+from tests.hub.test_tokenizer_files import texts
+
+gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+xllamacpp = pytest.importorskip("xllamacpp", reason="xllamacpp is not installed: pip install xllamacpp")
+PATTERNS = ("gpt-2", "llama-bpe", "qwen2")
+ROPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "interleaved": {"rotary": {"layout": "interleaved"}},
+    "linear": {"rotary": {"scaling": {"kind": "linear", "factor": 4.0}}},
+    "yarn": {"rotary": {"scaling": {"kind": "yarn", "factor": 4.0}}},
+    "llama3": {
+        "rotary": {"scaling": {"kind": "yarn", "factor": 4.0, "ramp": "rotations", "beta_fast": 4.0, "beta_slow": 1.0}},
+        "attention": {"scale": LLAMA_SCALE},
+    },
+    "tied-biases": {"tied": True, "bias": True},
+}
+
+
+class LlamaServer:
+    """llama.cpp's server with one file, attention in float32."""
+
+    def __init__(self, path: Path) -> None:
+        p = xllamacpp.CommonParams()
+        p.model.path = str(path)
+        p.n_ctx, p.n_parallel, p.cpuparams.n_threads = 256, 1, 1
+        p.cache_type_k = p.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
+        p.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
+        self._server = xllamacpp.Server(p)
+
+    def ask(self, route: str, **values: Any) -> Any:
+        request = urllib.request.Request(
+            f"{self._server.listening_address}/{route}", json.dumps(values).encode(), {"Content-Type": "application/json"}
+        )
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    def logprobs(self, ids: list[int]) -> dict[int, float]:
+        # The chosen token is forced to be a letter: one that ends inside a character, or ends the text, would be told without figures.
+        letter = self.ask("tokenize", content="a", add_special=False)["tokens"]
+        settings = {"n_predict": 1, "n_probs": 5, "cache_prompt": False, "temperature": 0.0, "logit_bias": [[letter[0], 1000.0]]}
+        found = self.ask("completion", prompt=ids, **settings)
+        return {entry["id"]: entry["logprob"] for entry in found["completion_probabilities"][0]["top_logprobs"]}
+
+
+def tokenizer_of(pattern: str) -> Tokenizer:
+    config = BuildConfig(vocab_size=420, pre_tokenizer=pattern, special_tokens=("<|mask|>",))
+    return train_tokenizer([text.replace("\x00", "") for text in texts(600)], config)
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokenizer, LlamaServer]]:
+    tokenizer, path = tokenizer_of(request.param), tmp_path_factory.mktemp("gguf") / "m.gguf"
+    model = stirred(llama().model_copy(update={"vocab_size": 420}))
+    write_gguf(path, model.config, model_tensors(model), tokenizer, "F16")
+    yield tokenizer, LlamaServer(path)
+
+
+def test_ids_are_equal_on_2000_texts(named: tuple[Tokenizer, LlamaServer]) -> None:
+    ours, theirs = named
+    for text in texts(2000):
+        text = text.replace("\x00", "")  # llama.cpp's texts end there
+        assert theirs.ask("tokenize", content=text, add_special=False, parse_special=False)["tokens"] == ours.encode(text), text
+    assert theirs.ask("tokenize", content="the", add_special=True)["tokens"] == [ours.eos, *ours.encode("the")]
+
+
+@pytest.mark.parametrize("shape", ROPES)
+@torch.no_grad()
+def test_logprobs(shape: str, tmp_path: Path) -> None:
+    config = llama(**json.loads(json.dumps(ROPES[shape])))
+    model = stirred(config)
+    write_gguf(tmp_path / "m.gguf", config, model_tensors(model), tokenizer_for(config), "F32")
+    theirs = LlamaServer(tmp_path / "m.gguf")
+    for seed in range(4):
+        ids = torch.randint(0, 300, (1, 40), generator=torch.Generator().manual_seed(seed))
+        expected = model(ids)[0, -1].log_softmax(-1)
+        found = theirs.logprobs(ids[0].tolist())
+        assert set(found) == set(expected.topk(5).indices.tolist())
+        assert all(abs(float(expected[i]) - value) <= 1e-5 for i, value in found.items()), found
+
+
+def tokenizer_for(config: ModelConfig) -> Tokenizer:
+    return train_tokenizer(texts(50), BuildConfig(vocab_size=280, pre_tokenizer="llama-bpe"))
+
+
+@pytest.mark.parametrize("kind", ["F16", "Q8_0", "Q4_0"])
+@torch.no_grad()
+def test_types(kind: str, tmp_path: Path) -> None:
+    """Stored weights are those of the model, rounded; llama.cpp, which rounds activations too, is not far from a model with them."""
+    config = llama(attention={"head_dim": 32})
+    model = stirred(config)
+    write_gguf(tmp_path / "m.gguf", config, model_tensors(model), tokenizer_for(config), kind)
+    reader = gguf.GGUFReader(tmp_path / "m.gguf")
+    stored = {tensor.name: tensor for tensor in reader.tensors}
+    up = stored["blk.0.ffn_up.weight"]
+    assert up.tensor_type.name == kind
+    rounded = gguf.quants.dequantize(up.data, up.tensor_type)
+    exact = model.decoder.blocks[0].feedforward.inner.weight.numpy()
+    assert np.abs(rounded - exact).max() <= {"F16": 2e-4, "Q8_0": 4e-3, "Q4_0": 0.08}[kind]
+    quantized = Transformer(config)
+    load_model(quantized, as_stored(model, kind))
+    ids = torch.arange(40)[None]
+    expected = quantized(ids)[0, -1].log_softmax(-1)
+    found = LlamaServer(tmp_path / "m.gguf").logprobs(ids[0].tolist())
+    assert max(abs(float(expected[i]) - value) for i, value in found.items()) <= {"F16": 2e-3, "Q8_0": 0.05, "Q4_0": 0.1}[kind]
+
+
+def as_stored(model: Transformer, kind: str) -> dict[str, torch.Tensor]:
+    found = {}
+    for name, tensor in model_tensors(model).items():
+        stored = stored_type("token_embd.weight" if "tokens" in name or "head" in name else name, tensor.numpy(), kind)
+        number = gguf.GGMLQuantizationType[stored]
+        found[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), number), number).copy())
+    return found
+
+
+@pytest.mark.parametrize("name", ["nano", "andromeda", "andromeda-125m"])
+def test_other_shapes_are_refused(name: str, tmp_path: Path) -> None:
+    model = stirred(small_preset(name))
+    with pytest.raises(AndromedaError, match=r"llama\.cpp has no form for this model"):
+        write_gguf(tmp_path / "m.gguf", model.config, model_tensors(model), None, "F16")
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (BuildConfig(tokenizer="bytes"), "kind bytes"),
+        (BuildConfig(tokenizer="unigram", vocab_size=400), "kind unigram"),
+        (BuildConfig(vocab_size=300), "does not know"),
+    ],
+)
+def test_other_tokenizers_are_refused(config: BuildConfig, words: str, tmp_path: Path) -> None:
+    model = stirred(llama().model_copy(update={"vocab_size": 420}))
+    tokenizer = train_tokenizer([text.replace("\x00", "") for text in texts(400)], config)
+    with pytest.raises(AndromedaError, match=words) as error:
+        write_gguf(tmp_path / "m.gguf", model.config, model_tensors(model), tokenizer, "F16")
+    assert "--pre-tokenizer" in str(error.value)
+
+
+def test_an_unknown_type(tmp_path: Path) -> None:
+    with pytest.raises(AndromedaError, match="Q5_K"):
+        write_gguf(tmp_path / "m.gguf", llama(), {}, None, "Q5_K")
+    assert math.isfinite(LLAMA_SCALE)
