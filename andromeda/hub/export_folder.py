@@ -20,6 +20,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.hub.hub_config import llama_config, refuse_unknown_parts, remote_config
 from andromeda.hub.parameter_names import COUNTERS, hub_name
+from andromeda.hub.quantize import KINDS, quantize_tensors
 from andromeda.hub.tokenizer_files import padding_id, tokenizer_files
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
@@ -42,11 +43,14 @@ class ExportedModel:
     """Why it is no LlamaForCausalLM, in a few words; empty where it is one."""
 
 
-def convert(config: ModelConfig, weights: Mapping[str, Tensor]) -> ExportedModel:
-    """A model of `config` with `weights` (by the run's names) for transformers. Raises ConfigError where a part has no form there."""
+def convert(config: ModelConfig, weights: Mapping[str, Tensor], quantization: str = "") -> ExportedModel:
+    """A model of `config` with `weights` (by the run's names) for transformers. Raises ConfigError where a part has no form there.
+
+    quantization: int8 or fp8, for matrices in 8 bits, which the modeling file alone reads.
+    """
     refuse_unknown_parts(config)
-    llama = llama_config(config)
-    plain = not isinstance(llama, str)
+    about: dict[str, Any] | str = f"its weights are in {quantization}" if quantization else llama_config(config)
+    plain = isinstance(about, dict)
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
         if COUNTERS.fullmatch(name) or (config.head.tied and name == "head.weight"):
@@ -57,7 +61,11 @@ def convert(config: ModelConfig, weights: Mapping[str, Tensor]) -> ExportedModel
         if plain and config.rotary.layout == "interleaved" and ".attention." in name and name.split(".")[-2] in ("query", "key"):
             tensor = halves(tensor, config.attention.head_dim)
         tensors[found] = tensor.detach().cpu().contiguous()
-    return ExportedModel(llama if isinstance(llama, dict) else remote_config(config), tensors, llama if isinstance(llama, str) else "")
+    if quantization:
+        tensors = quantize_tensors(tensors, quantization)
+    if isinstance(about, str):
+        return ExportedModel(remote_config(config, quantization), tensors, about)
+    return ExportedModel(about, tensors, "")
 
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
@@ -156,11 +164,11 @@ def export_run(
     Raises CheckpointError or ConfigError, one sentence.
     """
     config, weights = read_weights(run, average=average, step=step, warn=log.warning)
-    exported = convert(config, weights)
+    exported = convert(config, weights, dtype if dtype in KINDS else "")
     kept = run / "tokenizer"
     tokenizer = Tokenizer.load(kept) if kept.exists() else None
     text = card(bool(exported.reason)) if card else ""
-    write_folder(to, exported, tokenizer, dtype=dtype, card=text, chat_template=chat_template_of(run))
+    write_folder(to, exported, tokenizer, dtype="fp32" if dtype in KINDS else dtype, card=text, chat_template=chat_template_of(run))
     return exported
 
 

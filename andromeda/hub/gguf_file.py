@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,14 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from andromeda.config.derived import intermediate_size
+from andromeda.config.derived import intermediate_size, original_max_seq_len
 from andromeda.config.model import ModelConfig
 from andromeda.data.encoders.split_patterns import SPLIT_PATTERNS, pattern_name
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.hub.export_folder import convert, halves
 from andromeda.model.position import build_rotary
+from andromeda.model.position.scaling import RULES, Span
+from andromeda.train.weights import read_weights
 from andromeda.utils.errors import ConfigError, MissingExtra
 from andromeda.utils.files import PART, sync_folder
+
+log = logging.getLogger("andromeda")
 
 FORMATS = ("F32", "F16", "Q8_0", "Q4_0")
 BLOCK = 32
@@ -45,7 +50,9 @@ WIDE = ("token_embd.weight", "output.weight")
 """Tables that Q4_0 files keep in Q8_0."""
 
 
-def write_gguf(to: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None, kind: str, name: str = "model") -> None:
+def write_gguf(
+    to: Path, config: ModelConfig, weights: Mapping[str, Tensor], tokenizer: Tokenizer | None, kind: str, name: str = "model"
+) -> None:
     """Write a model of `config` with `weights` (by the run's names). kind: of FORMATS. Raises an AndromedaError, one sentence."""
     gguf = library()
     if kind not in FORMATS:
@@ -71,6 +78,28 @@ def write_gguf(to: Path, config: ModelConfig, weights: Mapping[str, Tensor], tok
         sync_folder(to.parent)
     finally:
         beside.unlink(missing_ok=True)
+
+
+def export_gguf(run: Path, to: Path, kind: str, *, step: int | None = None, average: bool = False) -> None:
+    """Write the model of a run folder to the file `to`. Raises an AndromedaError, one sentence."""
+    if to.is_dir():
+        raise ConfigError(f"{to} is a folder: name the GGUF file itself.")
+    config, weights = read_weights(run, average=average, step=step, warn=log.warning)
+    kept = run / "tokenizer"
+    write_gguf(to, config, weights, Tokenizer.load(kept) if kept.exists() else None, kind, run.resolve().name)
+
+
+def gguf_rounding(kind: str) -> Callable[[str, Tensor], Tensor]:
+    """What becomes of a weight (by the run's name) in a file of this kind."""
+    gguf = library()
+
+    def rounded(name: str, tensor: Tensor) -> Tensor:
+        values = tensor.float().numpy()
+        there = WIDE[0] if name.startswith(("embedding.tokens", "head.")) else name
+        stored = gguf.GGMLQuantizationType[stored_type(there, values, kind)]
+        return torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(values, stored), stored).copy()).to(tensor.dtype)
+
+    return rounded
 
 
 def library() -> Any:
@@ -104,7 +133,7 @@ def gguf_tensors(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str
             tensor = tensor * logit_ratio(config)
         found[f"blk.{layer}.{inner}.{leaf}"] = tensor.contiguous().numpy()
     factors = frequency_factors(config)
-    return found if factors is None else found | {"rope_freqs.weight": factors}
+    return found if factors is None else {**found, "rope_freqs.weight": factors}
 
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
@@ -123,9 +152,10 @@ def frequency_factors(config: ModelConfig) -> np.ndarray | None:
     """By what each pair's frequency is divided (D/2,), where the context was extended."""
     if config.rotary.scaling.kind == "none":
         return None
-    rotary = build_rotary(config)
-    plain = config.rotary.theta ** (-torch.arange(0, config.attention.head_dim, 2, dtype=torch.float64) / config.attention.head_dim)
-    return (plain / rotary.scaled(config.max_seq_len, torch.device("cpu")).inverse).float().numpy()
+    dims = config.attention.head_dim
+    plain = config.rotary.theta ** (-torch.arange(0, dims, 2, dtype=torch.float64) / dims)
+    span = Span(dims, config.max_seq_len, original_max_seq_len(config))
+    return (plain / RULES[config.rotary.scaling.kind](config.rotary, span).inverse).float().numpy()
 
 
 def stored_type(name: str, values: np.ndarray, kind: str) -> str:
@@ -168,8 +198,8 @@ def vocabulary_of(tokenizer: Tokenizer, vocab_size: int) -> dict[str, Any]:
     name = pattern_name(split_expression(model.get("pre_tokenizer")))
     if name is None:
         raise ConfigError(
-            "This tokenizer cuts text by a pattern that llama.cpp does not know, which would give other tokens there: build the corpus with "
-            f"--pre-tokenizer {' or '.join(SPLIT_PATTERNS)}."
+            "This tokenizer cuts text by a pattern that llama.cpp does not know, where it would give other tokens: build the corpus "
+            f"with --pre-tokenizer {' or '.join(SPLIT_PATTERNS)}."
         )
     if model.get("normalizer"):
         raise ConfigError("This tokenizer normalizes text, which llama.cpp does not: train one without a normalizer.")
@@ -196,7 +226,12 @@ def split_expression(pre_tokenizer: Any) -> str:
         return ""
     if not splits:
         return SPLIT_PATTERNS["gpt-2"] if spelling[0].get("use_regex", True) else ""
-    regular = len(splits) == 1 and splits[0].get("behavior") == "Isolated" and not splits[0].get("invert") and not spelling[0].get("use_regex", True)
+    regular = (
+        len(splits) == 1
+        and splits[0].get("behavior") == "Isolated"
+        and not splits[0].get("invert")
+        and not spelling[0].get("use_regex", True)
+    )
     return str(splits[0].get("pattern", {}).get("Regex", "")) if regular else ""
 
 

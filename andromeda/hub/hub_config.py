@@ -56,8 +56,8 @@ def refuse_unknown_parts(config: ModelConfig) -> None:
             raise ConfigError(f"model.{key} = {value!r} has no form in the exported modeling file: export a model without it.")
 
 
-def remote_config(config: ModelConfig) -> dict[str, Any]:
-    """`config.json` beside the exported modeling file."""
+def remote_config(config: ModelConfig, quantization: str = "") -> dict[str, Any]:
+    """`config.json` beside the exported modeling file. quantization: int8 or fp8, where the weights are."""
     values = config.model_dump(mode="json")
     feedforward = values["feedforward"] | {"intermediate_size": intermediate_size(config)}
     attention = {key: value for key, value in values["attention"].items() if key != "backend"}
@@ -71,6 +71,7 @@ def remote_config(config: ModelConfig) -> dict[str, Any]:
             "num_hidden_layers": config.num_layers,
             "max_position_embeddings": config.max_seq_len,
             "tie_word_embeddings": config.head.tied,
+            "quantization": quantization,
         }
         | {name: values[name] for name in TABLES}
         | {"feedforward": feedforward, "attention": attention}

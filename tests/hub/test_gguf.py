@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from andromeda.config.data import BuildConfig
 from andromeda.config.model import ModelConfig
 from andromeda.data.tokenizer import Tokenizer, train_tokenizer
-from andromeda.hub.gguf_file import stored_type, write_gguf
+from andromeda.hub.gguf_file import gguf_rounding, write_gguf
 from andromeda.model.transformer import Transformer
 from andromeda.train.state import load_model, model_tensors
 from andromeda.utils.errors import AndromedaError
@@ -71,11 +70,11 @@ def tokenizer_of(pattern: str) -> Tokenizer:
 
 
 @pytest.fixture(scope="module", params=PATTERNS)
-def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Tokenizer, LlamaServer]]:
+def named(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Tokenizer, LlamaServer]:
     tokenizer, path = tokenizer_of(request.param), tmp_path_factory.mktemp("gguf") / "m.gguf"
     model = stirred(llama().model_copy(update={"vocab_size": 420}))
     write_gguf(path, model.config, model_tensors(model), tokenizer, "F16")
-    yield tokenizer, LlamaServer(path)
+    return tokenizer, LlamaServer(path)
 
 
 def test_ids_are_equal_on_2000_texts(named: tuple[Tokenizer, LlamaServer]) -> None:
@@ -120,20 +119,12 @@ def test_types(kind: str, tmp_path: Path) -> None:
     exact = model.decoder.blocks[0].feedforward.inner.weight.numpy()
     assert np.abs(rounded - exact).max() <= {"F16": 2e-4, "Q8_0": 4e-3, "Q4_0": 0.08}[kind]
     quantized = Transformer(config)
-    load_model(quantized, as_stored(model, kind))
+    rounded = gguf_rounding(kind)
+    load_model(quantized, {name: rounded(name, tensor) for name, tensor in model_tensors(model).items()})
     ids = torch.arange(40)[None]
     expected = quantized(ids)[0, -1].log_softmax(-1)
     found = LlamaServer(tmp_path / "m.gguf").logprobs(ids[0].tolist())
     assert max(abs(float(expected[i]) - value) for i, value in found.items()) <= {"F16": 2e-3, "Q8_0": 0.05, "Q4_0": 0.1}[kind]
-
-
-def as_stored(model: Transformer, kind: str) -> dict[str, torch.Tensor]:
-    found = {}
-    for name, tensor in model_tensors(model).items():
-        stored = stored_type("token_embd.weight" if "tokens" in name or "head" in name else name, tensor.numpy(), kind)
-        number = gguf.GGMLQuantizationType[stored]
-        found[name] = torch.from_numpy(gguf.quants.dequantize(gguf.quants.quantize(tensor.numpy(), number), number).copy())
-    return found
 
 
 @pytest.mark.parametrize("name", ["nano", "andromeda", "andromeda-125m"])

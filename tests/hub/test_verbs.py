@@ -9,6 +9,9 @@ import torch
 
 from andromeda import Andromeda
 from andromeda.config.load import from_values
+from andromeda.hub.parameter_names import hub_name
+from andromeda.hub.quantize import rounding
+from andromeda.train.state import load_model, model_tensors
 from andromeda.train.trainer import train
 from tests.command import call
 from tests.corpora import short_documents
@@ -97,3 +100,41 @@ def test_wrong_calls(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert call("export", str(run), "--to", str(tmp_path / "full")) == 2
     assert "already holds files" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_eight_bits_with_the_measured_loss(kind: str, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The folder computes what a model with the rounded weights does, and its card says what that costs."""
+    assert call("export", str(run), "--to", str(tmp_path / "x"), "--dtype", kind) == 0
+    card = (tmp_path / "x" / "README.md").read_text("utf-8")
+    assert f"## Weights in {kind}" in card
+    assert "bits per byte of" in card
+    assert "compared with" in capsys.readouterr().out
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True).eval()
+    ours = Andromeda.from_run(run, device="cpu")
+    rounded = rounding(kind, hub_name)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        before = ours(ids)
+        load_model(ours, {name: rounded(name, tensor) for name, tensor in model_tensors(ours).items()})
+        after = ours(ids)
+        assert torch.allclose(after, theirs(ids).logits, atol=1e-5)
+    assert 0 < float((after - before).square().mean().sqrt() / before.std()) < {"int8": 0.03, "fp8": 0.15}[kind]
+    theirs.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True).eval()
+    with torch.no_grad():
+        assert torch.equal(again(ids).logits, theirs(ids).logits)
+    assert call("import", str(tmp_path / "x"), "--out", str(tmp_path / "back")) == 2
+    assert "unquantized" in capsys.readouterr().err
+
+
+def test_gguf_of_a_run(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install gguf")
+    assert call("export", str(run), "--to", str(tmp_path / "m.gguf"), "--gguf", "Q8_0") == 2
+    assert "--pre-tokenizer" in capsys.readouterr().err
+    (tmp_path / "bare").mkdir()
+    for name in ("config.toml", "checkpoints"):
+        (tmp_path / "bare" / name).symlink_to(run / name)
+    assert call("export", str(tmp_path / "bare"), "--to", str(tmp_path / "m.gguf"), "--gguf", "Q8_0") == 0
+    assert (tmp_path / "m.gguf").read_bytes()[:4] == b"GGUF"
+    assert call("export", str(run), "--to", str(tmp_path / "n.gguf"), "--gguf", "Q8_0", "--dtype", "bf16") == 2

@@ -30,12 +30,13 @@ class AndromedaConfig(PretrainedConfig):
         value_embedding: dict[str, Any] | None = None,
         skips: dict[str, Any] | None = None,
         head: dict[str, Any] | None = None,
+        quantization: str = "",
         use_cache: bool = True,
         **kwargs: Any,
     ) -> None:
         self.vocab_size, self.max_position_embeddings = vocab_size, max_position_embeddings
         self.hidden_size, self.num_hidden_layers = hidden_size, num_hidden_layers
-        self.use_cache = use_cache
+        self.use_cache, self.quantization = use_cache, quantization
         self.attention = {"num_heads": 2, "num_kv_heads": 1, "head_dim": 32} | (attention or {})
         self.rotary = {"kind": "rope", "theta": 10000.0} | (rotary or {})
         self.alibi = {"num_heads": 0} | (alibi or {})

@@ -95,7 +95,7 @@ class AndromedaPass:
         return [y * (self.positions >= d)[..., None] for d, y in enumerate(shifted, start=1)]
 
 
-# norms and activations
+# norms, activations, linear maps
 
 
 class AndromedaRMSNorm(nn.Module):
@@ -135,6 +135,31 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
 }
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+
+
+class AndromedaQuantizedLinear(nn.Module):
+    """x W^T + b with W (N, K) in 8 bits, integers or the bytes of float8 (e4m3), and a scale for each row."""
+
+    weight: Tensor
+    scale: Tensor
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, kind: str) -> None:
+        super().__init__()
+        self.register_buffer("weight", torch.zeros(outputs, inputs, dtype=torch.int8 if kind == "int8" else torch.uint8))
+        self.register_buffer("scale", torch.ones(outputs, 1))
+        self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight if self.weight.dtype == torch.int8 else self.weight.view(torch.float8_e4m3fn)
+        return F.linear(x, weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+
+
+def build_linear(config: AndromedaConfig, inputs: int, outputs: int, bias: bool) -> nn.Module:
+    """A linear map of a layer."""
+    if config.quantization:
+        return AndromedaQuantizedLinear(inputs, outputs, bias, config.quantization)
+    return nn.Linear(inputs, outputs, bias=bias)
+
 
 # positions
 
@@ -326,10 +351,10 @@ class AndromedaAttention(nn.Module):
         self.heads, self.kv_heads, self.head_dim = a["num_heads"], a["num_kv_heads"], a["head_dim"]
         self.num_key_value_groups, self.is_causal = self.heads // self.kv_heads, True
         bias = a.get("bias", False)
-        self.q_proj = nn.Linear(C, self.heads * D, bias=bias)
-        self.k_proj = nn.Linear(C, self.kv_heads * D, bias=bias)
-        self.v_proj = nn.Linear(C, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, C, bias=bias)
+        self.q_proj = build_linear(config, C, self.heads * D, bias)
+        self.k_proj = build_linear(config, C, self.kv_heads * D, bias)
+        self.v_proj = build_linear(config, C, self.kv_heads * self.head_dim, bias)
+        self.o_proj = build_linear(config, self.heads * self.head_dim, C, bias)
         self.qk_norm, self.rotary = AndromedaQKNorm(config), AndromedaRotary(config)
         self.scaling = (a.get("scale", 0.0) or self.qk_norm.scale) * self.rotary.logit_factor
         self.softcap, self.sigmoid = a.get("softcap", 0.0), a.get("mixer", "softmax") == "sigmoid"
@@ -415,9 +440,9 @@ class AndromedaMLP(nn.Module):
     def __init__(self, config: AndromedaConfig, kind: str, bias: bool) -> None:
         super().__init__()
         C, inner = config.hidden_size, config.intermediate_size
-        self.gate_proj = nn.Linear(C, inner, bias=bias) if kind in GATES else None
-        self.up_proj = nn.Linear(C, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, C, bias=bias)
+        self.gate_proj = build_linear(config, C, inner, bias) if kind in GATES else None
+        self.up_proj = build_linear(config, C, inner, bias)
+        self.down_proj = build_linear(config, inner, C, bias)
         self.activation = (ACTIVATIONS | GATES)[kind]
 
     def forward(self, x: Tensor) -> Tensor:
