@@ -65,7 +65,7 @@ def variants(B: int, T: int) -> Iterator[tuple[str, Callable[[], object]]]:
 
 def whole(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
     """PyTorch's function with the whole boolean mask, made for this call."""
-    mask = pattern.visible(q.shape[1], k.shape[1], q.device)
+    mask = pattern.mask(q.shape[1], k.shape[1], q.device)
     heads_first = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(*heads_first, attn_mask=mask, scale=pattern.scale, enable_gqa=True).transpose(1, 2)
 

@@ -41,7 +41,7 @@ def apply_fused_qkv(
     """The same for the queries and keys of a joined projection (B, T, N), and its values (B, T, G, Dv)."""
     q, k, v, _ = sizes.views(whole)
     form = fused_spec(q, k, norm, rotation, bias, scale)
-    if form is None or sizes.value % 2:
+    if form is None or sizes.v_head_dim % 2:
         return *apply(q, k, norm, rotation, bias, scale), v.contiguous()
     return qk_preprocess.preprocess_qkv(whole, sizes, form)
 

@@ -1,6 +1,7 @@
-"""What lies between two products of a layer, at once: the sum with a branch, norm, token shift, and 8 bits if asked for.
+"""Residual add, norm, token shift and optional quantization to float8 in one kernel: everything between two matmuls of a layer.
 
-Each of these alone reads and writes all activations.
+Each of these alone reads and writes all activations once. The reference are the model's own parts, one after the other
+(`model/add_norm_shift.py`).
 
 Shapes: B batch, T time, C channels.
 """
@@ -18,25 +19,25 @@ from andromeda.ops.activation import FLOAT8_DTYPE, FLOAT8_MAX
 
 TRITON = find_spec("triton") is not None
 MAX_CHANNELS = 8192
-"""Channels that a program can hold."""
+"""Most channels that a program can hold in registers."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 class AddNormShiftOutput(NamedTuple):
-    """What comes out."""
+    """Results of `add_norm_shift`."""
 
     y: Tensor
-    """(B, T, C) in the type of x, or in 8 bits."""
+    """(B, T, C) in the dtype of x, or in float8."""
     scale: Tensor
-    """What each row of y was divided by (B T, 1) in float32; empty without 8 bits."""
+    """Scale that each row of y was divided by (B T, 1) in float32; empty without float8."""
     residual: Tensor
     """x + delta + bias (B, T, C); x itself where neither was given."""
     last: Tensor
-    """Normalized last vector (B, 1, C), for the pass that goes on; empty where nothing is shifted."""
+    """Normalized vector of the last token (B, 1, C), the token shift's state for the next pass; empty without token shift."""
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether the kernel takes this: on a GPU, in 32 or 16 bits."""
+    """Whether the kernel can compute this: x (..., C) on a GPU, in 32 or 16 bits, not sharded."""
     return TRITON and x.is_cuda and type(x) is Tensor and x.shape[-1] <= MAX_CHANNELS and x.dtype in DTYPES
 
 
@@ -53,11 +54,12 @@ def add_norm_shift(
     shift_channels: tuple[int, int] = (0, 0),
     fp8: bool = False,
 ) -> AddNormShiftOutput:
-    """Norm of x + delta (B, T, C) with gain `weight` (C,); channels moved[0] to moved[1] are of the token before.
+    """Norm of x + delta (B, T, C) with gain `weight` (C,); channels in range(*shift_channels) come from the previous token.
 
-    layer: layer norm without a bias, otherwise RMS norm. bias (C,): added to the sum that is given back, not to what is
-    normalized. past (B, 1, C): the normalized vector before the first token; must be given where channels move. documents (B, T):
-    numbers that nothing moves across. Without bias and 8 bits, gradients reach x, delta and weight, the same in every run.
+    layer_norm: layer norm without a bias, otherwise RMS norm. bias (C,): added to the residual stream that is returned, not to
+    what is normalized. past (B, 1, C): the normalized vector before the first token, required with token shift. documents (B, T):
+    document numbers, across whose boundaries no channel is shifted. fp8: quantize y with a scale per row. Without bias and
+    fp8, gradients reach x, delta and weight, and are deterministic.
     """
     if delta is None and bias is None and not fp8 and torch.is_grad_enabled() and x.requires_grad:
         y, residual, last = _NormShiftPassThrough.apply(x, weight, past, documents, layer_norm, eps, *shift_channels)
@@ -67,9 +69,9 @@ def add_norm_shift(
 
 
 class _NormShiftPassThrough(torch.autograd.Function):
-    """The norm of x, and x once more: the gradient of whoever reads x besides is added where the norm's own is written.
+    """The norm of x, and x itself as a second output, whose gradient the kernel adds to that of the norm.
 
-    Autograd would read and write all of x's gradient once more for their sum.
+    Otherwise autograd would read and write the gradient of x once more to add them.
     """
 
     @staticmethod
@@ -135,7 +137,7 @@ def _gradients(
     x: Tensor, weight: Tensor | None, documents: Tensor | None, dy: Tensor, dresidual: Tensor | None, layer_norm: bool, eps: float,
     shift_begin: int, shift_end: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Gradients of what was normalized (B, T, C) and of the gain (C,), empty where there is none."""
+    """Gradients of what was normalized (B, T, C) and of the gain (C,), empty without a gain."""
     from andromeda.ops.triton import add_norm_shift as kernels
 
     x, dy = x.contiguous(), dy.contiguous()
@@ -155,7 +157,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     x, delta, weight, bias, _, documents, ctx.layer_norm, ctx.eps, ctx.shift_begin, ctx.shift_end, fp8 = inputs
     if fp8 or bias is not None:
-        raise NotImplementedError("norm_shift has no gradients with a bias or in 8 bits")
+        raise NotImplementedError("add_norm_shift has no gradients with a bias or in float8")
     ctx.added = delta is not None
     ctx.save_for_backward(output[2] if ctx.added else x, weight, documents)
 

@@ -1,4 +1,4 @@
-"""The dtype in which work is done."""
+"""The dtypes of matmuls and of the residual stream."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import torch
 from torch import Tensor
 
 HALF_DTYPES = (torch.bfloat16, torch.float16)
-"""Of 16 bits."""
+"""16-bit dtypes."""
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """What a linear layer would compute in with x: autocast's dtype where that is on (it leaves float64 alone), else that of x."""
+    """The dtype in which a linear layer computes with x: autocast's where it is enabled (not for float64), else that of x."""
     device = x.device.type
     if x.dtype != torch.float64 and torch.is_autocast_enabled(device):
         return torch.get_autocast_dtype(device)
@@ -18,8 +18,8 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def residual_dtype(x: Tensor) -> torch.dtype:
-    """What the residual stream is carried in: bfloat16 where products are, which has float32's range and half its traffic, else x's own.
+    """The dtype of the residual stream: bfloat16 where matmuls are in bfloat16 (float32's range, half its traffic), else that of x.
 
-    Not float16, whose range a sum over many layers can leave.
+    Not float16, in which a sum over many layers can overflow.
     """
     return torch.bfloat16 if compute_dtype(x) == torch.bfloat16 else x.dtype

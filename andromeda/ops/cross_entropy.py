@@ -1,9 +1,9 @@
-"""Cross entropy of a linear head without ever holding the logits of all tokens.
+"""Cross entropy of a language-model head without the logits of all tokens in memory.
 
-The logits of a long batch are the largest tensor of a training step: 65,536 tokens x 50,304 words are 13 GB in float32, and
-their gradient as much again. Here tokens go through the head a chunk at a time, and since the loss of a token depends
-on no other token, its gradient is taken at once, in the forward pass, and only sums are kept: the way of Cut
-Cross-Entropy (arXiv 2411.09009) and Liger (arXiv 2410.10989), in plain torch operations.
+The logits of a long batch are the largest tensor of a training step: 65,536 tokens x a vocabulary of 50,304 are 13 GB in float32,
+and their gradient as much again. Here the head is applied to a chunk of tokens at a time. The loss of a token depends on no
+other token, so that the gradient is computed in the forward pass too, and only its sums are kept, as in Cut Cross-Entropy (arXiv
+2411.09009) and Liger (arXiv 2410.10989), in plain torch operations.
 """
 
 from __future__ import annotations
@@ -19,29 +19,29 @@ from torch.autograd.function import once_differentiable
 from andromeda.ops.compute_dtype import compute_dtype
 
 IGNORE_INDEX = -100
-"""The target of a token that does not count."""
+"""Target of a token that is left out of the loss."""
 
 TRITON = find_spec("triton") is not None
 
 _CHUNK_LOGITS = {"cpu": 1 << 20, "cuda": 5 << 25}
-"""Logits of one chunk: on a CPU what its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits."""
+"""Logits of one chunk: on a CPU as many as its caches hold (measured: docs/optim.md), on a GPU 320 MiB in 16 bits."""
 _CHUNK_TOKENS = 256
-"""Least tokens of one chunk, below which its products are too thin."""
+"""Least tokens of one chunk, so that its matmuls are efficient."""
 _TILE = 128
-"""Chunks are multiples of it: tokens that a matrix product takes as one tile, whole or not, so that a part of one costs as much."""
+"""Chunks are multiples of this, the tile of a matmul: a partial tile costs as much as a full one."""
 _SCALE_ROWS = 4096
 """Rows of a gradient that are scaled at once on a CPU."""
 
 
 class CrossEntropy(NamedTuple):
-    """Losses in nats: one number each, or one for every token (reduction "none", zero where the target is ignored)."""
+    """Losses in nats, summed, or one per token with reduction "none" (zero where the target is ignored)."""
 
     total: Tensor
-    """Cross entropy plus the z-loss; the one with gradients."""
+    """Cross entropy plus z-loss, with gradients."""
     nll: Tensor
     """Cross entropy alone, without gradients."""
     tokens: Tensor
-    """Targets that count, shape (), int64."""
+    """Number of targets that are not ignored, shape (), int64."""
 
 
 def linear_cross_entropy(
@@ -57,10 +57,10 @@ def linear_cross_entropy(
 ) -> CrossEntropy:
     """Cross entropy of softmax(cap(x W^T + b)) against `targets`, `chunk` tokens at a time.
 
-    x (..., C); weight (V, C); bias (V,); targets (...) of token ids, -100 where a token does not count. cap(z) =
-    softcap tanh(z / softcap), or z when softcap is 0 (arXiv 2408.00118). z_loss adds z_loss log(Z)^2 per token (PaLM,
-    arXiv 2204.02311, section 5). Softmax and sums are in float32 at least; the products in autocast's dtype where that is
-    on, else in that of x. `chunk` 0 chooses a size for the device. Gradients (of the sum only) are of first order.
+    x (..., C); weight (V, C); bias (V,); targets (...) of token ids, -100 where a token is ignored. cap(z) = softcap
+    tanh(z / softcap), or z when softcap is 0 (arXiv 2408.00118). z_loss adds z_loss log(Z)^2 per token (PaLM, arXiv
+    2204.02311, section 5). Softmax and sums are in float32 at least, matmuls in the compute dtype of x. chunk: 0 selects a
+    size for the device. Gradients, of the sum only, are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
     options = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x))
@@ -78,7 +78,7 @@ def linear_cross_entropy(
 def reference(
     x: Tensor, weight: Tensor, targets: Tensor, *, bias: Tensor | None = None, softcap: float = 0.0, z_loss: float = 0.0
 ) -> CrossEntropy:
-    """The same sums as they are defined, on all logits at once, in float64 and by autograd."""
+    """Reference: the same sums by definition, on all logits at once, in float64, with gradients by autograd."""
     logits = F.linear(x.double(), weight.double(), None if bias is None else bias.double()).flatten(0, -2)
     if softcap:
         logits = softcap * torch.tanh(logits / softcap)
@@ -89,12 +89,12 @@ def reference(
 
 
 LossOptions = tuple[float, float, int, torch.dtype]
-"""softcap, z_loss, tokens of a chunk, dtype of the products: plain values, so that torch.compile can trace them."""
+"""softcap, z_loss, tokens of a chunk, compute dtype: plain values, so that torch.compile can trace them."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """The sums, with the gradients of x, weight and bias already taken in the forward pass."""
+    """The sums; gradients of x, weight and bias are computed in the forward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions) -> tuple[Tensor, Tensor]:
@@ -136,7 +136,7 @@ def _chunked_loss(
             _matmul_into(d_x[tokens], d_logits, head)
         if needs_grad[1]:
             d_weight = _accumulate_weight_grad(d_weight, d_logits, x_n, accumulate_dtype)
-        # Before the next chunk takes as much again.
+        # Freed before the next chunk allocates its own.
         del d_logits
     return torch.cat(totals), torch.cat(nlls), (d_x, d_weight, d_bias)
 
@@ -146,7 +146,7 @@ def _logits(x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _logits_loss(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """As `_chunk`; on a GPU by one kernel that reads the logits in their own type and leaves the gradient in their place."""
+    """`_logits_loss_reference`, on a GPU by a kernel that reads the logits in their own dtype and overwrites them with the gradient."""
     if TRITON and logits.is_cuda and logits.dtype != torch.float64:
         from andromeda.ops.triton import cross_entropy as kernels
 
@@ -155,9 +155,9 @@ def _logits_loss(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, 
 
 
 def _logits_loss_reference(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (n, V), labels (n,) -> total and cross entropy, each (n,), and the total's gradient by the logits (n, V).
+    """logits (n, V), labels (n,) -> total loss and cross entropy, each (n,), and the gradient of the total by the logits (n, V).
 
-    Without `gradient` the last is not meaningful. In-place steps keep at most two tensors of the logits' size.
+    Without `gradient` the last has no meaning. In-place operations keep at most two tensors of the size of the logits.
     """
     z = softcap * torch.tanh(logits / softcap) if softcap else logits
     valid = labels != IGNORE_INDEX
@@ -178,7 +178,7 @@ def _logits_loss_reference(logits: Tensor, labels: Tensor, softcap: float, z_los
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a b, without memory of its own where the types agree."""
+    """out = a b, without a temporary where the dtypes agree."""
     if out.dtype == a.dtype:
         torch.mm(a, b, out=out)
     else:
@@ -186,25 +186,25 @@ def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:
 
 
 def _accumulate_weight_grad(d_weight: Tensor | None, d_logits: Tensor, x: Tensor, accumulate_dtype: torch.dtype) -> Tensor:
-    """d_weight, or nothing yet, plus d_logits^T x: always summed over chunks in at least float32."""
+    """d_weight (None for zero) plus d_logits^T x, accumulated over chunks in at least float32."""
     mixed = d_logits.is_cuda and d_logits.dtype != accumulate_dtype
     if d_weight is None:
         return torch.mm(d_logits.T, x, out_dtype=accumulate_dtype) if mixed else (d_logits.T @ x).to(accumulate_dtype)
     if mixed:
-        # The product is added to the sum before it is ever rounded, and takes no memory of its own.
+        # The matmul accumulates into the sum without rounding in between and without a temporary.
         return torch.addmm(d_weight, d_logits.T, x, out_dtype=accumulate_dtype, out=d_weight)
     return d_weight.addmm_(d_logits.T, x) if d_logits.dtype == accumulate_dtype else d_weight.add_(d_logits.T @ x)
 
 
 def _is_last_backward() -> bool:
-    """Whether the backward pass that is running frees the graph, so that what was saved for it is read for the last time."""
+    """Whether the running backward pass frees the graph, so that saved tensors are read for the last time."""
     return not torch.compiler.is_compiling() and not torch._C._autograd._get_current_graph_task_keep_graph()
 
 
 def _scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool) -> Tensor:
     """gradient * factor in `dtype`, multiplied in float32 at least: 1 / tokens rounded to bfloat16 would scale it all by up to 0.4 %.
 
-    When `last`, nobody reads `gradient` again, and the product may take its place.
+    last: `gradient` is not read again, and may be overwritten.
     """
     if TRITON and gradient.is_cuda and gradient.dtype != torch.float64:
         from andromeda.ops.triton import cross_entropy as kernels
@@ -212,13 +212,13 @@ def _scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool
         return kernels.scale_grad(gradient, factor, dtype, last and gradient.dtype == dtype)
     out = torch.empty_like(gradient, dtype=dtype)
     for part, to in zip(gradient.split(_SCALE_ROWS), out.split(_SCALE_ROWS), strict=True):
-        # A factor without dimensions would be rounded to the type of the gradient first.
+        # A zero-dimensional factor would be rounded to the dtype of the gradient first.
         torch.mul(part, factor.reshape(1), out=to)
     return out
 
 
 def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
-    """Tokens of a chunk: chunks as equal as whole tiles are, none of which has more logits than the device is given (to a tile)."""
+    """Tokens of a chunk, a multiple of the tile: chunks as equal as possible, within the device's number of logits."""
     given = _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) / vocabulary
     most = max(_CHUNK_TOKENS, round(given / _TILE) * _TILE)
     chunks = -(-max(1, tokens) // most)

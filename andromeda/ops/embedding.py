@@ -1,8 +1,8 @@
-"""A table of vectors whose gradient is fast and the same in every run.
+"""Embedding lookup whose weight gradient is fast and deterministic.
 
-Reading rows is PyTorch's own (and what a compiler fuses with whatever follows). The gradient of a table, on a GPU, is a
-sort of the ids and one sum for each row in float32: the dense gradient is written once and nothing is added atomically.
-On a CPU it is PyTorch's, which is deterministic too.
+The lookup is PyTorch's, which torch.compile fuses with what follows. On a GPU the weight gradient sorts the ids and sums each row
+in float32: the dense gradient is written once and nothing is added atomically. On a CPU it is PyTorch's, which is deterministic
+too.
 
 Shapes: N tokens, V rows of the table, C columns.
 """
@@ -21,18 +21,18 @@ TRITON = find_spec("triton") is not None
 
 
 def is_supported(weight: Tensor) -> bool:
-    """Whether the kernel computes the gradient of this table: on a GPU, in 32 or 16 bits, a plain tensor (not a sharded one)."""
+    """Whether the kernel can compute the gradient of this table: on a GPU, in 32 or 16 bits, not sharded."""
     plain = type(weight) in (Tensor, torch.nn.Parameter)
     return TRITON and weight.is_cuda and plain and weight.dtype in (torch.float32, torch.bfloat16, torch.float16)
 
 
 def embed(ids: Tensor, weight: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """Rows `ids` (...) of weight (V, C): (..., C) in `dtype` (the table's own if None)."""
+    """Rows `ids` (...) of weight (V, C): (..., C) in `dtype` (that of the table if None)."""
     return embed_split(ids, weight, 1, dtype)[0]
 
 
 def embed_split(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """The same, cut into `parts` of equal width (..., C / parts), whose gradients are taken up as they come, without being joined."""
+    """The same, split into `parts` of equal width (..., C / parts), whose gradients are not concatenated in the backward pass."""
     if torch.is_grad_enabled() and weight.requires_grad and is_supported(weight):
         return _Embed.apply(ids, weight, parts, dtype)
     return _gather(ids, weight, parts, dtype)
@@ -43,7 +43,7 @@ def _gather(ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None) 
 
 
 class _Embed(torch.autograd.Function):
-    """PyTorch's gather with a gradient of our own."""
+    """PyTorch's lookup with our own weight gradient."""
 
     @staticmethod
     def forward(ctx: Any, ids: Tensor, weight: Tensor, parts: int, dtype: torch.dtype | None) -> tuple[Tensor, ...]:
@@ -60,9 +60,10 @@ class _Embed(torch.autograd.Function):
 
 @torch.library.custom_op("andromeda::embedding_weight_grad", mutates_args=())
 def embedding_weight_grad(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
-    """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read; dys are the columns of dY, (N, C_i) each, C in all.
+    """Gradient (rows, C) in `dtype` of a table whose rows `ids` (N,) were read.
 
-    Sums are in float32 and in the order of the tokens, so that they are the same in every run.
+    dys: the output gradient, split by columns: (N, C_i) each, C columns in total. Sums are in float32 and in token order, so that
+    they are deterministic.
     """
     from andromeda.ops.triton import embedding as kernels
 

@@ -1,13 +1,13 @@
-"""Matrices in 8 bits for training: how they are measured, scaled, cast and multiplied.
+"""Training matmuls in float8: measuring, scaling, casting and multiplying.
 
-Weights and activations are e4m3, gradients e5m2 (arXiv 2209.05433), with one scale a matrix. Both formats keep their relative
-precision over many powers of two (e4m3 from 2^-6 to 448, e5m2 from 2^-14 to 57,344), so that a scale need not come from the
-largest value itself: a bound that is ten times too large costs nothing but some of the smallest numbers. What is only known after
-a product can thus be cast by the kernel that makes it, and no pass looks for its largest value (ops/mlp.py).
+Weights and activations are e4m3, gradients e5m2 (arXiv 2209.05433), with one scale per tensor. Both formats keep their relative
+precision over many powers of two (e4m3 from 2^-6 to 448, e5m2 from 2^-14 to 57,344), so that a scale need not be computed from the
+largest absolute value (amax): an upper bound ten times too large only costs some of the smallest values. The result of a matmul
+can therefore be cast by the kernel that computes it, and needs no pass over the data for its amax (`ops/mlp.py`).
 
-A scale is a power of two. Dividing by it is exact, and a weight that hardly changes is rounded to the same numbers again.
+A scale is a power of two. Dividing by it is exact, and a weight that hardly changes is rounded to the same values again.
 
-Shapes: N tokens, K width of a factor, O outputs.
+Shapes: N tokens, K inputs, O outputs.
 """
 
 from __future__ import annotations
@@ -28,60 +28,60 @@ from andromeda.ops.master_weight_linear import split_parts
 
 FORWARD_DTYPE, GRAD_DTYPE = FLOAT8_DTYPE, torch.float8_e5m2
 MIN_AMAX = 1e-15
-"""Bounds below this count as this, so that the product of two scales is not lost in float32."""
+"""Lower limit of amax, so that the product of two scales does not underflow in float32."""
 ROWS_PER_PARTIAL = 16
-"""Rows that are measured together."""
+"""Rows that one partial result of `amax_and_norm_partials` covers."""
 TRITON = find_spec("triton") is not None
 
 
 class Float8Weight(NamedTuple):
-    """A weight (O, K) as both passes read it."""
+    """A weight (O, K) in float8, as the forward and the backward pass read it."""
 
     rows: Tensor
     """(O, K)."""
     columns: Tensor
     """Transposed, (K, O)."""
     scale: Tensor
-    """What was divided by, () in float32."""
+    """Scale that the weight was divided by, () in float32."""
     norms: Tensor
-    """Largest norm of a row, and of a column as it was rounded, (2,) in float32."""
+    """Largest L2 norm of a row, and of a rounded column, (2,) in float32."""
 
 
 def has_kernels(x: Tensor) -> bool:
-    """Whether the kernels can take x."""
+    """Whether the Triton kernels can be used for x."""
     return TRITON and x.is_cuda
 
 
 def is_supported(x: Tensor) -> bool:
-    """Whether products of x (..., K) are taken in 8 bits here: on a GPU, in place of bfloat16, with sizes that they can have."""
+    """Whether matmuls of x (..., K) can be in float8: on a GPU, instead of bfloat16, with an aligned number of tokens."""
     tokens = x.numel() // max(1, x.shape[-1])
     return has_kernels(x) and compute_dtype(x) == torch.bfloat16 and tokens > 0 and tokens % ALIGNMENT == 0
 
 
 def power_of_two_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
-    """The least powers of two by which numbers of up to `bound` (...) can be divided to fit into `dtype`; one where all are zero."""
+    """The smallest powers of two such that values of up to `bound` (...) divided by them fit into `dtype`; 1 where the bound is zero."""
     bits = (bound.float().clamp(min=MIN_AMAX) / torch.finfo(dtype).max).view(torch.int32)
-    # A float's bits with any of its fraction carry into its exponent.
+    # Rounds up to a power of two: any bit of the fraction carries into the exponent.
     scale = ((bits + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     return torch.where(bound > 0, scale, 1.0)
 
 
 def quantize_weight(weight: Tensor) -> Float8Weight:
-    """weight (O, K) in both orders."""
+    """weight (O, K) in float8."""
     return quantize_weights([weight])[0]
 
 
 def quantize_weights(weights: Sequence[Tensor]) -> list[Float8Weight]:
-    """Each of the weights (O, K) in both orders."""
+    """Each of the weights (O, K) in float8."""
     *casts, scales, norms = _quantize_weights_op(list(weights))
     return [Float8Weight(*parts) for parts in zip(casts[::2], casts[1::2], scales[:, 0].unbind(), norms.unbind(), strict=True)]
 
 
 @torch.library.custom_op("andromeda::quantize_weights", mutates_args=(), device_types="cuda")
 def _quantize_weights_op(weights: list[Tensor]) -> list[Tensor]:
-    """Rows and columns of each in turn, then scales in the first column of (L, 4), where each begins at 16 bytes, and norms (L, 2).
+    """For each of L weights row-major and transposed, then scales in the first column of (L, 4), aligned to 16 bytes, and norms (L, 2).
 
-    All in one, as a model has a hundred weights, and the host, which asks for so little of each, is what a step waits for here.
+    One operator for all weights, because a model has a hundred of them and launch overhead would dominate.
     """
     from andromeda.ops.triton import float8 as kernels
 
@@ -93,7 +93,7 @@ def _quantize_weights_op(weights: list[Tensor]) -> list[Tensor]:
         by_row, by_column, _ = kernels.cast_to_float8(weight, row[0], FORWARD_DTYPE)
         assert by_column is not None
         casts += [by_row, by_column]
-    # A quarter of the bytes that the weight has.
+    # Read from the float8 weight, a quarter of the bytes.
     columns = torch.stack([kernels.amax_and_norm_partials(part, ROWS_PER_PARTIAL)[1].amax() for part in casts[1::2]])
     return [*casts, spread, torch.stack([rows, columns * scales], 1)]
 
@@ -105,26 +105,26 @@ def _(weights: list[Tensor]) -> list[Tensor]:
 
 
 def scaled_mm(a: Tensor, b: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype, bias: Tensor | None = None, *, fast: bool) -> Tensor:
-    """a (M, K) and b (N, K) in 8 bits and their scales -> a b^T (M, N) in `dtype`. fast: sums that are cut off a little earlier."""
+    """a (M, K) and b (N, K) in float8 with their scales -> a b^T (M, N) in `dtype`. fast: accumulate with reduced precision."""
     return torch._scaled_mm(a, b.T, *scales, bias=bias, out_dtype=dtype, use_fast_accum=fast)
 
 
 def weight_gradient(dy: Tensor, x: Tensor, scales: tuple[Tensor, Tensor], dtype: torch.dtype) -> Tensor:
-    """dy^T (O, N) and x^T (K, N) in 8 bits -> the gradient (O, K) in `dtype`: into float32 without a rounding in between."""
+    """dy^T (O, N) and x^T (K, N) in float8 -> the weight gradient (O, K) in `dtype`, without rounding in between if float32."""
     out_dtype = torch.float32 if dtype == torch.float32 else torch.bfloat16
     return scaled_mm(dy, x, scales, out_dtype, fast=False).to(dtype)
 
 
 def amax_and_norm(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (N, K) -> its largest absolute value () and the largest norm of a row () in float32."""
-    # One by one, so that a compiler takes each with what is made of it.
+    """x (N, K) -> its largest absolute value () and the largest L2 norm of a row () in float32."""
+    # Separate reductions, so that torch.compile fuses each with its consumer.
     largest, norm = amax_and_norm_partials(x).unbind()
     return largest.amax(), norm.amax()
 
 
 @torch.library.custom_op("andromeda::amax_and_norm_partials", mutates_args=(), device_types="cuda")
 def amax_and_norm_partials(x: Tensor) -> Tensor:
-    """x (N, K) -> largest absolute values and largest norms of its rows, each of PIECE rows, (2, pieces) in float32."""
+    """x (N, K) -> largest absolute value and largest L2 norm of a row in each group of ROWS_PER_PARTIAL rows, (2, groups) in float32."""
     from andromeda.ops.triton import float8 as kernels
 
     return kernels.amax_and_norm_partials(x.contiguous(), ROWS_PER_PARTIAL)
@@ -137,7 +137,7 @@ def _(x: Tensor) -> Tensor:
 
 @torch.library.custom_op("andromeda::cast_to_float8", mutates_args=(), device_types="cuda")
 def cast_to_float8(x: Tensor, scale: Tensor, dtype: torch.dtype, columns: bool, total: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """x (N, K) over scale () in 8 bits; the same transposed (K, N) if asked for; the sum of x's rows (K,) in float32 if asked for."""
+    """x (N, K) / scale () in float8 (N, K); transposed (K, N) if `columns`; the sum of x's rows (K,) in float32 if `total`."""
     from andromeda.ops.triton import float8 as kernels
 
     by_row, by_column, sums = kernels.cast_to_float8(x.contiguous(), scale, dtype, columns, total)
@@ -156,8 +156,8 @@ def float8_linear(
 ) -> Tensor:
     """x (..., K) W^T + bias -> (..., O) in bfloat16; gradients are of first order.
 
-    weight is what was cast of the `parameters` (O_i, K), one below the other; it may have more rows than they, of zeros.
-    bound (): of x's values, which are measured otherwise.
+    weight: the `parameters` (O_i, K) concatenated by rows, in float8; it may have more rows than they, of zeros. bound (): an
+    upper bound on the absolute values of x; measured if None.
     """
     flat = x.reshape(-1, x.shape[-1]).to(torch.bfloat16)
     out: Tensor = _Float8Linear.apply(flat, weight.rows, weight.columns, weight.scale, bound, bias, *parameters)
@@ -165,7 +165,7 @@ def float8_linear(
 
 
 class _Float8Linear(torch.autograd.Function):
-    """Products are PyTorch's, so that checkpointing and a compiler see them."""
+    """The matmuls are PyTorch's, so that activation checkpointing and torch.compile see them."""
 
     @staticmethod
     def forward(

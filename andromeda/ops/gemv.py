@@ -1,10 +1,10 @@
-"""Products of a matrix with a few vectors, with what lies before and after them: what a decoding step is made of.
+"""Matrix-vector products for decoding, with the operations before and after them fused.
 
-One kernel reads a weight once at the bandwidth of the device and does the norm and token shift before its product and the bias,
-activation and residual sum after it (`ops/triton/gemv.py`). The plain reference is the model's own parts, one after the other.
-Nothing waits for the device. For inference: there are no gradients.
+One kernel reads a weight once at memory bandwidth, and computes norm and token shift before the matmul and bias, activation and
+residual after it (`ops/triton/gemv.py`). The reference are the model's own parts, one after the other. Nothing synchronizes with
+the device. For inference: there are no gradients.
 
-Shapes: M rows, one token each, K inputs, N outputs, J tokens of the shift, S keys.
+Shapes: M rows (one token of each sequence), K inputs, N outputs, J previous tokens of the token shift, S keys.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from torch import Tensor
 
 TRITON = find_spec("triton") is not None
 MAX_ROWS = 8
-"""Most rows."""
+"""Most rows (sequences)."""
 MAX_FUSED_NORM_ROWS = 2
-"""Up to here every program normalizes the rows for itself; more rows are normalized once, by a kernel of their own."""
+"""Up to this number of rows every program normalizes them itself; more are normalized once, by a separate kernel."""
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 MAX_INPUTS = 1 << 15
-"""Inputs."""
+"""Most inputs."""
 
 
 class GemvNorm(NamedTuple):
-    """Layer or RMS norm of the rows (`kind` layer, rms)."""
+    """Layer or RMS norm of the rows; kind is layer or rms."""
 
     kind: str
     eps: float
@@ -35,48 +35,48 @@ class GemvNorm(NamedTuple):
 
 
 class GemvTokenShift(NamedTuple):
-    """Token shift by chunks: channels [i C, (i + 1) C) for C = K // (J + 1) are of i tokens before, zero across documents."""
+    """Token shift by chunks: channels [i C, (i + 1) C), C = K // (J + 1), come from i tokens earlier, and are zero across documents."""
 
     past: Tensor
-    """Normalized rows of the tokens before (M, J, K), the newest last; moved on by one token."""
+    """Normalized vectors of the previous tokens (M, J, K), the most recent one last; updated in place."""
     documents: tuple[Tensor, Tensor] | None = None
-    """Numbers of the rows' documents (M, 1) and of those of all keys (M, S)."""
+    """Document numbers of the rows (M, 1) and of all keys (M, S)."""
     at: Tensor | None = None
-    """Where the token of this pass lies among the keys, a number () on the device; None is the last."""
+    """Position of the current token among the keys, () on the device; None is the last."""
 
 
 class PendingShiftUpdate(NamedTuple):
-    """A past that is still to be moved on: programs of the product that read it may not have come to it yet.
+    """An update of the token shift's past that the next `gemv` must make: programs of this one may not have read the past yet.
 
-    The next product is given it and does it; none may come between that reads `past`.
+    No other kernel that reads `past` may run in between.
     """
 
     past: Tensor
     normalized: Tensor
-    """Normalized rows (M, K)."""
+    """Normalized rows (M, K), to be appended to `past`."""
 
 
 class CacheSlot(NamedTuple):
-    """Where some outputs go as well: into a cache."""
+    """A place in a KV cache to which some of the outputs are written too."""
 
     cache: Tensor
-    """(M, S, ...), whose last dimensions are outputs."""
+    """(M, S, ...), whose last dimensions hold the outputs of one position."""
     at: Tensor
-    """Where in it, a number () on the device."""
+    """Position in the cache, () on the device."""
     begin: int
-    """The first of those outputs."""
+    """Index of the first of these outputs."""
 
 
 def unsupported_reason(x: Tensor, *weights: Tensor) -> str | None:
-    """Why the kernels do not compute products of x (M, K) with these matrices (N, K), or None."""
+    """Why the kernels cannot multiply x (M, K) with these weights (N, K), or None if they can."""
     if not (TRITON and x.is_cuda):
         return "they need a CUDA GPU and Triton"
     if x.dtype not in DTYPES or any(w.dtype != x.dtype for w in weights):
-        return "they compute in 32 and 16 bits, rows and weights alike"
+        return "they compute in 32 and 16 bits, with inputs and weights of one dtype"
     if x.shape[0] > MAX_ROWS or any(max(w.shape[1], x.shape[1]) > MAX_INPUTS for w in weights):
         return f"they take {MAX_ROWS} rows of {MAX_INPUTS} inputs at most"
     if any(type(w) not in (Tensor, torch.nn.Parameter) or not w.is_contiguous() for w in weights):
-        return "they read plain matrices that lie in one piece"
+        return "they read contiguous, unsharded weights"
     trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *weights))
     return "they have no backward pass" if trained else None
 
@@ -93,9 +93,10 @@ def gemv(
     pending: PendingShiftUpdate | None = None,
     slot: CacheSlot | None = None,
 ) -> tuple[Tensor, PendingShiftUpdate | None]:
-    """activation(x' W^T + b) + residual (M, N) for x (M, K), weight (N, K), bias (N,), residual (M, N); x' is x normed and shifted.
+    """activation(x' W^T + b) + residual (M, N) for x (M, K), weight (N, K), bias (N,), residual (M, N); x' is x after norm and shift.
 
-    activation: none, gelu, gelu_tanh, relu, relu2 or silu. What comes back beside it, if anything, is the `keep` of the next product.
+    activation: none, gelu, gelu_tanh, relu, relu2 or silu. The second result, if not None, must be given to the next call as
+    `pending`.
     """
     if norm and len(x) > MAX_FUSED_NORM_ROWS:
         x, norm, shift = normalize(x, norm, shift), None, None
@@ -108,7 +109,7 @@ def gemv(
 
 
 def normalize(x: Tensor, norm: GemvNorm, shift: GemvTokenShift | None = None) -> Tensor:
-    """x (M, K) normed and shifted; the shift's past is moved on."""
+    """x (M, K) after norm and token shift, whose past is updated."""
     past, documents, at = shift or (None, None, None)
     q_documents, k_documents = documents or (None, None)
     return _normalize_op(x, norm.gain, past, q_documents, k_documents, at, norm.kind, norm.eps)
@@ -134,7 +135,7 @@ def _gemv_op(
     eps: float,
     activation: str,
 ) -> tuple[Tensor, Tensor]:
-    """The product, and the normalized rows if `past` is given. old, row: what is kept for an earlier product."""
+    """The outputs, and the normalized rows if `past` is given. pending_past, pending_normalized: the update of an earlier call."""
     from andromeda.ops.triton import gemv as kernels
 
     y, normalized = _empty_outputs(x, weight, past)

@@ -1,8 +1,8 @@
-"""A linear layer in training with its products in 16 bits: its weight was cast before, and its gradient can be added up where it is kept.
+"""Linear layers in mixed-precision training: the weight is cast to 16 bits beforehand, and its gradient can be accumulated by the matmul.
 
-A step of several micro-batches uses each weight as often, and adds up as many gradients. Cast once for all of them, the weight is read
-in 16 bits alone; and a product that adds to what it writes (beta = 1 of BLAS) leaves out a pass that reads two float32 matrices and
-writes one. Gradients of float32 weights are float32 from the product on, which PyTorch's own layer rounds to 16 bits first.
+A step of several micro-batches uses each weight, and adds to each gradient, once per micro-batch. With a weight that is cast once for
+all of them, only 16 bits are read. A matmul that adds to its output (beta = 1 in BLAS) saves a pass that reads two float32
+matrices and writes one. Gradients of float32 weights are float32 from the matmul on, where `nn.Linear` first rounds them to 16 bits.
 
 Shapes: N tokens, K inputs, O outputs.
 """
@@ -18,18 +18,18 @@ from torch.autograd.function import once_differentiable
 
 
 class CastWeight(NamedTuple):
-    """A weight (O, K) as products read it, and where its gradient goes."""
+    """A weight (O, K) in the compute dtype, and where its gradient is accumulated."""
 
     rows: Tensor
     """(O, K) in 16 bits."""
     total: Tensor | None
-    """(O, K), to which the gradient is added; None where it is returned."""
+    """(O, K), to which the gradient is added; None to return the gradient to autograd."""
 
 
 def cast_linear(x: Tensor, weight: CastWeight, parameters: Sequence[Tensor], bias: Tensor | None = None) -> Tensor:
-    """x (..., K) W^T + bias -> (..., O) in the weight's type; gradients are of first order.
+    """x (..., K) W^T + bias -> (..., O) in the dtype of the weight; gradients are of first order.
 
-    weight is what was cast of the `parameters` (O_i, K), one below the other; it may have more rows than they, of zeros.
+    weight: the `parameters` (O_i, K) concatenated by rows; it may have more rows than they, of zeros.
     """
     flat = x.reshape(-1, x.shape[-1])
     out: Tensor = _CastLinear.apply(flat, *weight, bias, *parameters)
@@ -37,13 +37,13 @@ def cast_linear(x: Tensor, weight: CastWeight, parameters: Sequence[Tensor], bia
 
 
 class _CastLinear(torch.autograd.Function):
-    """Products are PyTorch's, so that checkpointing and a compiler see them."""
+    """The matmuls are PyTorch's, so that activation checkpointing and torch.compile see them."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, rows: Tensor, total: Tensor | None, bias: Tensor | None, *parameters: Tensor) -> Tensor:
         ctx.dtype, x = x.dtype, x.to(rows.dtype)
         ctx.save_for_backward(x, rows)
-        # Not a saved tensor, which nothing may write to until its turn comes: a layer may be used twice.
+        # Not a saved tensor: those must not be modified before they are read, and a layer may be used twice.
         ctx.total = total
         ctx.sizes, ctx.weight_dtype = [p.shape[0] for p in parameters], parameters[0].dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
@@ -63,12 +63,12 @@ class _CastLinear(torch.autograd.Function):
 
 
 def split_parts(grad: Tensor, sizes: Sequence[int], dim: int = 0) -> tuple[Tensor, ...]:
-    """Views of so many rows each, or columns; what is left at the end belongs to nobody."""
+    """Views of `sizes` rows each (or columns, with another `dim`); padding at the end is left out."""
     return grad.split([*sizes, grad.shape[dim] - sum(sizes)], dim)[:-1]
 
 
 def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, total: Tensor | None = None) -> Tensor | None:
-    """dY^T x (O, K) in `dtype` of dY (N, O) and x (N, K); None where it was added to `total`."""
+    """dy^T x (O, K) in `dtype` for dy (N, O) and x (N, K); None if it was added to `total`."""
     if total is None:
         grad: Tensor = weight_grad_matmul(dy, x, dtype)
         return grad
@@ -78,7 +78,7 @@ def weight_gradient(dy: Tensor, x: Tensor, dtype: torch.dtype, total: Tensor | N
 
 @torch.library.custom_op("andromeda::weight_gradient", mutates_args=(), device_types="cuda")
 def weight_grad_matmul(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """dY^T x in `dtype`: of 16 bits into float32 without a rounding in between."""
+    """dy^T x in `dtype`; from 16 bits to float32 without rounding in between."""
     if dtype == torch.float32 and x.dtype != dtype:
         return torch.mm(dy.T, x, out_dtype=dtype)
     return (dy.T @ x).to(dtype)
@@ -91,7 +91,7 @@ def _(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
 
 @torch.library.custom_op("andromeda::add_weight_gradient", mutates_args=("total",), device_types="cuda")
 def weight_grad_addmm(total: Tensor, dy: Tensor, x: Tensor) -> None:
-    """Add dY^T x to total (O, K), float32 or of the same type."""
+    """Add dy^T x to total (O, K), which is float32 or of the dtype of x."""
     if total.dtype == x.dtype:
         total.addmm_(dy.T, x)
     else:

@@ -1,7 +1,7 @@
-"""Queries and keys on a GPU: norm, learned scales, rotation and folded ALiBi in one kernel that reads and writes them once.
+"""Queries and keys between projection and attention on a GPU: norm, learned scales, rotation and folded ALiBi in one kernel.
 
-The plain reference is the model's own parts (`qk_norm`, `position`), called one after the other. The kernel computes the
-same in float32 and rounds once, at the end.
+The reference are the model's own parts (`qk_norm`, `position`), one after the other. The kernel reads and writes queries and keys
+once, computes in float32 and rounds once, at the end.
 
 Shapes: B batch, T time, H query heads, G key/value heads, D head dim, R rotated dimensions.
 """
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 Norm = Literal["none", "rms", "l2"]
-"""Root mean square one, or length one."""
+"""rms: divide by the root mean square; l2: divide by the L2 norm."""
 Layout = Literal["none", "half", "interleaved"]
 """Pairs are (i, i + R/2) or (2i, 2i + 1) of the first R dimensions."""
 
@@ -23,22 +23,22 @@ TRITON = find_spec("triton") is not None
 
 
 class QKPreprocessSpec(NamedTuple):
-    """What is done to queries and keys."""
+    """What is applied to queries and keys."""
 
     norm: Norm
     layout: Layout
     tables: tuple[Tensor, ...] = ()
-    """Cosines and sines of queries, then of keys, each (B or 1, T, 1, R/2) in float32 and times xPos's factors; or none."""
+    """Cosines and sines of queries, then of keys, each (B or 1, T, 1, R/2) in float32, with the factors of xPos; empty without rotation."""
     q_scale: Tensor | None = None
-    """Learned factors after the norm, for each head (H, 1) or each head and dimension (H, D)."""
+    """Learned scales after the norm, per head (H, 1) or per head and dimension (H, D)."""
     k_scale: Tensor | None = None
-    """The same of keys (G, 1) or (G, D)."""
+    """The same for keys, (G, 1) or (G, D)."""
     alibi: tuple[Tensor, ...] = ()
-    """Folded ALiBi: slopes (H,) over the softmax scale, in the queries' type, and digits of the keys (T, 4); or none."""
+    """Folded ALiBi: slopes (H,) over the softmax scale in the dtype of the queries, and digits of the key positions (T, 4); or empty."""
 
 
 def is_supported(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> bool:
-    """Whether the kernel computes this: on a GPU, in 32 or 16 bits, on plain tensors (not sharded ones)."""
+    """Whether the kernel can compute this: on a GPU, in 32 or 16 bits, on tensors that are not sharded."""
     tensors = (q, k, *form.tables, *form.alibi, *(s for s in (form.q_scale, form.k_scale) if s is not None))
     return (
         TRITON
@@ -51,40 +51,40 @@ def is_supported(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> bool:
 
 
 def preprocess_qk(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> tuple[Tensor, Tensor]:
-    """q (B, T, H, D) and k (B, T, G, D), views of anything, as attention takes them: contiguous, with four columns more if folded.
+    """q (B, T, H, D) and k (B, T, G, D), with any strides, as attention reads them: contiguous, with four more columns for folded ALiBi.
 
-    Gradients reach q, k and the scales, and are the same in every run.
+    Gradients reach q, k and the scales, and are deterministic.
     """
     return _preprocess_qk_op(q, k, form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout)
 
 
 class QKVLayout(NamedTuple):
-    """What a joined projection (B, T, N) holds: queries, values, keys, and what its width is filled up with."""
+    """Columns of a fused QKV projection (B, T, N): queries, values, keys and padding, in this order."""
 
     heads: int
     kv_heads: int
-    content: int
-    """Columns of a query's or key's head."""
-    value: int
-    """Columns of a value's head, an even number."""
+    head_dim: int
+    """Columns of a query or key head."""
+    v_head_dim: int
+    """Columns of a value head."""
 
     def views(self, qkv: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D), v (B, T, G, Dv), and the rest (B, T, ...)."""
+        """Views of q (B, T, H, D), k (B, T, G, D), v (B, T, G, Dv) and the padding (B, T, ...)."""
         H, G, D, Dv = self
         q, v, k, rest = qkv.split([H * D, G * Dv, G * D, qkv.shape[-1] - H * D - G * (D + Dv)], -1)
         return q.unflatten(-1, (H, D)), k.unflatten(-1, (G, D)), v.unflatten(-1, (G, Dv)), rest
 
 
 def preprocess_qkv(qkv: Tensor, sizes: QKVLayout, form: QKPreprocessSpec) -> tuple[Tensor, Tensor, Tensor]:
-    """The same for the q and k of a joined projection (B, T, N), and its v (B, T, G, Dv) as it is; all contiguous.
+    """`preprocess_qk` for the queries and keys of a fused projection (B, T, N), and its values (B, T, G, Dv) unchanged; all contiguous.
 
-    The gradients are written where they belong in that of the projection, which need not be put together afterwards.
+    v_head_dim must be even. The gradients are written into that of the projection, without a concatenation.
     """
     return _preprocess_qkv_op(qkv, list(sizes), form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout)
 
 
 def preprocess_qk_into_cache(q: Tensor, k: Tensor, form: QKPreprocessSpec, keys: Tensor, index: Tensor) -> Tensor:
-    """The same for T = 1 without gradients, the keys written into a cache (B, S, G, D or D + 4) at `index`, a number () on the device."""
+    """`preprocess_qk` for T = 1 without gradients; keys go into the cache `keys` (B, S, G, D or D + 4) at `index`, () on the device."""
     return _preprocess_qk_into_cache_op(
         q, k, form.q_scale, form.k_scale, list(form.tables), list(form.alibi), form.norm, form.layout, keys, index
     )
@@ -114,7 +114,7 @@ def _(q: Tensor, k: Tensor, q_scale: Any, k_scale: Any, tables: Any, alibi: list
 
 
 def _output_head_dim(D: int, alibi: list[Tensor]) -> int:
-    """Columns of a prepared head of D."""
+    """Columns of an output head."""
     return D + (alibi[1].shape[-1] if alibi else 0)
 
 
@@ -152,7 +152,7 @@ def _gradients(
     layout: str,
     D: int,
 ) -> list[Tensor]:
-    """Gradients of q, k, and of those scales that there are; `raw` is q and k, or nothing where there is no norm."""
+    """Gradients of q, k and the scales that are given; raw: q and k, or empty without a norm."""
     from andromeda.ops.triton import qk_preprocess as kernels
 
     dxs = dq.new_empty(*dq.shape[:-1], D), dk.new_empty(*dk.shape[:-1], D)
@@ -173,7 +173,7 @@ def _empty_scale_grads(*scales: Tensor | None) -> list[Tensor]:
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     q, k, q_scale, k_scale, tables, alibi, ctx.norm, ctx.layout = inputs
     ctx.D, ctx.tables, ctx.alibi = q.shape[-1], len(tables), len(alibi)
-    # A rotation alone is undone without what it was applied to.
+    # The gradient of a rotation alone does not depend on its input.
     raw = () if ctx.norm == "none" else (q, k)
     ctx.save_for_backward(q_scale, k_scale, *tables, *raw)
 
@@ -203,7 +203,7 @@ def _preprocess_qkv_op(
     from andromeda.ops.triton import qk_preprocess as kernels
 
     q, k, v, _ = QKVLayout(*sizes).views(qkv)
-    # Results must not share memory with what they are made of.
+    # Outputs of a custom operator must not alias its inputs.
     return *kernels.preprocess_qk((q, k), (q_scale, k_scale), tables, alibi, norm, layout), v.clone(memory_format=torch.contiguous_format)
 
 
@@ -231,7 +231,7 @@ def _qkv_gradients(
     sizes: list[int],
     width: int,
 ) -> list[Tensor]:
-    """Gradients of the joined projection (B, T, width), and of those scales that there are; `raw` is it, or None without a norm."""
+    """Gradients of the fused projection (B, T, width) and the scales that are given; raw: the projection, or None without a norm."""
     from andromeda.ops.triton import qk_preprocess as kernels
 
     qkv = dq.new_empty(*dq.shape[:2], width)

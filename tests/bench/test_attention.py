@@ -22,7 +22,7 @@ def test_counted_pairs_are_those_that_the_mask_shows(work: AttentionCase, monkey
     T = q.shape[1]
     # The documents of one query hide keys that its kernels read all the same.
     documents = None if work.queries else pattern.documents
-    shown = AttentionSpec(1.0, pattern.window, documents).visible(T, 1300, CPU).expand(2, 1, T, 1300).sum().item()
+    shown = AttentionSpec(1.0, pattern.window, documents).mask(T, 1300, CPU).expand(2, 1, T, 1300).sum().item()
     assert attention.pairs(pattern, T, 1300, 2) == shown
 
 

@@ -103,7 +103,7 @@ def test_prefill_and_decoding_agree_with_torchs_counter() -> None:
 @settings(deadline=None)
 @given(T=st.integers(1, 40), window=st.integers(0, 50))
 def test_pairs_are_those_that_the_mask_lets_through(T: int, window: int) -> None:
-    seen = AttentionSpec(1.0, window=window).visible(T, T, torch.device("cpu"))
+    seen = AttentionSpec(1.0, window=window).mask(T, T, torch.device("cpu"))
     assert attention_pairs(T, window) == int(seen.sum())
 
 
@@ -112,7 +112,7 @@ def test_pairs_are_those_that_the_mask_lets_through(T: int, window: int) -> None
 def test_documents_are_counted_by_the_mask(lengths: list[int], window: int) -> None:
     total = sum(lengths)
     numbers = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))[None]
-    seen = AttentionSpec(1.0, window=window, documents=(numbers, numbers)).visible(total, total, torch.device("cpu"))
+    seen = AttentionSpec(1.0, window=window, documents=(numbers, numbers)).mask(total, total, torch.device("cpu"))
     assert mean_keys(total, window, documents=lengths) == pytest.approx(int(seen.sum()) / total, rel=1e-12)
 
 

@@ -160,7 +160,7 @@ def test_a_backend_is_as_exact_as_the_reference_or_refuses(case: Case) -> None:
     dtype = TYPES[case.dtype]
     if case.refused:
         with pytest.raises(
-            ConfigError, match=f"Attention backend '{case.backend}' cannot compute this pattern: .+; use backend auto or eager"
+            ConfigError, match=f"Attention backend '{case.backend}' cannot compute this call: .+; use backend auto or eager"
         ):
             results(q, k, v, pattern, case.backend, dtype, case.gradients)
         return

@@ -36,7 +36,7 @@ def test_block_masks_equal_those_that_look_at_every_pair(T: int, past: int, wind
     keys = None if density is None else numbers(2, S, density, seed)
     pattern = AttentionSpec(1.0, window, None if keys is None else (keys[:, past:], keys))
     ours = block_mask(pattern, T, S, CPU)
-    visible = pattern.visible(T, S, CPU).expand(1 if keys is None else 2, 1, T, S)
+    visible = pattern.mask(T, S, CPU).expand(1 if keys is None else 2, 1, T, S)
     theirs = create_block_mask(lambda b, h, i, j: visible[b, h, i, j], visible.shape[0], None, T, S, device="cpu", BLOCK_SIZE=BLOCK)
     assert torch.equal(ours.to_dense(), theirs.to_dense())
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
@@ -63,7 +63,7 @@ def test_documents_whose_numbers_fall_lose_no_pair() -> None:
     keys = torch.randint(3, (2, 500), generator=torch.Generator().manual_seed(0))
     pattern = AttentionSpec(1.0, 0, (keys, keys))
     some, whole = classify_blocks(pattern, 500, 500, CPU)
-    padded = torch.nn.functional.pad(pattern.visible(500, 500, CPU), (0, 12, 0, 12)).unflatten(-1, (4, BLOCK)).unflatten(-3, (4, BLOCK))
+    padded = torch.nn.functional.pad(pattern.mask(500, 500, CPU), (0, 12, 0, 12)).unflatten(-1, (4, BLOCK)).unflatten(-3, (4, BLOCK))
     assert (some | ~padded.any(-1).any(-2)).all()
     assert (~whole | padded.all(-1).all(-2)).all()
 
@@ -91,11 +91,11 @@ def test_trimming_hides_only_what_no_query_sees(T: int, past: int, window: int) 
     S = T + past
     keys = numbers(2, S, 0.1, T)
     pattern = AttentionSpec(1.0, window, (keys[:, past:], keys))
-    trimmed, first = pattern.trimmed(T, S)
-    whole = pattern.visible(T, S, CPU)
+    trimmed, first = pattern.crop_to_window(T, S)
+    whole = pattern.mask(T, S, CPU)
     assert not whole[..., :first].any()
-    assert torch.equal(whole[..., first:], trimmed.visible(T, S - first, CPU))
-    assert AttentionSpec(1.0, window).visible(T, S, CPU)[:, first].any()
+    assert torch.equal(whole[..., first:], trimmed.mask(T, S - first, CPU))
+    assert AttentionSpec(1.0, window).mask(T, S, CPU)[:, first].any()
     assert bool(trimmed.window) == (0 < window < S - first)
 
 

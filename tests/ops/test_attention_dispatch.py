@@ -72,7 +72,7 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
         ("flash", AttentionSpec(1.0), 6, "it runs on CUDA GPUs only"),
         ("flash", AttentionSpec(1.0, window=2), 6, "it has no window"),
         ("flash", AttentionSpec(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
-        ("cudnn", AttentionSpec(1.0), 3, "it aligns its mask to the first key, so that queries must be as many as keys"),
+        ("cudnn", AttentionSpec(1.0), 3, "it aligns its mask to the first key, so that there must be as many queries as keys"),
         ("fa4", AttentionSpec(1.0, slopes=torch.ones(4)), 6, "it has no ALiBi slopes (alibi.fold_into_qk = true needs none)"),
         ("fa4", AttentionSpec(1.0), 6, "it runs on CUDA GPUs only"),
     ],
@@ -81,7 +81,7 @@ def test_a_named_backend_that_refuses_is_an_error_with_its_reason(name: str, pat
     q, k, v = call(T)
     with pytest.raises(ConfigError) as e:
         attend(q, k, v, pattern, name)
-    assert str(e.value) == f"Attention backend {name!r} cannot compute this pattern: {reason}; use backend auto or eager."
+    assert str(e.value) == f"Attention backend {name!r} cannot compute this call: {reason}; use backend auto or eager."
 
 
 def test_flex_refuses_gradients_on_a_cpu() -> None:
@@ -107,15 +107,15 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int]) -> An
         ("flash", (9, 0), 6, 128, 128, torch.bfloat16, None),
         ("flash", (9, 0), 6, 128, 128, torch.float32, "it has no kernels in float32"),
         ("flash", (7, 5), 6, 128, 128, torch.float16, "it needs a GPU of compute capability 8.0 or newer"),
-        ("flash", (9, 0), 6, 12, 12, torch.bfloat16, "it needs heads of 8, 16, ... or 256 dimensions"),
-        ("flash", (9, 0), 6, 64, 32, torch.bfloat16, "it needs values as wide as keys"),
-        ("cudnn", (9, 0), 1, 64, 64, torch.bfloat16, "it needs two tokens or more"),
-        ("cudnn", (9, 0), 6, 256, 256, torch.bfloat16, "it needs heads of 8, 16, ... or 128 dimensions"),
+        ("flash", (9, 0), 6, 12, 12, torch.bfloat16, "it needs a head dim of 8, 16, ... or 256"),
+        ("flash", (9, 0), 6, 64, 32, torch.bfloat16, "it needs values with the head dim of keys"),
+        ("cudnn", (9, 0), 1, 64, 64, torch.bfloat16, "it needs at least two tokens"),
+        ("cudnn", (9, 0), 6, 256, 256, torch.bfloat16, "it needs a head dim of 8, 16, ... or 128"),
         ("fa4", (8, 0), 6, 64, 64, torch.bfloat16, "it needs a GPU of compute capability 9.0 or newer"),
-        ("fa4", (10, 0), 6, 192, 64, torch.bfloat16, "it needs heads of 8, 16, ... or 128 dimensions"),
+        ("fa4", (10, 0), 6, 192, 64, torch.bfloat16, "it needs a head dim of 8, 16, ... or 128"),
         ("fa4", (9, 0), 6, 64, 64, torch.bfloat16, "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"),
         ("flex", (9, 0), 6, 64, 64, torch.float64, "it has no kernels in float64"),
-        ("flex", (9, 0), 6, 8, 8, torch.bfloat16, "it needs heads of 16 dimensions or more"),
+        ("flex", (9, 0), 6, 8, 8, torch.bfloat16, "it needs a head dim of at least 16"),
         ("sdpa", (9, 0), 6, 64, 64, torch.bfloat16, None),
     ],
 )

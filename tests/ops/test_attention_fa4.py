@@ -155,7 +155,8 @@ def test_the_first_document_of_a_row_never_joins_the_last_of_the_row_before(libr
 
 def test_numbers_that_fall_are_an_error_not_another_mask(library: Library) -> None:
     numbers = torch.tensor([[0, 1, 1, 0, 0, 2, 2]] * 2)
-    with pytest.raises(DataError, match=r"Document numbers fall along a row.*: number documents upwards, or set attention.backend to flex"):
+    message = r"Document numbers decrease along a sequence.*: number documents in increasing order, or set attention.backend to flex"
+    with pytest.raises(DataError, match=message):
         fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers)))
 
 

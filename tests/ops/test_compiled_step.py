@@ -41,12 +41,12 @@ def rows(M: int, K: int) -> gemv.GemvInput:
 
 def project(M: int) -> None:
     cache = gemv.CacheSlotPointers(empty(M, KEYS, 1, 128), number(), 2976, 3104, KEYS * 128, 128)
-    gemv.gemv(rows(M, WIDTH), empty(3228, WIDTH), empty(M, 3228), fresh=empty(M, WIDTH), place=cache)
+    gemv.gemv(rows(M, WIDTH), empty(3228, WIDTH), empty(M, 3228), normalized=empty(M, WIDTH), slot=cache)
 
 
 def plain(M: int, N: int, K: int, activation: str = "none") -> None:
     keep = gemv.PendingShiftPointers(empty(M, 1, WIDTH), empty(M, WIDTH))
-    gemv.gemv(gemv.GemvInput(empty(M, K)), empty(N, K), empty(M, N), gemv.GemvEpilogue(empty(N), empty(M, N)), activation, keep=keep)
+    gemv.gemv(gemv.GemvInput(empty(M, K)), empty(N, K), empty(M, N), gemv.GemvEpilogue(empty(N), empty(M, N)), activation, pending=keep)
 
 
 def inner(M: int) -> None:
@@ -63,7 +63,7 @@ def heads(M: int) -> None:
     scales = (empty(24, 124, dtype=torch.float32), empty(1, 124, dtype=torch.float32))
     tails = [empty(24), empty(1, 4, dtype=torch.long)]
     place = (empty(M, KEYS, 1, 128), number())
-    qk_preprocess.preprocess_qk((raw[0], raw[1]), scales, tables, tails, "l2", "interleaved", place=place)
+    qk_preprocess.preprocess_qk((raw[0], raw[1]), scales, tables, tails, "l2", "interleaved", cache=place)
 
 
 WORKS: dict[str, Callable[[], None]] = {
@@ -97,4 +97,4 @@ def test_a_kernel_of_a_step(name: str, launched: list[tuple[int, Any]], tmp_path
         assert "st.global" not in before
         loads = re.findall(r"ld\.global\S*", before)
         assert bool(loads) == ("product" in name or "values" in name or "sizes" in name)
-        assert kernel.metadata.name != "_product" or any("v4.b32" in load for load in loads) or "sizes" in name
+        assert kernel.metadata.name != "_gemv_kernel" or any("v4.b32" in load for load in loads) or "sizes" in name

@@ -46,7 +46,7 @@ def test_cast(N: int, K: int, dtype: torch.dtype) -> None:
 
     place, x = interpreted.device(), drawn(N, K)
     scale = power_of_two_scale(x.abs().amax(), dtype)
-    rows, columns, total = device.cast(x.to(place), scale.to(place), dtype, total=True)
+    rows, columns, total = device.cast_to_float8(x.to(place), scale.to(place), dtype, row_sum=True)
     assert rows is not None
     assert columns is not None
     assert total is not None
@@ -62,7 +62,7 @@ def test_what_is_not_asked_for_is_not_made_and_nothing_is_hidden() -> None:
 
     place, x = interpreted.device(), torch.ones(16, 32)
     x[3, 5], x[4, 6], x[5, 7] = 1e6, -1e6, torch.nan
-    rows, columns, total = device.cast(x.to(place), torch.ones((), device=place), FORWARD_DTYPE, columns=False)
+    rows, columns, total = device.cast_to_float8(x.to(place), torch.ones((), device=place), FORWARD_DTYPE, columns=False)
     assert columns is None
     assert total is None
     assert rows is not None
@@ -77,7 +77,7 @@ def test_measure(N: int, K: int, dtype: torch.dtype) -> None:
     from andromeda.ops.triton import float8 as device
 
     x = drawn(N, K).clamp(-400, 400).to(dtype)
-    largest, norm = device.measure(x.to(interpreted.device()), 16).amax(1).tolist()
+    largest, norm = device.amax_and_norm_partials(x.to(interpreted.device()), 16).amax(1).tolist()
     assert largest == x.double().abs().max()
     assert norm == pytest.approx(float(x.double().norm(dim=1).max()), rel=1e-6)
 

@@ -102,7 +102,7 @@ def test_shift_and_what_is_kept_of_it(M: int, tokens: int, numbered: bool, place
     same = same if numbered else torch.ones_like(same)
     torch.testing.assert_close(y.double(), F.linear(shifted(row, before.double(), same), weight.double()), rtol=1e-4, atol=1e-4)
     following = torch.randn(4, 30, generator=g).to(device)
-    gemv.gemv(torch.ones(M, 30, device=device), following, keep=keep)
+    gemv.gemv(torch.ones(M, 30, device=device), following, pending=keep)
     torch.testing.assert_close(past.double(), torch.cat([before.double(), row[:, None]], 1)[:, 1:], rtol=1e-5, atol=1e-5)
 
 
@@ -112,7 +112,7 @@ def test_some_outputs_go_into_a_cache_as_well(M: int) -> None:
     g, device = torch.Generator().manual_seed(4), interpreted.device()
     x, weight, cache = (torch.randn(*shape, generator=g).to(device) for shape in ((M, 40), (19, 40), (M, 5, 2, 3)))
     before = cache.clone()
-    y, _ = gemv.gemv(x, weight, place=gemv.CacheSlot(cache, torch.tensor(3, device=device), 7))
+    y, _ = gemv.gemv(x, weight, slot=gemv.CacheSlot(cache, torch.tensor(3, device=device), 7))
     expected = F.linear(x.double(), weight.double())
     close(y, expected, torch.float32)
     close(cache[:, 3].flatten(1), expected[:, 7:13], torch.float32)
@@ -129,7 +129,7 @@ def test_every_cut_gives_the_same(cut: tuple[int, int, int]) -> None:
     g = torch.Generator().manual_seed(5)
     x, weight = (torch.randn(*shape, generator=g).to(device) for shape in ((2, 1000), (11, 1000)))
     y = x.new_empty(2, 11)
-    kernels.gemv(kernels.GemvInput(x), weight, y, cut=kernels.GemvLaunchConfig(*cut))
+    kernels.gemv(kernels.GemvInput(x), weight, y, config=kernels.GemvLaunchConfig(*cut))
     close(y, F.linear(x.double(), weight.double()), torch.float32)
 
 

@@ -46,10 +46,10 @@ def test_the_kernel_is_attention(B: int, H: int, G: int, D: int, pattern: dict[s
         "softcap": pattern.get("softcap", 0.0),
     }
     found = decode_attention.decode_attention(
-        q, k, v, 0.3, **settings, index=at, launch=decode_attention.LAUNCH_CONFIG._replace(programs=programs)
+        q, k, v, 0.3, **settings, index=at, config=decode_attention.LAUNCH_CONFIG._replace(programs=programs)
     )
     assert found.shape == (B, 1, H, 24)
-    expected = eager.attend(q.double(), k.double(), v.double(), AttentionSpec(0.3, **settings, index=at))
+    expected = eager.attend(q.double(), k.double(), v.double(), AttentionSpec(0.3, **settings, query_index=at))
     torch.testing.assert_close(found.double(), expected, rtol=1e-4, atol=1e-4)
 
 

@@ -98,7 +98,7 @@ def test_folded_alibi_in_bfloat16_is_within_the_kernels_own_error() -> None:
     _, k_folded = folded(c, q, k, scale)
     assert q_folded.dtype == k_folded.dtype == torch.bfloat16
     assert k_folded[0, :, 0, D:].double() @ torch.tensor([65536.0, 256.0, 1.0, 0.0], dtype=torch.float64) == pytest.approx(range(S))
-    mask = AttentionSpec(scale).visible(T, S, CPU)
+    mask = AttentionSpec(scale).mask(T, S, CPU)
     plain = F.scaled_dot_product_attention(
         q_folded.transpose(1, 2), k_folded.transpose(1, 2), v.transpose(1, 2), attn_mask=mask, scale=scale, enable_gqa=True
     ).transpose(1, 2)

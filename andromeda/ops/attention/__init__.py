@@ -1,7 +1,7 @@
-"""One attention call, several backends, one reference (`eager`).
+"""Attention with several backends and one reference, `eager`.
 
-`attend(q, k, v, pattern, backend)` computes the whole pattern or says in one sentence why it cannot; no backend ever
-drops a part of it. A backend is a module with `name`, `unsupported_reason(pattern, q, k, v)` and `attend(q, k, v, pattern)`.
+`attend(q, k, v, spec, backend)` computes all of `spec` or raises an error that says why it cannot; no backend ignores a part of
+it. A backend is a module with `name`, `unsupported_reason(spec, q, k, v)` and `attend(q, k, v, spec)`.
 """
 
 from andromeda.ops.attention.dispatch import attend, backend_ranking, backends, select_backend

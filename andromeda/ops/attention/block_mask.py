@@ -1,7 +1,8 @@
-"""Which blocks of 128 queries and 128 keys a pattern lets through, for FlexAttention.
+"""The block mask of an attention spec for FlexAttention: which blocks of 128 queries and 128 keys contain visible pairs.
 
-Found in closed form from the ends of each block, in O((T / 128) (S / 128)): no T x S mask is made, nothing is compiled and
-nothing waits for the device. Blocks that are let through whole are told apart, since the kernel need not mask them.
+Computed in closed form from the bounds of each block, in O((T / 128) (S / 128)): without a T x S mask, without compilation and
+without synchronizing with the device. Blocks that are entirely visible are listed separately, because the kernel need not mask
+them.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def block_mask(spec: AttentionSpec, T: int, S: int, device: torch.device) -> BlockMask:
-    """FlexAttention's mask of T queries and S keys."""
+    """The BlockMask of T queries and S keys."""
     some, whole = classify_blocks(spec, T, S, device)
     return BlockMask.from_kv_blocks(
         *_kv_block_indices(some & ~whole),
@@ -32,9 +33,9 @@ def block_mask(spec: AttentionSpec, T: int, S: int, device: torch.device) -> Blo
 
 
 def classify_blocks(spec: AttentionSpec, T: int, S: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Which blocks hold a visible pair, and which hold nothing else: two of (B or 1, 1, T / BLOCK, S / BLOCK), rounded up.
+    """Blocks with a visible pair, and blocks with visible pairs only: two bool tensors (B or 1, 1, ceil(T / BLOCK), ceil(S / BLOCK)).
 
-    Where document numbers rise along a row, the first answer is exact; else it is on the safe side.
+    Where document numbers rise along a sequence, the first is exact; otherwise it may contain more blocks than needed.
     """
     first_query, last_query = (x[:, None] for x in _block_bounds(T, device))
     first_key, last_key = _block_bounds(S, device)
@@ -42,7 +43,7 @@ def classify_blocks(spec: AttentionSpec, T: int, S: int, device: torch.device) -
     some, whole = farthest >= 0, nearest >= 0
     if spec.window:
         some, whole = some & (nearest < spec.window), whole & (farthest < spec.window)
-    # The kernel must mask what lies beyond the ends, so that a block cut short is never whole.
+    # The kernel must mask what is beyond the ends, so that an incomplete block is never entirely visible.
     whole = whole & (last_query - first_query == BLOCK - 1) & (last_key - first_key == BLOCK - 1)
     some, whole = some[None, None], whole[None, None]
     if spec.documents is not None:
@@ -67,14 +68,14 @@ def _document_range(numbers: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _kv_block_indices(blocks: Tensor) -> tuple[Tensor, Tensor]:
-    """How many blocks of keys each block of queries meets, and their numbers in order, those that count first."""
+    """The number of key blocks of each query block, and the indices of key blocks, visible ones first."""
     order = torch.argsort(blocks.to(torch.uint8), dim=-1, descending=True, stable=True)
     return blocks.sum(-1, dtype=torch.int32), order.to(torch.int32)
 
 
 def _mask_mod(spec: AttentionSpec, T: int, S: int, device: torch.device) -> MaskMod:
-    """Whether query i of batch b sees key j, for the blocks that are neither empty nor whole."""
-    # Numbers that change from call to call are tensors: as constants they would have the kernel compiled anew.
+    """Whether query i of batch element b sees key j, for the blocks that are partly visible."""
+    # Values that change between calls are tensors: as constants they would cause recompilation.
     offset = None if T == S else torch.full((), S - T, dtype=torch.int32, device=device)
     reach = torch.full((), spec.window, dtype=torch.int32, device=device) if spec.window else None
     documents = spec.documents

@@ -1,4 +1,4 @@
-"""cuDNN's fused attention through PyTorch: causal attention of whole sequences, on Hopper much faster than FlashAttention-2."""
+"""cuDNN's fused attention through PyTorch: causal attention of whole sequences, much faster than FlashAttention-2 on Hopper."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from andromeda.ops.attention.spec import AttentionSpec
 
 name = "cudnn"
 
-_AVAILABLE = torch.backends.cudnn.is_available()  # asked here, since torch.compile cannot trace the question
+_AVAILABLE = torch.backends.cudnn.is_available()  # at import, because torch.compile cannot trace this call
 
 
 def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Causal attention of whole sequences in 16 bits on Ampere and newer GPUs."""
     if q.shape[1] != k.shape[1]:
-        return "it aligns its mask to the first key, so that queries must be as many as keys"
+        return "it aligns its mask to the first key, so that there must be as many queries as keys"
     if q.shape[1] == 1:
-        return "it needs two tokens or more"
+        return "it needs at least two tokens"
     if (
         reason := requires_causal_only(spec)
         or requires_half_on_cuda(q, capability=8)
@@ -38,7 +38,7 @@ def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
     gradients = needs_grad(q, k, v)
-    # The operator itself: the public function may take another kernel, and asks again at every call.
+    # The operator itself: the public function may select another kernel, and selects again in every call.
     out = torch.ops.aten._scaled_dot_product_cudnn_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None, gradients, is_causal=True, scale=spec.scale
     )

@@ -1,4 +1,4 @@
-"""Which backend computes a pattern: the one asked for, or with `auto` the fastest that accepts it."""
+"""Selection of the attention backend: the one named, or with `auto` the fastest that supports the spec."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class BackendRanking:
-    """Backends for one kind of attention on one kind of device, the fastest first, and how that is known."""
+    """Backends for one workload on one kind of device, the fastest first, and the measurement behind the order."""
 
     order: tuple[str, ...]
     source: str
@@ -37,9 +37,7 @@ RANKINGS = {
         ("fa4", "flex", "sdpa", "eager"),
         "H100, the same heads, 32,768 tokens in a window of 1,024: forward and backward in 3.5 (fa4) and 5.2 ms (flex)",
     ),
-    ("cuda", "biased"): BackendRanking(
-        ("flex", "sdpa", "eager"), "flex alone has slopes without a mask of T x S: 61 ms forward and backward"
-    ),
+    ("cuda", "biased"): BackendRanking(("flex", "sdpa", "eager"), "only flex has slopes without a T x S mask: 61 ms forward and backward"),
     ("cuda", "decode"): BackendRanking(
         ("flash", "decode", "sdpa", "flex", "eager"),
         "H100, the same heads, one query after 32,768 keys: 0.04 (flash), 0.08 (decode), 0.33 (fa4) and 0.38 ms (sdpa)",
@@ -50,7 +48,7 @@ RANKINGS = {
     ),
     ("", ""): BackendRanking(("sdpa", "eager"), "no other backend runs there"),
 }
-"""By device and work; an empty word stands for every other one."""
+"""By device and workload; the empty string stands for every other one."""
 
 
 def backends() -> dict[str, ModuleType]:
@@ -59,29 +57,29 @@ def backends() -> dict[str, ModuleType]:
 
 
 def backend_ranking(spec: AttentionSpec, q: Tensor) -> BackendRanking:
-    """What `auto` tries for these queries (B, T, H, D), and why in this order."""
+    """The backends that `auto` tries for these queries (B, T, H, D), in order."""
     device = q.device.type
     return next(RANKINGS[key] for key in ((device, _workload(spec, q.shape[1])), (device, ""), ("", "")) if key in RANKINGS)
 
 
 def _workload(spec: AttentionSpec, T: int) -> str:
-    """Patterns among which the order of the backends does not change."""
+    """The class of specs within which the order of the backends does not change."""
     if T == 1:
         return "decode"
     if spec.slopes is not None:
         return "biased"
-    return "causal" if spec.plain else "masked"
+    return "causal" if spec.is_plain_causal else "masked"
 
 
 def select_backend(name: str, spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
-    """The backend for this call. A named one that refuses is an error; `auto` goes on to the next."""
+    """The backend for this call. Raises ConfigError if a named one is unknown or does not support it; `auto` tries the next."""
     if name == "auto":
         return _first_supported(spec, q, k, v)
     if name not in _BACKENDS:
         raise ConfigError(f"There is no attention backend {name!r}{nearest(name, ['auto', *_BACKENDS])}.")
     reason = _BACKENDS[name].unsupported_reason(spec, q, k, v)
     if reason:
-        raise ConfigError(f"Attention backend {name!r} cannot compute this pattern: {reason}; use backend auto or eager.")
+        raise ConfigError(f"Attention backend {name!r} cannot compute this call: {reason}; use backend auto or eager.")
     return _BACKENDS[name]
 
 
@@ -95,12 +93,12 @@ def _first_supported(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Mo
             return _BACKENDS[name]
         if not missed:
             fastest, missed = name, reason
-    raise AssertionError("eager never refuses")
+    raise AssertionError("eager supports every call")
 
 
 @torch.compiler.assume_constant_result
 def _log_fallback(name: str, fastest: str, reason: str) -> None:
-    """Log a choice that is not the fastest one, also while a model is being compiled."""
+    """Log that a slower backend was selected, also while torch.compile traces."""
     _log_once(name, fastest, reason)
 
 
@@ -112,9 +110,9 @@ def _log_once(name: str, fastest: str, reason: str) -> None:
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, backend: str = "auto") -> Tensor:
     """Attention of q (B, T, H, D) over k (B, S, G, D) and v (B, S, G, Dv): (B, T, H, Dv).
 
-    Query head h reads key/value head h // (H / G). Raises ConfigError for a backend that is not known or refuses.
+    Query head h reads key/value head h // (H / G). Raises ConfigError for a backend that is unknown or does not support this call.
     """
-    spec, first = spec.trimmed(q.shape[1], k.shape[1])
+    spec, first = spec.crop_to_window(q.shape[1], k.shape[1])
     if first:
         k, v = k[:, first:], v[:, first:]
     return select_backend(backend, spec, q, k, v).attend(q, k, v, spec)

@@ -1,7 +1,7 @@
-"""FlashAttention-4 (`flash-attn-4`, written in CuTe): the fastest kernels on Hopper and Blackwell, with windows, soft cap and documents.
+"""FlashAttention-4 (`flash-attn-4`, written in CuTe DSL): the fastest kernels on Hopper and Blackwell, with window, soft cap and documents.
 
-The library's functions are wrapped as one PyTorch operator, so that torch.compile passes it on untouched. Documents become
-sequences of their own, which costs one wait for the device for each new set of document numbers, not for each layer.
+The library's functions are wrapped as one PyTorch operator, which torch.compile does not trace into. Documents become sequences
+of variable length, which costs one synchronization with the device per new tensor of document numbers, not per layer.
 """
 
 from __future__ import annotations
@@ -35,19 +35,19 @@ def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> 
     if spec.slopes is not None:
         return NO_ALIBI_SLOPES
     if spec.documents is not None and q.shape[1] != k.shape[1]:
-        return "it takes documents only where queries are as many as keys"
+        return "it supports documents only with as many queries as keys"
     if reason := requires_queries_last(spec) or requires_half_on_cuda(q, capability=9):
         return reason
     widest = 256 if torch.cuda.get_device_capability(q.device)[0] == 9 else 128
     if reason := requires_head_dim_multiple_of_8(q, v, widest):
         return reason
     if q.shape[2] != k.shape[2] and (reason := requires_equal_head_dims(q, v)) and needs_grad(q, k, v):
-        return f"{reason} for the gradients of shared ones"
+        return f"{reason} for gradients with grouped queries"
     return None if _is_installed_constant() else "flash-attn-4 is not installed: run `pip install 'andromeda[flash]'`"
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """Same contract as `eager.attend`. Raises DataError where document numbers fall along a row."""
+    """Same contract as `eager.attend`. Raises DataError where document numbers decrease along a sequence."""
     documents = None if spec.documents is None else spec.documents[0]
     return torch.ops.andromeda.fa4(q, k, v, documents, spec.scale, spec.window, spec.softcap)[0]
 
@@ -67,7 +67,7 @@ def _is_installed() -> bool:
 
 @torch.library.custom_op("andromeda::fa4", mutates_args=())
 def _forward(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, scale: float, window: int, softcap: float) -> tuple[Tensor, Tensor]:
-    """Attention (B, T, H, Dv), and the logarithm of the sum of exponentials as the library has it."""
+    """Attention output (B, T, H, Dv), and the log-sum-exp in the layout of the library."""
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     options: dict[str, Any] = {
@@ -98,7 +98,7 @@ def _backward(
     softcap: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of q, k and v."""
-    # The public functions leave no way to go back but their own autograd, which torch.compile cannot look into.
+    # The public functions have no backward pass but their own autograd function, which torch.compile cannot trace.
     from flash_attn.cute.interface import _flash_attn_bwd
 
     left, right = _window(window)
@@ -154,23 +154,23 @@ _forward.register_autograd(_gradients, setup_context=_save)
 
 
 def _window(window: int) -> tuple[int | None, int | None]:
-    """Keys to the left and right of a query's own; the library does not count the query itself."""
+    """Window to the left and right of the query's position, which the library does not count."""
     return (window - 1, 0) if window else (None, None)
 
 
 def _varlen_arguments(documents: Tensor) -> dict[str, Any]:
-    """Where every document of every row begins and ends, as the library wants it."""
+    """The bounds of all documents, as arguments of the library."""
     bounds = _cu_seqlens_cache.get((documents,), None, lambda: _cu_seqlens(documents))
     return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": documents.shape[1], "max_seqlen_k": documents.shape[1]}
 
 
 def _cu_seqlens(documents: Tensor) -> Tensor:
-    """Index of the first token of every document among all B T tokens, and B T: (number of documents + 1,) in int32."""
+    """cu_seqlens: index of the first token of each document among all B T tokens, and B T: (number of documents + 1,) in int32."""
     step = documents.diff(dim=1)
     if bool((step < 0).any()):
         raise DataError(
-            "Document numbers fall along a row, which attention backend 'fa4' cannot mask: "
-            "number documents upwards, or set attention.backend to flex."
+            "Document numbers decrease along a sequence, which attention backend 'fa4' cannot mask: "
+            "number documents in increasing order, or set attention.backend to flex."
         )
     starts = torch.nn.functional.pad(step != 0, (1, 0), value=True).flatten().nonzero().flatten()
     return torch.nn.functional.pad(starts, (0, 1), value=documents.numel()).to(torch.int32)

@@ -1,4 +1,4 @@
-"""FlashAttention-2 (arXiv 2307.08691) as PyTorch has it in CUDA: causal attention only, also of a few queries over many keys."""
+"""FlashAttention-2 (arXiv 2307.08691) as PyTorch ships it for CUDA: causal attention only, also of a few queries over many keys."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
-    # The operator itself, since the public function refuses T < S: this kernel aligns its mask to the last key, as we do.
+    # The operator itself, because the public function does not support T < S: this kernel aligns its mask to the last key, as needed.
     out = torch.ops.aten._scaled_dot_product_flash_attention(
         q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True, scale=spec.scale
     )

@@ -1,6 +1,6 @@
-"""FlexAttention: FlashAttention-2 in Triton for every pattern, skipping the blocks that the pattern hides.
+"""FlexAttention: FlashAttention-2 in Triton for every spec, skipping the blocks that are not visible.
 
-On a CPU it computes T x S matrices, forward only: of use to test the masks that GPUs get.
+On a CPU it computes T x S matrices, forward only, which serves to test the masks that are used on GPUs.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ _block_mask_cache: TensorCache[BlockMask] = TensorCache(16)
 
 
 def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Any pattern of queries at the end of the keys; on CPUs no gradients, on GPUs no float64 and no narrow heads."""
+    """Any spec whose queries are the last keys; on CPUs without gradients, on GPUs without float64 and without narrow heads."""
     if reason := requires_queries_last(spec):
         return reason
     if q.device.type == "cpu":
         if torch.compiler.is_compiling():
-            return "it cannot compile every pattern for a CPU"
+            return "it cannot compile every spec for a CPU"
         return "it has no backward pass on a CPU" if any(x.requires_grad for x in (q, k, v)) else None
     if q.device.type != "cuda":
         return f"it has no kernels for {q.device.type}"
     if q.dtype == torch.float64:
         return "it has no kernels in float64"
     if min(q.shape[-1], v.shape[-1]) < 16:
-        return "it needs heads of 16 dimensions or more"
+        return "it needs a head dim of at least 16"
     return None
 
 
@@ -53,14 +53,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
         block_mask=mask,
         scale=spec.scale,
         enable_gqa=q.shape[2] != k.shape[2],
-        # Its kernel for decoding is chosen for up to 127 queries, and then finds no configuration for more rows than a block.
+        # Its decoding kernel is selected for up to 127 queries, but has no configuration for more query rows than a block.
         kernel_options=None if T == 1 else {"BACKEND": "TRITON"},
     )
     return out.transpose(1, 2)
 
 
 def _compile_key(spec: AttentionSpec, q: Tensor, S: int) -> tuple[Hashable, ...]:
-    """What two calls must have in common to share a compiled function."""
+    """Key of the compiled function: calls with the same key share one."""
     B, T = q.shape[:2]
     masked = bool(spec.window), spec.documents is not None, spec.slopes is not None, spec.softcap
     return *masked, q.device.type, q.dtype, torch.is_grad_enabled(), B == 1, T == 1, T == S
@@ -68,18 +68,18 @@ def _compile_key(spec: AttentionSpec, q: Tensor, S: int) -> tuple[Hashable, ...]
 
 @cache
 def _compiled_flex_attention(kind: tuple[Hashable, ...]) -> Callable[..., Any]:
-    """FlexAttention compiled for one kind of call. The first lengths are constants; once they change, they are symbols."""
+    """FlexAttention compiled for one key. Lengths are constants at first, and dynamic once they change."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return flex_attention(*args, **kwargs)
 
-    # Dynamo keeps what it compiled, and gives up after eight times, by code object: so each kind has its own.
+    # Dynamo caches by code object and gives up after eight recompilations, so that each key gets a code object of its own.
     call.__code__ = call.__code__.replace(co_name=f"flex_attention{kind}")
     return torch.compile(call, fullgraph=True, backend="eager" if "cpu" in kind else "inductor")
 
 
 def _score_mod(spec: AttentionSpec, q: Tensor, S: int) -> Callable[..., Tensor] | None:
-    """Soft cap, then ALiBi, of one logit."""
+    """The score_mod of soft cap and ALiBi, or None."""
     T, cap = q.shape[1], spec.softcap
     slopes = None if spec.slopes is None else spec.slopes.to(q.device, torch.promote_types(q.dtype, torch.float32))
     if slopes is None and not cap:

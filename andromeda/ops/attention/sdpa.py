@@ -1,7 +1,7 @@
-"""PyTorch's scaled_dot_product_attention, which picks a kernel of its own: flash for plain causal attention, masks for the rest.
+"""PyTorch's scaled_dot_product_attention, which selects a kernel itself: flash for causal attention, masks for everything else.
 
-Under a mask, 256 queries at a time meet the keys that some of them see: that nearly halves the work of a causal mask and
-makes a window cost O(T window).
+With a mask, queries are processed in blocks of 256 with the keys that any of them sees: that nearly halves the work of a causal
+mask and makes a window cost O(T window).
 
 Shapes: B batch, T queries, S keys, H query heads, G key/value heads, D head dim.
 """
@@ -23,11 +23,11 @@ from andromeda.ops.compute_dtype import HALF_DTYPES
 name = "sdpa"
 
 QUERY_BLOCK = 256
-"""Queries under one mask. On a CPU core, packed rows of 512 tokens then take 68 ms instead of 86, of 2048 tokens 203 instead of 377
+"""Queries of one mask. On a CPU core, packed sequences of 512 tokens then take 68 ms instead of 86, of 2048 tokens 203 instead of 377
 (benchmarks/attention_cpu.py)."""
 
 QueryBlock = tuple[slice, slice, Tensor]
-"""Some queries, the keys that some of them see, and zero where a query sees a key, minus infinity elsewhere."""
+"""Some queries, the keys that any of them sees, and their additive mask: zero where visible, minus infinity elsewhere."""
 
 _query_blocks: TensorCache[list[QueryBlock]] = TensorCache(4)
 _is_single_document: TensorCache[bool] = TensorCache(4)
@@ -45,19 +45,19 @@ def unsupported_reason(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> 
 def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     """Same contract as `eager.attend`."""
     if q.device.type == "cpu" and q.dtype in HALF_DTYPES and needs_grad(q, k, v):
-        # A CPU takes 2.7 times as long for both passes in 16 bits as in float32 with the conversions (benchmarks/attention_cpu.py).
+        # Forward and backward in 16 bits take 2.7 times as long on a CPU as in float32 with conversions (benchmarks/attention_cpu.py).
         return attend(q.float(), k.float(), v.float(), spec).to(v.dtype)
     T, S = q.shape[1], k.shape[1]
     if spec.documents is not None and _has_one_document(spec.documents):
         spec = replace(spec, documents=None)
-    if spec.plain and T == S:
+    if spec.is_plain_causal and T == S:
         return _sdpa(q, k, v, spec.scale)
     if T == 1:
         return _decode(q, k, v, spec)
     strips = _query_blocks.get(spec.documents or (), (spec.window, T, S, q.dtype, q.device), lambda: list(_split_queries(spec, q, S)))
     dtype = q.dtype
     if dtype in HALF_DTYPES and needs_grad(k, v):
-        # The gradients of a key's strips and of the heads that share it are added in float32.
+        # The gradients of a key from several query blocks and from the heads that share it are added in float32.
         k, v = (x.float().repeat_interleave(q.shape[2] // k.shape[2], 2) for x in (k, v))
     parts = []
     for rows, keys, hidden in strips:
@@ -67,7 +67,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = None) -> Tensor:
-    """The function itself: causal without a mask."""
+    """The PyTorch function; causal without a mask."""
     out = F.scaled_dot_product_attention(
         q.transpose(1, 2),
         k.transpose(1, 2),
@@ -81,9 +81,9 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float, mask: Tensor | None = N
 
 
 def _decode(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
-    """One query, q (B, 1, H, D): the heads that share keys stand in for queries, so that no kernel copies keys for them."""
+    """One query, q (B, 1, H, D): heads that share keys are passed as queries, so that no kernel copies keys for them."""
     G, mask = k.shape[2], None
-    if not spec.plain:
+    if not spec.is_plain_causal:
         mask = _add_alibi(spec, _additive_mask(spec, q, k.shape[1]))
         if spec.slopes is not None:
             mask = mask.unflatten(-3, (G, -1)).squeeze(-2)
@@ -94,7 +94,7 @@ def _decode(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
 
 
 def _has_one_document(documents: tuple[Tensor, Tensor]) -> bool:
-    """Whether every row holds one document only; asked on CPUs alone, since on a GPU the answer has to be waited for."""
+    """Whether every sequence is a single document; checked on CPUs only, because on a GPU it would synchronize."""
     queries, keys = documents
     if keys.device.type != "cpu" or torch.compiler.is_compiling():
         return False
@@ -102,26 +102,26 @@ def _has_one_document(documents: tuple[Tensor, Tensor]) -> bool:
 
 
 def _split_queries(spec: AttentionSpec, q: Tensor, S: int) -> Iterator[QueryBlock]:
-    """Strips of ROWS queries."""
+    """Blocks of QUERY_BLOCK queries."""
     T = q.shape[1]
     for start in range(0, T, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, T)
         end = S - T + stop
         documents = spec.documents and (spec.documents[0][:, start:stop], spec.documents[1][:, :end])
-        # The last of these queries stands at the last of these keys, as in the whole.
-        part, first = replace(spec, documents=documents).trimmed(stop - start, end)
+        # The last of these queries is at the last of these keys, as in the whole call.
+        part, first = replace(spec, documents=documents).crop_to_window(stop - start, end)
         yield slice(start, stop), slice(first, end), _additive_mask(part, q[:, start:stop], end - first)
 
 
 def _additive_mask(spec: AttentionSpec, q: Tensor, S: int) -> Tensor:
-    """Zero where a query sees a key, minus infinity elsewhere: (T, S), or (B, 1, T, S) with documents."""
-    # CPU kernels take a mask in float32 with queries in 16 bits, and ALiBi's bias then loses nothing.
+    """Zero where a key is visible, minus infinity elsewhere: (T, S), or (B, 1, T, S) with documents."""
+    # CPU kernels accept a float32 mask with 16-bit queries, so that ALiBi's bias is not rounded.
     dtype = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
-    visible = spec.visible(q.shape[1], S, q.device)
+    visible = spec.mask(q.shape[1], S, q.device)
     return torch.zeros(visible.shape, dtype=dtype, device=q.device).masked_fill(~visible, float("-inf"))
 
 
 def _add_alibi(spec: AttentionSpec, hidden: Tensor) -> Tensor:
-    """The mask together with ALiBi's bias, if there is one: (H, T, S) then, or (B, H, T, S) with documents."""
+    """The mask plus ALiBi's bias, if there is one: (H, T, S) then, or (B, H, T, S) with documents."""
     bias = spec.bias(hidden.shape[-2], hidden.shape[-1], hidden.device)
     return hidden if bias is None else hidden + bias.to(hidden.dtype)

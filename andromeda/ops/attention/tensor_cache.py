@@ -1,4 +1,4 @@
-"""What is computed once for a tensor and used by every layer after it: masks and boundaries made from document numbers."""
+"""A cache of values derived from tensors, such as masks from document numbers, which all layers of a model share."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ Value = TypeVar("Value")
 
 
 class TensorCache(Generic[Value]):
-    """The last few values that were made from some tensors and a key.
+    """The last few values that were computed from some tensors and a key.
 
-    Tensors are known by identity and by their count of changes in place, so that nothing is compared on the device and
-    nothing waits for it. Nothing is remembered while torch.compile traces, nor while a CUDA graph is recorded: it would be
-    a constant there, and its memory would be gone when the graph is replayed.
+    Tensors are compared by identity and version counter (`Tensor._version`), without reading them on the device. Nothing is
+    cached while torch.compile traces or a CUDA graph is captured: there the value would become a constant, whose memory is freed
+    before the graph is replayed.
     """
 
     def __init__(self, size: int) -> None:
         self._entries: deque[tuple[tuple[tuple[ref[Tensor], int], ...], Hashable, Value]] = deque(maxlen=size)
 
     def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Value]) -> Value:
-        """The value made before for these very tensors and this key, or the one that `make` makes now."""
-        # Inference tensors do not count their changes, so that nobody could tell whether a value is still true.
+        """The cached value for these very tensors and this key, or the result of `make()`, which is then cached."""
+        # Inference tensors have no version counter, so that a cached value could be outdated.
         if torch.compiler.is_compiling() or _is_capturing() or any(t.is_inference() for t in tensors):
             return make()
-        # What inference mode makes cannot be kept for a backward pass, so that a training step needs one of its own.
+        # A tensor created in inference mode cannot be saved for backward, so that training needs its own entry.
         key = (len(tensors), torch.is_inference_mode_enabled(), key)
         for marks, known, value in self._entries:
             if known == key and all(r() is t and n == t._version for (r, n), t in zip(marks, tensors, strict=True)):

@@ -1,9 +1,9 @@
-"""Triton kernels for the softmax side of a linear head's loss: losses of a chunk's logits, with their gradient in the logits' place,
-and the last product of a gradient with what comes from above.
+"""Triton kernels for the softmax part of a language-model head: the losses of a chunk of logits, whose gradient replaces the logits
+in place, and the final scaling of a gradient by the upstream gradient.
 
-A program takes a row. It reads the row once for the largest logit and the sum of exponentials, and once more to write the
-gradient. The second time the row comes from the cache, if the rows that are being worked on fit into it: a program is therefore
-large, so that few are at work at once. All arithmetic is in float32.
+A program computes one row. It reads the row once for the maximum and the sum of exponentials, and once more to write the
+gradient; the second read comes from the L2 cache if the rows in progress fit into it. Programs are therefore large, so that few
+run at once. Arithmetic is in float32.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 8192
-"""Columns that a program reads at once, at most."""
+"""Most columns that a program loads at once."""
 PER_WARP = 256
-"""Columns of those that a warp takes: 16 bytes of logits a thread."""
+"""Columns per warp: 16 bytes of 16-bit logits per thread."""
 GROUP = 8
-"""Neighboring logits of one thread that share a running maximum, so that a sum is brought to a new one once for all of them."""
+"""Adjacent logits of one thread that share a running maximum, so that the sum is rescaled once for all of them."""
 SCALE_BLOCK, SCALE_WARPS = 4096, 8
-"""Elements of a gradient that a program scales."""
+"""Elements of a gradient that a program scales, and its warps."""
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
 def _exp(x):
-    """e^x as the device raises it: without the care that `tl.exp` takes of results below 1e-38, which is half of all its instructions."""
+    """e^x by the hardware instruction, without the handling of denormal results in `tl.exp`, which is half of its instructions."""
     return tl.exp2(x * LOG2E)
 
 
@@ -60,7 +60,7 @@ def _loss_kernel(
     row = logits + index.to(tl.int64) * stride
     label = tl.load(labels + index)
     valid = label != IGNORE_INDEX
-    # Read before any lane writes: the reductions below are barriers.
+    # Loaded before any thread writes the gradient: the reductions below are barriers.
     target_logit = _apply_softcap(tl.load(row + tl.where(valid, label, 0)).to(tl.float32), cap, CAPPED)
     offsets = tl.arange(0, BLOCK // GROUP)[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
     running_max = tl.full((BLOCK // GROUP,), float("-inf"), tl.float32)
@@ -71,7 +71,7 @@ def _loss_kernel(
         if CAPPED:
             z = tl.where(column < V, _apply_softcap(z, cap, CAPPED), float("-inf"))
         new_max = tl.maximum(running_max, tl.max(z, 1))
-        # A group that has seen no column yet has minus infinity twice, whose difference is no number.
+        # Before the first valid column both maxima are minus infinity, and their difference would be NaN.
         base = tl.where(new_max == float("-inf"), 0.0, new_max)
         sums = sums * _exp(running_max - base) + tl.sum(_exp(z - base[:, None]), 1)
         running_max = new_max
@@ -96,7 +96,7 @@ def _loss_kernel(
 def _scale_kernel(source, to, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.constexpr):
     scale = tl.load(factor)
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    # The gradient of a plain sum has a factor of one: in its own place, nothing is to be read or written.
+    # The upstream gradient of a plain sum is 1: in place, nothing needs to be read or written.
     mask = (offsets < tl.where(scale == 1.0, 0, n)) if IN_PLACE else offsets < n
     x = tl.load(source + offsets, mask=mask, other=0.0).to(tl.float32)
     tl.store(to + offsets, (x * scale).to(to.dtype.element_ty), mask=mask)
@@ -105,13 +105,13 @@ def _scale_kernel(source, to, factor, n, IN_PLACE: tl.constexpr, BLOCK: tl.const
 def logits_loss(
     logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool, ignore_index: int, block: int = BLOCK
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logits (n, V), labels (n,) -> total and cross entropy, each (n,) in float32, and `logits`, which hold the total's gradient now.
+    """logits (n, V), labels (n,) -> total loss and cross entropy, each (n,) in float32, and `logits`, now with the gradient of the total.
 
-    Without `gradient` the logits stay. Rows may lie apart, columns not.
+    Without `gradient` the logits are unchanged. Rows may be strided, columns must be contiguous.
     """
     n, V = logits.shape
     total, nll = (logits.new_empty(n, dtype=torch.float32) for _ in range(2))
-    # A cap takes registers, and a program of all warps that a processor has room for would then be alone on it.
+    # The soft cap takes registers, so that a program with the most warps would occupy a multiprocessor alone.
     block = min(block // 2 if softcap else block, max(GROUP, triton.next_power_of_2(V)))
     shape: dict[str, Any] = {"CAPPED": bool(softcap), "GRADIENT": gradient, "BLOCK": block, "GROUP": GROUP}
     with torch.cuda.device_of(logits):
@@ -133,9 +133,9 @@ def logits_loss(
 
 
 def scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, in_place: bool) -> Tensor:
-    """gradient * factor, multiplied in float32 and rounded to `dtype` once; gradient dense, factor () in float32.
+    """gradient * factor, multiplied in float32 and rounded once to `dtype`; gradient dense, factor () in float32.
 
-    `in_place` writes it over `gradient`, which is then in `dtype` already.
+    in_place: overwrite `gradient`, whose dtype must be `dtype`.
     """
     out = gradient if in_place else torch.empty_like(gradient, dtype=dtype)
     n = gradient.numel()

@@ -1,11 +1,11 @@
-"""Triton kernels for attention of one query: one takes the keys in parts, two for each multiprocessor, one puts the parts together.
+"""Triton kernels for attention of one query per sequence (Flash-Decoding, arXiv 2311.01282).
 
-A program takes a part of the keys of one sequence and one key/value head, and all query heads that read it, so that keys and
-values are read once (Flash-Decoding, arXiv 2311.01282). It keeps the running largest logit and sum of FlashAttention
-(arXiv 2205.14135); a second kernel weighs the parts by them. Which keys are seen is known on the device alone: programs whose
-part lies outside the window, or behind the query, read nothing.
+The first kernel splits the keys into parts, about two programs per multiprocessor; a program computes a part of the keys of one
+sequence and one key/value head for all query heads that share it, so that keys and values are read once. It keeps the running
+maximum and sum of FlashAttention (arXiv 2205.14135), with which the second kernel combines the parts. Which keys are visible is
+known on the device only: programs whose part lies before the window or after the query read nothing.
 
-Shapes: B sequences, S keys, H query heads, G key/value heads, R = H / G, D and Dv dimensions of a head, P parts.
+Shapes: B sequences, S keys, H query heads, G key/value heads, R = H / G, D and Dv head dims, P parts.
 """
 
 from __future__ import annotations
@@ -21,26 +21,26 @@ from andromeda.ops.triton.pdl import pdl_launch_dependents, pdl_launch_options, 
 
 
 class DecodeLaunchConfig(NamedTuple):
-    """How the work is cut."""
+    """How the keys are split."""
 
     keys: int
-    """That a program reads at once, a power of two from 16 on."""
+    """Keys that a program loads at once, a power of two of at least 16."""
     programs: int
-    """That there are in all, about."""
+    """Approximate number of programs in total."""
     warps: int
 
 
 LAUNCH_CONFIG = DecodeLaunchConfig(32, 264, 4)
-"""Two programs for nearly each of a large GPU's 132 multiprocessors: while one computes, the other's keys and values come."""
+"""About two programs for each of an H100's 132 multiprocessors: one computes while the other loads."""
 MAX_EXTRA_COLUMNS = 8
-"""Most columns of a head behind a power of two that are added one by one, such as those of a folded ALiBi."""
+"""Up to this many columns beyond a power of two, such as those of folded ALiBi, are added one by one instead of in `tl.dot`."""
 COLUMNS = 16
-"""Dimensions of a head that a program of the second kernel puts together."""
+"""Columns of a head that a program of the second kernel combines."""
 
 
 @triton.jit
 def _mask_logits(logits, position, first, last, heads, document, k_documents, slopes, scale, softcap, end, constants: tl.constexpr):
-    """Logits (r, n) of a block of keys from their products, minus infinity where one is not seen."""
+    """Logits (r, n) of a block of keys from the dot products, minus infinity where a key is not visible."""
     logits *= scale
     if constants.softcap:
         logits = softcap * (1.0 - 2.0 / (tl.exp(2.0 * logits / softcap) + 1.0))
@@ -57,7 +57,7 @@ def _split_kernel(
     q, k, v, q_documents, k_documents, slopes, index, total, peak, out, S, length, scale, softcap, window,
     q_b, k_b, v_b, q_documents_b, k_documents_b, constants: tl.constexpr,
 ):  # fmt: skip
-    """One part: its weighted values (B, G, P, R, Dv) over its own largest logit, with that and the sum of exponentials (B, G, P, R)."""
+    """One part: unnormalized output (B, G, P, R, Dv), and the maximum logit and sum of exponentials it refers to (B, G, P, R)."""
     pdl_launch_dependents(constants)
     pdl_wait(constants)
     pair, part = tl.program_id(0), tl.program_id(1)
@@ -74,7 +74,7 @@ def _split_kernel(
     m = tl.full((constants.ROWS,), float("-inf"), tl.float32)
     s = tl.full((constants.ROWS,), 0.0, tl.float32)
     sums = tl.full((constants.ROWS, constants.DOT_DV), 0.0, tl.float32)
-    # Blocks before the window and behind the query are passed over; from_key and the window's start lie on no common grid.
+    # Skip blocks before the window and after the query; the start of the window need not be a multiple of KEYS from from_key.
     start = from_key + tl.maximum(first - from_key, 0) // constants.KEYS * constants.KEYS
     for offset in range(start, tl.minimum(end, last + 1), constants.KEYS):
         position = offset + tl.arange(0, constants.KEYS)
@@ -95,7 +95,7 @@ def _split_kernel(
             products, position, first, last, heads, document, k_documents + b * k_documents_b, slopes, scale, softcap, end, constants
         )
         new_max = tl.maximum(m, tl.max(logits, 1))
-        # Where nothing is seen yet, minus infinity stands on both sides.
+        # Both are minus infinity until a key is visible.
         safe = tl.where(new_max == float("-inf"), 0.0, new_max)
         weights = tl.exp(logits - safe[:, None])
         rescale = tl.exp(m - safe)
@@ -110,7 +110,7 @@ def _split_kernel(
 
 @triton.jit
 def _combine_kernel(total, peak, parts, out, P, constants: tl.constexpr):
-    """Some columns of one head's average (B, H, Dv), from its parts."""
+    """Some columns of one head's output (B, H, Dv), from its parts."""
     pdl_launch_dependents(constants)
     pdl_wait(constants)
     head, column = tl.program_id(0), tl.program_id(1) * constants.COLUMNS + tl.arange(0, constants.COLUMNS)
@@ -126,23 +126,23 @@ def _combine_kernel(total, peak, parts, out, P, constants: tl.constexpr):
 
 
 class DecodeConstants(NamedTuple):
-    """What is known when a kernel is compiled."""
+    """Values that are known when a kernel is compiled."""
 
     G: int
     R: int
     D: int
     DV: int
     ROWS: int
-    """Query heads of a program, rounded up to what a product takes."""
+    """Query heads of a program, rounded up to the least rows of `tl.dot`."""
     DOT_D: int
-    """Columns of a head that are multiplied as matrices: few more than a power of two are added one by one."""
+    """Columns of a head that `tl.dot` multiplies."""
     DOT_DV: int
     KEYS: int
     COLUMNS: int
     PARTS: int
     """Parts, rounded up to a power of two."""
     q_h: int
-    """Strides of heads and keys: known, they say how many columns can be read at once."""
+    """Strides of heads and keys are constants, from which the compiler knows how many columns it can load at once."""
     k_s: int
     k_g: int
     v_s: int
@@ -159,7 +159,7 @@ def decode_attention(
     q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, documents: tuple[Tensor, Tensor] | None, slopes: Tensor | None,
     softcap: float, index: Tensor | None = None, config: DecodeLaunchConfig = LAUNCH_CONFIG,
 ) -> Tensor:  # fmt: skip
-    """q (B, 1, H, D), k (B, S, G, D), v (B, S, G, Dv), the rest as in `Pattern` -> (B, 1, H, Dv). Every query must see a key."""
+    """q (B, 1, H, D), k (B, S, G, D), v (B, S, G, Dv), the rest as in `AttentionSpec` -> (B, 1, H, Dv). Each query must see a key."""
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))
     (B, _, H, D), (S, G), DV = q.shape, k.shape[1:3], v.shape[-1]
     blocks = triton.cdiv(S, config.keys)

@@ -1,12 +1,12 @@
-"""Triton kernels that prepare queries and keys for attention: norm, learned scales, rotation and folded ALiBi in one pass.
+"""Triton kernels that preprocess queries and keys for attention: norm, learned scales, rotation and folded ALiBi in one pass.
 
-A program takes a block of tokens and a few heads, of the queries or of the keys: it reads the tokens' angles once and then
-each head once. The backward pass reads the raw vectors again and computes their norms anew, so that forward saves nothing.
-Where it has gradients of learned scales, a program walks over several blocks of tokens of one head instead, and their sums
-stay in registers until the end.
+A program computes a block of tokens and a few heads, of the queries or of the keys: it reads the tokens' cosines and sines once
+and then each head once. The backward pass reads the projected vectors again and recomputes their norms, so that forward saves
+nothing else. Where there are gradients of learned scales, a program processes several blocks of tokens of one head, a chunk,
+and keeps the sums in registers until the end.
 
-A head is read as D/2 pairs of columns; those that rotary leaves alone are pairs that turn by nothing. Shapes: n tokens of a
-block, P pairs, rounded up to a power of two.
+A head is read as D/2 pairs of columns; pairs that are not rotated get cosine 1 and sine 0. Shapes: n tokens of a block, P pairs,
+rounded up to a power of two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OptionalTensorPair = tuple[Tensor | None, Tensor | None]
 
 
 class QKLaunchConfig(NamedTuple):
-    """How the work is cut."""
+    """Work of one program."""
 
     tokens: int
     """Tokens of a program, a power of two."""
@@ -43,27 +43,28 @@ class QKLaunchConfig(NamedTuple):
 
 FORWARD, BACKWARD, DECODE = QKLaunchConfig(32, 6, 4), QKLaunchConfig(32, 6, 4), QKLaunchConfig(4, 1, 1)
 BACKWARD_SCALED = QKLaunchConfig(16, 1, 4)
-"""Of the backward pass with learned scales: small blocks, since the sums take registers too."""
+"""The backward pass with learned scales has small blocks, because the sums take registers too."""
 MAX_BLOCKS_PER_PROGRAM, MIN_PROGRAMS = 8, 64
-"""Most blocks that one of its programs walks over, and as many walks as there must be before they grow longer than one block."""
+"""Most blocks of a chunk, and how many chunks there must be before a chunk has more than one block."""
 FEW_TOKENS = 1024
-"""Up to here a program has one head, so that few tokens still occupy the whole GPU."""
+"""Up to this number of tokens a program has one head, so that they still occupy the whole GPU."""
 
 
 class QKConstants(NamedTuple):
-    """What is known when a kernel is compiled."""
+    """Values that are known when a kernel is compiled."""
 
     D: int
     """Columns of a head."""
     OUT: int
-    """The same with those of a folded ALiBi."""
+    """Columns of a head of the output: D, or D + 4 with folded ALiBi."""
     HALF: int
-    """Pairs that turn."""
+    """Rotated pairs."""
     P: int
+    """Pairs of a head, rounded up to a power of two."""
     unit: int
-    """Divides all strides, so that the compiler knows how many columns it may read at once."""
+    """A common divisor of all strides, from which the compiler knows how many columns it can load at once."""
     width: int
-    """Pairs of one thread that lie side by side: as many as can be read at once everywhere, so that threads exchange nothing."""
+    """Contiguous pairs of one thread: as many as can be loaded at once everywhere, so that threads exchange nothing."""
     norm: str
     interleaved: bool
     tokens: int
@@ -71,49 +72,50 @@ class QKConstants(NamedTuple):
     heads: int
     """Heads of a program."""
     pdl: bool = False
+    """Launch with programmatic dependent launch."""
 
 
 class HeadGroup(NamedTuple):
-    """The queries or the keys, as the kernels see them; None where there is nothing."""
+    """Arguments of the kernels for the queries or the keys; None where absent."""
 
     query: Any
     count: Any
     """Heads."""
     x: Any
-    """Raw vectors (B, T, heads, D)."""
+    """Projected vectors (B, T, heads, D)."""
     x_b: Any
-    """Stride of batch, as a multiple of the shape's unit."""
+    """Batch stride in multiples of `QKConstants.unit`, like all strides below but those of heads."""
     x_t: Any
     x_h: Any
-    """Stride of the heads in full."""
+    """Head stride in elements."""
     y: Any
-    """Prepared vectors (B, T, heads, OUT), or their gradient."""
+    """Preprocessed vectors (B, T, heads, OUT), or their gradient."""
     y_b: Any
     y_t: Any
     y_h: Any
     cos: Any
     sin: Any
     table_b: Any
-    """Rows of the tables from one sequence to the next, 0 where all share them."""
+    """Batch stride of the tables in rows, 0 where all sequences share them."""
     scale: Any
     """Learned scales (heads, 1) or (heads, D)."""
     per_dim: Any
     alibi_columns: Any = None
-    """Slopes (heads,) of queries, digits (T, OUT - D) of keys."""
+    """ALiBi slopes (heads,) of queries, position digits (T, OUT - D) of keys."""
     dx: Any = None
-    """Gradient of the raw vectors (B, T, heads, D)."""
+    """Gradient of the projected vectors (B, T, heads, D)."""
     dx_b: Any = None
     dx_t: Any = None
     partial: Any = None
-    """Gradient of the scales, a row for each walk over blocks of tokens."""
+    """Partial sums of the gradient of the scales, one row per chunk."""
     partial_row: Any = None
-    """Numbers from one of its rows to the next."""
+    """Row stride of `partial`."""
     index: Any = None
-    """Where in y, a cache, the one token of a pass belongs: a number () on the device."""
+    """Position () in y, then a cache, at which the only token is written."""
 
 
 class TokenBlock(NamedTuple):
-    """The tokens of a block, each (n,)."""
+    """Batch index, time and validity of the tokens of a block, each (n,)."""
 
     batch: Any
     time: Any
@@ -122,20 +124,20 @@ class TokenBlock(NamedTuple):
 
 @triton.jit
 def _pair_indices(constants: tl.constexpr):
-    """Numbers of the pairs (P,), of which a thread takes `shape.width` side by side."""
+    """Indices of the pairs (P,), of which a thread holds `width` contiguous ones."""
     width: tl.constexpr = constants.width
     return tl.max_contiguous(tl.arange(0, constants.P), width)
 
 
 @triton.jit
 def _pair_columns(constants: tl.constexpr):
-    """Columns of the first and the second of each pair, each (P,)."""
+    """Columns of the first and the second element of each pair, each (P,)."""
     width: tl.constexpr = constants.width
     pair = tl.arange(0, constants.P)
     if constants.interleaved:
         first, second = 2 * pair, 2 * pair + 1
     else:
-        # Plain sums where all pairs turn, which the compiler sees through best.
+        # Plain sums where all pairs are rotated, which the compiler analyzes best.
         if 2 * constants.HALF == constants.D:
             first, second = pair, pair + constants.HALF
         else:
@@ -147,13 +149,13 @@ def _pair_columns(constants: tl.constexpr):
 
 @triton.jit
 def _pair_mask(live, constants: tl.constexpr):
-    """Which pairs of the tokens there are (n, P)."""
+    """Mask of the pairs of valid tokens (n, P)."""
     return live[:, None] & (tl.arange(0, constants.P) < constants.D // 2)[None, :]
 
 
 @triton.jit
 def _pair_pointers(rows, constants: tl.constexpr):
-    """Where interleaved pairs lie (n, P), each pair as one number: two reads with gaps would be twice as many instructions."""
+    """Pointers to interleaved pairs (n, P), each pair as one word: two strided loads would take twice as many instructions."""
     if rows.dtype.element_ty.primitive_bitwidth == 32:
         start = rows.to(tl.pointer_type(tl.uint64), bitcast=True)
     else:
@@ -163,7 +165,7 @@ def _pair_pointers(rows, constants: tl.constexpr):
 
 @triton.jit
 def _load_pairs(rows, live, constants: tl.constexpr):
-    """The vectors at `rows` (n,) in float32: firsts and seconds of pairs, each (n, P), zero where there are none."""
+    """The vectors at `rows` (n,) in float32: first and second elements of the pairs, each (n, P), zero where masked."""
     mask = _pair_mask(live, constants)
     kind: tl.constexpr = rows.dtype.element_ty
     if constants.interleaved:
@@ -180,7 +182,7 @@ def _load_pairs(rows, live, constants: tl.constexpr):
 
 @triton.jit
 def _store_pairs(rows, live, a, b, constants: tl.constexpr):
-    """The opposite of `_load`."""
+    """The inverse of `_load_pairs`."""
     mask = _pair_mask(live, constants)
     kind: tl.constexpr = rows.dtype.element_ty
     if constants.interleaved:
@@ -206,13 +208,13 @@ def _load_angles(group, block, constants: tl.constexpr):
 
 @triton.jit
 def _token_pointers(x, stride_b, stride_t, block, constants: tl.constexpr):
-    """Where the tokens' first heads lie (n,)."""
+    """Pointers to the first head of each token (n,)."""
     return x + (block.batch.to(tl.int64) * stride_b + block.time.to(tl.int64) * stride_t) * constants.unit
 
 
 @triton.jit
 def _load_scales(group, head, constants: tl.constexpr):
-    """A head's learned scales, to be multiplied with (n, P) and (n, P)."""
+    """A head's learned scales, broadcastable to (n, P), for the first and second elements of pairs."""
     if group.per_dim:
         first, second = _pair_columns(constants)
         exists = tl.arange(0, constants.P) < constants.D // 2
@@ -227,7 +229,7 @@ def _load_scales(group, head, constants: tl.constexpr):
 
 @triton.jit
 def _store_scale_grad(group, chunk, head, a, b, constants: tl.constexpr):
-    """A walk's share in the gradient of a head's scales, summed from the shares a and b of its tokens, each (n, P)."""
+    """Store a chunk's part of the gradient of a head's scales, summed over its tokens' parts a and b, each (n, P)."""
     row = group.partial + chunk * group.partial_row
     if group.per_dim:
         first, second = _pair_columns(constants)
@@ -240,7 +242,7 @@ def _store_scale_grad(group, chunk, head, a, b, constants: tl.constexpr):
 
 @triton.jit
 def _norm_factors(a, b, constants: tl.constexpr):
-    """f (n, 1), by which the vectors are multiplied, and w (n, 1) in its gradient dx = f (dn - w n <n, dn>)."""
+    """The factor f (n, 1) of the norm, and w (n, 1) in its gradient dx = f (dn - w n <n, dn>)."""
     square = tl.sum(a * a + b * b, 1)[:, None]
     if constants.norm == "rms":
         f = 1.0 / tl.sqrt(square / constants.D + RMS_EPS)
@@ -248,14 +250,14 @@ def _norm_factors(a, b, constants: tl.constexpr):
     else:
         length = tl.sqrt(square)
         f = 1.0 / tl.maximum(length, UNIT_EPS)
-        # Shorter vectors are divided by a constant.
+        # Shorter vectors are divided by the constant UNIT_EPS.
         w = tl.where(length > UNIT_EPS, 1.0, 0.0)
     return f, w
 
 
 @triton.jit
 def _store_alibi_columns(rows, group, head, block, constants: tl.constexpr):
-    """The columns of a folded ALiBi."""
+    """Store the additional columns of folded ALiBi."""
     column = tl.arange(0, constants.OUT - constants.D)
     if group.query:
         power = tl.where(column == 0, 65536.0, tl.where(column == 1, 256.0, tl.where(column == 2, 1.0, 0.0)))
@@ -269,7 +271,7 @@ def _store_alibi_columns(rows, group, head, block, constants: tl.constexpr):
 
 @triton.jit
 def _forward_heads(group, block, start, constants: tl.constexpr):
-    """Some heads of a block of tokens, from head `start` on."""
+    """Forward pass of a program's heads, from head `start` on."""
     if constants.HALF > 0:
         cos, sin = _load_angles(group, block, constants)
     x, y = (
@@ -295,8 +297,8 @@ def _forward_heads(group, block, start, constants: tl.constexpr):
 
 @triton.jit
 def _backward_heads(group, chunk, first_head, N, T, blocks, constants: tl.constexpr):
-    """Gradients of some heads of the blocks of a walk, from head `begin` on, and the walk's share of those of the scales."""
-    tl.static_assert(group.scale is None or constants.heads == 1, "the sums are of one head")
+    """Gradients of a program's heads for the blocks of a chunk, from `first_head` on, and the chunk's part of the scale gradients."""
+    tl.static_assert(group.scale is None or constants.heads == 1, "the sums of scale gradients are of a single head")
     tokens: tl.constexpr = constants.tokens
     P: tl.constexpr = constants.P
     sum_a, sum_b = tl.zeros((tokens, P), tl.float32), tl.zeros((tokens, P), tl.float32)
@@ -333,7 +335,7 @@ def _backward_heads(group, chunk, first_head, N, T, blocks, constants: tl.conste
 
 @triton.jit
 def _token_block(index, N, T, constants: tl.constexpr):
-    """The tokens of a block."""
+    """The tokens of block `index`."""
     token = index * constants.tokens + tl.arange(0, constants.tokens)
     batch = token // T
     return TokenBlock(batch, token - batch * T, token < N)
@@ -341,9 +343,9 @@ def _token_block(index, N, T, constants: tl.constexpr):
 
 @triton.jit
 def _program_position(q, k, constants: tl.constexpr):
-    """Whether this program is of the queries, its first head and the number of its tokens' block or walk.
+    """Whether this program belongs to the queries, its first head, and the index of its block or chunk of tokens.
 
-    Neighbors share tokens, whose tables are cached then.
+    Adjacent programs share tokens, so that the tables are read from the cache.
     """
     q_groups: tl.constexpr = (q.count + constants.heads - 1) // constants.heads
     groups: tl.constexpr = q_groups + (k.count + constants.heads - 1) // constants.heads
@@ -414,10 +416,10 @@ def preprocess_qk_backward(
     dxs: TensorPair,
     config: QKLaunchConfig | None = None,
 ) -> list[Tensor]:
-    """Fill dxs, the gradients of raw queries (B, T, H, D) and keys (B, T, G, D), and return those of the scales that there are.
+    """Compute the gradients dxs of projected queries (B, T, H, D) and keys (B, T, G, D); return those of the scales that are given.
 
-    dys: the gradients of the prepared ones. `raw` may be missing where nothing is normed. dxs may be views of a wider tensor, as
-    long as heads lie side by side.
+    dys: gradients of the outputs. raw: projected queries and keys; empty without a norm. dxs may be views of a wider tensor whose
+    heads are contiguous.
     """
     D = dxs[0].shape[-1]
     N, T = _token_counts(dys[0])
@@ -441,7 +443,7 @@ def preprocess_qk_backward(
     for dx, of in zip(dxs, outputs, strict=True):
         if of is not dx:
             dx.copy_(of)
-    # One order of summation, whatever the order in which the programs ran, and one pass for both scales.
+    # Summed in one fixed order, so that the gradients are deterministic, and in one pass for both scales.
     sums = zip(partial.sum(0).split(sizes), scales, strict=True) if scaled else ()
     return [of.view_as(s).to(s.dtype, copy=True) for of, s in sums if s is not None]
 
@@ -469,13 +471,13 @@ def _stride_in_units(x: Tensor, dim: int, constants: QKConstants) -> int:
 
 
 def _make_readable(xs: TensorPair, layout: str) -> TensorPair:
-    """xs, or copies of what the kernels cannot read."""
+    """xs, or contiguous copies of those that the kernels cannot read."""
     q, k = (x if _is_readable(x, layout) else x.contiguous() for x in xs)
     return q, k
 
 
 def _is_readable(x: Tensor, layout: str) -> bool:
-    """Whether the columns of x's heads lie side by side and, if interleaved, every pair where it is read as one number."""
+    """Whether the columns of x's heads are contiguous and, if interleaved, every pair is aligned to be read as one word."""
     odd = layout == "interleaved" and any(step % 2 for step in (x.storage_offset(), *x.stride()[:-1]))
     return x.stride(-1) == 1 and not odd
 
@@ -486,18 +488,21 @@ def _constants(
     half = tables[0].shape[-1] if tables else 0
     interleaved = layout == "interleaved"
     unit = gcd(16, *(step for x in tensors for step in x.stride()[:-1]))
-    # Interleaved pairs lie side by side also where the turned ones end; of halves, neighbors end there.
+    # Interleaved pairs are contiguous across the end of the rotated ones; halves are not.
     width = gcd(unit // 2, D // 2) if interleaved else gcd(unit, half, D // 2)
     return QKConstants(D, out, half, triton.next_power_of_2(D // 2), unit, width, norm, interleaved, config.tokens, config.heads)
 
 
 def _token_counts(x: Tensor) -> tuple[int, int]:
-    """Tokens of x (B, T, ...), in all and in a sequence."""
+    """Tokens of x (B, T, ...): in total, and per sequence."""
     return x.shape[0] * x.shape[1], x.shape[1]
 
 
 def _launch_kernel(kernel: Any, arguments: tuple[Any, ...], indices: int, constants: QKConstants, config: QKLaunchConfig) -> None:
-    """Programs for every group of heads of both sides, which `given` begins with, and each of `indices` blocks or walks."""
+    """Launch a program for every group of query heads and of key heads and each of `indices` blocks or chunks.
+
+    arguments: those of the kernel, beginning with the two HeadGroups.
+    """
     q, k = arguments[:2]
     groups = triton.cdiv(q.count.value, config.heads) + triton.cdiv(k.count.value, config.heads)
     with torch.cuda.device_of(q.x):
