@@ -1,9 +1,9 @@
-"""One batch from its prompts to its last token.
+"""Generation for one batch, from its prompts to its last token.
 
-Prompts of different lengths are padded on the left, and the padding is a document of its own: positions, token shift and
-attention of the prompt then never see it, by the model's own contract. A sequence that ends leaves the batch.
+Prompts of different lengths are padded on the left, and the padding has its own document number, so that positions, token shift
+and attention of the prompt never see it. Finished sequences leave the batch.
 
-Shapes: B batch, T time, V vocabulary.
+Shapes: B batch, T time, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ PADDING, CONTENT = 0, 1
 """Document numbers."""
 
 MIN_TOKENS_FOR_CUDA_GRAPH = 16
-"""Tokens that are written before recording a step pays."""
+"""From this number of new tokens on, capturing a CUDA graph pays."""
 
 
 class GenerationBatch:
-    """Sequences that are written together."""
+    """Sequences that are decoded together."""
 
     def __init__(
         self, model: Transformer, rows: Sequence[GeneratedSequence], sampler: Sampler, *, span: int, eos: int | None, tokens: int
     ) -> None:
-        """span: length for dynamic frequency scaling. tokens: ids from this one on are never chosen."""
+        """span: sequence length for dynamic RoPE scaling. tokens: ids from this one on are never sampled."""
         self.model, self.rows, self.sampler = model, list(rows), sampler
         self.span, self.eos, self.tokens = span, eos, tokens
         self.device = model.head.weight.device
@@ -45,10 +45,10 @@ class GenerationBatch:
         self.most = max(row.limit for row in rows)
         self.prefill_seconds = self.decode_seconds = 0.0
 
-    # Not inference_mode: kernels share masks among the layers only of tensors that count their changes.
+    # Not inference_mode: masks are cached by tensors' version counters, which inference tensors lack.
     @torch.no_grad()
     def run(self, chunk: int) -> Iterator[StreamChunk]:
-        """Every piece of every sequence, in the order in which they come. chunk: tokens of a row that prefill reads at once."""
+        """The chunks of all sequences in the order of generation. chunk: tokens of a sequence per prefill pass."""
         start = time.perf_counter()
         documents = self._documents()
         record = self.most > MIN_TOKENS_FOR_CUDA_GRAPH and supports_cuda_graph(self.model.config, self.device)
@@ -70,7 +70,7 @@ class GenerationBatch:
             self.decode_seconds += time.perf_counter() - start
 
     def _prefill(self, documents: Tensor | None, cache: DynamicKVCache, chunk: int) -> Tensor:
-        """Logits (B, V) after the prompts, which fill the cache."""
+        """Prefill: fill the cache with the prompts and return the logits (B, V) after them."""
         padded = [[0] * (self.longest - len(row.prompt)) + row.prompt for row in self.rows]
         ids = torch.tensor(padded, device=self.device)
         for start in range(0, self.longest, chunk):
@@ -81,7 +81,7 @@ class GenerationBatch:
         return logits
 
     def _step(self, documents: Tensor | None, cache: DynamicKVCache, record: bool) -> DecodeStep:
-        """What writes on from the cache: a recorded step, or, with a word where recording fails, a plain one."""
+        """The decoding step after the prefill: a CUDA graph, or eager (with a warning) where capturing fails."""
         if record:
             try:
                 return CudaGraphDecodeStep(self._read, cache, self.most)
@@ -91,7 +91,7 @@ class GenerationBatch:
         return DynamicDecodeStep(self._read, cache, len(self.rows), None if documents is None else documents[:, -1:])
 
     def _documents(self) -> Tensor | None:
-        """Document numbers of the prompts; None in a batch without padding, where attention is faster without."""
+        """Document numbers (B, T) of the padded prompts; None without padding, because attention is faster without them."""
         missing = torch.tensor([self.longest - len(row.prompt) for row in self.rows], device=self.device)
         if not missing.any():
             return None
@@ -99,7 +99,7 @@ class GenerationBatch:
         return torch.where(padding, PADDING, CONTENT)
 
     def _read(self, ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
-        """Logits (B, V) at the last of ids (B, T); no others are computed."""
+        """Logits (B, V) at the last position of ids (B, T); no others are computed."""
         hidden = self.model.hidden(ids, documents=documents, cache=cache, span=self.span)
         return self.model.head(hidden[:, -1])[:, : self.tokens]
 
@@ -109,7 +109,7 @@ class GenerationBatch:
         return ids, ids.tolist()
 
     def _leave(self, stay: list[int], ids: Tensor, step: DecodeStep) -> Tensor:
-        """Let the other sequences go; ids (B,) of those that stay."""
+        """Remove finished sequences; returns ids (B,) of those at the indices `stay`."""
         self.rows = [self.rows[i] for i in stay]
         rows = torch.tensor(stay, device=self.device)
         step.keep(rows)

@@ -3,7 +3,7 @@
     norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
     ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
 
-Values and keys are written where they belong in a cache of one size (`model.fixed`); other caches, and parts that the kernels do
+Values and keys are written where they belong in a cache of one size (`model.kv_cache.static`); other caches, and parts that the kernels do
 not know, take the layer's own way between the products.
 
 Shapes: M sequences, C width, N outputs of the joined projection, J tokens of the shift.

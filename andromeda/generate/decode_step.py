@@ -1,9 +1,9 @@
-"""One token further for every sequence of a batch: the plain way, and as a CUDA graph.
+"""One decoding step for all sequences of a batch: eager with a dynamic KV cache, or as a CUDA graph with a static one.
 
-A decoding step is a thousand small kernels, and launching them takes a GPU's host many times longer than computing them.
-Recorded once on a cache of one size, they are launched as one.
+A decoding step is a thousand small kernels, and launching them takes the host many times longer than the GPU takes to compute
+them. Captured once on a static KV cache, they are launched as one.
 
-Shapes: B sequences still being written, V vocabulary.
+Shapes: B active sequences, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
 from andromeda.model.kv_cache.static import StaticKVCache
 
 ForwardLastLogits = Callable[[Tensor, Tensor | None, NoKVCache], Tensor]
-"""Logits (B, V) at the last of ids (B, T) with document numbers (B, T), after what a cache holds."""
+"""Logits (B, V) at the last position of ids (B, T) with document numbers (B, T), after the contents of a KV cache."""
 
 MIN_FREE_SLOTS = 256
-"""Tokens that a recorded step has room for before it is recorded anew, at least."""
+"""Least free slots of a static KV cache: a step is captured again when they are used up."""
 
 
 class DecodeStep(Protocol):
-    """Writes on after a prompt has been read."""
+    """Decodes one token at a time after the prefill."""
 
     def __call__(self, ids: Tensor) -> Tensor:
         """Logits (B, V) after the tokens ids (B,)."""
         ...
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at the indices `rows` only."""
+        """Keep only the sequences at the indices `rows`."""
         ...
 
     def bytes(self) -> int:
-        """Size of one sequence's share of the cache."""
+        """Bytes of the KV cache per sequence."""
         ...
 
 
 class DynamicDecodeStep:
-    """A forward pass with the cache that the prompt has filled; sequences that end leave it."""
+    """A forward pass with the dynamic KV cache of the prefill; finished sequences are removed from it."""
 
     def __init__(self, read: ForwardLastLogits, cache: DynamicKVCache, rows: int, document: Tensor | None) -> None:
-        """rows: sequences, B. document: number (B, 1) of the documents that are written, None where none were given."""
+        """rows: sequences, B. document: their document numbers (B, 1), None without documents."""
         self._read, self._cache, self._rows, self._document = read, cache, rows, document
 
     def __call__(self, ids: Tensor) -> Tensor:
@@ -53,21 +53,21 @@ class DynamicDecodeStep:
         return self._read(ids[:, None], self._document, self._cache)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at the indices `rows` only."""
+        """Keep only the sequences at the indices `rows`."""
         self._cache.select_rows(rows)
         self._rows = len(rows)
         self._document = None if self._document is None else self._document[rows]
 
     def bytes(self) -> int:
-        """Size of one sequence's share of the cache."""
+        """Bytes of the KV cache per sequence."""
         return self._cache.bytes() // self._rows
 
 
 class StaticDecodeStep:
-    """A forward pass over tensors that stay where they are; sequences that end run on unseen, so that no shape changes."""
+    """A forward pass over static tensors; finished sequences are still computed and ignored, so that no shape changes."""
 
     def __init__(self, read: ForwardLastLogits, cache: DynamicKVCache, most: int) -> None:
-        """most: tokens that any sequence may still be given."""
+        """most: most tokens that any sequence may still generate."""
         contents = cache.contents()
         rows, device = contents.documents.shape[0], contents.documents.device
         self._read, self._most = read, most
@@ -77,7 +77,7 @@ class StaticDecodeStep:
         self._start(cache)
 
     def _start(self, past: DynamicKVCache | StaticKVCache) -> None:
-        """Make a cache with room for more, and go on from what `past` holds."""
+        """Allocate a cache with free slots, and copy the contents of `past` into it."""
         contents = past.contents()
         rows, length = contents.documents.shape
         self._room = min(self._most, max(MIN_FREE_SLOTS, length))
@@ -86,7 +86,7 @@ class StaticDecodeStep:
         self._cache.load(contents)
 
     def _prepare(self) -> None:
-        """Passes over nothing, after which all buffers are there."""
+        """A pass over an empty cache, which allocates all buffers."""
         self._pass()
 
     def _pass(self) -> Tensor:
@@ -104,22 +104,22 @@ class StaticDecodeStep:
         return self._run()[self._alive]
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at the indices `rows` only."""
+        """Keep only the sequences at the indices `rows`."""
         gone = torch.ones_like(self._alive, dtype=torch.bool)
         gone[rows] = False
         self._cache.reset_rows(self._alive[gone])
         self._alive = self._alive[rows]
 
     def bytes(self) -> int:
-        """Size of one sequence's share of the cache."""
+        """Bytes of the KV cache per sequence."""
         return self._cache.bytes() // len(self._ids)
 
 
 class CudaGraphDecodeStep(StaticDecodeStep):
-    """The same pass, recorded as a CUDA graph and replayed."""
+    """The same pass, captured as a CUDA graph and replayed."""
 
     def _prepare(self) -> None:
-        # Kernels are compiled and libraries set up by the first passes, on a stream of their own as recording demands.
+        # Warm-up: the first passes compile kernels and initialize libraries, on a side stream as capturing requires.
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -136,9 +136,9 @@ class CudaGraphDecodeStep(StaticDecodeStep):
 
 
 def supports_cuda_graph(config: ModelConfig, device: torch.device) -> bool:
-    """Whether a step of this model can be a CUDA graph: nothing in it may ask the device for a number.
+    """Whether a step of this model can be a CUDA graph: nothing in it may synchronize with the device.
 
-    Experts do, and parts of a user's own may.
+    Experts do, and custom parts may.
     """
     own = config.embedding.kind == "custom" or ":" in config.attention.mixer
     return device.type == "cuda" and config.feedforward.kind != "moe" and not own

@@ -1,8 +1,8 @@
-"""Generation: prompts in, pieces of text out, with a cache.
+"""Generation with a KV cache: prompts in, chunks of text out.
 
-The prompt is read in chunks and only its last position's logits are computed; then one token at a time for the whole
-batch. Every sequence has its own random numbers, so that a prompt gets the same text in a batch as alone (to the
-rounding of the kernels, which may break a tie between two tokens otherwise in low precision).
+Prefill reads the prompt in chunks and computes only the logits of its last position; then all sequences of a batch are decoded one
+token at a time. Every sequence has its own random numbers, so that a prompt gets the same text in a batch as alone (up to
+rounding in the kernels, which may break a tie between two tokens differently in low precision).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from andromeda.utils.errors import CheckpointError, RequestError
 
 
 class Engine:
-    """Writes with one model."""
+    """Generates text with one model."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer | None = None, *, eos: int | None = None, batch: int = 8, chunk: int = 8192
@@ -43,7 +43,7 @@ class Engine:
             )
         self.model, self.tokenizer = model, tokenizer
         self.eos = tokenizer.eos if tokenizer and eos is None else eos
-        # A vocabulary that was padded to a round size has rows at its end that stand for nothing.
+        # A padded vocabulary has unused rows at its end.
         self.tokens = tokenizer.vocab_size if tokenizer else vocab
         self.batch, self.chunk = batch, chunk
 
@@ -83,7 +83,7 @@ class Engine:
                     ) from None
 
     def _groups(self, rows: list[GeneratedSequence]) -> Iterator[tuple[int, list[GeneratedSequence]]]:
-        """Rows that can be written together, with their span: dynamic scaling turns by the length, so there it must agree."""
+        """Batches of sequences, with their span: dynamic RoPE scaling depends on the length, which must then be the same in a batch."""
         spans: dict[int, list[GeneratedSequence]] = {}
         for row in rows:
             spans.setdefault(self._span(row), []).append(row)
@@ -94,7 +94,7 @@ class Engine:
     def _span(self, row: GeneratedSequence) -> int:
         if self.model.config.rotary.scaling.kind != "dynamic":
             return self.model.config.max_seq_len
-        # Up to the length it was trained at, all lengths turn alike.
+        # Up to the trained length, the frequencies do not depend on it.
         return max(len(row.prompt) + row.limit, original_max_seq_len(self.model.config))
 
 

@@ -1,6 +1,6 @@
 """A serial pre-norm layer rearranged for inference, so that fewer passes go over its activations.
 
-Queries, keys and values come from one product. On a GPU, what lies between two products is one kernel (`kernels.norm_shift`),
+Queries, keys and values come from one product. On a GPU, what lies between two products is one kernel (`ops.add_norm_shift`),
 which also rounds to 8 bits where the layers are in 8 bits; without 8 bits the last product adds itself to the stream. What a
 kernel cannot do, the layer's own parts do, as before.
 

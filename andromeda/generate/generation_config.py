@@ -22,13 +22,13 @@ class GenerationConfig(BaseConfig):
     repetition_penalty: PositiveFloat = 1.0
     """Logits of tokens seen before are divided by it when positive and multiplied when negative (arXiv 1909.05858); 1 is off."""
     temperature: float = Field(0.8, ge=0.0)
-    """Divides the logits; 0 always takes the likeliest token."""
+    """Divides the logits; 0 always takes the most likely token."""
     top_k: int = Field(50, ge=0)
-    """Only the k likeliest tokens; 0 is off."""
+    """Only the k most likely tokens; 0 is off."""
     top_p: float = Field(1.0, gt=0.0, le=1.0)
-    """Only the likeliest tokens that together reach this probability (arXiv 1904.09751); 1 is off."""
+    """Only the most likely tokens that together reach this probability (arXiv 1904.09751); 1 is off."""
     min_p: float = Field(0.0, ge=0.0, le=1.0)
-    """Only tokens of at least this share of the likeliest one's probability (arXiv 2407.01082); 0 is off."""
+    """Only tokens with at least this share of the most likely token's probability (arXiv 2407.01082); 0 is off."""
     seed: int | None = Field(None, ge=0, lt=1 << 63)
     """Starts the random numbers of every prompt, alone or in a batch; None draws one, which the answer names."""
 

@@ -1,9 +1,9 @@
 """From logits to tokens: pure functions on logits (B, V), and the order in which they are applied.
 
 Order: repetition penalty, temperature, top-k, top-p, min-p, draw. A filter sets what it excludes to minus infinity and
-never excludes the likeliest token. Off is left out of the chain when the sampler is built.
+never excludes the most likely token. Filters that are off are left out when the sampler is built.
 
-Shapes: B batch, V vocabulary.
+Shapes: B batch, V vocabulary size.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def top_k(logits: Tensor, k: int) -> Tensor:
 
 
 def top_p(logits: Tensor, p: float) -> Tensor:
-    """The smallest set of likeliest tokens whose probability reaches p (arXiv 1904.09751, 3.1)."""
+    """The smallest set of most likely tokens whose probability reaches p (arXiv 1904.09751, 3.1)."""
     ordered, order = logits.sort(descending=True, stable=True)
     probability = ordered.softmax(-1)
     # A token goes when those before it already reach p; the first has none before it.
@@ -46,13 +46,13 @@ def top_p(logits: Tensor, p: float) -> Tensor:
 
 
 def min_p(logits: Tensor, share: float) -> Tensor:
-    """Tokens with at least `share` of the likeliest one's probability (arXiv 2407.01082)."""
+    """Tokens with at least `share` times the probability of the most likely one (arXiv 2407.01082)."""
     probability = logits.softmax(-1)
     return logits.masked_fill(probability < share * probability.amax(-1, keepdim=True), EXCLUDED)
 
 
 def greedy(logits: Tensor, uniform: Tensor) -> Tensor:
-    """The likeliest token (B,), whatever the random numbers."""
+    """The most likely token (B,), independent of `uniform`."""
     return logits.argmax(-1)
 
 
@@ -67,7 +67,7 @@ def sample(logits: Tensor, uniform: Tensor) -> Tensor:
 
 
 def logits_processors(settings: GenerationConfig) -> list[Callable[[Tensor], Tensor]]:
-    """The steps between penalty and draw that the settings switch on, in order. A greedy choice needs none."""
+    """The filters between penalty and draw that the settings enable, in order. Greedy decoding needs none."""
     if settings.temperature == 0:
         return []
     steps = [
@@ -112,12 +112,12 @@ class RepetitionPenalty(NoRepetitionPenalty):
         self._seen.scatter_(-1, ids[:, None], True)
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with these sequences only."""
+        """Keep only the sequences at the indices `rows`."""
         self._seen = self._seen[rows]
 
 
 class Sampler:
-    """Chooses the next token of every sequence of a batch, each with a generator of its own, seeded by its own seed."""
+    """Samples the next token of every sequence of a batch, each with its own seeded random generator."""
 
     def __init__(
         self, settings: GenerationConfig, prompts: Sequence[Sequence[int]], seeds: Sequence[int], vocab: int, device: torch.device
@@ -140,6 +140,6 @@ class Sampler:
         return ids
 
     def keep(self, rows: Tensor) -> None:
-        """Go on with the sequences at these indices only."""
+        """Keep only the sequences at the indices `rows`."""
         self._penalty.keep(rows)
         self._generators = [self._generators[row] for row in rows.tolist()]
