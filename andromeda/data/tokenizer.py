@@ -20,7 +20,7 @@ META = "andromeda.json"
 LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
-ROUND_TRIP_TEXT = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
+ROUND_TRIP_TEXT = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # A\ufb01 <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
 """Text that every tokenizer must give back: other projects' tokenizers often normalize or drop some of it."""
 
 

@@ -32,6 +32,12 @@ def read_tokenizer(folder: HubFolder, config: Mapping[str, Any], vocab_size: int
         if tokenizer.vocab_size > vocab_size:
             reasons.append(f"{name} has {tokenizer.vocab_size:,} tokens and the model {vocab_size:,}")
             continue
+        begin = config.get("bos_token_id")
+        if isinstance(begin, int) and begin != tokenizer.eos:
+            notes.append(
+                f"Texts begin with the end-of-text token {tokenizer.eos} here, and this model was trained to begin them with {begin}: "
+                f"give prompts as token ids that begin with {begin}."
+            )
         return tokenizer
     why = "; ".join(reasons) or "there is no tokenizer.json and no tokenizer.model"
     raise DataError(f"The tokenizer of {folder.path} cannot be used here ({why}): import the weights alone with --no-tokenizer.")
