@@ -13,6 +13,7 @@ from andromeda.config.base import BaseConfig
 from andromeda.config.data import BuildConfig
 from andromeda.config.keys import nested_config
 from andromeda.config.load import presets
+from andromeda.config.model import AttentionConfig
 from andromeda.config.rules import MODEL_RULES, NOTE_RULES, RUN_RULES, TRAINING_RULES
 from andromeda.config.run import RunConfig
 
@@ -176,6 +177,8 @@ SIGNS = {"gt": ">", "ge": "≥", "lt": "<", "le": "≤"}
 def _name(kind: Any) -> str:
     if get_origin(kind) is dict:
         return "table"
+    if kind == AttentionConfig.model_fields["qk_norm"].annotation:
+        return "text, or a table"
     if kind == int | float:
         return "whole number, or fraction ≥ 0, < 1"
     return {int: "whole number", float: "number", bool: "true, false", str: "text"}[kind]

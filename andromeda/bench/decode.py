@@ -15,7 +15,8 @@ from andromeda.bench.timing import median_ms
 from andromeda.config.load import load
 from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
-from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.transformer import Transformer
 
 DTYPE = torch.bfloat16
@@ -58,7 +59,7 @@ def _read(model: Transformer, tokens: int, rows: int) -> DynamicKVCache:
 def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, Any]:
     device, tokens, held = model.head.weight.device, cache.length, cache.bytes()
 
-    def read(ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
+    def read(ids: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
         return model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
 
     start = time.perf_counter()

@@ -62,7 +62,7 @@ def inputs(
     """Arguments of `prepare` for one row of tokens, and the leaves among them; the same numbers in every dtype."""
     config = ModelConfig(
         max_seq_len=tokens,
-        attention=AttentionConfig(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=norm),  # type: ignore[arg-type]
+        attention=AttentionConfig(num_heads=HEADS, num_kv_heads=KV_HEADS, head_dim=HEAD_DIM, qk_norm=norm),
         rotary=rotary,
         alibi=AlibiConfig(num_heads=HEADS // 2 * fold, fold_into_qk=fold),
     )
@@ -86,7 +86,7 @@ def moved(arguments: list[Any], out: tuple[Tensor, Tensor]) -> tuple[int, int]:
     # Tables that queries and keys share are read once.
     tables = {t.data_ptr(): t.numel() * t.element_size() for t in (*rotation.query, *rotation.key)}
     digits = bias.digits.numel() * bias.digits.element_size() if hasattr(bias, "digits") else 0
-    normalized = raw if type(norm).__name__ != "NoQKNorm" else 0
+    normalized = raw if norm.fused_spec().kind != "none" else 0
     forward = raw + prepared + sum(tables.values()) + digits
     # Of the prepared vectors' gradient, the columns of a folded bias are of no use.
     return forward, forward + raw + normalized + sum(tables.values()) + raw

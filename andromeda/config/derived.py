@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from andromeda.config.model import ModelConfig
+from andromeda.config.model import FULL, ModelConfig
 from andromeda.utils.errors import ConfigError
 
 FOLDED_DIMS = 4
@@ -57,6 +57,23 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     """
     scaling = model.rotary.scaling
     return math.ceil(XPOS_BITS * model.max_seq_len / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))
+
+
+def mixer_name(model: ModelConfig, layer: int) -> str:
+    """Name of the token mixer of layer number `layer`: `full` for `[model.attention]`, or a key of `model.mixers`."""
+    name = model.layers[layer % len(model.layers)] if model.layers else FULL[0]
+    return FULL[0] if name in FULL else name
+
+
+def layer_window(model: ModelConfig, layer: int) -> int:
+    """Sliding window of a layer in tokens, 0 for unlimited: with `full_attention_interval` n, layers n-1, 2n-1, ... see everything."""
+    every = model.attention.full_attention_interval
+    return 0 if every and (layer + 1) % every == 0 else model.attention.sliding_window
+
+
+def layer_cycle(model: ModelConfig) -> int:
+    """Number of layers after which windows, mixers and, with U-net skips, pairs of layers repeat."""
+    return math.lcm(2 if model.skips.unet else 1, model.attention.full_attention_interval or 1, len(model.layers) or 1)
 
 
 def import_class(path: str, key: str) -> Any:

@@ -5,11 +5,12 @@ A slot that can be empty has a `kind` whose value `"none"` is the identity; noth
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, PositiveFloat
+from pydantic import ConfigDict, Discriminator, Field, PositiveFloat, Tag
 
-from andromeda.config.base import BaseConfig
+from andromeda.config.base import BaseConfig, StringTuple
 
 BACKENDS = ("auto", "eager", "sdpa", "flash", "cudnn", "flex", "fa4")
 """Attention backends that `attention.backend` may name; `auto` takes the fastest that can compute the pattern."""
@@ -18,12 +19,39 @@ MIXERS = {
     "softmax": "andromeda.model.attention:Attention",
     "sigmoid": "andromeda.model.sigmoid_attention:SigmoidAttention",
 }
-"""Attention mechanisms that `attention.mixer` may name, each by its `package.module:Class`. A new one is one file and one row here."""
+"""Token mixers that `attention.mixer` or `mixers.NAME.kind` may name, each by its `package.module:Class`."""
+FULL = ("full", "attention")
+"""Names in `model.layers` of the mixer that `[model.attention]` describes."""
+
+QK_NORMS = ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms")
+VALUE_EMBEDDINGS = ("none", "layered")
 
 MAX_SIZE, MAX_LENGTH = 1_000_000, 2_000_000_000
 """Where a number is surely a slip: beyond any model's sizes, and beyond what token ids and positions of 32 bits can count."""
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Length = Annotated[int, Field(gt=0, le=MAX_LENGTH)]
+
+
+class PartConfig(BaseConfig):
+    """A tagged table: `kind` names a part, all other keys belong to that part and are checked by its class's own `Config`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    kind: str
+    """A registered name, or `package.module:Class` of a user's own."""
+
+    @property
+    def own(self) -> dict[str, Any]:
+        """The keys that belong to the part."""
+        return dict(self.model_extra or {})
+
+
+NAME, TABLE = "<name>", "<table>"
+PartName = Annotated[
+    Annotated[str, Tag(NAME)] | Annotated[PartConfig, Tag(TABLE)],
+    Discriminator(lambda value: TABLE if isinstance(value, Mapping | PartConfig) else NAME),
+]
+"""A part by its name alone, or by a table with the name as `kind` and keys of its own."""
 
 
 class EmbeddingConfig(BaseConfig):
@@ -91,7 +119,7 @@ class AttentionConfig(BaseConfig):
     """Heads, their normalization, their reach, and the kernel that computes them."""
 
     mixer: str = "softmax"
-    """A registered mechanism, or `package.module:Class` of a user's own."""
+    """A registered token mixer, or `package.module:Class` of a user's own."""
     num_heads: Size = 24
     """Query heads."""
     num_kv_heads: Size = 1
@@ -100,8 +128,9 @@ class AttentionConfig(BaseConfig):
     """Dimensions of a head; width need not be heads x head_dim."""
     bias: bool = False
     """Biases in the query, key, value and output projections."""
-    qk_norm: Literal["none", "l2", "l2_head_scale", "l2_dim_scale", "rms"] = "none"
-    """Queries and keys of unit length (l2), with a learned scale per head or per dimension, or of unit root mean square (rms)."""
+    qk_norm: PartName = "none"
+    """Queries and keys of unit length (l2), with a learned scale per head or per dimension (l2_head_scale, l2_dim_scale), of unit root
+    mean square (rms), or `package.module:Class` of a user's own, alone or as the `kind` of a table with keys of its own."""
     scale: float = Field(0.0, ge=0.0)
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
@@ -112,6 +141,23 @@ class AttentionConfig(BaseConfig):
     """With a window: every n-th layer sees everything; 0 is none."""
     backend: str = "auto"
     """Kernel that computes attention: auto, eager, sdpa, flash, cudnn, flex or fa4."""
+
+
+class AttentionOverrides(BaseConfig):
+    """Keys of `[model.mixers.NAME]` for a registered kind; those left out are as in `[model.attention]`."""
+
+    bias: bool | None = None
+    """As in model.attention."""
+    qk_norm: PartName | None = None
+    """As in model.attention."""
+    scale: float | None = Field(None, ge=0.0)
+    """As in model.attention."""
+    softcap: float | None = Field(None, ge=0.0)
+    """As in model.attention."""
+    sliding_window: int | None = Field(None, ge=0, le=MAX_LENGTH)
+    """As in model.attention; it holds for every layer that has this mixer."""
+    backend: str | None = None
+    """As in model.attention."""
 
 
 class FeedForwardConfig(BaseConfig):
@@ -172,13 +218,13 @@ class TokenShiftConfig(BaseConfig):
     """kind chunks: how many previous tokens take part."""
 
 
-class ValueEmbeddingConfig(BaseConfig):
-    """A table of depth x width whose chunk is mixed into each layer's values."""
+class ValueEmbeddingConfig(PartConfig):
+    """A table looked up by token ids whose rows are mixed into each layer's values."""
 
-    kind: Literal["none", "layered"] = "none"
-    """One table whose row holds the values of all layers."""
+    kind: str = "none"
+    """`layered` is one table whose rows hold the values of all layers; or `package.module:Class` of a user's own, with keys of its own."""
     init: float = 0.5
-    """Starting share of the table in the mix."""
+    """kind layered: starting share of the table in the mix."""
 
 
 class SkipsConfig(BaseConfig):
@@ -221,6 +267,11 @@ class ModelConfig(BaseConfig):
     """Size of the residual stream."""
     num_layers: int = Field(32, gt=0, le=10_000)
     """Layers."""
+    layers: StringTuple = ()
+    """Token mixer of each layer by name, repeated over num_layers: `full` is model.attention, any other name a table model.mixers.NAME;
+    empty is model.attention in every layer."""
+    mixers: dict[str, PartConfig] = Field(default_factory=dict)
+    """Token mixers by name: `kind` is `package.module:Class` or a registered one, the other keys are that mixer's own."""
     embedding: EmbeddingConfig = EmbeddingConfig()
     rotary: RotaryConfig = RotaryConfig()
     alibi: AlibiConfig = AlibiConfig()

@@ -25,13 +25,16 @@ from andromeda.config.derived import (
     rotated_dims,
     smallest_scale_base,
 )
-from andromeda.config.model import BACKENDS, MIXERS, ModelConfig
+from andromeda.config.model import BACKENDS, FULL, MIXERS, QK_NORMS, VALUE_EMBEDDINGS, ModelConfig
+from andromeda.config.parts import check_own_parts, qk_norm_name, used_mixers, with_overrides
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OPTIMIZERS
 from andromeda.config.validation_errors import join_clauses
 from andromeda.utils.errors import ConfigError, nearest
 
 Rule = tuple[Callable[[Any], Any], str]
+CLASS_PATH = r"[\w.]+:[\w.]+"
+"""`package.module:Class`."""
 
 MODEL_RULES: tuple[Rule, ...] = (
     # Heads
@@ -46,12 +49,41 @@ MODEL_RULES: tuple[Rule, ...] = (
         "model.attention.backend = {m.attention.backend!r} is not known{backend_hint}: give one of {backends}",
     ),
     (
-        lambda m: m.attention.mixer not in MIXERS and not re.fullmatch(r"[\w.]+:[\w.]+", m.attention.mixer),
+        lambda m: m.attention.mixer not in MIXERS and not re.fullmatch(CLASS_PATH, m.attention.mixer),
         "model.attention.mixer = {m.attention.mixer!r} is not registered{mechanism_hint}: give {mechanisms} or package.module:Class",
     ),
     (
         lambda m: m.attention.mixer == "sigmoid" and m.attention.backend not in ("auto", "eager"),
         "model.attention.backend = {m.attention.backend!r} computes softmax, not model.attention.mixer = 'sigmoid': use auto",
+    ),
+    (
+        lambda m: not _known(qk_norm_name(m), QK_NORMS),
+        "model.attention.qk_norm must be one of {qk_norms} or package.module:Class, not {qk_norm!r}{qk_norm_hint}",
+    ),
+    (
+        lambda m: not _known(m.value_embedding.kind, VALUE_EMBEDDINGS),
+        "model.value_embedding.kind must be one of {value_embeddings} or package.module:Class, not {m.value_embedding.kind!r}{values_hint}",
+    ),
+    (
+        lambda m: ":" not in m.value_embedding.kind and m.value_embedding.own,
+        "there is no key model.value_embedding.{value_key}{value_key_hint}",
+    ),
+    (
+        lambda m: ":" not in qk_norm_name(m) and not isinstance(m.attention.qk_norm, str) and m.attention.qk_norm.own,
+        "there is no key model.attention.qk_norm.{qk_norm_key}: {qk_norm!r} has no keys of its own",
+    ),
+    # Mixers by layer
+    (
+        lambda m: _unknown_layers(m),
+        "model.layers names {unknown_layer!r}, which is neither full nor a table model.mixers.{unknown_layer}{layer_hint}",
+    ),
+    (
+        lambda m: set(FULL) & set(m.mixers),
+        "model.mixers.{reserved} cannot be a table: that name stands for model.attention in model.layers",
+    ),
+    (
+        lambda m: not all(_known(mixer.kind, MIXERS) for mixer in m.mixers.values()),
+        "model.mixers.{strange}.kind = {strange_kind!r} is not registered{strange_hint}: give {mechanisms} or package.module:Class",
     ),
     # ALiBi
     (
@@ -165,7 +197,7 @@ MODEL_RULES: tuple[Rule, ...] = (
         "a factorized table saves nothing otherwise",
     ),
     (
-        lambda m: m.embedding.kind == "custom" and not re.fullmatch(r"[\w.]+:[\w.]+", m.embedding.provider),
+        lambda m: m.embedding.kind == "custom" and not re.fullmatch(CLASS_PATH, m.embedding.provider),
         "model.embedding.provider = {m.embedding.provider!r} must be package.module:Class when model.embedding.kind is 'custom'; "
         "a class defined inside a function has no such path",
     ),
@@ -273,8 +305,7 @@ NOTE_RULES: tuple[Rule, ...] = (
     ),
     (
         lambda c: c.model.alibi.num_heads and _logit_bound(c.model) and _alibi_horizon(c.model) < c.model.max_seq_len / 8,
-        "QK norm {c.model.attention.qk_norm!r} bounds attention logits at {bound:g}, "
-        "so the steepest ALiBi head reaches about {horizon:.0f} tokens.",
+        "QK norm {qk_norm!r} bounds attention logits at {bound:g}, so the steepest ALiBi head reaches about {horizon:.0f} tokens.",
     ),
     (
         lambda c: c.model.rotary.kind == "xpos" and _xpos_retention(c.model) < 0.1,
@@ -325,6 +356,10 @@ NOTE_RULES: tuple[Rule, ...] = (
     (
         lambda c: c.train.spike_guard.enabled and not c.train.checkpoints.every,
         "The spike guard rolls back to a checkpoint, but train.checkpoints.every = 0 writes none during the run.",
+    ),
+    (
+        lambda c: set(c.model.mixers) - set(c.model.layers),
+        "model.mixers has tables that no entry of model.layers names.",
     ),
     (
         lambda c: c.model.feedforward.kind != "moe" and c.model.experts != type(c.model.experts)(),
@@ -383,9 +418,27 @@ def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
     reasons = _violations(MODEL_RULES, m=model) + _overflow(model, precision)
     if not reasons and model.embedding.kind == "custom":
         find_class(model.embedding.provider, "model.embedding.provider")
-    if not reasons and ":" in model.attention.mixer:
-        find_class(model.attention.mixer, "model.attention.mixer")
+    if not reasons:
+        reasons = _mixer_reasons(model)
+    if not reasons:
+        check_own_parts(model)
     return reasons
+
+
+def _mixer_reasons(model: ModelConfig) -> list[str]:
+    """What is wrong with the tables of registered mixers: each is `[model.attention]` with some keys changed."""
+    registered = [name for name in used_mixers(model) if name not in FULL and model.mixers[name].kind in MIXERS]
+    return [
+        f"with model.mixers.{name}, {clause}" for name in registered for clause in _violations(MODEL_RULES, m=with_overrides(model, name))
+    ]
+
+
+def _known(kind: str, registered: Iterable[str]) -> bool:
+    return kind in registered or re.fullmatch(CLASS_PATH, kind) is not None
+
+
+def _unknown_layers(m: ModelConfig) -> list[str]:
+    return [name for name in m.layers if name not in FULL and name not in m.mixers]
 
 
 def _violations(rules: Iterable[Rule], **parts: Any) -> list[str]:
@@ -403,13 +456,30 @@ def _optimizers(config: RunConfig | None) -> dict[str, str]:
 
 def _clause_values(m: ModelConfig) -> SimpleNamespace:
     """Values that clauses quote besides the keys themselves."""
-    content = content_dim(m)
+    content, norm = content_dim(m), qk_norm_name(m)
+    strange = next((name for name, mixer in m.mixers.items() if not _known(mixer.kind, MIXERS)), "")
+    unknown = next(iter(_unknown_layers(m)), "")
+    value_key = next(iter(m.value_embedding.own), "")
     pairs = max(1, min(content // 2, round(m.rotary.fraction * content / 2)))
     return SimpleNamespace(
         backends=", ".join(BACKENDS),
         backend_hint=nearest(m.attention.backend, BACKENDS),
         mechanisms=", ".join(MIXERS),
         mechanism_hint=nearest(m.attention.mixer, MIXERS),
+        qk_norm=norm,
+        qk_norms=", ".join(QK_NORMS),
+        qk_norm_hint=nearest(norm, QK_NORMS),
+        qk_norm_key=next(iter(getattr(m.attention.qk_norm, "own", {})), ""),
+        value_embeddings=", ".join(VALUE_EMBEDDINGS),
+        values_hint=nearest(m.value_embedding.kind, VALUE_EMBEDDINGS),
+        value_key=value_key,
+        value_key_hint=nearest(value_key, type(m.value_embedding).model_fields).replace("mean ", "mean model.value_embedding."),
+        unknown_layer=unknown,
+        layer_hint=nearest(unknown, [*FULL, *m.mixers]),
+        reserved=next((name for name in FULL if name in m.mixers), ""),
+        strange=strange,
+        strange_kind=m.mixers[strange].kind if strange else "",
+        strange_hint=nearest(m.mixers[strange].kind, MIXERS) if strange else "",
         folded=FOLDED_DIMS,
         twice_folded=2 * FOLDED_DIMS,
         reach=FOLDED_MAX_POSITIONS,
@@ -465,7 +535,7 @@ def _logit_bound(m: ModelConfig) -> float:
     D = content_dim(m)
     lengths = {"l2": 1.0, "rms": float(D)}  # product of the lengths of query and key
     scales = {"l2": 10.0, "rms": 1 / math.sqrt(max(D, 1))}
-    norm = m.attention.qk_norm
+    norm = qk_norm_name(m)
     return lengths[norm] * (m.attention.scale or scales[norm]) if norm in lengths else 0.0
 
 

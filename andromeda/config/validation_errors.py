@@ -10,6 +10,7 @@ from pydantic import ValidationError
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.keys import flatten, format_value, iter_fields
+from andromeda.config.model import NAME, TABLE
 from andromeda.config.suggestions import unknown_key
 from andromeda.utils.errors import ConfigError, nearest
 
@@ -24,6 +25,7 @@ EXPECTED = {
     "tuple_type": "a list",
     "steps_or_fraction": "a whole number of steps, or a fraction of train.steps below 1, such as 0.1",
     "model_type": "a table of keys",
+    "dict_type": "a table",
     "greater_than": "above {gt:.12g}",
     "greater_than_equal": "at least {ge:.12g}",
     "less_than": "below {lt:.12g}",
@@ -86,5 +88,7 @@ def _name(path: str, given_names: Mapping[str, str]) -> str:
 def _path(location: tuple[int | str, ...], prefix: str) -> str:
     path = prefix
     for part in location:
+        if part in (NAME, TABLE):
+            continue
         path += f"[{part}]" if isinstance(part, int) else f".{part}" if path else str(part)
     return path

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from andromeda.config.derived import original_max_seq_len
 from andromeda.generate.engine import eval_mode
-from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache, NoKVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
@@ -50,7 +51,7 @@ def token_losses(model: Transformer, ids: Tensor, targets: Tensor, *, documents:
     """
     device, head = model.head.weight.device, model.head
     T, chunk = ids.shape[1], chunk or chunk_length(model)
-    cache: NoKVCache = DynamicKVCache(capacity=T) if chunk < T else NoKVCache()
+    cache: KVCache = DynamicKVCache(capacity=T) if chunk < T else NoKVCache()
     found = []
     for start in range(0, T, chunk):
         part = slice(start, start + chunk)

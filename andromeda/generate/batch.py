@@ -18,7 +18,8 @@ from torch import Tensor
 from andromeda.generate.decode_step import CudaGraphDecodeStep, DecodeStep, DynamicDecodeStep, supports_cuda_graph
 from andromeda.generate.sampling import Sampler
 from andromeda.generate.sequence import Completion, FinishReason, GeneratedSequence, StreamChunk
-from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError
 
@@ -51,7 +52,7 @@ class GenerationBatch:
         """The chunks of all sequences in the order of generation. chunk: tokens of a sequence per prefill pass."""
         start = time.perf_counter()
         documents = self._documents()
-        record = self.most > MIN_TOKENS_FOR_CUDA_GRAPH and supports_cuda_graph(self.model.config, self.device)
+        record = self.most > MIN_TOKENS_FOR_CUDA_GRAPH and supports_cuda_graph(self.model, self.device)
         cache = DynamicKVCache(capacity=self.longest + (0 if record else self.most))
         ids, chosen = self._choose(self._prefill(documents, cache, chunk))
         self.prefill_seconds = time.perf_counter() - start
@@ -98,7 +99,7 @@ class GenerationBatch:
         padding = torch.arange(self.longest, device=self.device) < missing[:, None]
         return torch.where(padding, PADDING, CONTENT)
 
-    def _read(self, ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
+    def _read(self, ids: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
         """Logits (B, V) at the last position of ids (B, T); no others are computed."""
         hidden = self.model.hidden(ids, documents=documents, cache=cache, span=self.span)
         return self.model.head(hidden[:, -1])[:, : self.tokens]

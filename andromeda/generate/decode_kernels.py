@@ -17,13 +17,10 @@ from torch import Tensor, nn
 from andromeda.generate.fused_block import FusedBlock, FusedQKVAttention
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.head import LMHead
-from andromeda.model.kv_cache.static import StaticLayerKVCache
-from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
-from andromeda.model.position.alibi import FoldedBias, NoPositionBias
+from andromeda.model.position.alibi import NoPositionBias, PositionBias
 from andromeda.model.qk_preprocess import fused_spec
-from andromeda.model.token_shift import ChunkShift
+from andromeda.model.specs import NormSpec, ShiftSpec
 from andromeda.model.transformer import Transformer
-from andromeda.model.value_embedding import NoValueMix
 from andromeda.ops import gemv, qk_preprocess
 
 
@@ -74,11 +71,15 @@ class DecodeKernelBlock(nn.Module):
         # Its last rows are filling.
         outputs = sum(attention.sizes)
         weight, bias = joined.weight[:outputs], None if joined.bias is None else joined.bias[:outputs]
-        norm, shift, place = _norm(layer.first.norm), _shift(layer.first.shift, x, ctx), _place(attention, ctx, x)
+        norm, shift, place = (
+            _norm(layer.first.norm, layer.first.norm_spec),
+            _shift(layer.first.shift_spec, x, ctx),
+            _place(attention, ctx, x),
+        )
         rows, keep = gemv.gemv(x, weight, bias, norm=norm, shift=shift, slot=place)
         mixed = self._mix(rows, ctx, placed=place is not None)
         x, _ = gemv.gemv(mixed, attention.out.weight, attention.out.bias, residual=x, pending=keep)
-        norm, shift = _norm(layer.second.norm), _shift(layer.second.shift, x, ctx)
+        norm, shift = _norm(layer.second.norm, layer.second.norm_spec), _shift(layer.second.shift_spec, x, ctx)
         hidden, keep = gemv.gemv(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
         return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, pending=keep)[0]
 
@@ -86,22 +87,23 @@ class DecodeKernelBlock(nn.Module):
         """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
         sizes, attention = self.layer.attention.sizes, self.layer.attention.inner
         q, v, k = (part[:, None] for part in rows.split(sizes, 1))
-        if placed and isinstance(ctx.state, StaticLayerKVCache) and ctx.index is not None:
+        if placed and attention.qk_kernel is not None and ctx.index is not None:
             keys, values = ctx.state.buffers
             q_heads, k_heads = q.unflatten(-1, (attention.heads, -1)), k.unflatten(-1, (attention.kv_heads, -1))
-            form = fused_spec(q_heads, k_heads, attention.qk_norm, ctx.rotation, NoPositionBias(), attention.scale)
+            parts = attention.qk_kernel, attention.qk_norm, ctx.rotation, NoPositionBias(), attention.scale
+            form = fused_spec(q_heads, k_heads, *parts)
             if form is not None:
                 form = form._replace(alibi=self._tails(ctx.bias, rows.dtype))
                 queries = qk_preprocess.preprocess_qk_into_cache(q_heads, k_heads, form, keys, ctx.index)
                 return attention.core_attention(queries, keys, values, attention.attention_spec(ctx)).flatten(1)
         return attention.attend_projected(q, k, v.contiguous(), ctx).flatten(1)
 
-    def _tails(self, bias: NoPositionBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
+    def _tails(self, bias: PositionBias, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `bias` appends. Its slopes are the same in every pass, and worth no kernels of a step."""
-        if not isinstance(bias, FoldedBias):
+        if bias.digits is None:
             return ()
         held = self._slopes
-        if held is None or held.dtype != dtype or held.device != bias.weights.device:
+        if held is None or held.dtype != dtype or held.device != bias.digits.device:
             held = bias.tails(self.layer.attention.inner.scale, dtype)[0]
             # What is made while a graph is recorded is gone with it.
             if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
@@ -112,32 +114,28 @@ class DecodeKernelBlock(nn.Module):
 def _place(attention: FusedQKVAttention, ctx: ForwardContext, x: Tensor) -> gemv.CacheSlot | None:
     """Where the values go, if there is a place for them yet and nothing is mixed into them."""
     state = ctx.state
-    if not (
-        isinstance(state, StaticLayerKVCache) and state.buffers and ctx.index is not None and type(attention.inner.value_mix) is NoValueMix
-    ):
+    if not (state.static and state.buffers and ctx.index is not None and attention.inner.value_mix is None):
         return None
     values = state.buffers[1]
     return gemv.CacheSlot(values, ctx.index, attention.sizes[0]) if values.dtype == x.dtype and values.is_contiguous() else None
 
 
-def _norm(norm: nn.Module) -> gemv.GemvNorm:
-    assert isinstance(norm, (LayerNorm, RMSNorm, RMSNormNoGain))
-    kind = "layer" if isinstance(norm, LayerNorm) else "rms"
-    return gemv.GemvNorm(kind, norm.eps, None if isinstance(norm, RMSNormNoGain) else norm.weight)
+def _norm(norm: nn.Module, spec: NormSpec) -> gemv.GemvNorm:
+    return gemv.GemvNorm(spec.kind, spec.eps, norm.weight if spec.gain else None)  # type: ignore[arg-type]
 
 
-def _shift(shift: nn.Module, x: Tensor, ctx: ForwardContext) -> gemv.GemvTokenShift | None:
+def _shift(shift: ShiftSpec, x: Tensor, ctx: ForwardContext) -> gemv.GemvTokenShift | None:
     """What the shift reads, with a past that the kernels may write to."""
-    if not isinstance(shift, ChunkShift):
+    if not shift.tokens:
         return None
     state = ctx.state
-    if isinstance(state, StaticLayerKVCache) and shift.slot in state.recent:
+    if state.static and shift.slot in state.recent:
         past = state.recent[shift.slot]
     else:
         # Others may hold what a state gives away.
         past = state.get(shift.slot, x, (len(x), shift.tokens, x.shape[1])).clone()
         state.put(shift.slot, past)
-        if isinstance(state, StaticLayerKVCache):
+        if state.static:
             past = state.recent[shift.slot]
     return gemv.GemvTokenShift(past, ctx.documents, ctx.index)
 

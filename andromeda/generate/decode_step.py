@@ -8,17 +8,21 @@ Shapes: B active sequences, V vocabulary size.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from andromeda.config.model import ModelConfig
-from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.kv_cache.static import StaticKVCache
+from andromeda.model.transformer import Transformer
 
-ForwardLastLogits = Callable[[Tensor, Tensor | None, NoKVCache], Tensor]
+log = logging.getLogger(__name__)
+
+ForwardLastLogits = Callable[[Tensor, Tensor | None, KVCache], Tensor]
 """Logits (B, V) at the last position of ids (B, T) with document numbers (B, T), after the contents of a KV cache."""
 
 MIN_FREE_SLOTS = 256
@@ -135,10 +139,11 @@ class CudaGraphDecodeStep(StaticDecodeStep):
         return self._logits
 
 
-def supports_cuda_graph(config: ModelConfig, device: torch.device) -> bool:
-    """Whether a step of this model can be a CUDA graph: nothing in it may synchronize with the device.
-
-    Experts do, and custom parts may.
-    """
-    own = config.embedding.kind == "custom" or ":" in config.attention.mixer
-    return device.type == "cuda" and config.feedforward.kind != "moe" and not own
+def supports_cuda_graph(model: Transformer, device: torch.device) -> bool:
+    """Whether a step of this model can be a CUDA graph: nothing in it may synchronize with the device, and all state must be in the
+    cache's slots. Token mixers, networks and embeddings say so by `supports_cuda_graph`; those that do not say it are taken not to."""
+    if device.type != "cuda":
+        return False
+    if model.without_cuda_graph:
+        log.info("Decoding without a CUDA graph: %s does not support one.", " and ".join(model.without_cuda_graph))
+    return not model.without_cuda_graph

@@ -16,14 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.model.add_norm_shift import accepts, fused
+from andromeda.model import add_norm_shift
 from andromeda.model.attention import Attention
 from andromeda.model.block import SerialBlock
-from andromeda.model.feedforward.dense import ACTIVATIONS, MLP
+from andromeda.model.feedforward.dense import MLP
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import concat_weights
-from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
-from andromeda.model.token_shift import ChunkShift, NoShift
+from andromeda.model.specs import BlockSpec, MixerSpec, MLPSpec, spec_of
 from andromeda.ops import activation, float8_inference
 
 
@@ -38,13 +37,11 @@ class MatmulInput(NamedTuple):
 
 def can_fuse(block: nn.Module) -> TypeGuard[SerialBlock]:
     """Whether `Fused` knows this layer and all of its parts."""
-    return (
-        type(block) is SerialBlock
-        and type(block.attention) is Attention
-        and type(block.feedforward) is MLP
-        and {type(block.attention_norm), type(block.feedforward_norm)} <= {LayerNorm, RMSNorm, RMSNormNoGain}
-        and {type(block.attention_shift), type(block.feedforward_shift)} <= {NoShift, ChunkShift}
-    )
+    if spec_of(block) != BlockSpec("serial_prenorm"):
+        return False
+    branches = isinstance(spec_of(block.attention), MixerSpec) and isinstance(spec_of(block.feedforward), MLPSpec)
+    parts = (block.attention_norm, block.attention_shift, block.feedforward_norm, block.feedforward_shift)
+    return branches and all(spec_of(part) is not None for part in parts)
 
 
 class FusedBlock(nn.Module):
@@ -79,11 +76,13 @@ class FusedAddNormShift(nn.Module):
     def __init__(self, norm: nn.Module, shift: nn.Module, fp8: bool) -> None:
         super().__init__()
         self.norm, self.shift, self.fp8 = norm, shift, fp8
+        self.norm_spec, self.shift_spec = spec_of(norm), spec_of(shift)
+        self.matched = add_norm_shift.matches(self.norm_spec, self.shift_spec)
 
     def forward(self, x: Tensor, delta: Tensor | None, bias: Tensor | None, ctx: ForwardContext) -> tuple[MatmulInput, Tensor]:
         """x and delta (B, T, C) -> shifted norm of their sum, and the sum with the bias (C,)."""
-        if accepts(x, self.norm, self.shift, ctx):
-            made = fused(x, delta, self.norm, self.shift, ctx, bias, fp8=self.fp8)
+        if self.matched and add_norm_shift.accepts(x, ctx):
+            made = add_norm_shift.launch(x, delta, self.norm, ctx, self.norm_spec, self.shift_spec, bias, fp8=self.fp8)
             return MatmulInput(made.y, made.scale), made.residual
         x = x if delta is None else x + delta
         return to_matmul_input(self.shift(self.norm(x), ctx), self.fp8), x if bias is None else x + bias
@@ -147,7 +146,7 @@ class FusedFeedForward(nn.Module):
     def __init__(self, dense: MLP) -> None:
         super().__init__()
         self.inner, self.out, self.activation = dense.inner, dense.out, dense.activation
-        self.name = activation_name(dense)
+        self.name = spec_of(dense).activation
 
     @property
     def late(self) -> Tensor | None:
@@ -177,7 +176,7 @@ class Float8FeedForward(nn.Module):
             float8_inference.Float8DynamicLinear(dense.out),
             dense.activation,
         )
-        self.name = activation_name(dense)
+        self.name = spec_of(dense).activation
 
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
@@ -189,8 +188,3 @@ class Float8FeedForward(nn.Module):
         else:
             rows = to_matmul_input(self.activation(hidden), True)
         return x + apply_linear(self.out, rows).to(x.dtype)
-
-
-def activation_name(dense: MLP) -> str:
-    """What `ACTIVATIONS` calls it."""
-    return next(name for name, function in ACTIVATIONS.items() if function is dense.activation)

@@ -1,70 +1,93 @@
-"""What lies between two products of a layer: the sum with a branch, norm and token shift.
+"""Residual sum, norm and token shift between two matmuls of a layer, as one kernel where one matches.
 
-The parts do it one after the other; where a kernel knows all of them, it does the same at once (as `prepare` has it for
-queries and keys).
+The kernel is matched to the specs of norm and shift once (`match`); whether it takes a given tensor (device, dtype, autocast,
+a cache of fixed size) is decided at each call, which otherwise computes the parts one after the other (`reference`).
+
+Shapes: B batch, T time, C channels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from andromeda.model.forward_context import ForwardContext
-from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
-from andromeda.model.token_shift import ChunkShift, NoShift
+from andromeda.model.specs import NormSpec, ShiftSpec
 from andromeda.ops import add_norm_shift as kernel
 
-NARROW = 1024
-"""Up to this width a compiler keeps a vector in registers too; then a norm without a shift is left to it."""
+AddNormShift = Callable[[Tensor, Tensor | None, nn.Module, nn.Module, ForwardContext], tuple[Tensor, Tensor]]
+"""(x, delta, norm, shift, ctx) with x and delta (B, T, C), None being zero -> their sum normalized and shifted, and the sum."""
+
+COMPILED_WIDTH = 1024
+"""Up to this width a compiler keeps a vector in registers too: a norm without a shift is then left to it."""
 
 
-def add_norm_shift(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
-    """x and delta (B, T, C), None being zero -> their sum normalized and shifted, and the sum."""
-    worth = isinstance(shift, ChunkShift) or x.shape[-1] > NARROW
-    if worth and accepts(x, norm, shift, ctx):
-        made = fused(x, delta, norm, shift, ctx)
-        return made.y, made.residual
+def reference(x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: ForwardContext) -> tuple[Tensor, Tensor]:
+    """The parts, one after the other."""
     x = x if delta is None else x + delta
     return shift(norm(x), ctx), x
 
 
-def accepts(x: Tensor, norm: nn.Module, shift: nn.Module, ctx: ForwardContext) -> bool:
-    """Whether the kernel knows these parts and can take x."""
-    known = type(norm) in (LayerNorm, RMSNorm, RMSNormNoGain) and moved(shift, x.shape[-1]) is not None
-    # A step of a recorded graph keeps its own state. Packed tokens after a cache are seldom.
-    plain = ctx.index is None and (ctx.documents is None or ctx.documents[0].shape == ctx.documents[1].shape)
-    return known and plain and kernel.is_supported(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
-
-
-def moved(shift: nn.Module, width: int) -> tuple[int, int] | None:
-    """Channels from and to, of the token before; None for shifts that the kernel does not know."""
-    if type(shift) is NoShift:
-        return 0, 0
-    if type(shift) is not ChunkShift or shift.tokens > 1:
-        return None
-    return width // 2, width // 2 * 2
-
-
 def fused(
+    x: Tensor, delta: Tensor | None, norm: nn.Module, shift: nn.Module, ctx: ForwardContext, *, norm_spec: NormSpec, shift_spec: ShiftSpec
+) -> tuple[Tensor, Tensor]:
+    """The kernel where it takes x, else the reference."""
+    if not accepts(x, ctx):
+        return reference(x, delta, norm, shift, ctx)
+    out = launch(x, delta, norm, ctx, norm_spec, shift_spec)
+    return out.y, out.residual
+
+
+@cache
+def match(norm: NormSpec | None, shift: ShiftSpec | None, width: int) -> AddNormShift:
+    """What a layer of `width` channels calls in training."""
+    if norm is None or shift is None or not matches(norm, shift) or not (shift.tokens or width > COMPILED_WIDTH):
+        return reference
+    return partial(fused, norm_spec=norm, shift_spec=shift)
+
+
+def matches(norm: NormSpec | None, shift: ShiftSpec | None) -> bool:
+    """Whether the kernel computes these parts: any norm that has a spec, and a shift by at most one token."""
+    return norm is not None and shift is not None and shift.tokens <= 1
+
+
+def accepts(x: Tensor, ctx: ForwardContext) -> bool:
+    """Whether the kernel takes x in this pass."""
+    # A step of a CUDA graph keeps its own state. Packed tokens after a cache are rare.
+    plain = ctx.index is None and (ctx.documents is None or ctx.documents[0].shape == ctx.documents[1].shape)
+    return plain and kernel.is_supported(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
+
+
+def launch(
     x: Tensor,
     delta: Tensor | None,
-    norm: nn.Module,
-    shift: nn.Module,
+    norm: Any,
     ctx: ForwardContext,
+    norm_spec: NormSpec,
+    shift_spec: ShiftSpec,
     bias: Tensor | None = None,
     *,
     fp8: bool = False,
 ) -> kernel.AddNormShiftOutput:
-    """The kernel on these parts, which must be accepted; bias and fp8 as it has them."""
-    assert isinstance(norm, (LayerNorm, RMSNorm, RMSNormNoGain))
-    channels = moved(shift, x.shape[-1])
-    assert channels is not None
-    slot = shift.slot if isinstance(shift, ChunkShift) else None
-    past = None if slot is None else ctx.state.get(slot, x, (x.shape[0], 1, x.shape[2]))
-    weight = None if isinstance(norm, RMSNormNoGain) else norm.weight.to(x.dtype)
-    documents = ctx.documents[0] if ctx.documents and slot is not None else None
-    layer = isinstance(norm, LayerNorm)
-    made = kernel.add_norm_shift(x, delta, weight, bias, past, documents, layer_norm=layer, eps=norm.eps, shift_channels=channels, fp8=fp8)
-    if slot is not None:
-        ctx.state.put(slot, made.last)
-    return made
+    """The kernel on x, which must be accepted; bias (C,) and fp8 as in `ops.add_norm_shift`."""
+    shifts, width = shift_spec.tokens == 1, x.shape[-1]
+    past = ctx.state.get(shift_spec.slot, x, (x.shape[0], 1, width)) if shifts else None
+    out = kernel.add_norm_shift(
+        x,
+        delta,
+        norm.weight.to(x.dtype) if norm_spec.gain else None,
+        bias,
+        past,
+        ctx.documents[0] if ctx.documents and shifts else None,
+        layer_norm=norm_spec.kind == "layer",
+        eps=norm_spec.eps,
+        shift_channels=(width // 2, width // 2 * 2) if shifts else (0, 0),
+        fp8=fp8,
+    )
+    if shifts:
+        ctx.state.put(shift_spec.slot, out.last)
+    return out

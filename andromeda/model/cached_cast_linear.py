@@ -14,41 +14,46 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.model.layers import Linear, concat_weights
+from andromeda.model.specs import LinearSpec, match_kernels
 
 FUSED_GROUPS = (("query", "value", "key"), ("gate", "inner"))
-"""Layers whose products are taken as one, in the order in which attention and gated networks ask for it."""
+"""Layers that are computed as one matmul, in the order in which attention and gated networks ask for it."""
 
 L = TypeVar("L", bound="CachedCastLinear")
 
 
 class CachedCastLinear(Linear):
-    """x W^T + b by a weight that was cast; what it is cast into, and when that serves, is a subclass's."""
+    """x W^T + b by a cached cast of the weight; subclasses say what it is cast into, and for which x."""
 
     CACHED: ClassVar[tuple[str, ...]] = ()
     """Buffers, None until they are filled."""
 
     def __init__(self, linear: Linear) -> None:
-        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, device="meta")
+        super().__init__(linear.in_features, linear.out_features, linear.bias is not None, init=linear.init, device="meta")
         self.weight, self.bias = linear.weight, linear.bias
         self.fused_with: tuple[Self, ...] = ()
-        """Layers whose weights are cast below this one's, into one product."""
+        """Layers whose weights are cast below this one's, for one matmul."""
         self.version: Any = None
         for name in self.CACHED:
             self.register_buffer(name, None, persistent=False)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
-        # Moved or made another type: what was cast is not to follow.
+        # Moved or converted: the cached cast must not follow.
         self.version = None
         for name in self.CACHED:
             setattr(self, name, None)
         return super()._apply(fn, recurse)
 
+    def fused_spec(self) -> LinearSpec | None:
+        """A subclass states its own."""
+        return None
+
     def accepts(self, x: Tensor) -> bool:
-        """Whether x (..., K) is multiplied by what was cast."""
+        """Whether x (..., K) is multiplied by the cached weight."""
         raise NotImplementedError
 
     def project(self, x: Tensor) -> Tensor:
-        """x (..., K), which must be accepted -> the outputs of this layer and of those fused_with it, zeros at the end."""
+        """x (..., K), which must be accepted -> the outputs of this layer and of those fused with it, zeros at the end (..., N)."""
         raise NotImplementedError
 
     @classmethod
@@ -57,25 +62,25 @@ class CachedCastLinear(Linear):
         raise NotImplementedError
 
     def can_cast(self) -> bool:
-        """Whether the weight is where it can be cast."""
+        """Whether the weight is on a device where it can be cast."""
         return True
 
     @property
     def fused_group(self) -> tuple[Self, ...]:
-        """This layer and those fused_with it."""
+        """This layer and those fused with it."""
         return (self, *self.fused_with)
 
     def fused_weight(self) -> Tensor:
-        """The weights of all fused_group."""
+        """The weights of the group, concatenated."""
         return (concat_weights(self.fused_group)[0] if self.fused_with else self.weight).detach()
 
     @property
     def weights(self) -> list[Tensor]:
-        """Those of all fused_group, one by one."""
+        """The weights of the group."""
         return [linear.weight for linear in self.fused_group]
 
     def sources(self) -> Sequence[Tensor]:
-        """What the cast was made of."""
+        """What was cast."""
         return self.weights
 
     def current_version(self) -> list[tuple[int, int]]:
@@ -98,8 +103,8 @@ def refresh(layers: Sequence[CachedCastLinear]) -> None:
 def convert_linears(
     root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
 ) -> list[L]:
-    """Exchange the linear layers below `root` whose paths are chosen and which fit, alone or filled up fused_with others that read a
-    multiple of `side`; returns those that lead a product. Layers with hooks or attributes of their own stay.
+    """Convert the linear layers below `root` whose paths are chosen and which fit, alone or padded as part of a fused group that reads
+    a multiple of `side` inputs; returns those that lead a group. Layers with hooks or attributes of their own stay.
 
     The weights are cast before each forward pass of `root` that finds them changed.
     """
@@ -113,6 +118,7 @@ def convert_linears(
         for first, *others in groups:
             getattr(module, first).fused_with = tuple(getattr(module, name) for name in others)
     layers: list[Any] = [module for module in root.modules() if isinstance(module, CachedCastLinear)]
+    match_kernels(root)
     led = {id(other) for layer in layers for other in layer.fused_with}
     leading = [layer for layer in layers if id(layer) not in led]
     root.register_forward_pre_hook(partial(_refresh, leading))
@@ -125,7 +131,11 @@ def _bare(module: nn.Module) -> TypeGuard[Linear]:
 
 
 def _beside_sizes(linear: Linear) -> dict[str, Any]:
-    return {name: value for name, value in vars(linear).items() if name not in ("_parameters", "training", "in_features", "out_features")}
+    return {
+        name: value
+        for name, value in vars(linear).items()
+        if name not in ("_parameters", "training", "in_features", "out_features", "init")
+    }
 
 
 def _can_join(linears: Sequence[Linear], side: int) -> bool:

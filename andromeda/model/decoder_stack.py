@@ -32,7 +32,7 @@ class EmbeddingMix(nn.Module):
 
 
 class DecoderStack(nn.Module):
-    """All blocks in a row."""
+    """All blocks, one after the other."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -74,5 +74,5 @@ class UNetDecoderStack(DecoderStack):
 
 
 def build_decoder_stack(config: ModelConfig) -> DecoderStack:
-    """The decoder that the configuration asks for."""
+    """The stack that the configuration asks for."""
     return UNetDecoderStack(config) if config.skips.unet else DecoderStack(config)

@@ -1,7 +1,9 @@
-"""From token ids to vectors. A provider is any module with `forward(ids) -> (B, T, C)`; one that can share its table
-with the head has `weight` (V, C)."""
+"""From token ids to vectors. A provider is any module whose forward pass gives (B, T, C) for ids (B, T); one that can share its
+table with the head has `weight` (V, C)."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor, nn
 
@@ -18,6 +20,8 @@ from andromeda.ops.embedding import embed
 class TokenEmbedding(Embedding):
     """A table V x C."""
 
+    supports_cuda_graph = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
 
@@ -25,10 +29,16 @@ class TokenEmbedding(Embedding):
 class FactorizedEmbedding(nn.Module):
     """A table V x r and a projection r x C (arXiv 1909.11942): fewer parameters for a large vocabulary."""
 
+    supports_cuda_graph = True
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.table = Embedding(config.vocab_size, config.embedding.rank)
-        self.project = Linear(config.embedding.rank, config.hidden_size, bias=False)
+        self.project = Linear(config.embedding.rank, config.hidden_size, bias=False, init="unit_gain")
+
+    def flops(self) -> dict[str, float]:
+        """Of one token: the projection."""
+        return {"embedding": self.project.flops()}
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids (B, T) -> (B, T, C)."""
@@ -39,7 +49,7 @@ class NoAbsolutePositions(nn.Module):
     """No vector for absolute positions."""
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) as it is."""
         return x
 
 
@@ -61,9 +71,17 @@ class InputEmbedding(nn.Module):
     def __init__(self, config: ModelConfig, provider: nn.Module | None = None) -> None:
         super().__init__()
         self.tokens = build_token_embedding(config) if provider is None else provider
+        if (provider is not None or config.embedding.kind == "custom") and not hasattr(self.tokens, "init_weights"):
+            # A user's own embedding that has no rule of its own keeps the values that it came with.
+            self.tokens.keeps_weights = True  # type: ignore[assignment]
         self.absolute = AbsolutePositions(config) if config.embedding.absolute else NoAbsolutePositions()
         self.norm = RMSNormNoGain(config.hidden_size, config.block.eps) if config.embedding.norm else nn.Identity()
         self.smear = build_smear(config)
+
+    def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
+        """Of one token: those of the parts that have any."""
+        said = [part.flops() for part in (self.tokens, self.smear) if hasattr(part, "flops")]  # type: ignore[operator]
+        return {name: flops for part in said for name, flops in part.items()}
 
     def forward(self, ctx: ForwardContext) -> Tensor:
         """(B, T, C) for the context's ids (B, T)."""

@@ -10,15 +10,16 @@ from torch import Tensor, nn
 
 from andromeda.model.cached_cast_linear import CachedCastLinear
 from andromeda.model.layers import Linear, concat_biases
+from andromeda.model.specs import LinearSpec
 from andromeda.ops import float8, float8_inference
 from andromeda.ops.float8 import Float8Weight, float8_linear
 
 ROUNDING = 1.02
-"""What roundings to bfloat16 add to a vector's norm at most, and more."""
+"""More than rounding to bfloat16 can add to a vector's norm."""
 
 
 class Float8TrainingLinear(CachedCastLinear):
-    """x W^T + b in 8-bit products, forward and backward, where they may be; elsewhere as it was."""
+    """x W^T + b by 8-bit matmuls, forward and backward, for x that `accepts` takes; elsewhere as `Linear`."""
 
     CACHED = (*Float8Weight._fields, "bound")
     rows: Tensor | None
@@ -31,6 +32,10 @@ class Float8TrainingLinear(CachedCastLinear):
         super().__init__(linear)
         self.source: tuple[nn.Module, float] | None = None
         """The norm whose output this layer reads, and the largest norm of a vector of it with gains of one."""
+
+    def fused_spec(self) -> LinearSpec | None:
+        """In 8 bits."""
+        return LinearSpec("float8")
 
     def accepts(self, x: Tensor) -> bool:
         """As many vectors as products in 8 bits can have, on a GPU."""
@@ -53,17 +58,17 @@ class Float8TrainingLinear(CachedCastLinear):
         )
 
     def project(self, x: Tensor) -> Tensor:
-        """x (..., K), which must be accepted -> the outputs of this layer and of those beside it, zeros at the end."""
+        """x (..., K), which must be accepted -> the outputs of this layer and of those fused with it, zeros at the end."""
         return float8_linear(x, self.cached_weight(), self.weights, concat_biases(self.fused_group), self.bound)
 
     def cached_weight(self) -> Float8Weight:
-        """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
+        """The weights of the group as they were cast; cast now if `refresh` never was called."""
         if self.rows is None:
             return float8.quantize_weight(self.fused_weight())
         return Float8Weight(self.rows, self.columns, self.scale, self.norms)
 
     def sources(self) -> Sequence[Tensor]:
-        """Weights, and the gain that bounds their input."""
+        """The weights, and the gain that bounds their input."""
         gain = self._gain()
         return [*self.weights, *([] if gain is None else [gain])]
 
@@ -71,7 +76,7 @@ class Float8TrainingLinear(CachedCastLinear):
     def cast_all(cls, layers: Sequence[Self]) -> None:
         """Cast the weights of all, and take new bounds of inputs."""
         for layer in layers:
-            # Their memory is taken again.
+            # Their memory is used again.
             for name in Float8Weight._fields:
                 setattr(layer, name, None)
         for layer, held in zip(layers, float8.quantize_weights([layer.fused_weight() for layer in layers]), strict=True):

@@ -1,26 +1,27 @@
-"""How many floating-point operations a model needs, exactly, part by part.
+"""Floating-point operations of a model, exact, part by part: each part says its own (`flops`), this module sums them.
 
-Counted are matrix products: two operations (multiply, add) for each of their M N K terms. Norms, activations, softmax and
-rotations are left out, as is the custom of every published figure; they are under one percent at any useful width.
+Counted are matmuls: two operations (multiply, add) for each of their M N K terms. Norms, activations, softmax and rotations are
+left out, as in all published figures; they are under one percent at any useful width.
 
-Attention is counted by its mask. `causal` counts the pairs that the mask lets through: (T + 1) / 2 keys for a token of a
-causal sequence of T, fewer with a window or with documents. `full` counts T keys for every token, as PaLM (arXiv
-2204.02311, appendix B), Megatron (arXiv 2205.05198) and torchtitan do, so that figures can be set beside theirs.
+Attention is counted by its mask. `causal` counts the pairs that the mask lets through: (T + 1) / 2 keys for a token of a causal
+sequence of T, fewer with a window or with documents. `full` counts T keys for every token, as PaLM (arXiv 2204.02311, appendix B),
+Megatron (arXiv 2205.05198) and torchtitan do, so that figures can be compared with theirs.
 
-Model FLOPs are what the mathematics needs: three forward passes' worth for one training step. Hardware FLOPs add what is
-computed a second time: by checkpointing, and by flash attention's backward pass, which rebuilds the scores (2.5 times its
-forward pass instead of 2, arXiv 2307.08691). MFU divides the first by the device's peak, HFU the second.
+Model FLOPs are what the mathematics needs: three forward passes for one training step. Hardware FLOPs add what is computed a second
+time: by activation checkpointing, and by flash attention's backward pass, which recomputes the scores (2.5 times its forward pass
+instead of 2, arXiv 2307.08691). MFU divides the first by the device's peak, HFU the second.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
-from andromeda.config.derived import GATED, content_dim, intermediate_size
 from andromeda.config.model import ModelConfig
-from andromeda.model.attention import layer_window
-from andromeda.model.token_shift import Smear
+from andromeda.model.flops_of import flops_of
+from andromeda.model.meta_model import meta_model
+from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import ConfigError
 from andromeda.utils.hardware import peak_flops
 
@@ -38,9 +39,9 @@ __all__ = [
 Convention = Literal["causal", "full"]
 Checkpointing = Literal["none", "selective", "full"]
 
-OUTSIDE = ("embedding", "smear", "head")
-"""Parts that are not in a block, so that no checkpointing recomputes them."""
-SCORES = ("scores", "weighted values")
+REMEMBERED = 16
+"""Models on the meta device that are kept for the next question about the same configuration."""
+_models: OrderedDict[str, Transformer] = OrderedDict()
 
 
 def attention_pairs(length: int, window: int = 0) -> int:
@@ -70,45 +71,59 @@ def forward_flops_per_token(
 
     window: narrows the layers that have a window, as in `Transformer.hidden` (0: as configured).
     """
-    keys = sum(
-        mean_keys(sequence, min(own, window) if own and window else own, convention, documents)
-        for own in (layer_window(config, layer) for layer in range(config.num_layers))
-    )
-    return forward_flops(config, keys)
+    outside, inside = _split_flops(config, _keys(sequence, convention, documents, window))
+    return _ordered(outside, inside)
 
 
 def forward_flops(config: ModelConfig, keys: float) -> dict[str, float]:
-    """The same for a token that meets `keys` keys, summed over the layers: one token of decoding, say."""
-    a, C = config.attention, config.hidden_size
-    D, content = a.head_dim, content_dim(config)
-    parts = {
-        "embedding": 2.0 * config.embedding.rank * C if config.embedding.kind == "factorized" else 0.0,
-        "smear": 2.0 * min(Smear.CHANNELS, C) if config.shift.kind == "smear" else 0.0,
-        "query": 2.0 * C * a.num_heads * content * config.num_layers,
-        "key": 2.0 * C * a.num_kv_heads * content * config.num_layers,
-        "value": 2.0 * C * a.num_kv_heads * D * config.num_layers,
-        "scores": 2.0 * a.num_heads * D * keys,
-        "weighted values": 2.0 * a.num_heads * D * keys,
-        "out": 2.0 * a.num_heads * D * C * config.num_layers,
-        **{name: flops * config.num_layers for name, flops in _feedforward(config).items()},
-        "head": 2.0 * C * config.vocab_size,
-    }
-    return {name: flops for name, flops in parts.items() if flops}
+    """The same for a token that meets `keys` keys, summed over the layers: one token of decoding, for example."""
+    outside, inside = _split_flops(config, lambda window: keys / config.num_layers)
+    return _ordered(outside, inside)
 
 
-def _feedforward(config: ModelConfig) -> dict[str, float]:
-    """One layer's: of a mixture, the experts that a token passes through."""
-    ff, e = config.feedforward, config.experts
-    mixture = ff.kind == "moe"
-    kind = e.kind if mixture else ff.kind
-    network = 2.0 * (3 if kind in GATED else 2) * config.hidden_size * intermediate_size(config)
-    if not mixture:
-        return {"feed-forward": network}
-    return {
-        "router": 2.0 * config.hidden_size * e.num_experts,
-        "experts": e.top_k * network,
-        "shared experts": e.num_shared_experts * network,
-    }
+def _keys(sequence: int, convention: Convention, documents: Sequence[int], window: int) -> Callable[[int], float]:
+    """How many keys a token meets on average in a layer with a window of its own, each window computed once."""
+    found: dict[int, float] = {}
+
+    def keys(own: int) -> float:
+        reach = min(own, window) if own and window else own
+        if reach not in found:
+            found[reach] = mean_keys(sequence, reach, convention, documents)
+        return found[reach]
+
+    return keys
+
+
+def _split_flops(config: ModelConfig, keys: Callable[[int], float]) -> tuple[dict[str, float], dict[str, float]]:
+    """FLOPs per token of what is outside of the layers, which no activation checkpointing recomputes, and of all layers."""
+    model = _meta(config)
+    return _summed([flops_of(model.embedding, keys), flops_of(model.head, keys)]), _summed(
+        flops_of(block, keys) for block in model.decoder.blocks
+    )
+
+
+def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for part in parts:
+        for name, flops in part.items():
+            total[name] = total.get(name, 0.0) + flops
+    return {name: flops for name, flops in total.items() if flops}
+
+
+def _ordered(outside: dict[str, float], inside: dict[str, float]) -> dict[str, float]:
+    """In the order of a forward pass: the head is last."""
+    return {**{name: flops for name, flops in outside.items() if name != "head"}, **inside, "head": outside["head"]}
+
+
+def _meta(config: ModelConfig) -> Transformer:
+    """The model on the meta device, built once for a configuration."""
+    key = config.model_dump_json()
+    if key not in _models:
+        _models[key] = meta_model(config)
+    _models.move_to_end(key)
+    while len(_models) > REMEMBERED:
+        _models.popitem(last=False)
+    return _models[key]
 
 
 def training_flops_per_token(
@@ -119,7 +134,7 @@ def training_flops_per_token(
     documents: Sequence[int] = (),
     window: int = 0,
 ) -> float:
-    """Model FLOPs of forward and backward pass per token: every product has two gradients, each as large as itself."""
+    """Model FLOPs of forward and backward pass per token: every matmul has two gradients, each as large as itself."""
     return 3 * sum(forward_flops_per_token(config, sequence, convention=convention, documents=documents, window=window).values())
 
 
@@ -135,12 +150,12 @@ def hardware_flops_per_token(
 ) -> float:
     """What the device really computes per trained token: model FLOPs plus everything that is computed twice.
 
-    `full` checkpointing runs every block's forward pass again. `selective` keeps the outputs of matrix products and of
+    `full` checkpointing runs every block's forward pass again. `selective` keeps the outputs of matmuls and of
     attention, and repeats only what is not counted here. flash: attention's backward pass rebuilds its scores.
     """
-    parts = forward_flops_per_token(config, sequence, convention=convention, documents=documents, window=window)
-    again = sum(flops for name, flops in parts.items() if name not in OUTSIDE) if checkpointing == "full" else 0.0
-    return 3 * sum(parts.values()) + again + (parts["scores"] if flash else 0.0)
+    outside, inside = _split_flops(config, _keys(sequence, convention, documents, window))
+    again = sum(inside.values()) if checkpointing == "full" else 0.0
+    return 3 * sum(_ordered(outside, inside).values()) + again + (inside.get("scores", 0.0) if flash else 0.0)
 
 
 def prefill_flops(config: ModelConfig, sequence: int, *, convention: Convention = "causal") -> float:

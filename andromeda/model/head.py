@@ -2,22 +2,37 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
+from andromeda.model.init import InitScheme
 from andromeda.utils.errors import ConfigError
 
 
 class LMHead(nn.Module):
-    """logits = cap * tanh((x W^T + b) / cap), or the plain product when the cap is 0 (arXiv 2408.00118 for the cap)."""
+    """logits = cap * tanh((x W^T + b) / cap), or the matmul alone when the cap is 0 (arXiv 2408.00118 for the cap)."""
+
+    role = "head"
 
     def __init__(self, config: ModelConfig, embedding: nn.Module) -> None:
         super().__init__()
+        self.tied = config.head.tied
         self.softcap = config.head.softcap
         self.weight = _tied(embedding, config) if config.head.tied else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
         self.bias = nn.Parameter(torch.zeros(config.vocab_size)) if config.head.bias else None
+
+    def init_weights(self, scheme: InitScheme) -> None:
+        """Draw the matrix, unless it is the embedding's table."""
+        if not self.tied:
+            scheme.fill(self.weight, "head")
+
+    def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
+        """Of one token whose logits are computed."""
+        return {"head": 2.0 * self.weight.numel()}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., C) -> logits (..., V)."""

@@ -1,4 +1,5 @@
-"""Linear layers that train in 16 bits: weights cast once for all micro-batches of a step, gradients added up by their products."""
+"""Linear layers that train in 16 bits with float32 master weights: weights are cast once for all micro-batches of a step, and the
+matmuls that give weight gradients accumulate them in float32."""
 
 from __future__ import annotations
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 
 from andromeda.model.cached_cast_linear import CachedCastLinear, convert_linears
 from andromeda.model.layers import Linear, aligned, concat_biases
+from andromeda.model.specs import LinearSpec
 from andromeda.ops.compute_dtype import compute_dtype
 from andromeda.ops.master_weight_linear import CastWeight, cast_linear, split_parts
 
 
 class MasterWeightLinear(CachedCastLinear):
-    """x W^T + b where products are of this type; elsewhere as it was."""
+    """x W^T + b in the compute dtype `dtype`; elsewhere as `Linear`."""
 
     CACHED = CastWeight._fields
     rows: Tensor | None
@@ -27,8 +29,16 @@ class MasterWeightLinear(CachedCastLinear):
         super().__init__(linear)
         self.dtype = dtype
 
+    def fused_spec(self) -> LinearSpec | None:
+        """By weights cast once a step."""
+        return LinearSpec("master_weight")
+
+    def compute_weight(self, x: Tensor) -> CastWeight:
+        """The weight in the dtype of matmuls with x: as it was cast before, where it is of this dtype."""
+        return self.cached_weight() if self.accepts(x) else super().compute_weight(x)
+
     def accepts(self, x: Tensor) -> bool:
-        """Where products are of the type that was cast into."""
+        """Whether the compute dtype of x is the one that was cast into."""
         return compute_dtype(x) == self.dtype
 
     def forward(self, x: Tensor) -> Tensor:
@@ -42,12 +52,12 @@ class MasterWeightLinear(CachedCastLinear):
         return cast_linear(x, self.cached_weight(), self.weights, concat_biases(self.fused_group))
 
     def cached_weight(self) -> CastWeight:
-        """The weight, with those of the layers beside, as it was cast; cast now if `refresh` never was called."""
+        """The weights of the group as they were cast; cast now if `refresh` never was called."""
         return CastWeight(self.fused_weight().to(self.dtype) if self.rows is None else self.rows, self.total)
 
     @classmethod
     def cast_all(cls, layers: Sequence[Self]) -> None:
-        """Into the memory that was taken first, in one operation for all."""
+        """Into the buffers that were allocated first, in one operation for all."""
         parts: list[Tensor] = []
         for layer in layers:
             if layer.rows is None:
@@ -56,7 +66,7 @@ class MasterWeightLinear(CachedCastLinear):
         torch._foreach_copy_(parts, [weight for layer in layers for weight in layer.weights])
 
     def zeros(self, dtype: torch.dtype) -> Tensor:
-        """As large as the weights of all fused_group."""
+        """As large as the weights of the group, concatenated."""
         height = aligned(sum(linear.out_features for linear in self.fused_group)) if self.fused_with else self.out_features
         return self.weight.new_zeros(height, self.in_features, dtype=dtype)
 
@@ -65,7 +75,7 @@ class MasterWeightLinear(CachedCastLinear):
         return split_parts(whole, [linear.out_features for linear in self.fused_group])
 
     def begin_accumulation(self) -> None:
-        """Gradients of zeros, to which products add."""
+        """Zero gradients, to which matmuls add."""
         if not all(weight.requires_grad and weight.grad is None for weight in self.weights):
             return
         self.total = self.zeros(self.weight.dtype)
@@ -75,7 +85,7 @@ class MasterWeightLinear(CachedCastLinear):
 
 @contextlib.contextmanager
 def accumulate_weight_grads(layers: Sequence[MasterWeightLinear]) -> Iterator[None]:
-    """Within, backward passes add up the gradients of the layers' weights by the products that make them, in `.grad`.
+    """Within, backward passes accumulate the gradients of the layers' weights in `.grad` by the matmuls that compute them.
 
     autograd does not see them: hooks of these parameters are given None. Of a layer that no pass uses the gradient is zero, not None.
     """
@@ -89,12 +99,5 @@ def accumulate_weight_grads(layers: Sequence[MasterWeightLinear]) -> Iterator[No
 
 
 def convert_to_master_weights(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype) -> list[MasterWeightLinear]:
-    """Exchange the linear layers below `root` whose paths are chosen; returns those that lead a product."""
+    """Convert the linear layers below `root` whose paths are chosen; returns those that lead a group."""
     return convert_linears(root, partial(MasterWeightLinear, dtype=dtype), chosen, lambda linear: True)
-
-
-def compute_weight(linear: nn.Linear, x: Tensor) -> CastWeight:
-    """A layer's weight for products of x: as it was cast before, or cast now."""
-    if isinstance(linear, MasterWeightLinear) and linear.accepts(x):
-        return linear.cached_weight()
-    return CastWeight(linear.weight.detach().to(compute_dtype(x)), None)

@@ -1,4 +1,4 @@
-"""A model that has the shape of everything and no memory: what is to be known of it before it is built."""
+"""A model on the meta device: every parameter has its shape and no memory, so that parts can be asked before anything is built."""
 
 from __future__ import annotations
 
@@ -9,6 +9,6 @@ from andromeda.model.transformer import Transformer
 
 
 def meta_model(config: ModelConfig) -> Transformer:
-    """The model without numbers, on the meta device: every parameter has its shape and no memory."""
+    """The model on the meta device."""
     with torch.device("meta"):
         return Transformer(config)

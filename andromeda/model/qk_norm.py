@@ -1,12 +1,15 @@
 """Normalization of queries and keys before they are rotated (arXiv 2010.04245), which bounds the attention logits.
 
 The norm comes first and the rotation second: a learned scale per dimension after xPos would make the logits depend on
-absolute positions. Each part names the softmax scale that belongs to it. All keep the type of their input.
+absolute positions. Each part states the softmax scale that belongs to it. All keep the dtype of their input.
+
+Shapes: B batch, T time, H query heads, G key/value heads, D head dimensions that are projected.
 """
 
 from __future__ import annotations
 
 import math
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +17,8 @@ from torch import Tensor, nn
 
 from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
+from andromeda.config.parts import own_qk_norm, qk_norm_name
+from andromeda.model.specs import QKNormSpec
 
 RMS_EPS = torch.finfo(torch.float32).eps
 """As PyTorch's default for float32 and bfloat16, but the same in float64, so that all precisions compute one function."""
@@ -29,8 +34,21 @@ def unit_length(x: Tensor) -> Tensor:
     return F.normalize(x, dim=-1).to(x.dtype)
 
 
+class QKNorm(Protocol):
+    """Normalization of queries and keys: a module built as `Class(config)`, or `Class(config, own)` for a class with a `Config`."""
+
+    scale: float
+    """Softmax scale that belongs to the norm."""
+
+    def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D), k (B, T, G, D) -> the same, normalized."""
+        ...
+
+
 class NoQKNorm(nn.Module):
-    """Queries and keys as projected; the usual 1/sqrt(D)."""
+    """Queries and keys as projected; the usual softmax scale 1/sqrt(D)."""
+
+    role = "scalar"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -41,35 +59,45 @@ class NoQKNorm(nn.Module):
         """Learned factors of queries (H, 1 or D) and of keys (G, 1 or D) after the norm."""
         return None, None
 
+    def fused_spec(self) -> QKNormSpec | None:
+        """No normalization."""
+        return QKNormSpec("none")
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D)."""
+        """q (B, T, H, D), k (B, T, G, D) as they are."""
         return q, k
 
 
 class RMSQKNorm(NoQKNorm):
     """Root mean square one, no gain; logits are at most sqrt(D)."""
 
+    def fused_spec(self) -> QKNormSpec | None:
+        """RMS norm."""
+        return QKNormSpec("rms")
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D)."""
+        """q (B, T, H, D), k (B, T, G, D) of root mean square one."""
         return rms(q), rms(k)
 
 
 class L2QKNorm(NoQKNorm):
-    """Unit length and a fixed temperature: logits are cosines times 10, as x-transformers has it."""
+    """Unit length and a fixed temperature: logits are cosines times 10, as in x-transformers."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         self.scale = 10.0
 
+    def fused_spec(self) -> QKNormSpec | None:
+        """Unit length."""
+        return QKNormSpec("l2")
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D)."""
+        """q (B, T, H, D), k (B, T, G, D) of unit length."""
         return unit_length(q), unit_length(k)
 
 
 class L2HeadScaleQKNorm(NoQKNorm):
     """Unit length and a learned temperature for each query head, 10 at the start."""
-
-    role = "scalar"
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
@@ -78,11 +106,15 @@ class L2HeadScaleQKNorm(NoQKNorm):
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """(H, 1) and nothing."""
+        """Temperatures (H, 1) of the queries."""
         return self.temperature, None
 
+    def fused_spec(self) -> QKNormSpec | None:
+        """Unit length, times the scales."""
+        return QKNormSpec("l2")
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D)."""
+        """q (B, T, H, D) of the heads' temperatures, k (B, T, G, D) of unit length."""
         return unit_length(q) * self.temperature.to(q.dtype), unit_length(k)
 
 
@@ -92,8 +124,6 @@ class L2DimScaleQKNorm(NoQKNorm):
     Logits are bounded by one at the start, so that attention begins nearly uniform.
     """
 
-    role = "scalar"
-
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
         D = content_dim(config)
@@ -102,15 +132,19 @@ class L2DimScaleQKNorm(NoQKNorm):
 
     @property
     def scales(self) -> tuple[Tensor | None, Tensor | None]:
-        """(H, D) and (G, D)."""
+        """Factors (H, D) and (G, D)."""
         return self.query_scale, self.key_scale
 
+    def fused_spec(self) -> QKNormSpec | None:
+        """Unit length, times the scales."""
+        return QKNormSpec("l2")
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D)."""
+        """q (B, T, H, D), k (B, T, G, D) of unit length, times the scales."""
         return unit_length(q) * self.query_scale.to(q.dtype), unit_length(k) * self.key_scale.to(k.dtype)
 
 
-QK_NORMS: dict[str, type[NoQKNorm]] = {
+REGISTERED: dict[str, type[NoQKNorm]] = {
     "none": NoQKNorm,
     "rms": RMSQKNorm,
     "l2": L2QKNorm,
@@ -119,6 +153,13 @@ QK_NORMS: dict[str, type[NoQKNorm]] = {
 }
 
 
-def build_qk_norm(config: ModelConfig) -> NoQKNorm:
-    """The QK norm that the configuration asks for."""
-    return QK_NORMS[config.attention.qk_norm](config)
+def build_qk_norm(config: ModelConfig) -> Any:
+    """The QK norm that the configuration names, a `QKNorm`. Raises ConfigError."""
+    own = own_qk_norm(config)
+    if own is None:
+        return REGISTERED[qk_norm_name(config)](config)
+    norm = own.build(config)
+    if not hasattr(norm, "role"):
+        # Factors of a norm are not matrices: they keep the values of the constructor, and no matrix optimizer updates them.
+        norm.role = "scalar"
+    return norm

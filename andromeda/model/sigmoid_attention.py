@@ -1,6 +1,6 @@
-"""Sigmoid attention (arXiv 2409.04431): every key is weighed on its own, nothing is normalized along a row.
+"""Sigmoid attention (arXiv 2409.04431): every key is weighted on its own, nothing is normalized over the keys.
 
-The weight of a key is sigmoid(logit + b) with b = -ln(context), so that a row of average logits sums to about one at the
+The weight of a key is sigmoid(logit + b) with b = -ln(max_seq_len), so that the weights of average logits sum to about one at the
 full context. The paper's b follows the length of the sequence; here it is a constant, so that a cached, a packed and a
 padded sequence are all computed alike.
 """
@@ -24,6 +24,9 @@ class SigmoidAttention(Attention):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__(config, layer)
         self.offset = -math.log(config.max_seq_len)
+
+    def fused_spec(self) -> None:
+        """No kernel of whole layers is for it."""
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv), with T x S memory, in at least float32."""

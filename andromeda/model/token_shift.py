@@ -1,8 +1,10 @@
-"""Token shift: part of the channels come from previous tokens. Works with documents, packing and a cache.
+"""Token shift: part of the channels come from previous tokens. Works with packed documents and a cache.
 
 Chunks: the input is split into n + 1 equal groups of channels and group i is taken from i tokens before (x-transformers'
 shift_tokens; channels that remain after the split stay). Lerp: each channel is a learned mix of this token and the one
 before (RWKV, arXiv 2305.13048). Smear: the embedding gets a gated share of the embedding before (modded-nanogpt).
+
+Shapes: B batch, T time, C channels.
 """
 
 from __future__ import annotations
@@ -12,7 +14,9 @@ from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.forward_context import ForwardContext
+from andromeda.model.kv_cache.protocol import CacheBytes
 from andromeda.model.layers import Linear
+from andromeda.model.specs import ShiftSpec
 
 
 def shifted(x: Tensor, past: Tensor, distance: int, ctx: ForwardContext) -> Tensor:
@@ -24,8 +28,12 @@ def shifted(x: Tensor, past: Tensor, distance: int, ctx: ForwardContext) -> Tens
 class NoShift(nn.Module):
     """Every channel is of this token."""
 
+    def fused_spec(self) -> ShiftSpec | None:
+        """No shift."""
+        return ShiftSpec()
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) as it is."""
         return x
 
 
@@ -34,10 +42,18 @@ class ChunkShift(nn.Module):
 
     def __init__(self, config: ModelConfig, slot: str) -> None:
         super().__init__()
-        self.tokens, self.slot = config.shift.tokens, slot
+        self.tokens, self.slot, self.width = config.shift.tokens, slot, config.hidden_size
+
+    def fused_spec(self) -> ShiftSpec | None:
+        """A shift by chunks."""
+        return ShiftSpec(self.tokens, self.slot)
+
+    def cache_bytes(self, dtype: torch.dtype) -> CacheBytes:
+        """The last `tokens` vectors."""
+        return CacheBytes(per_sequence=self.tokens * self.width * dtype.itemsize)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) -> (B, T, C)."""
         size = x.shape[-1] // (self.tokens + 1)
         past = ctx.state.shift_state(self.slot, x, self.tokens)
         moved = [
@@ -54,8 +70,12 @@ class LerpShift(nn.Module):
         self.slot = slot
         self.mix = nn.Parameter(torch.linspace(0, 1, config.hidden_size))
 
+    def cache_bytes(self, dtype: torch.dtype) -> CacheBytes:
+        """The last vector."""
+        return CacheBytes(per_sequence=self.mix.numel() * dtype.itemsize)
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) -> (B, T, C)."""
         past = ctx.state.shift_state(self.slot, x, 1)
         return torch.lerp(x, shifted(x, past, 1, ctx), self.mix.to(x.dtype))
 
@@ -68,13 +88,21 @@ class Smear(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.slot = "smear"
+        self.slot, self.width = "smear", config.hidden_size
         self.channels = min(self.CHANNELS, config.hidden_size)
-        self.gate = Linear(self.channels, 1, bias=False)
+        self.gate = Linear(self.channels, 1, bias=False, init="unit_gain")
         self.weight = nn.Parameter(torch.zeros(()))
 
+    def flops(self) -> dict[str, float]:
+        """Of one token: the gate."""
+        return {"smear": self.gate.flops()}
+
+    def cache_bytes(self, dtype: torch.dtype) -> CacheBytes:
+        """The last vector."""
+        return CacheBytes(per_sequence=self.width * dtype.itemsize)
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) -> (B, T, C)."""
         before = shifted(x, ctx.state.shift_state(self.slot, x, 1), 1, ctx)
         return x + self.weight.to(x.dtype) * torch.sigmoid(self.gate(x[..., : self.channels])) * before
 

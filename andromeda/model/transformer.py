@@ -14,7 +14,7 @@ from andromeda.model.embedding import InputEmbedding
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.head import LMHead
 from andromeda.model.init import initialize
-from andromeda.model.kv_cache.dynamic import NoKVCache
+from andromeda.model.kv_cache.protocol import KVCache, NoKVCache
 from andromeda.model.norm import build_norm
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.value_embedding import build_value_embedding
@@ -37,15 +37,22 @@ class Transformer(nn.Module):
         # DeepNorm's blocks end in a norm of their own.
         self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
         self.head = LMHead(config, self.embedding.tokens)
+        self.without_cuda_graph = self._without_cuda_graph()
         if self.head.weight.device.type != "meta":
             initialize(self, config, seed)
+
+    def _without_cuda_graph(self) -> tuple[str, ...]:
+        """Names of the parts whose decoding step cannot be recorded as a CUDA graph; a part that does not say it can is one."""
+        parts = [self.embedding.tokens, self.value_embedding]
+        parts += [part for block in self.decoder.blocks for part in (block.attention, block.feedforward)]
+        return tuple(dict.fromkeys(type(part).__name__ for part in parts if not getattr(part, "supports_cuda_graph", False)))
 
     def context(
         self,
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: NoKVCache | None = None,
+        cache: KVCache | None = None,
         window: int = 0,
         span: int = 0,
     ) -> ForwardContext:
@@ -72,7 +79,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: NoKVCache | None = None,
+        cache: KVCache | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:
@@ -92,7 +99,7 @@ class Transformer(nn.Module):
         ids: Tensor,
         *,
         documents: Tensor | None = None,
-        cache: NoKVCache | None = None,
+        cache: KVCache | None = None,
         window: int = 0,
         span: int = 0,
     ) -> Tensor:

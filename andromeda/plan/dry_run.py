@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from unittest import mock
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
+from andromeda.config.derived import layer_cycle
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.cached_cast_linear import refresh
@@ -101,7 +101,7 @@ def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, 
 
 def _depths(model: ModelConfig) -> tuple[int, int]:
     """Two depths that end where the model's own does in its cycle of windows and, with skips, of pairs."""
-    cycle = math.lcm(2 if model.skips.unet else 1, model.attention.full_attention_interval or 1)
+    cycle = layer_cycle(model)
     shallow = model.num_layers % cycle or cycle
     return shallow, shallow + cycle
 

@@ -13,7 +13,7 @@ from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.plan.device_mesh import CommunicationVolume, DeviceMeshShape, communication_volume, local_batch_sizes
 from andromeda.plan.dry_run import step_memory
-from andromeda.plan.memory import CheckpointSize, TrainingMemory, cache_bytes, checkpoint_size, state_bytes, training_memory
+from andromeda.plan.memory import CheckpointSize, TrainingMemory, checkpoint_size, decode_state, state_bytes, training_memory
 from andromeda.plan.roofline import ServingRoofline, seconds_per_step, serving_roofline
 from andromeda.train.compile import should_compile
 from andromeda.train.precision import build_precision
@@ -51,8 +51,7 @@ def count_parameters(model: Transformer) -> ParameterCount:
     for name, parameter in model.named_parameters():
         part = part_of(name)
         parts[part] = parts.get(part, 0) + parameter.numel()
-    idle = _idle_rows(model) + _idle_experts(model)
-    return ParameterCount(parts, sum(parts.values()) - idle)
+    return ParameterCount(parts, sum(parts.values()) - _idle(model))
 
 
 def part_of(name: str) -> str:
@@ -61,17 +60,18 @@ def part_of(name: str) -> str:
     return next((part for part, mark in PARTS if mark in dotted), OTHER)
 
 
-def _idle_rows(model: Transformer) -> int:
-    """Numbers in rows that a token does not read. A table that is also the head is read whole."""
-    tables = [m for m in model.modules() if isinstance(m, nn.Embedding) and m.weight is not model.head.weight]
-    return sum((table.weight.shape[0] - 1) * table.weight.shape[1] for table in tables)
-
-
-def _idle_experts(model: Transformer) -> int:
-    """Numbers of experts that a token is not sent to."""
-    e = model.config.experts
-    routed = sum(p.numel() for name, p in model.named_parameters() if ".experts." in f".{name}")
-    return routed // e.num_experts * (e.num_experts - e.top_k)
+def _idle(model: Transformer) -> int:
+    """Numbers that take no part in computing one token, as the parts say: rows of tables, experts. A table that is also the head is
+    read whole; of a table of a user's own all rows but one are idle."""
+    idle = 0
+    for module in model.modules():
+        if getattr(module, "weight", None) is model.head.weight:
+            continue
+        if hasattr(module, "idle_parameters"):
+            idle += module.idle_parameters()  # type: ignore[operator]
+        elif isinstance(module, nn.Embedding):
+            idle += (module.num_embeddings - 1) * module.embedding_dim
+    return idle
 
 
 DEFAULT_MFU = 0.4
@@ -156,6 +156,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) ->
     model = meta_model(config.model)
     parameters, state = count_parameters(model), state_bytes(model, train)
     held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
+    cached = decode_state(config.model)
     floor = seconds_per_step(config, sequence, place.hardware, precision, mesh.gpus)
     return RunPlan(
         name=name,
@@ -170,8 +171,8 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) ->
         flops=_flops(config, sequence),
         memory=training_memory(config, mesh, model, held, state, place.gpu),
         checkpoint=checkpoint_size(state, train.checkpoints.keep),
-        cache_per_token=cache_bytes(config.model),
-        cache_full=cache_bytes(config.model, config.model.max_seq_len),
+        cache_per_token=cached.per_token,
+        cache_full=cached.per_token * config.model.max_seq_len + cached.per_sequence,
         context=config.model.max_seq_len,
         step_floor=floor,
         serving=serving_roofline(config.model, parameters.active, place.hardware, precision),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +16,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OptimizerConfig, TrainConfig
+from andromeda.model.kv_cache.protocol import CacheBytes
+from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import find_optimizer, optimizer_state_bytes, parameter_roles
 from andromeda.optim.optimizer_kind import FLOAT_BYTES
@@ -144,6 +147,17 @@ def checkpoint_size(state: TrainStateBytes, keep: int) -> CheckpointSize:
 
 
 def cache_bytes(model: ModelConfig, tokens: int = 1) -> int:
-    """Keys and values of `tokens` tokens of one sequence in bfloat16. Windows do not shorten them: the cache keeps all."""
-    a = model.attention
-    return 2 * model.num_layers * a.num_kv_heads * a.head_dim * HALF * tokens
+    """What the decode state of one sequence grows by over `tokens` tokens, in bfloat16: keys and values of attention layers."""
+    return decode_state(model).per_token * tokens
+
+
+def decode_state(model: ModelConfig, *, mixers_only: bool = False) -> CacheBytes:
+    """Decode state of one sequence in bfloat16, summed over what the parts of the model say.
+
+    mixers_only: of the token mixers alone, without the last vectors of token shifts.
+    """
+    built = meta_model(model)
+    roots: list[Any] = [block.attention for block in built.decoder.blocks] if mixers_only else [built]
+    parts: list[Any] = [module for root in roots for module in root.modules() if hasattr(module, "cache_bytes")]
+    said = [part.cache_bytes(torch.bfloat16) for part in parts]
+    return CacheBytes(sum(part.per_token for part in said), sum(part.per_sequence for part in said))

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import forward_flops, forward_flops_per_token, hardware_flops_per_token
-from andromeda.plan.memory import HALF, cache_bytes
+from andromeda.plan.memory import HALF, decode_state
 from andromeda.utils.hardware import Hardware
 
 FP8_PARTS = ("query", "key", "value", "out", "feed-forward", "experts", "shared experts")
@@ -48,10 +48,10 @@ def serving_roofline(model: ModelConfig, active: int, hardware: Hardware, precis
         return None
     parts = forward_flops_per_token(model, model.max_seq_len)
     head = parts.pop("head")
-    weights = active * HALF
+    weights, cached = active * HALF, decode_state(model, mixers_only=True)
     one = sum(forward_flops(model, 1.0 * model.num_layers).values()) / rate
     return ServingRoofline(
         (sum(parts.values()) * model.max_seq_len + head) / rate,
         max(one, weights / hardware.bandwidth),
-        max(one, (weights + cache_bytes(model, model.max_seq_len)) / hardware.bandwidth),
+        max(one, (weights + cached.per_token * model.max_seq_len + cached.per_sequence) / hardware.bandwidth),
     )

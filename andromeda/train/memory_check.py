@@ -5,7 +5,6 @@ from __future__ import annotations
 import psutil
 import torch
 
-from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import meta_model
@@ -60,11 +59,11 @@ def min_saved_bytes_per_token(config: RunConfig, precision: str) -> int:
 
     Queries, keys, values, attention's output and the feed-forward's inner activations; recomputed blocks save their input alone.
     """
-    model, attention = config.model, config.model.attention
-    numbers = model.hidden_size
+    numbers = config.model.num_layers * config.model.hidden_size
     if config.train.activation_checkpointing == "none":
-        numbers += 2 * (attention.num_heads + attention.num_kv_heads) * attention.head_dim + intermediate_size(model)
-    return model.num_layers * numbers * COMPUTE_ITEMSIZE[precision]
+        parts = [part for block in meta_model(config.model).decoder.blocks for part in block.children()]
+        numbers += sum(part.saved_per_token() for part in parts if hasattr(part, "saved_per_token"))  # type: ignore[operator]
+    return numbers * COMPUTE_ITEMSIZE[precision]
 
 
 def device_memory(device: torch.device) -> int:

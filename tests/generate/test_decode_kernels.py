@@ -14,7 +14,8 @@ from andromeda.generate.decode_kernels import DecodeKernelBlock, DecodeKernelHea
 from andromeda.generate.decode_step import CudaGraphDecodeStep, DynamicDecodeStep, StaticDecodeStep
 from andromeda.generate.fused_block import FusedBlock
 from andromeda.generate.optimize import optimize_for_inference
-from andromeda.model.kv_cache.dynamic import DynamicKVCache, NoKVCache
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.transformer import Transformer
 from andromeda.ops import gemv, qk_preprocess
 from tests.generate.test_fused_block import KINDS, model
@@ -41,7 +42,7 @@ def numbers(rows: int, device: torch.device) -> Tensor:
 def written(made: Transformer, ids: Tensor, documents: Tensor | None, way: str) -> Tensor:
     """Logits (B, WRITTEN, V) after the prompt, one token at a time."""
 
-    def read(ids: Tensor, documents: Tensor | None, cache: NoKVCache) -> Tensor:
+    def read(ids: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
         return made.head(made.hidden(ids, documents=documents, cache=cache)[:, -1])
 
     with torch.no_grad():

@@ -7,12 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
 from andromeda.config.model import AlibiConfig, AttentionConfig, FeedForwardConfig, ModelConfig, TokenShiftConfig
 from andromeda.generate import batch, decode_step
 from andromeda.generate.decode_step import supports_cuda_graph
 from andromeda.generate.engine import Engine
 from andromeda.generate.sequence import Completion
+from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -63,12 +65,22 @@ def test_a_step_that_cannot_be_recorded_is_taken_plainly_and_said(
     assert "(operation not permitted when stream is capturing)" in caplog.text
 
 
+class Own(nn.Module):
+    """A token mixer that does not say whether its steps can be recorded."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+
+    def forward(self, x: Tensor, ctx: object) -> Tensor:
+        return x
+
+
 def test_only_models_that_ask_the_device_for_nothing_are_recorded() -> None:
     cuda = torch.device("cuda")
-    assert supports_cuda_graph(ModelConfig(), cuda)
-    assert not supports_cuda_graph(ModelConfig(), torch.device("cpu"))
-    assert not supports_cuda_graph(ModelConfig(feedforward=FeedForwardConfig(kind="moe")), cuda)
-    assert not supports_cuda_graph(ModelConfig(attention=AttentionConfig(mixer="mine:Own")), cuda)
+    assert supports_cuda_graph(meta_model(ModelConfig()), cuda)
+    assert not supports_cuda_graph(meta_model(ModelConfig()), torch.device("cpu"))
+    assert not supports_cuda_graph(meta_model(ModelConfig(feedforward=FeedForwardConfig(kind="moe"))), cuda)
+    assert not supports_cuda_graph(meta_model(ModelConfig(attention=AttentionConfig(mixer=f"{__name__}:Own"))), cuda)
 
 
 def test_no_room_on_the_device_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

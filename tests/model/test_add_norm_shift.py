@@ -54,7 +54,7 @@ def test_gradients_of_a_model(changes: list[str], packed: bool, monkeypatch: pyt
         calls += 1
         return real(*args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(add_norm_shift, "norm_shift", counted)
+    monkeypatch.setattr(add_norm_shift, "add_norm_shift", counted)
     made = model(changes)
     exact = copy.deepcopy(made).double()
     ids = torch.randint(96, (2, 41), generator=torch.Generator().manual_seed(1)).to(interpreted.device())

@@ -31,8 +31,9 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x (N, 32) -> (N, 16)."""
         linears = (self.query, self.value, self.key)
-        if fused_qkv.should_fuse(x, linears):
-            query, value, key = fused_qkv.split(fused_qkv.project(x, linears), linears)
+        qkv = fused_qkv.match(linears)(x, linears)
+        if qkv is not None:
+            query, value, key = fused_qkv.split(qkv, linears)
         else:
             z = self.down(x) if self.key.in_features != 32 else x
             query, value, key = self.query(x), self.value(z), self.key(z)

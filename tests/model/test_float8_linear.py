@@ -215,12 +215,13 @@ def test_layers_that_nobody_refreshed_cast_as_they_go() -> None:
         made = model()
         attention: Any = made.decoder.blocks[0].attention
         layers = (attention.query, attention.value, attention.key)
+        assert attention.project_qkv is fused_qkv.cached
         if fresh:
             refresh([attention.query])
             attention.query.bound = None
         x = torch.randn(1, 32, 32, generator=torch.Generator().manual_seed(2)).bfloat16()
         with torch.autocast("cpu", torch.bfloat16):
-            out = fused_qkv.split(torch.compile(fused_qkv.project, backend="aot_eager", fullgraph=True)(x, layers), layers)
+            out = fused_qkv.split(torch.compile(attention.project_qkv, backend="aot_eager", fullgraph=True)(x, layers), layers)
             alone = attention.query(x)
         torch.cat([*out, alone], -1).float().square().sum().backward()
         found.append([out[0], alone, *(layer.weight.grad for layer in layers)])

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
 from andromeda.model import fused_qkv
-from andromeda.model.layers import Linear
+from andromeda.model.layers import Linear, concat_weights
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -18,11 +19,11 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
             torch.nn.init.normal_(parameter)
     x = torch.randn(2, 5, 24, dtype=torch.float64, requires_grad=True)
     parameters = [x, *(p for linear in linears for p in linear.parameters())]
-    whole, wanted = fused_qkv.project(x, linears), [linear(x) for linear in linears]
+    whole, wanted = F.linear(x, *concat_weights(linears)), [linear(x) for linear in linears]
     assert whole.shape == (2, 5, 64)
     assert not whole[..., 61:].any()
     outs = whole[..., :61].split([40, 12, 9], -1)
-    assert fused_qkv.concat_weights(linears)[0].shape == (64, 24)
+    assert concat_weights(linears)[0].shape == (64, 24)
     weights = [torch.randn_like(out) for out in wanted]
     grads = (torch.autograd.grad(sum((o * w).sum() for o, w in zip(side, weights, strict=True)), parameters) for side in (outs, wanted))
     for actual, right in zip((*outs, *next(grads)), (*wanted, *next(grads)), strict=True):
@@ -32,5 +33,5 @@ def test_one_product_is_all_of_them(bias: bool) -> None:
 def test_other_layers_keep_their_own_products() -> None:
     x = torch.zeros(1, 8)
     linears = [Linear(8, 8), torch.nn.Linear(8, 8)]
-    assert not fused_qkv.should_fuse(x, linears)
-    assert not fused_qkv.should_fuse(x, linears[:1]), "on a CPU"
+    assert fused_qkv.match(linears) is fused_qkv.separate
+    assert fused_qkv.match(linears[:1])(x, linears[:1]) is None, "on a CPU"

@@ -81,10 +81,12 @@ def project(config: ModelConfig, B: int, T: int, dtype: torch.dtype, device: tor
 
 def kernel(q: Tensor, k: Tensor, parts: Parts) -> tuple[Tensor, Tensor]:
     """The kernel, wherever it can run, through the form that the model gives it."""
-    tables = () if seam.LAYOUTS[parts.rotation.rotate] == "none" else (*parts.rotation.query, *parts.rotation.key)
+    matched = seam.match(parts.norm.fused_spec(), parts.rotation.fused_spec())
+    assert matched is not None
+    tables = () if matched.layout == "none" else (*parts.rotation.query, *parts.rotation.key)
     form = qk_preprocess.QKPreprocessSpec(
-        seam.NORMS[type(parts.norm)],
-        seam.LAYOUTS[parts.rotation.rotate],
+        matched.norm,
+        matched.layout,
         tables,
         *parts.norm.scales,
         parts.bias.tails(SCALE, q.dtype),
@@ -229,7 +231,7 @@ def test_what_is_registered_is_true() -> None:
 @pytest.mark.parametrize("norm", ["none", "l2_head_scale", "l2_dim_scale"])
 def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Queries, values and keys side by side, with columns at the end that nothing reads: all of it, and all its gradients."""
-    monkeypatch.setattr(seam.qk_preprocess, "is_supported", lambda q, k, form: q.dtype == torch.float32)
+    monkeypatch.setattr(qk_preprocess, "is_supported", lambda q, k, form: q.dtype == torch.float32)
     config = configure(norm, rotary, True, heads=4, kv_heads=2)
     positions, sizes = positions_of(5, 2, interpreted.device()), qk_preprocess.QKVLayout(4, 2, 12, 6)
     generator = torch.Generator().manual_seed(1)
@@ -238,7 +240,7 @@ def test_a_joined_projection(norm: str, rotary: str, monkeypatch: pytest.MonkeyP
 
     def outcome(dtype: torch.dtype) -> list[Tensor]:
         parts, whole = build(config, positions, 3, dtype), start.to(positions.device, dtype).requires_grad_()
-        out = seam.apply_fused_qkv(whole, sizes, *parts, SCALE)
+        out = seam.preprocess_qkv(whole, sizes, seam.match(parts.norm.fused_spec(), parts.rotation.fused_spec()), *parts, SCALE)
         assert all(x.is_contiguous() for x in out)
         leaves = [whole, *parts.norm.parameters()]
         return [*out, *torch.autograd.grad(out, leaves, [g.to(x) for g, x in zip(gradients, out, strict=True)])]
@@ -301,7 +303,7 @@ def test_a_whole_layer_of_tokens_twice(rotary: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_the_model_takes_it_on_a_gpu_unless_in_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    monkeypatch.setattr(seam.qk_preprocess, "preprocess_qk", lambda q, k, form: (calls.append(q.dtype), (q, k))[1])
+    monkeypatch.setattr(qk_preprocess, "preprocess_qk", lambda q, k, form: (calls.append(q.dtype), (q, k))[1])
     config = configure("rms", "rope", False)
     for dtype in (torch.float32, torch.bfloat16, torch.float64):
         parts = build(config, positions_of(4, 1, torch.device("cuda")), 0, torch.promote_types(dtype, torch.float32))
@@ -312,7 +314,7 @@ def test_the_model_takes_it_on_a_gpu_unless_in_float64(monkeypatch: pytest.Monke
 
 @pytest.mark.parametrize("norm", NORMS)
 def test_a_cpu_has_the_parts(norm: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(seam.qk_preprocess, "preprocess_qk", None)
+    monkeypatch.setattr(qk_preprocess, "preprocess_qk", None)
     config = configure(norm, "xpos", True)
     parts = build(config, positions_of(4, 1, torch.device("cpu")), 0, torch.float32)
     _, q, k = project(config, 1, 4, torch.float32, torch.device("cpu"))

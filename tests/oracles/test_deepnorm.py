@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from andromeda.config.model import AttentionConfig, FeedForwardConfig, InitConfig, ModelConfig, RotaryConfig
-from andromeda.model.block import deepnorm_alpha, deepnorm_beta
+from andromeda.model.block import deepnorm_alpha
+from andromeda.model.init import deepnorm_beta
 from andromeda.model.transformer import Transformer
 
 CONSTANTS = {6: (1.861, 0.380), 12: (2.213, 0.319), 24: (2.632, 0.269), 32: (2.828, 0.250), 48: (3.130, 0.226), 96: (3.722, 0.190)}

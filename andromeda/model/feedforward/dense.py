@@ -1,20 +1,22 @@
-"""Position-wise networks: an activation between two projections, or a gated product (arXiv 2002.05202)."""
+"""Position-wise networks: an activation between two linear layers, or a gated one (arXiv 2002.05202).
+
+Shapes: C width, H inner width.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model import fused_qkv
-from andromeda.model.cached_cast_linear import CachedCastLinear
-from andromeda.model.float8_linear import Float8TrainingLinear
 from andromeda.model.layers import Linear
-from andromeda.model.master_weight_linear import MasterWeightLinear, compute_weight
+from andromeda.model.specs import FusableModule, MLPSpec, spec_of
 from andromeda.ops import mlp
 from andromeda.ops.mlp import gelu_mlp_fp8
 
@@ -22,7 +24,7 @@ from andromeda.ops.mlp import gelu_mlp_fp8
 def relu2(x: Tensor) -> Tensor:
     """relu(x)^2 (arXiv 2109.08668)."""
     x = F.relu(x)
-    # Not x.square(), which autocast would take in float32.
+    # Not x.square(), which autocast would compute in float32.
     return x * x
 
 
@@ -36,46 +38,109 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
 
 
-class MLP(nn.Module):
+def reference(net: Any, x: Tensor) -> Tensor:
+    """W_out act(W_in x), by the linear layers themselves."""
+    out: Tensor = net.out(net.activation(net.inner(x)))
+    return out
+
+
+def gelu_16bit(net: Any, x: Tensor) -> Tensor:
+    """By the kernel for GELU with biases in 16 bits, where it takes x."""
+    inner, out = net.inner, net.out
+    if not mlp.is_supported(x, *net.parameters()):
+        return reference(net, x)
+    return mlp.gelu_mlp(x, inner.compute_weight(x), inner.weight, inner.bias, out.compute_weight(x), out.weight, out.bias)
+
+
+def gelu_float8(net: Any, x: Tensor) -> Tensor:
+    """By the kernel for GELU with biases in 8 bits, where it takes x."""
+    inner, out = net.inner, net.out
+    if not inner.accepts(x):
+        return reference(net, x)
+    return gelu_mlp_fp8(x, inner.cached_weight(), inner.weight, inner.bias, out.cached_weight(), out.weight, out.bias, inner.bound)
+
+
+KERNELS: dict[str, Callable[[Any, Tensor], Tensor]] = {"plain": gelu_16bit, "master_weight": gelu_16bit, "float8": gelu_float8}
+"""For GELU with biases, by how both linear layers compute (LinearSpec)."""
+
+
+class MLP(FusableModule):
     """W_out act(W_in x)."""
+
+    supports_cuda_graph = True
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
         super().__init__()
         self.inner = Linear(width, hidden, bias=bias)
-        self.out = Linear(hidden, width, bias=bias)
+        self.out = Linear(hidden, width, bias=bias, init="output")
+        self.kind, self.bias = kind, bias
         self.activation = ACTIVATIONS[kind]
-        self._whole = kind == "gelu" and bias
+        self.match_kernels()
+
+    def match_kernels(self) -> None:
+        """The kernel for both linear layers and the activation, if there is one."""
+        inner, out = spec_of(self.inner), spec_of(self.out)
+        matched = self.kind == "gelu" and self.bias and inner is not None and inner == out
+        self.compute = KERNELS[inner.compute] if matched else reference
+
+    def fused_spec(self) -> MLPSpec | None:
+        """Two linear layers with an activation between them."""
+        return MLPSpec(self.kind)
+
+    def input_layers(self) -> tuple[Linear, ...]:
+        """Layers that read the input of the part itself."""
+        return (self.inner,)
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C)."""
-        # As one step where it may be: layers that were exchanged for others keep their own products.
-        inner, out = self.inner, self.out
-        if self._whole and type(inner) is type(out) in (Linear, MasterWeightLinear) and mlp.is_supported(x, *self.parameters()):
-            return mlp.gelu_mlp(x, compute_weight(inner, x), inner.weight, inner.bias, compute_weight(out, x), out.weight, out.bias)
-        if self._whole and isinstance(inner, Float8TrainingLinear) and isinstance(out, Float8TrainingLinear) and inner.accepts(x):
-            return gelu_mlp_fp8(x, inner.cached_weight(), inner.weight, inner.bias, out.cached_weight(), out.weight, out.bias, inner.bound)
-        return out(self.activation(inner(x)))
+        """x (..., C) -> (..., C)."""
+        return self.compute(self, x)
+
+    def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
+        """Of one token."""
+        return {"feed-forward": self.inner.flops() + self.out.flops()}
+
+    def saved_per_token(self) -> int:
+        """Numbers that the backward pass keeps at least: the inner activations."""
+        return self.inner.out_features
 
 
-class GatedMLP(nn.Module):
+class GatedMLP(FusableModule):
     """W_out (gate(W_gate x) * W_in x)."""
+
+    supports_cuda_graph = True
 
     def __init__(self, width: int, hidden: int, kind: str, bias: bool) -> None:
         super().__init__()
         self.gate = Linear(width, hidden, bias=bias)
         self.inner = Linear(width, hidden, bias=bias)
-        self.out = Linear(hidden, width, bias=bias)
+        self.out = Linear(hidden, width, bias=bias, init="output")
         self.activation = GATES[kind]
+        self.match_kernels()
+
+    def match_kernels(self) -> None:
+        """Whether both inner matrices are one matmul: those that were cast as one; others would have to be copied."""
+        self.project_pair = fused_qkv.match((self.gate, self.inner), concat=False)
+
+    def input_layers(self) -> tuple[Linear, ...]:
+        """Layers that read the input of the part itself."""
+        return self.gate, self.inner
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (..., C)."""
+        """x (..., C) -> (..., C)."""
         pair = (self.gate, self.inner)
-        # Weights that are cast side by side anyway; others would have to be copied.
-        together = isinstance(self.gate, CachedCastLinear) and fused_qkv.should_fuse(x, pair)
-        gate, inner = fused_qkv.split(fused_qkv.project(x, pair), pair) if together else (part(x) for part in pair)
+        fused = self.project_pair(x, pair)
+        gate, inner = (self.gate(x), self.inner(x)) if fused is None else fused_qkv.split(fused, pair)
         return self.out(self.activation(gate) * inner)
 
+    def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
+        """Of one token."""
+        return {"feed-forward": self.gate.flops() + self.inner.flops() + self.out.flops()}
 
-def build_mlp(config: ModelConfig, kind: str, bias: bool) -> nn.Module:
+    def saved_per_token(self) -> int:
+        """Numbers that the backward pass keeps at least: the inner activations."""
+        return self.inner.out_features
+
+
+def build_mlp(config: ModelConfig, kind: str, bias: bool) -> MLP | GatedMLP:
     """A dense or gated network of the configured inner width."""
     return (GatedMLP if kind in GATES else MLP)(config.hidden_size, intermediate_size(config), kind, bias)

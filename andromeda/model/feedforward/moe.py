@@ -1,4 +1,7 @@
-"""Many small matrix products at once: rows sorted by group, each group with a matrix of its own."""
+"""Mixture of experts: a router, and grouped matmuls over tokens sorted by expert.
+
+Shapes: B batch, T time, N tokens, C width, F inner width, E experts, k experts a token.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from torch import Tensor, nn
 from andromeda.config.derived import intermediate_size
 from andromeda.config.model import ModelConfig
 from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_mlp
+from andromeda.model.flops_of import flops_of
+from andromeda.model.init import InitScheme
 from andromeda.model.layers import Linear
 
 ALIGNMENT = 16
-"""Bytes to which PyTorch's grouped product wants rows aligned."""
+"""Bytes to which PyTorch's grouped matmul wants rows aligned."""
 
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
@@ -74,7 +79,7 @@ class Router(nn.Module):
         self.count, self.active, self.normalize, self.balance = e.num_experts, e.top_k, e.normalize, e.balance
         self.bias_update_rate, self.aux_loss_coef = e.bias_update_rate, e.aux_loss_coef
         self.score = ROUTER_ACTIVATIONS[e.router_activation]
-        self.project = Linear(config.hidden_size, e.num_experts, bias=False)
+        self.project = Linear(config.hidden_size, e.num_experts, bias=False, init="unit_gain")
         # Both are whole numbers, which no change of the model's precision rounds.
         self.register_buffer("votes", torch.zeros(e.num_experts, dtype=torch.int64))
         self.register_buffer("load", torch.zeros(e.num_experts, dtype=torch.int64))
@@ -112,7 +117,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """After an optimizer step: vote against the load and start counting anew."""
+        """After an optimizer step: vote against the load and start counting again."""
         if self.balance == "bias":
             self.votes += torch.sign(self.load.sum() - self.load * self.count)
         self.load.zero_()
@@ -130,10 +135,27 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e, width, hidden = config.experts, config.hidden_size, intermediate_size(config)
+        self.top_k = e.top_k
         self.activation = {**ACTIVATIONS, **GATES}[e.kind]
         self.inner = nn.Parameter(torch.empty(e.num_experts, hidden, width))
         self.gate = nn.Parameter(torch.empty(e.num_experts, hidden, width)) if e.kind in GATES else None
         self.out = nn.Parameter(torch.empty(e.num_experts, width, hidden))
+
+    def init_weights(self, scheme: InitScheme) -> None:
+        """Draw the matrices of all experts."""
+        scheme.fill(self.inner, "input")
+        if self.gate is not None:
+            scheme.fill(self.gate, "input")
+        scheme.fill(self.out, "output")
+
+    def idle_parameters(self) -> int:
+        """Numbers of the experts that a token is not sent to."""
+        count = len(self.inner)
+        return sum(p.numel() for p in self.parameters()) // count * (count - self.top_k)
+
+    def flops(self) -> float:
+        """Of one token in one expert."""
+        return 2.0 * sum(p[0].numel() for p in self.parameters())
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
         """x (N, C), rows sorted by expert; rows of expert i end at ends[i]."""
@@ -145,14 +167,25 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Shared experts for all tokens, and the top-k of the routed ones for each."""
 
+    supports_cuda_graph = False  # the host asks for the number of tokens of each expert
+
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e = config.experts
         self.router, self.experts = Router(config), Experts(config)
         self.shared = nn.ModuleList(build_mlp(config, e.kind, bias=False) for _ in range(e.num_shared_experts))
 
+    def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
+        """Of one token: the router, the experts that it passes through, and the shared ones."""
+        shared = sum(flops for expert in self.shared for flops in flops_of(expert, keys).values())
+        return {"router": self.router.project.flops(), "experts": self.router.active * self.experts.flops(), "shared experts": shared}
+
+    def saved_per_token(self) -> int:
+        """Numbers that the backward pass keeps at least: the inner activations of one expert."""
+        return self.experts.inner.shape[1]
+
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, T, C)."""
+        """x (B, T, C) -> (B, T, C)."""
         flat = x.flatten(0, -2)
         gates, chosen = self.router(flat)
         # Sorting the (token, expert) pairs by expert makes each expert's tokens one contiguous run.

@@ -1,9 +1,4 @@
-"""Decode state: what each part remembers of the tokens before, so that a forward pass can go on where the last one ended.
-
-Every layer has a `State`, which its parts call: `update` (attention: all keys and values so far), `shift_state` (token shift:
-the last few vectors), `get` and `put` (anything else, a recurrence's sum say). Without a cache, `NoKVCache` answers the same
-calls, so parts never ask whether there is one.
-"""
+"""A KV cache that grows: any number of tokens a pass, and sequences that leave it."""
 
 from __future__ import annotations
 
@@ -13,33 +8,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-
-@dataclass(frozen=True)
-class LayerContents:
-    """What one layer remembers."""
-
-    buffers: tuple[Tensor, ...]
-    """Keys and values (B, S, G, D) of all tokens seen."""
-    recent: dict[str, Tensor]
-    """What was put into each slot (B, ...)."""
-
-
-@dataclass(frozen=True)
-class CacheContents:
-    """All that a cache holds, for another kind of cache to go on from."""
-
-    layers: dict[int, LayerContents]
-    documents: Tensor
-    """Document numbers (B, S) of all tokens seen; zeros where none were given."""
-    last_position: Tensor
-    """(B, 1), or (1, 1) where all rows are alike."""
-    length: int | Tensor
-    """Tokens seen."""
+from andromeda.model.kv_cache.protocol import CacheContents, DecodeState, LayerContents, NoDecodeState, document_positions
 
 
 @dataclass(frozen=True)
 class CacheCheckpoint:
-    """A place in a sequence that a cache can go back to."""
+    """A place in a sequence that `DynamicKVCache.rollback` returns to."""
 
     length: int
     documents: Tensor | None
@@ -47,58 +21,13 @@ class CacheCheckpoint:
     recent: dict[int, dict[str, Tensor]]
 
 
-class NoDecodeState:
-    """What one layer remembers: nothing, in a pass over whole sequences."""
-
-    def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """All keys and values so far, these included."""
-        return k, v
-
-    def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
-        """What the last pass put there; before the first token zeros of this shape (B, ...), of the type and device of `like`."""
-        return like.new_zeros(shape)
-
-    def put(self, slot: str, value: Tensor) -> None:
-        """Keep `value` (B, ...) for the next pass; `slot` tells the parts of one layer apart."""
-
-    def shift_state(self, slot: str, x: Tensor, count: int) -> Tensor:
-        """The `count` vectors (B, count, C) before x (B, T, C), zeros before the first token; keeps x's own last ones."""
-        past = self.get(slot, x, (x.shape[0], count, x.shape[2]))
-        self.put(slot, torch.cat([past, x[:, -count:]], 1)[:, -count:])
-        return past
-
-
-class NoKVCache:
-    """The identity cache of a forward pass over whole sequences."""
-
-    length: int | Tensor = 0
-    index: Tensor | None = None
-    """Where the token of a pass is kept among the keys, if not behind all others."""
-
-    def __init__(self) -> None:
-        self._state = NoDecodeState()
-
-    def state(self, layer: int) -> NoDecodeState:
-        """The state of layer number `layer` (-1: of the embedding)."""
-        return self._state
-
-    def documents(self, documents: Tensor | None) -> Tensor | None:
-        """Document numbers of all keys: those of this pass."""
-        return documents
-
-    def positions(self, shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
-        """Position of each token since its document began (B, T), or (1, T) without documents."""
-        return document_positions(shape, documents, device)
-
-    def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
-        """Nothing to remember."""
-
-
-class DynamicKVCache(NoKVCache):
+class DynamicKVCache:
     """The state of all layers, and the document numbers and positions of the tokens seen so far, for B sequences.
 
     Buffers double when they are full, so that T tokens cost O(T) copies in all; `capacity` reserves room beforehand.
     """
+
+    index: Tensor | None = None
 
     def __init__(self, capacity: int = 0) -> None:
         self.length: int = 0
@@ -107,7 +36,7 @@ class DynamicKVCache(NoKVCache):
         self._documents: Tensor | None = None
         self._last_position: Tensor | None = None
 
-    def state(self, layer: int) -> NoDecodeState:
+    def state(self, layer: int) -> DecodeState:
         """The state of layer number `layer` (-1: of the embedding)."""
         return self._states.setdefault(layer, LayerKVCache(self))
 
@@ -116,7 +45,7 @@ class DynamicKVCache(NoKVCache):
         if not self.length:
             return documents
         if (documents is None) != (self._documents is None):
-            raise ValueError("a cache goes on as it began: every pass has document numbers, or none has")
+            raise ValueError("every pass through a cache has document numbers, or none has")
         return None if documents is None or self._documents is None else torch.cat([self._documents, documents], 1)
 
     def positions(self, shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
@@ -126,16 +55,16 @@ class DynamicKVCache(NoKVCache):
             return positions
         if documents is None or self._documents is None:
             return positions + self._last_position + 1
-        # Only the document that the last pass ended in goes on counting.
+        # Only the document that the last pass ended in continues to count.
         return positions + (documents == self._documents[:, -1:]) * (self._last_position + 1)
 
     def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
-        """Take note that a pass over `count` tokens is complete; `documents` are the numbers of all keys."""
+        """Note that a pass over `count` tokens is complete; `documents` are the numbers of all keys."""
         self._documents, self._last_position = documents, positions[:, -1:]
         self.length += count
 
     def select_rows(self, rows: Tensor) -> None:
-        """Go on with the sequences at the indices `rows` (n,) only, in that order."""
+        """Keep only the sequences at the indices `rows` (n,), in that order."""
         for state in self._states.values():
             state.select_rows(rows)
         self._documents = None if self._documents is None else self._documents[rows]
@@ -143,12 +72,12 @@ class DynamicKVCache(NoKVCache):
             self._last_position = self._last_position[rows]
 
     def checkpoint(self) -> CacheCheckpoint:
-        """Where it stands, for `rollback`. Costs nothing: keys and values stay where they are."""
+        """The current place, for `rollback`. Copies nothing: keys and values stay where they are."""
         recent = {layer: dict(state.recent) for layer, state in self._states.items()}
         return CacheCheckpoint(self.length, self._documents, self._last_position, recent)
 
     def rollback(self, checkpoint: CacheCheckpoint) -> None:
-        """Forget all that came after `checkpoint`, so that another continuation of the same prompt can be read."""
+        """Drop all tokens after `checkpoint`, so that another continuation of the same prompt can be read."""
         self.length, self._documents, self._last_position = checkpoint.length, checkpoint.documents, checkpoint.last_position
         for layer, state in self._states.items():
             state.recent = dict(checkpoint.recent.get(layer, {}))
@@ -173,7 +102,7 @@ class DynamicKVCache(NoKVCache):
 
 
 class LayerKVCache(NoDecodeState):
-    """What one layer remembers of the tokens that its cache has seen."""
+    """State of one layer: keys and values in buffers that double, and named slots."""
 
     def __init__(self, cache: DynamicKVCache) -> None:
         self.cache = cache
@@ -207,16 +136,6 @@ class LayerKVCache(NoDecodeState):
         self.recent[slot] = value.detach()
 
     def select_rows(self, rows: Tensor) -> None:
-        """Forget all other sequences."""
+        """Keep only these sequences."""
         self.buffers = tuple(x[rows] for x in self.buffers)
         self.recent = {slot: x[rows] for slot, x in self.recent.items()}
-
-
-def document_positions(shape: torch.Size, documents: Tensor | None, device: torch.device) -> Tensor:
-    """Position of each token since its document began; a document is a run of equal numbers. (B, T), (1, T) without documents."""
-    index = torch.arange(shape[1], device=device)[None]
-    if documents is None:
-        return index
-    starts = torch.ones_like(documents, dtype=torch.bool)
-    starts[:, 1:] = documents[:, 1:] != documents[:, :-1]
-    return index - torch.where(starts, index, 0).cummax(1).values

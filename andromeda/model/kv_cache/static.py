@@ -1,8 +1,8 @@
-"""Decode state of one size: each token is kept where it belongs, at an index that the device holds.
+"""A KV cache of fixed size: each token is kept at an index that the device holds.
 
-Nothing about a step then depends on how many there were before: no shape, no number on the host. So a step can be recorded
-once as a CUDA graph and replayed, and a step writes one place of the cache and moves nothing. What is not filled yet lies
-behind the newest token and is not seen.
+Nothing about a decoding step depends on how many tokens there were before: no shape, no number on the host. So a step can be
+recorded once as a CUDA graph and replayed; it writes one place of the cache and moves nothing. What is not filled yet comes
+after the newest token and is not seen.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from andromeda.model.kv_cache.dynamic import CacheContents, LayerContents, NoDecodeState, NoKVCache
+from andromeda.model.kv_cache.protocol import CacheContents, DecodeState, LayerContents, NoDecodeState
 
 PADDING = -1
 """Document number below all others."""
 
 
-class StaticKVCache(NoKVCache):
-    """State of `rows` sequences that sees `capacity` tokens, the one of the next pass included."""
+class StaticKVCache:
+    """State of `rows` sequences of at most `capacity` tokens, the one of the next pass included."""
 
     def __init__(self, rows: int, capacity: int, device: torch.device) -> None:
         self.capacity = capacity
@@ -29,7 +29,7 @@ class StaticKVCache(NoKVCache):
         self._documents = torch.full((rows, capacity), PADDING, device=device)
         self._states: dict[int, StaticLayerKVCache] = {}
 
-    def state(self, layer: int) -> NoDecodeState:
+    def state(self, layer: int) -> DecodeState:
         """The state of layer number `layer` (-1: of the embedding)."""
         return self._states.setdefault(layer, StaticLayerKVCache(self.capacity, self.index))
 
@@ -44,14 +44,14 @@ class StaticKVCache(NoKVCache):
         return self._last_position + 1
 
     def advance(self, count: int, positions: Tensor, documents: Tensor | None) -> None:
-        """Take note that a pass over one token is complete."""
+        """Note that a pass over one token is complete."""
         self._last_position.copy_(positions)
         self.length += count
-        # A pass too many must not write behind the end.
+        # One pass too many must not write past the end.
         self.index.copy_(self.length.clamp(max=self.capacity - 1))
 
     def load(self, contents: CacheContents) -> None:
-        """Go on from what another cache holds. A pass must have been made before, so that every layer has its buffers."""
+        """Continue from what another cache holds. A pass must have been made before, so that every layer has its buffers."""
         for layer, state in self._states.items():
             state.load(contents.layers[layer])
         self._documents.fill_(PADDING)[:, : contents.documents.shape[1]] = contents.documents
@@ -65,7 +65,7 @@ class StaticKVCache(NoKVCache):
         return CacheContents(layers, self._documents, self._last_position, self.length)
 
     def reset_rows(self, rows: Tensor) -> None:
-        """Let the sequences at the indices `rows` begin anew: they are over, and must not reach positions that do not exist."""
+        """Set the sequences at the indices `rows` back to position 0: they have ended, and must not reach positions that do not exist."""
         self._last_position[rows] = 0
 
     def bytes(self) -> int:
@@ -75,7 +75,9 @@ class StaticKVCache(NoKVCache):
 
 
 class StaticLayerKVCache(NoDecodeState):
-    """What one layer remembers, in buffers that stay where they are."""
+    """State of one layer, in buffers that stay where they are."""
+
+    static = True
 
     def __init__(self, capacity: int, index: Tensor) -> None:
         """index: where the token of a pass is kept, a number () on the device that its owner moves on."""
@@ -103,7 +105,7 @@ class StaticLayerKVCache(NoDecodeState):
         self.recent.setdefault(slot, torch.empty_like(value)).copy_(value)
 
     def load(self, contents: LayerContents) -> None:
-        """Go on from what another cache's layer holds."""
+        """Continue from what another cache's layer holds."""
         for buffer, held in zip(self.buffers, contents.buffers, strict=True):
             buffer.zero_()[:, : held.shape[1]] = held
         for slot, held in contents.recent.items():

@@ -11,6 +11,7 @@ computes ALiBi at full speed. FlashBias (arXiv 2505.12044) describes the idea in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -29,23 +30,47 @@ def slopes(heads: int, device: torch.device | None = None) -> Tensor:
     return torch.exp2(torch.where(h < closest, h + 1, h - closest + 0.5) * (-8 / closest))
 
 
+class PositionBias(Protocol):
+    """What ALiBi adds in one pass: slopes that the attention kernel is given, or dimensions that queries and keys carry."""
+
+    @property
+    def slopes(self) -> Tensor | None:
+        """Slope of every query head (H,), for the attention kernel; None is no bias there."""
+        ...
+
+    @property
+    def digits(self) -> Tensor | None:
+        """Base-256 digits of the keys (T, 4) where queries and keys carry the bias, else None."""
+        ...
+
+    def tails(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        """What `fold` appends: slopes over `scale` in `dtype` (H,) and digits of the keys (T, 4), or nothing."""
+        ...
+
+    def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D) and k (B, T, G, D) with the bias appended, if they carry it."""
+        ...
+
+
 class NoPositionBias:
     """One pass without ALiBi."""
 
     slopes: Tensor | None = None
     """Slope of every query head (H,), for the attention kernel; None is no bias."""
+    digits: Tensor | None = None
+    """Digits of the keys (T, 4) where queries and keys carry the bias."""
 
     def tails(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """What `fold` appends: slopes over `scale` in `dtype` (H,) and digits of the keys (T, 4), or nothing."""
         return ()
 
     def fold(self, q: Tensor, k: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D) and k (B, T, G, D) as they came."""
+        """q (B, T, H, D) and k (B, T, G, D) as they are."""
         return q, k
 
 
 class SlopeBias(NoPositionBias):
-    """One pass in which the kernel is given slopes (H,)."""
+    """One pass in which the attention kernel is given slopes (H,)."""
 
     def __init__(self, slopes: Tensor) -> None:
         self.slopes = slopes
@@ -78,7 +103,7 @@ class FoldedBias(NoPositionBias):
 class NoAlibi(nn.Module):
     """No bias."""
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
         """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
         return NoPositionBias()
 
@@ -98,7 +123,7 @@ class Alibi(NoAlibi):
         """Slope of every query head (H,) in float64, zero where there is no bias."""
         return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
         """Slopes for the kernel."""
         return SlopeBias(self.head_slopes(device))
 
@@ -106,7 +131,7 @@ class Alibi(NoAlibi):
 class FoldedAlibi(Alibi):
     """The same bias, carried by the last four dimensions of queries and keys."""
 
-    def forward(self, start: int | Tensor, length: int, device: torch.device) -> NoPositionBias:
+    def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
         """Slopes and digits."""
         index = start + torch.arange(length, device=device)
         digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from andromeda.config.derived import original_max_seq_len, rotated_dims
 from andromeda.config.model import ModelConfig
 from andromeda.model.position.scaling import RULES, Scaled, Span
+from andromeda.model.specs import RotarySpec
 
 Table = tuple[Tensor, Tensor]
 """cos and sin (B, T, 1, R/2), each already times the xPos factor."""
@@ -26,6 +28,10 @@ class Rotation:
     query: Table
     key: Table
 
+    def fused_spec(self) -> RotarySpec | None:
+        """Layout of the pairs; None where the heads are not all rotated alike."""
+        return LAYOUTS[self.rotate]
+
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D), rotated."""
         return self.rotate(q, self.query), self.rotate(k, self.key)
@@ -33,13 +39,17 @@ class Rotation:
 
 @dataclass(frozen=True)
 class PartialHeadsRotation(Rotation):
-    """One pass in which the first heads, which ALiBi has, are not turned."""
+    """One pass in which the first heads, which ALiBi has, are not rotated."""
 
     unrotated: tuple[int, int]
-    """How many query heads and how many key heads stay."""
+    """How many query heads and how many key heads are not rotated."""
+
+    def fused_spec(self) -> RotarySpec | None:
+        """None: heads differ."""
+        return None
 
     def __call__(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        """q (B, T, H, D), k (B, T, G, D): heads from `unrotated` on turned."""
+        """q (B, T, H, D), k (B, T, G, D): heads from `unrotated` on rotated."""
         return self._from(q, self.query, self.unrotated[0]), self._from(k, self.key, self.unrotated[1])
 
     def _from(self, x: Tensor, table: Table, unrotated: int) -> Tensor:
@@ -47,7 +57,7 @@ class PartialHeadsRotation(Rotation):
 
 
 def rotate_half(x: Tensor, table: Table) -> Tensor:
-    """Turn the pairs (i, i + R/2) of the first R dimensions of x (B, T, H, D)."""
+    """Rotate the pairs (i, i + R/2) of the first R dimensions of x (B, T, H, D)."""
     cos, sin = table
     rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
     a, b = rotated.to(cos.dtype).chunk(2, -1)
@@ -55,12 +65,12 @@ def rotate_half(x: Tensor, table: Table) -> Tensor:
 
 
 def rotate_interleaved(x: Tensor, table: Table) -> Tensor:
-    """Turn the pairs (2i, 2i + 1) of the first R dimensions of x (B, T, H, D)."""
+    """Rotate the pairs (2i, 2i + 1) of the first R dimensions of x (B, T, H, D)."""
     cos, sin = table
     rotated, rest = x.split([2 * cos.shape[-1], x.shape[-1] - 2 * cos.shape[-1]], -1)
     a, b = rotated.to(cos.dtype).unflatten(-1, (-1, 2)).unbind(-1)
-    turned = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
-    return torch.cat([turned.to(x.dtype), rest], -1)
+    mixed = torch.stack([a * cos - b * sin, b * cos + a * sin], -1).flatten(-2)
+    return torch.cat([mixed.to(x.dtype), rest], -1)
 
 
 def no_rotation(x: Tensor, table: Table) -> Tensor:
@@ -69,6 +79,26 @@ def no_rotation(x: Tensor, table: Table) -> Tensor:
 
 
 ROTATIONS = {"half": rotate_half, "interleaved": rotate_interleaved}
+LAYOUTS: dict[Callable[[Tensor, Table], Tensor], RotarySpec] = {
+    no_rotation: RotarySpec("none"),
+    rotate_half: RotarySpec("half"),
+    rotate_interleaved: RotarySpec("interleaved"),
+}
+
+
+class Rotary(Protocol):
+    """Rotary positions of a model: a module that gives the rotation of one pass."""
+
+    logit_factor: float
+    """What frequency scaling multiplies attention logits with."""
+
+    def fused_spec(self) -> RotarySpec | None:
+        """Layout of the pairs; None where the heads are not all rotated alike."""
+        ...
+
+    def __call__(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
+        """The rotation of tokens at `positions` (B, T); `span` is the length of the whole sequence."""
+        ...
 
 
 class NoRotary(nn.Module):
@@ -78,6 +108,10 @@ class NoRotary(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+
+    def fused_spec(self) -> RotarySpec | None:
+        """No rotation."""
+        return RotarySpec("none")
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The identity."""
@@ -97,6 +131,10 @@ class RoPE(NoRotary):
         a, biased = config.attention, config.alibi.num_heads
         self.unrotated = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
+
+    def fused_spec(self) -> RotarySpec | None:
+        """Layout of the pairs; None where only heads without ALiBi are rotated."""
+        return LAYOUTS[self.rotate] if self.unrotated is None else None
 
     def scaled(self, span: int, device: torch.device) -> Scaled:
         """Frequencies for a sequence of `span` tokens in all."""
@@ -123,6 +161,10 @@ class XPos(RoPE):
     range. With scale_base >= context / 4 no factor exceeds 12.3; float32 and bfloat16 overflow beyond about
     68,000 tokens at base 512, which reading the configuration refuses. Interpolation stretches the decay with the angles.
     """
+
+    def fused_spec(self) -> RotarySpec | None:
+        """As RoPE: the decay is part of the tables."""
+        return super().fused_spec()
 
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The rotation of tokens at `positions` (B, T), with the decay folded into cos and sin."""
