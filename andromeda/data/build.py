@@ -209,7 +209,7 @@ class _CorpusBuilder:
             made_with={
                 "andromeda": andromeda.__version__,
                 "python": platform.python_version(),
-                **{name: version(name) for name in ("numpy", "tokenizers", "sentencepiece")},
+                **{name: version(name) for name in ("numpy", "tokenizers", "tiktoken", "sentencepiece")},
             },
         )
 

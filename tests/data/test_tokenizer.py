@@ -5,8 +5,9 @@ from __future__ import annotations
 import io
 import json
 import re
+from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 import sentencepiece
@@ -15,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from andromeda.config.data import BuildConfig
+from andromeda.data.encoders import bpe, tiktoken_bpe
 from andromeda.data.encoders.bpe import MAX_TRAINING_WORD
+from andromeda.data.encoders.split_patterns import EXPRESSIONS
 from andromeda.data.encoders.unigram import MAX_TRAINING_SENTENCE, SPACE
 from andromeda.data.tokenizer import META, ROUND_TRIP_TEXT, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
@@ -274,3 +277,104 @@ def test_files_that_are_no_lossless_tokenizer_are_refused(tmp_path: Path) -> Non
     }.items():
         with pytest.raises(AndromedaError, match=sentence):
             Tokenizer.load(tmp_path / name)
+
+
+def by_library(tokenizer: Tokenizer, texts_: list[str]) -> list[list[int]]:
+    """What the saved tokenizer.json gives by its own library."""
+    library = tokenizers.Tokenizer.from_str(tokenizer._encoder.model_file.decode())
+    library.encode_special_tokens = True
+    return [found.ids for found in library.encode_batch(texts_, add_special_tokens=False)]
+
+
+@cache
+def bpe_of(pattern_: str, vocab_size: int) -> Tokenizer:
+    """A BPE of the test's words, whose text is cut by the pattern; "" for our own, "gpt2" for the library's byte-level cut."""
+    ours = train_tokenizer(texts(300), BuildConfig(vocab_size=vocab_size, max_digits=3))
+    if not pattern_:
+        return ours
+    model = json.loads(ours._encoder.model_file)
+    if pattern_ == "gpt2":
+        model["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    else:
+        model["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = pattern_
+    return Tokenizer(bpe.load(json.dumps(model).encode()))
+
+
+PATTERNS = ["", "gpt2", *EXPRESSIONS]
+AWKWARD_CHARACTERS = " \t\r\n'.0123sStTlLabé日😀K\u017f\ufb01\u0301\u0345\u200d\x85\u2028"
+ANY_TEXT = st.text(st.one_of(st.characters(exclude_categories=["Cs"]), st.sampled_from(AWKWARD_CHARACTERS)))
+
+
+@cache
+def fast_bpe(pattern_: str, vocab_size: int) -> tiktoken_bpe.TiktokenBPE:
+    encoder = bpe_of(pattern_, vocab_size)._encoder
+    fast = tiktoken_bpe.convert(encoder.model_file, encoder.token_bytes, bpe.OWN_PATTERN)
+    assert fast is not None
+    return fast
+
+
+@settings(deadline=None, max_examples=400)
+@given(text=ANY_TEXT, pattern_=st.sampled_from(PATTERNS), vocab_size=st.sampled_from([257, 280, 340]))
+def test_tiktoken_gives_the_ids_of_the_saved_tokenizer(text: str, pattern_: str, vocab_size: int) -> None:
+    assert fast_bpe(pattern_, vocab_size).encode(text) == by_library(bpe_of(pattern_, vocab_size), [text])[0]
+
+
+@pytest.mark.parametrize("pattern_", PATTERNS)
+def test_characters_of_all_unicode_have_the_ids_of_the_saved_tokenizer(pattern_: str) -> None:
+    tokenizer = bpe_of(pattern_, 340)
+    # All of the first two planes, whose scripts are many; of the others, which hold few kinds of characters, a part.
+    every = [chr(c) for c in (*range(0x20000), *range(0x20000, 0x110000, 97)) if not 0xD800 <= c < 0xE000]
+    found = tokenizer.encode_batch([f"a{c}1 {c}\n{c}s'{c}t" for c in every])
+    assert tokenizer._encoder._tiktoken is not None
+    assert found == by_library(tokenizer, [f"a{c}1 {c}\n{c}s'{c}t" for c in every])
+
+
+def test_runs_that_the_fast_encoder_cannot_take_have_equal_ids() -> None:
+    tokenizer = bpe_of("", 340)
+    long = [" " * 300_000 + "a", "\n" * 150_000, "x" * 250_000, "ab" * 50_000, "word " * 10_000]
+    assert tokenizer.encode_batch(long) == by_library(tokenizer, long)
+    assert [tokenizer._encoder._tiktoken.accepts(text) for text in long] == [False, False, False, True, True]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"normalizer": {"type": "NFC"}},
+        {"pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}},
+        {"added": {"id": 340, "content": "zzz", "special": False}},
+        {"swap": True},
+        {"pattern": r"\w+|\W"},
+    ],
+)
+def test_what_is_not_surely_equal_is_encoded_by_its_own_library(change: dict[str, Any]) -> None:
+    model = json.loads(bpe_of("", 340)._encoder.model_file)
+    if "added" in change:
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        model["added_tokens"].append(flags | change["added"])
+    elif "swap" in change:  # the order of two merges, against that of their ids
+        merges = model["model"]["merges"]
+        merges[-1], merges[-2] = merges[-2], merges[-1]
+    elif "pattern" in change:
+        model["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = change["pattern"]
+    else:
+        model |= change
+    tokenizer = Tokenizer(bpe.load(json.dumps(model).encode()))
+    long = texts(3000)
+    assert tokenizer.encode_batch(long) == by_library(tokenizer, long)
+    assert tokenizer._encoder._tiktoken is None
+
+
+def test_a_merge_that_only_another_order_makes_is_not_converted() -> None:
+    """`abc` merged from a and bc, where ab is merged first: tiktoken would merge ab and c to it, tokenizers does not."""
+    model = json.loads(bpe_of("", 257)._encoder.model_file)
+    size = len(model["model"]["vocab"])
+    model["model"]["vocab"] |= {"ab": size, "bc": size + 1, "abc": size + 2}
+    model["model"]["merges"] = [["a", "b"], ["b", "c"], ["a", "bc"]]
+    encoder = bpe.load(json.dumps(model).encode())
+    assert tiktoken_bpe.convert(encoder.model_file, encoder.token_bytes, bpe.OWN_PATTERN) is None
+    assert [len(ids) for ids in encoder.encode_batch(["abc" * 30_000])] == [60_000]
+
+
+def test_both_engines_know_the_same_characters() -> None:
+    """With the libraries that are installed; elsewhere only text in ASCII is encoded by tiktoken."""
+    assert tiktoken_bpe.same_unicode_tables()

@@ -16,7 +16,7 @@ SPLIT_PATTERNS = {
 }
 """llama.cpp's name and the expression. Together the alternatives match every character, so nothing is lost."""
 
-_SPELLED = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {
+EXPRESSIONS = {pattern: name for name, pattern in SPLIT_PATTERNS.items()} | {
     pattern.replace(_CONTRACTIONS, "(?i:'s|'t|'re|'ve|'m|'ll|'d)"): name for name, pattern in SPLIT_PATTERNS.items()
 }
 """The expressions as they are here, and as Hugging Face's tokenizers spell the contractions."""
@@ -27,4 +27,4 @@ WHOLE_WORDS = ("llama-bpe",)
 
 def pattern_name(expression: str) -> str | None:
     """llama.cpp's name of an expression; None where it has none."""
-    return _SPELLED.get(expression)
+    return EXPRESSIONS.get(expression)
