@@ -49,10 +49,10 @@ def imports(module: str) -> set[str]:
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert not node.level, f"{module} imports by a relative name: write the whole name."
+            base = module.rsplit(".", node.level)[0] + "." if node.level else ""
             for alias in node.names:
-                whole = f"{node.module}.{alias.name}"
-                found.add(whole if whole in trees() else str(node.module))
+                whole = f"{base}{node.module}.{alias.name}"
+                found.add(whole if whole in trees() else f"{base}{node.module}")
     found &= trees().keys()
     for name in list(found):
         found |= ancestors(name) - ancestors(module)

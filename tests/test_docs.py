@@ -15,7 +15,7 @@ PROOF = re.compile(r"`(?:[\w/]*/)?(test_\w+\.py)(?:::(test_\w+))?`")
 
 def prose(page: Path) -> str:
     """A page without its blocks of code."""
-    return re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    return re.sub(r"^ *```.*?^ *```$", "", page.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
 
 
 def anchors(page: Path) -> set[str]:

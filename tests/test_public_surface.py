@@ -14,7 +14,7 @@ from andromeda import Andromeda
 from andromeda.model.transformer import Transformer
 from tests.source_tree import is_package, trees
 
-METHODS = {"from_preset", "from_run", "save", "generate", "num_parameters", "optimize_for_inference"}
+METHODS = {"from_preset", "from_run", "save", "generate", "num_parameters", "optimize_for_inference", "from_pretrained", "save_pretrained"}
 """Of Andromeda, apart from what it is as a `torch.nn.Module`."""
 
 

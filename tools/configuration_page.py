@@ -25,7 +25,9 @@ INTRODUCTION = """\
 A run is one TOML file. Every command takes a preset's name, a file's path or a run folder (whose `config.toml` is the
 whole configuration of that run), and any number of overrides `key.path=value` after it:
 
-```
+<!-- run with "andromeda train nano": data.corpus=corpus -->
+<!-- before: printf 'preset = "nano"\\n[data]\\ncorpus = "corpus"\\n' > my.toml -->
+```bash
 andromeda train nano train.steps=500 model.attention.num_kv_heads=2
 andromeda train my.toml train.optim.kind=adamw name=second-try
 ```

@@ -13,6 +13,10 @@ class BaseConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False, use_attribute_docstrings=True)
 
+    def __hash__(self) -> int:
+        """Of the values as JSON: a part of the user's own may have a table among its values, which has no hash."""
+        return hash(self.model_dump_json())
+
 
 def as_tuple(value: Any) -> Any:
     """A list as a tuple; anything else as it came."""

@@ -181,3 +181,9 @@ def test_reading_a_configuration_loads_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_configurations_with_tables_are_hashed_by_their_values() -> None:
+    one, same, other = (load("nano", ["data.corpus=c", f"train.optim.options.a={value}"]) for value in (1, 1, 2))
+    assert hash(one) == hash(same)
+    assert len({one, same, other}) == 2
