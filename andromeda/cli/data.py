@@ -40,6 +40,8 @@ def build(
     ] = None,
     max_bytes: Annotated[int | None, typer.Option(help="Read this many bytes of each source.")] = None,
     shard_tokens: Annotated[int | None, typer.Option(help="Tokens of one shard (16 Mi).")] = None,
+    append: Annotated[bool, typer.Option("--append", help="Add the documents to the corpus that is in the folder.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Replace the corpus that is in the folder.")] = False,
     workers: Annotated[int, typer.Option(min=0, help="Worker processes; 0 starts one per core.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -61,11 +63,18 @@ def build(
     }
     config = _config({k: v for k, v in given.items() if v is not None})
 
+    from andromeda.data.append import append as add
     from andromeda.data.build import build as run
+    from andromeda.utils.errors import RequestError
 
+    if append and force:
+        raise RequestError("--append keeps the corpus and --force replaces it: give one of them.")
     try:
         with progress() as report:
-            manifest = run(sources, out, config, workers=workers or _cores(), report=report)
+            if append:
+                manifest = add(sources, out, config, workers=workers or _cores(), report=report)
+            else:
+                manifest = run(sources, out, config, workers=workers or _cores(), report=report, force=force)
     except KeyboardInterrupt:
         raise Interrupted("interrupted; the same command resumes here.") from None
     _print(manifest, out, as_json)
@@ -163,6 +172,9 @@ def _print(manifest: CorpusManifest, folder: Path, as_json: bool) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from andromeda.data.corpus import few_held_out
+    from andromeda.data.sources import counted
+
     console = Console()
     splits = Table("split", "documents", "tokens", "bytes", "bytes/token", "shards", title=f"{folder}", title_justify="left")
     for name, s in manifest.splits.items():
@@ -172,6 +184,15 @@ def _print(manifest: CorpusManifest, folder: Path, as_json: bool) -> None:
         skipped = ", ".join(f"{reason} {n:,}" for reason, n in r.skipped.items()) or "none"
         sources.add_row(r.name, f"{r.read:,}", f"{r.kept:,}", f"{r.tokens:,}", f"{r.bytes:,}", skipped)
     console.print(splits, sources)
+    for r in manifest.sources:
+        if r.not_read:
+            console.print(
+                f"not read    {counted(r.not_read)} in {r.name}; --include .EXT reads files of that extension",
+                highlight=False,
+                markup=False,
+            )
     t = manifest.tokenizer
     console.print(f"tokenizer   {t.kind}, {t.vocab_size:,} entries, separator {t.eos}", highlight=False)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False)
+    if note := few_held_out(manifest):
+        console.print(f"note        {note}", highlight=False, markup=False)

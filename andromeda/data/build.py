@@ -29,7 +29,7 @@ from andromeda.data.sources import SourceListing, list_source
 from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError, nearest
 from andromeda.utils.files import PART, write_whole
-from andromeda.utils.progress_callback import ProgressCallback
+from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 WORK = ".work"
 PLAN = "plan.json"
@@ -41,30 +41,37 @@ SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
 
 
 def build(
-    sources: list[str], out: Path, config: BuildConfig, *, workers: int = 1, report: ProgressCallback = lambda *_: None
+    sources: list[str],
+    out: Path,
+    config: BuildConfig,
+    *,
+    workers: int = 1,
+    report: ProgressCallback = no_progress,
+    force: bool = False,
+    extend: bool = False,
 ) -> CorpusManifest:
-    """Build a corpus folder, or go on with one that was interrupted; a finished one of the same settings is returned as it is.
+    """Build a corpus folder, or resume an interrupted build; a finished corpus of the same settings is returned as it is.
 
-    `report(stage, done, total)` is called as work proceeds. Raises DataError or ConfigError with the cause and the mend.
+    force: remove the corpus or unfinished build that is in the folder first. extend: the first source is a corpus whose documents are
+    taken as they are, without the checks of the settings. Raises DataError or ConfigError with the cause and the fix.
     """
     if not sources:
         raise ConfigError("Nothing to build from: name files, folders, hf:NAME or `python`.")
-    trained = config.model_fields_set & {"vocab_size", "max_digits", "special_tokens"}
+    trained = config.model_fields_set & {"vocab_size", "max_digits", "special_tokens", "pre_tokenizer"}
     if trained and not config.trains_tokenizer:
         raise ConfigError(f"The tokenizer {config.tokenizer} is trained already: leave out {', '.join(sorted(trained))}.")
     out = Path(out)
     try:
         given = None if config.trains_tokenizer else _load_tokenizer(config.tokenizer)
-        listings = [list_source(i, source, config) for i, source in enumerate(sources)]
+        listings = [list_source(i, source, config, as_it_is=extend and i == 0) for i, source in enumerate(sources)]
         plan = _plan(sources, config, listings, given)
         with _locked(out):
-            if not _begin(out, plan):
+            cleared = force and _clear(out, plan)
+            if not _begin(out, plan, beside_others=cleared):
                 return CorpusManifest.load(out)
             return _CorpusBuilder(sources, out, config, listings, workers, report).run(given, plan)
     except OSError as error:
-        raise DataError(
-            f"{error.filename or out}: {error.strerror or error}; mend that, then the same command goes on from here."
-        ) from error
+        raise DataError(f"{error.filename or out}: {error.strerror or error}; fix that, then the same command resumes here.") from error
 
 
 def _load_tokenizer(name: str) -> Tokenizer:
@@ -105,7 +112,21 @@ def _plan(sources: list[str], config: BuildConfig, listings: list[SourceListing]
     }
 
 
-def _begin(out: Path, plan: dict[str, Any]) -> bool:
+def _clear(out: Path, plan: dict[str, Any]) -> bool:
+    """Remove a corpus, or an interrupted build of another plan; nothing else that lies in the folder. Whether anything was removed."""
+    started = out / WORK / PLAN
+    if not (out / MANIFEST_NAME).is_file() and (not started.is_file() or started.read_bytes() == json.dumps(plan).encode()):
+        return False
+    (out / MANIFEST_NAME).unlink(missing_ok=True)  # first, so that what a kill leaves is no corpus
+    for folder in (WORK, "tokenizer"):
+        shutil.rmtree(out / folder, ignore_errors=True)
+    shards = [path for split in ("train", "val") for path in out.glob(f"{split}-[0-9]*.bin")]
+    for path in (*shards, *(out / name for name in (HELD_OUT_TEXT, SKIPPED, PLAN, "train-documents.npy", "val-documents.npy"))):
+        path.unlink(missing_ok=True)
+    return True
+
+
+def _begin(out: Path, plan: dict[str, Any], beside_others: bool = False) -> bool:
     """True when there is work to do, False when this very build is finished. Refuses a folder that holds anything else."""
     finished = (out / MANIFEST_NAME).is_file()
     path = (out if finished else out / WORK) / PLAN
@@ -116,7 +137,7 @@ def _begin(out: Path, plan: dict[str, Any]) -> bool:
         if finished:
             shutil.rmtree(out / WORK, ignore_errors=True)
         return not finished
-    if any(entry.name != WORK for entry in out.iterdir()):
+    if not beside_others and any(entry.name != WORK for entry in out.iterdir()):
         raise DataError(f"{out} is not empty and holds no corpus of this command: name a new folder.")
     (out / WORK).mkdir(exist_ok=True)
     write_whole(path, json.dumps(plan).encode())
@@ -125,14 +146,15 @@ def _begin(out: Path, plan: dict[str, Any]) -> bool:
 
 def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
     """One sentence when the folder was begun with other settings, or its sources have changed since."""
-    mend = "name another folder with --out, or delete this one"
+    mend = "name another folder with --out, or replace this one with --force"
     try:
         old = json.loads(path.read_text("utf-8"))
     except ValueError as error:
         raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
     if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
         raise DataError(f"{out} holds a build of another version: {mend}.")
-    old["config"] = translate_build_keys(old["config"])
+    defaults = BuildConfig().model_dump(mode="json")
+    old["config"] = {key: translate_build_keys(old["config"]).get(key, default) for key, default in defaults.items()}
     settings = [k for k, v in plan["config"].items() if old["config"].get(k) != v]
     if plan["sources"] != old["sources"]:
         settings.insert(0, "sources")
@@ -220,7 +242,8 @@ class _CorpusBuilder:
             read=chosen.read[i],
             kept=sum(int(mask.sum()) for mask, _, _ in ours),
             skipped=dict(sorted(chosen.skipped[i].items())),
-            ignored_files=self.listings[i].ignored_files,
+            ignored_files=sum(self.listings[i].not_read.values()),
+            not_read=self.listings[i].not_read,
             bytes=sum(int(size[mask].sum()) for mask, size, _ in ours),
             tokens=sum(int(counts[mask].sum()) for mask, _, counts in ours),
             inputs=self.listings[i].inputs,

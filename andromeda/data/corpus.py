@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-from pydantic import BeforeValidator, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 
 from andromeda.config.base import BaseConfig, as_tuple
 from andromeda.config.data import BuildConfig, translate_build_keys
@@ -24,6 +24,8 @@ MANIFEST_NAME = "manifest.json"
 HELD_OUT_TEXT = "val.txt"
 """The held-out documents' UTF-8 bytes one after the other, for compressors to be compared on the very same bytes."""
 FORMAT = 1
+FEW_TOKENS = 50_000
+"""Held-out tokens below which a corpus of at least four times as many says so."""
 
 
 class TokenizerReport(BaseConfig):
@@ -44,7 +46,9 @@ class SourceReport(BaseConfig):
     skipped: dict[str, int]
     """Reason to number of documents."""
     ignored_files: int
-    """Files of a folder whose ending was not asked for."""
+    """Files and linked folders of a folder that were not read."""
+    not_read: dict[str, int] = Field(default_factory=dict)
+    """Their numbers by extension or kind; empty in manifests of version 0.1."""
     bytes: int
     """UTF-8 bytes of the documents kept."""
     tokens: int
@@ -92,6 +96,17 @@ class CorpusManifest(BaseConfig):
     def load(cls, folder: Path) -> CorpusManifest:
         """Read a corpus folder's manifest. Raises DataError when there is none or it is damaged."""
         return cls.model_validate(_parse(folder))
+
+
+def few_held_out(manifest: CorpusManifest) -> str:
+    """A sentence where little text is held out, so that losses on it depend on which text that is; empty where there is enough."""
+    val, train = manifest.splits["val"], manifest.splits["train"]
+    if val.tokens >= FEW_TOKENS or train.tokens < 4 * FEW_TOKENS:
+        return ""
+    return (
+        f"only {val.tokens:,} tokens in {val.documents:,} documents are held out, few for a steady validation loss: "
+        "build again with a larger --validation-fraction."
+    )
 
 
 def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, str]]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -21,6 +22,10 @@ from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import AndromedaError, DataError, MissingExtra
 
 TEXT = "text"
+UTF8 = "utf-8-sig"
+"""A byte order mark at the start of a file belongs to its encoding, not to its text."""
+UNCHECKED = "corpus as it is"
+"""A corpus whose documents passed the checks when it was built."""
 FORMAT_BY_EXTENSION = {
     ".jsonl.gz": "packed",
     ".jsonl.zst": "packed",
@@ -62,10 +67,10 @@ class Document(NamedTuple):
 def read_documents(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """Every document of a unit in order, with the checks on content and length applied."""
     for found in READERS[unit.kind](unit, config):
-        if found.text is None:
+        if found.text is None or unit.kind == UNCHECKED:
             yield found
         elif config.split_documents_at:
-            yield from (_checked(Document(found.location, piece), config) for piece in _cut(found.text, config.split_documents_at))
+            yield from (_checked(Document(found.location, piece), config) for piece in _split(found.text, config.split_documents_at))
         else:
             yield _checked(found, config)
 
@@ -85,23 +90,21 @@ def _checked(found: Document, config: BuildConfig) -> Document:
     return found
 
 
-def _cut(text: str, limit: int) -> Iterator[str]:
-    """Pieces of at most `limit` UTF-8 bytes that end at line ends, or inside a line that is longer than that."""
-    held: list[str] = []
-    size = 0
-    for line in text.splitlines(keepends=True) or [text]:
-        length = len(line.encode("utf-8", "surrogatepass"))
-        if held and size + length > limit:
-            yield "".join(held)
-            held, size = [], 0
-        while length > limit:  # a character has at most 4 bytes, so a quarter of the limit in characters always fits
-            head, line = line[: max(limit // 4, 1)], line[max(limit // 4, 1) :]
-            length -= len(head.encode("utf-8", "surrogatepass"))
-            yield head
-        held.append(line)
-        size += length
-    if size or not text:
-        yield "".join(held)
+def _split(text: str, limit: int) -> Iterator[str]:
+    """Pieces of at most `limit` UTF-8 bytes that end at line ends (\\n), or between characters of a line that is longer than that."""
+    content, start = text.encode("utf-8", "surrogatepass"), 0
+    while len(content) - start > limit:
+        stop = content.rfind(b"\n", start, start + limit) + 1
+        if stop <= start:
+            stop = start + limit
+            while stop > start and content[stop] & 0xC0 == 0x80:
+                stop -= 1
+        if stop <= start:  # a character of more bytes than the limit
+            stop = next(end for end in range(start + 1, len(content) + 1) if end == len(content) or content[end] & 0xC0 != 0x80)
+        yield content[start:stop].decode("utf-8", "surrogatepass")
+        start = stop
+    if start < len(content) or not content:
+        yield content[start:].decode("utf-8", "surrogatepass")
 
 
 def _read_texts(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
@@ -119,7 +122,7 @@ def _read_texts(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
             yield Document(name, None, "binary")
             continue
         try:
-            yield Document(name, content.decode("utf-8"))
+            yield Document(name, content.decode(UTF8))
         except UnicodeDecodeError:
             yield Document(name, None, "not UTF-8")
 
@@ -133,7 +136,7 @@ def _read_jsonl(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
             if unit.start:
                 file.readline()
             while (at := file.tell()) < unit.stop and (line := file.readline()):
-                yield from _read_line(f"{name}@{at}", line, config)
+                yield from _read_line(f"{name}@{at}", line, config, first=at == 0)
     except OSError as error:
         yield Document(name, None, f"unreadable: {error.strerror}")
 
@@ -144,7 +147,7 @@ def _read_packed(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     try:
         with _unpacked(path) as file:
             for number, line in enumerate(file, 1):
-                yield from _read_line(f"{name}:{number}", line, config)
+                yield from _read_line(f"{name}:{number}", line, config, first=number == 1)
     except Exception as error:  # each library has its own family of errors for damaged data
         yield Document(name, None, f"unreadable: {type(error).__name__}")
 
@@ -170,8 +173,10 @@ def _unpacked(path: str) -> Iterator[IO[bytes]]:
         yield file
 
 
-def _read_line(where: str, line: bytes, config: BuildConfig) -> Iterator[Document]:
-    """The document of one JSON line; blank lines are no documents."""
+def _read_line(where: str, line: bytes, config: BuildConfig, first: bool) -> Iterator[Document]:
+    """The document of one JSON line, which may be the first of its file; blank lines are no documents."""
+    if first:
+        line = line.removeprefix(codecs.BOM_UTF8)
     if not line.strip():
         return
     try:
@@ -227,14 +232,16 @@ def _read_parquet(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
 def _read_shard(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
     """The documents of a .bin shard, decoded; its first token is the separator, as llm.c writes them."""
     name, path = unit.files[0]
+    tokens: np.ndarray | None = None
     try:
         tokens = open_shard(Path(path)).view()
         tokenizer = Tokenizer.load(Path(path).parent if config.trains_tokenizer else config.tokenizer)
         starts = np.flatnonzero(tokens == tokens[0])
         for start, stop in zip(starts, [*starts[1:], len(tokens)], strict=True):
             yield _decoded(f"{name}@{start}", tokenizer.decode_bytes(tokens[start + 1 : stop].tolist()))
-    except AndromedaError as error:
-        yield Document(name, None, f"unreadable: {error}")
+    except AndromedaError:
+        kind = "no tokenizer beside the shard" if tokens is not None else "no token shard"
+        yield Document(name, None, f"unreadable: {kind}")
 
 
 def _read_corpus(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
@@ -292,5 +299,6 @@ READERS: dict[str, Callable[[ReadTask, BuildConfig], Iterator[Document]]] = {
     "parquet": _read_parquet,
     "shard": _read_shard,
     "corpus": _read_corpus,
+    UNCHECKED: _read_corpus,
     "dataset": _read_dataset,
 }

@@ -7,7 +7,8 @@ import os
 import stat
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 from andromeda.config.data import BuildConfig
 from andromeda.data.corpus import MANIFEST_NAME as MANIFEST
 from andromeda.data.corpus import CorpusManifest
-from andromeda.data.formats import FORMAT_BY_EXTENSION, TEXT, ReadTask, need_pyarrow, open_dataset, parquet_groups
+from andromeda.data.formats import FORMAT_BY_EXTENSION, TEXT, UNCHECKED, ReadTask, need_pyarrow, open_dataset, parquet_groups
 from andromeda.utils.errors import ConfigError, DataError, nearest
 
 TASK_BYTES = 4 << 20
@@ -30,21 +31,22 @@ class SourceListing:
     """What a source holds before anything is read."""
 
     tasks: list[ReadTask]
-    ignored_files: int
-    """Files of a folder whose ending is not read, and named pipes, sockets and devices, from which one could wait for ever."""
+    not_read: dict[str, int]
+    """What a folder holds besides: numbers of files by extension, of linked folders, and of special files (named pipes, sockets and
+    devices, on which reading could wait for ever)."""
     inputs: str
     """sha256 of names, sizes and times: tells whether a source changed between two runs."""
 
 
-def list_source(index: int, source: str, config: BuildConfig) -> SourceListing:
-    """List one source. Raises DataError when it does not exist or nothing in it can be read."""
+def list_source(index: int, source: str, config: BuildConfig, as_it_is: bool = False) -> SourceListing:
+    """List one source; as_it_is: a corpus whose documents are not checked again. Raises DataError when nothing can be read."""
     if source.startswith("hf:"):
         return _list_dataset(index, source)
     if source == "python" and not Path(source).exists():
         return _list_files(index, source, _python_files(), config)
     path = Path(source).expanduser()
     if (path / MANIFEST).is_file():
-        return _list_corpus(index, path)
+        return _list_corpus(index, path, UNCHECKED if as_it_is else "corpus")
     if path.is_dir():
         return _list_files(index, source, _walk(str(path)), config)
     if path.is_file():
@@ -64,11 +66,15 @@ def _ending(name: str) -> str:
 
 
 def _walk(root: str, skip: frozenset[str] = frozenset()) -> Iterator[tuple[str, str]]:
-    """Every file below a folder as (relative name, path), sorted; hidden folders and those to skip are left out."""
+    """Every file below a folder as (relative name, path), sorted; hidden folders and those to skip are left out.
+
+    A linked folder is not entered, since links may form a circle: it is one entry whose name ends in a slash.
+    """
     for folder, folders, names in os.walk(root):
         folders[:] = sorted(f for f in folders if not f.startswith(".") and f not in skip)
         inside = os.path.relpath(folder, root).replace(os.sep, "/")
         prefix = "" if inside == "." else inside + "/"
+        yield from ((f"{prefix}{f}/", path) for f in folders if os.path.islink(path := os.path.join(folder, f)))
         for name in sorted(names):
             yield prefix + name, os.path.join(folder, name)
 
@@ -84,14 +90,15 @@ def _python_files() -> Iterator[tuple[str, str]]:
 def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], config: BuildConfig, only: str = "") -> SourceListing:
     """Group files into units: small text files together, large containers in ranges."""
     endings = [only] if only else [e if e.startswith(".") else f".{e}" for e in config.include] or [*FORMAT_BY_EXTENSION]
-    files, ignored = [], 0
+    files, not_read = list[tuple[str, str]](), Counter[str]()
     for name, path in found:
-        if _ending(name) in endings and not _is_special(path):
-            files.append((name, path))
+        if reason := _why_not_read(name, path, endings):
+            not_read[reason] += 1
         else:
-            ignored += 1
+            files.append((name, path))
     if not files:
-        raise DataError(f"{source} holds no file that can be read: known endings are {' '.join(endings)}.")
+        others = f" ({counted(not_read)})" if not_read else ""
+        raise DataError(f"{source} holds no file that can be read{others}: known extensions are {' '.join(endings)}.")
     if config.max_bytes:  # a sample of the whole folder rather than its first files in the alphabet
         files.sort(key=lambda item: hashlib.sha256(item[0].encode("utf-8", "surrogateescape")).digest())
     digest, units, held = hashlib.sha256(), list[ReadTask](), 0
@@ -108,7 +115,22 @@ def _list_files(index: int, source: str, found: Iterator[tuple[str, str]], confi
         if held >= TASK_BYTES or len(group) >= 2048:
             units += _flush(index, group, held)
             group, held = [], 0
-    return SourceListing([*units, *_flush(index, group, held)], ignored, digest.hexdigest())
+    return SourceListing([*units, *_flush(index, group, held)], dict(sorted(not_read.items())), digest.hexdigest())
+
+
+def _why_not_read(name: str, path: str, endings: list[str]) -> str:
+    """What kind of entry this is that is not read; empty for a file that is."""
+    if name.endswith("/"):
+        return "linked folder"
+    if _is_special(path):
+        return "special file"
+    ending = _ending(name)
+    return "" if ending in endings else ending or "without extension"
+
+
+def counted(numbers: Mapping[str, int]) -> str:
+    """Numbers of files by kind, the most frequent first: `12 .rst, 3 .csv, 1 linked folder`."""
+    return ", ".join(f"{number:,} {kind}" for kind, number in sorted(numbers.items(), key=lambda item: (-item[1], item[0])))
 
 
 def _is_special(path: str) -> bool:
@@ -148,7 +170,7 @@ def _ranges(index: int, kind: str, name: str, path: str, size: int) -> list[Read
     return [ReadTask(index, kind, files, size=size)]
 
 
-def _list_corpus(index: int, folder: Path) -> SourceListing:
+def _list_corpus(index: int, folder: Path, kind: str) -> SourceListing:
     """A finished corpus, decoded again: for another tokenizer on the same documents."""
     manifest = CorpusManifest.load(folder)
     units = []
@@ -157,8 +179,8 @@ def _list_corpus(index: int, folder: Path) -> SourceListing:
         files = ((split, str(folder)),)
         for start in range(0, report.documents, step):
             stop = min(start + step, report.documents)
-            units.append(ReadTask(index, "corpus", files, start, stop, (stop - start) * report.bytes // report.documents))
-    return SourceListing(units, 0, manifest.fingerprint)
+            units.append(ReadTask(index, kind, files, start, stop, (stop - start) * report.bytes // report.documents))
+    return SourceListing(units, {}, manifest.fingerprint)
 
 
 def _list_dataset(index: int, source: str) -> SourceListing:
@@ -168,4 +190,4 @@ def _list_dataset(index: int, source: str) -> SourceListing:
         raise ConfigError(f"{source} is no dataset name: write hf:NAME, hf:NAME:SPLIT or hf:NAME:CONFIG:SPLIT.")
     count = open_dataset(source).n_shards
     units = [ReadTask(index, "dataset", ((source, source),), i, count) for i in range(count)]
-    return SourceListing(units, 0, hashlib.sha256(f"{source} {count}".encode()).hexdigest())
+    return SourceListing(units, {}, hashlib.sha256(f"{source} {count}".encode()).hexdigest())

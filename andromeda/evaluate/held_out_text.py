@@ -13,6 +13,7 @@ from torch import Tensor
 
 from andromeda.config.data import DataConfig
 from andromeda.data.corpus import Corpus, open_corpus
+from andromeda.data.formats import UTF8
 from andromeda.evaluate.loaded_model import LoadedModel, file_sha256
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 
@@ -66,7 +67,7 @@ def _from_file(loaded: LoadedModel, path: Path) -> EvalText:
     tokenizer = loaded.tokenizer("Text from a file")
     fingerprint = file_sha256(path)
     try:
-        content = path.read_bytes().decode("utf-8")
+        content = path.read_bytes().decode(UTF8)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): convert it first.") from None
     ids = torch.tensor([tokenizer.eos, *tokenizer.encode(content)])

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from andromeda.data.formats import UTF8
 from andromeda.utils.errors import DataError, RequestError
 
 PROMPTS = ("question", "prompt", "context", "query")
@@ -31,7 +32,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file. Raises DataError, naming the line."""
     found = []
     try:
-        lines = path.read_bytes().decode("utf-8").split("\n")
+        lines = path.read_bytes().decode(UTF8).split("\n")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): convert it first.") from None
     for number, line in enumerate(lines, 1):

@@ -130,7 +130,7 @@ def manifest_section(record: RunData) -> Section:
         [
             ("Identity", manifest.get("identity")),
             ("Seed", str(config.seed)),
-            ("Data fingerprint", code(manifest["data"]) if manifest.get("data") else None),
+            ("Training stream", code(manifest["data"]) if manifest.get("data") else None),
             ("Command", code(last["command"]) if last.get("command") else None),
             ("Code", _code(last.get("code"))),
             ("Device", last.get("device")),

@@ -136,7 +136,7 @@ class TrainState:
         metadata = snapshot.metadata
         if metadata["data"] != self.data_fingerprint:
             raise CheckpointError(
-                f"The data has changed since the checkpoint (fingerprint {self.data_fingerprint[:12]}, then {metadata['data'][:12]}): "
+                f"The data has changed since the checkpoint (training stream {self.data_fingerprint[:12]}, then {metadata['data'][:12]}): "
                 "give the run its old corpus, or train in another folder."
             )
         if metadata["precision"]["name"] != self.precision.name:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -11,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
@@ -24,13 +26,14 @@ import torch
 import zstandard
 
 from andromeda.config.data import RENAMED_BUILD_KEYS, BuildConfig, DataConfig
+from andromeda.data.append import append
 from andromeda.data.build import build
 from andromeda.data.corpus import CorpusManifest, open_corpus, verify_corpus
 from andromeda.data.encode import chunked
-from andromeda.data.formats import ReadTask, read_documents
+from andromeda.data.formats import ReadTask, _split, read_documents
 from andromeda.data.loader import open_stream
 from andromeda.data.shards import write_shard
-from andromeda.data.sources import RANGE_BYTES, list_source
+from andromeda.data.sources import RANGE_BYTES, counted, list_source
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
 from tests.data.conftest import texts, write_files
@@ -171,6 +174,7 @@ def mess(root: Path) -> Path:
     (folder / "other.jpg").write_bytes(b"\xff\xd8")
     (folder / "gone.py").symlink_to(folder / "nowhere")
     os.mkfifo(folder / "pipe.txt")
+    (folder / "circle").symlink_to(folder)
     (folder / ".git").mkdir()
     (folder / ".git" / "config.txt").write_text("hidden")
     rows = [
@@ -204,7 +208,8 @@ def test_every_document_is_accounted_for(tmp_path: Path) -> None:
     assert skipped == {"bad JSON": 2, "binary": 1, "duplicate": 1, "empty": 2, "not UTF-8": 3}
     assert report.read == report.kept + sum(report.skipped.values())
     assert (again.read, again.kept, again.skipped) == (1, 0, {"duplicate": 1})
-    assert report.ignored_files == 2  # the picture, and the pipe, on which reading would wait for ever
+    assert report.not_read == {".jpg": 1, "linked folder": 1, "special file": 1}  # reading the pipe would wait for ever
+    assert report.ignored_files == 3
     assert report.bytes == sum(s.bytes for s in manifest.splits.values())
     assert report.tokens == sum(s.tokens for s in manifest.splits.values()) == report.bytes + report.kept
     log = [json.loads(line) for line in (tmp_path / "out" / "skipped.jsonl").read_text().splitlines()]
@@ -246,6 +251,135 @@ def test_cutting_keeps_the_text(tmp_path: Path, limit: int) -> None:
     assert all(p.text is None or len(p.text.encode()) <= max(limit, 4) for p in pieces)
     whole = [p.text for p in pieces if p.text]
     assert all(p in text for p in whole)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 100, 4096])
+@pytest.mark.parametrize("text", ["x" * 9999, "é" * 5000, "日😀" * 1500, "a\u2028b\x0bc\x0cd\x85e\r" * 800, "line\r\n" * 2000, "\n" * 5000])
+def test_pieces_are_as_large_as_asked_and_end_at_line_ends_alone(text: str, limit: int) -> None:
+    pieces = list(_split(text, limit))
+    assert "".join(pieces) == text
+    sizes = [len(piece.encode()) for piece in pieces]
+    assert all(size <= limit or len(piece) == 1 for size, piece in zip(sizes, pieces, strict=True))
+    if "\n" in text:
+        assert all(piece.endswith("\n") for piece in pieces) or limit < 6
+    # A piece that does not end at a line end has no room for one more character.
+    for piece, after in pairwise(pieces):
+        assert piece.endswith("\n") or len(piece.encode()) + len(after[0].encode()) > limit
+    assert sum(sizes) == len(text.encode())
+
+
+def test_a_line_of_many_megabytes_is_split_in_linear_time() -> None:
+    """20 MB: seconds at most, where each piece was copied to the line's end."""
+    begin = time.process_time()
+    pieces = list(_split("x" * 20_000_000, 2000))
+    assert {len(piece) for piece in pieces} == {2000}
+    assert time.process_time() - begin < 5
+
+
+BOM = codecs.BOM_UTF8
+
+
+@pytest.mark.parametrize(
+    ("name", "pack"),
+    [("a.txt", bytes), ("a.jsonl", bytes), ("a.jsonl.gz", gzip.compress), ("a.jsonl.zst", zstandard.compress)],
+)
+def test_a_byte_order_mark_belongs_to_no_document(tmp_path: Path, name: str, pack: Callable[[bytes], bytes]) -> None:
+    """At the start of a file; anywhere else it is a character like any other."""
+    given = ["first", "\ufeffsecond"]
+    content = given[0].encode() if name == "a.txt" else lines(given)
+    (tmp_path / name).write_bytes(pack(BOM + content))
+    task = list_source(0, str(tmp_path / name), CONFIG).tasks[0]
+    assert [(d.text, d.skip_reason) for d in read_documents(task, CONFIG)] == [(d, "") for d in given[: 1 if name == "a.txt" else 2]]
+
+
+def test_what_a_folder_holds_besides_is_counted_by_extension(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "raw", DOCUMENTS[:5])
+    for name in ("a.rst", "b.rst", "c.csv", "d.json.gz", "README", "e.JSONL"):
+        (folder / name).write_bytes(lines(["a line of text"]))
+    (tmp_path / "elsewhere").mkdir()
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    listing = list_source(0, str(folder), CONFIG)
+    assert listing.not_read == {".csv": 1, ".gz": 1, ".rst": 2, "linked folder": 1, "without extension": 1}
+    assert counted(listing.not_read) == "2 .rst, 1 .csv, 1 .gz, 1 linked folder, 1 without extension"
+    assert "e.JSONL" in {name for task in listing.tasks for name, _ in task.files}
+
+
+def test_a_file_that_is_no_shard_is_one_short_reason(tmp_path: Path) -> None:
+    folder = write_files(tmp_path / "raw", DOCUMENTS[:5])
+    (folder / "weights.bin").write_bytes(bytes(5000))
+    write_shard(folder / "alone.bin", np.arange(1, 9, dtype="<u2"))
+    skipped = build([str(folder)], tmp_path / "out", CONFIG).sources[0].skipped
+    assert skipped == {"unreadable: no token shard": 1, "unreadable: no tokenizer beside the shard": 1}
+
+
+def test_force_replaces_a_corpus_and_nothing_else(tmp_path: Path) -> None:
+    source, out = as_txt(tmp_path), tmp_path / "out"
+    build([source], out, CONFIG)
+    (out / "notes.txt").write_text("mine")
+    other = CONFIG.model_copy(update={"validation_fraction": 0.3, "shard_tokens": 1000})
+    with pytest.raises(DataError, match="--force"):
+        build([source], out, other)
+    manifest = build([source], out, other, force=True)
+    assert verify_corpus(out) == manifest
+    assert manifest == build([source], tmp_path / "fresh", other)
+    assert {p.name for p in out.iterdir()} == {p.name for p in (tmp_path / "fresh").iterdir()} | {"notes.txt"}
+    (tmp_path / "home").mkdir()
+    (tmp_path / "home" / "train-00000.bin").write_text("mine")
+    with pytest.raises(DataError, match="not empty"):
+        build([source], tmp_path / "home", CONFIG, force=True)
+    assert (tmp_path / "home" / "train-00000.bin").read_text() == "mine"
+
+
+def appended(root: Path) -> tuple[Path, list[str], BuildConfig]:
+    """A corpus of half of the documents, and the others in two files, with one that the corpus holds already."""
+    write_files(root / "a", DOCUMENTS[:100])
+    write_files(root / "b", [*DOCUMENTS[100:150], DOCUMENTS[3]])
+    (root / "c.jsonl").write_bytes(lines(DOCUMENTS[150:]))
+    config = BuildConfig(vocab_size=300, validation_fraction=0.1, shard_tokens=3000)
+    build([str(root / "a")], root / "out", config)
+    return root / "out", [str(root / "b"), str(root / "c.jsonl")], config
+
+
+def test_a_corpus_that_was_appended_to_is_that_of_all_documents(tmp_path: Path) -> None:
+    """With the same tokenizer: the same tokens, splits and fingerprint, whichever documents came first."""
+    out, more, _ = appended(tmp_path)
+    before = CorpusManifest.load(out)
+    manifest = append(more, out, BuildConfig(), workers=2)
+    given = BuildConfig(tokenizer=str(out), validation_fraction=0.1, shard_tokens=3000)
+    whole = build([str(tmp_path / "a"), *more], tmp_path / "whole", given)
+    assert (manifest.fingerprint, manifest.splits) == (whole.fingerprint, whole.splits)
+    assert verify_corpus(out) == manifest == CorpusManifest.load(out)
+    assert manifest.config == before.config
+    assert manifest.sources[0] == before.sources[0]
+    assert [(s.name, s.kept, s.skipped) for s in manifest.sources[1:]] == [(more[0], 50, {"duplicate": 1}), (more[1], 50, {})]
+    assert (out / "skipped.jsonl").read_bytes() == (tmp_path / "whole" / "skipped.jsonl").read_bytes()
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("function", ["andromeda.data.build._CorpusBuilder._encode", "shutil.rmtree", "pathlib.Path.rename"])
+def test_an_interrupted_append_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, function: str) -> None:
+    """Whenever it stops, the corpus is the old one or the new one after the next call."""
+    out, more, _ = appended(tmp_path)
+
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(function, stop)
+        with pytest.raises(KeyboardInterrupt):
+            append(more, out, BuildConfig())
+    manifest = append(more, out, BuildConfig())
+    assert verify_corpus(out) == manifest
+    assert sum(split.documents for split in manifest.splits.values()) == len(set(DOCUMENTS))
+    assert [p.name for p in tmp_path.iterdir() if p.name.startswith(".")] == []
+
+
+def test_an_append_keeps_the_settings_of_the_corpus(tmp_path: Path) -> None:
+    out, more, _ = appended(tmp_path)
+    with pytest.raises(ConfigError, match="leave out validation_fraction, vocab_size"):
+        append(more, out, BuildConfig(vocab_size=400, validation_fraction=0.2))
+    with pytest.raises(DataError, match="no finished corpus"):
+        append(more, tmp_path / "none", BuildConfig())
 
 
 def test_max_bytes_takes_a_sample_that_does_not_depend_on_workers(tmp_path: Path) -> None:

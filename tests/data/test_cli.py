@@ -106,3 +106,34 @@ def test_mistakes_end_with_one_sentence(
     assert err.count("\n") == 1
     assert sentence in err
     assert len(list(raw.iterdir())) == 20
+
+
+def test_what_is_not_read_and_little_held_out_text_are_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    raw, out = write_files(tmp_path / "raw", [str(i) * 60 for i in range(4000)]), tmp_path / "out"
+    (raw / "a.rst").write_text("other")
+    code, text, _ = run(monkeypatch, capsys, "build", raw, "--out", out, "--tokenizer", "bytes", "--workers", "1")
+    val = CorpusManifest.load(out).splits["val"]
+    assert code == 0
+    assert "not read    1 .rst in" in text
+    assert f"note        only {val.tokens:,} tokens in {val.documents:,} documents are held out" in text
+    assert val.tokens < 50_000
+    code, text, _ = run(
+        monkeypatch, capsys, "build", raw, "--out", out, "--tokenizer", "bytes", "--validation-fraction", "0.3", "--force", "--workers", "1"
+    )
+    assert code == 0
+    assert CorpusManifest.load(out).splits["val"].tokens >= 50_000
+    assert "note " not in text
+
+
+def test_documents_are_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    raw, out = write_files(tmp_path / "raw", texts(60)), tmp_path / "out"
+    more = write_files(tmp_path / "more", texts(20, seed=5))
+    assert run(monkeypatch, capsys, "build", raw, "--out", out, "--tokenizer", "bytes", "--workers", "1")[0] == 0
+    code, text, _ = run(monkeypatch, capsys, "build", more, "--out", out, "--append", "--workers", "1")
+    assert code == 0
+    assert str(more) in text
+    assert sum(split.documents for split in CorpusManifest.load(out).splits.values()) == 80
+    code, _, err = run(monkeypatch, capsys, "build", more, "--out", out, "--append", "--force")
+    assert (code, err.count("\n")) == (2, 1)

@@ -241,3 +241,13 @@ def test_every_kind_has_its_evaluation_and_its_table() -> None:
     from andromeda.evaluate.result_tables import LAYOUTS
 
     assert set(KINDS) == EVALUATIONS.keys() == LAYOUTS.keys()
+
+
+def test_a_byte_order_mark_belongs_to_no_text_and_no_question(place: Path) -> None:
+    from andromeda.evaluate.questions import read_choices
+
+    loaded = load_model(Path("run"), device="cpu")
+    for name in ("some.txt", "choices.jsonl"):
+        Path(f"marked-{name}").write_bytes(b"\xef\xbb\xbf" + Path(name).read_bytes())
+    assert open_text(loaded, "marked-some.txt").ids.tolist() == open_text(loaded, "some.txt").ids.tolist()
+    assert read_choices(Path("marked-choices.jsonl")) == read_choices(Path("choices.jsonl"))
