@@ -54,7 +54,8 @@ def clip_units(parameters: Iterable[nn.Parameter], limit: float, floor: float = 
 
 
 def _unit_norm(tensor: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(tensor, dim=-1 if tensor.ndim > 1 else None, keepdim=True)
+    norm: Tensor = torch.linalg.vector_norm(tensor, dim=-1 if tensor.ndim > 1 else None, keepdim=True)
+    return norm
 
 
 def _none(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:

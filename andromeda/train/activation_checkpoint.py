@@ -1,4 +1,4 @@
-"""Activation checkpointing, put around the blocks from outside: less memory, more arithmetic, the same gradients.
+"""Activation checkpointing, applied to the blocks of a built model: less memory, more FLOPs, the same gradients.
 
 A block's forward pass is replaced on the instance, so that names in the model stay what they are.
 """
@@ -31,7 +31,7 @@ SAVED_OPS = (
     "andromeda::cast_to_float8",
     "flex_attention",
 )
-"""Operations whose outputs `selective` keeps: matrix products, attention, and factors in 8 bits, which are small beside what they
+"""Operations whose outputs `selective` keeps: matmuls, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
 SAVED_OPS_FLOAT8 = (*SAVED_OPS, "andromeda::add_norm_shift", "andromeda::preprocess_qkv")
 """Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of

@@ -1,8 +1,8 @@
 """Checkpoints on disk: safetensors and JSON, nothing that could run code when it is read.
 
-A checkpoint is a folder. It is written under a hidden name, made durable, read back and compared, and only then gets its
-own name; older ones go after that. Whatever moment a process dies at, every folder with a checkpoint's name is complete.
-A disk can still lie: `index.json` holds the size and SHA-256 of every file, and a checkpoint that does not match is passed over.
+A checkpoint is a folder. It is written under a hidden name, flushed to the disk, read back and compared, and only then renamed; older
+ones are deleted after that. So every folder with a checkpoint's name is complete, whenever the process is killed. Against damage on the
+disk, `index.json` holds the size and SHA-256 of every file, and a checkpoint that does not match is skipped.
 """
 
 from __future__ import annotations
@@ -63,13 +63,13 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
         shutil.rmtree(beside, ignore_errors=True)
         raise CheckpointError(
             f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
-            "make room there and go on with --resume; the older checkpoints are untouched."
+            "make room there and resume with --resume; the older checkpoints are untouched."
         ) from None
     return final
 
 
 def _publish(beside: Path, final: Path) -> None:
-    if final.exists():  # after a rollback; the older checkpoint that the run went back to is still there
+    if final.exists():  # after a rollback; the older checkpoint that was restored is still there
         _remove(final)
     os.rename(beside, final)
     sync_folder(final.parent)
@@ -132,7 +132,7 @@ def find_damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
 
 
 def iter_intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Path]:
-    """Intact checkpoints, newest first, with a warning for each damaged one that is passed over."""
+    """Intact checkpoints, newest first, with a warning for each damaged one that is skipped."""
     for path in list_all(folder):
         reason = find_damage(path, parts)
         if reason is None:
@@ -145,7 +145,7 @@ def latest(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Path | None
     """The newest intact checkpoint, or None where there is no checkpoint at all. Raises CheckpointError when all are damaged."""
     newest = next(iter_intact(folder, warn, parts), None)
     if newest is None and list_all(folder):
-        raise CheckpointError(f"Every checkpoint in {folder} is damaged: copy them again from a backup, or train anew in another folder.")
+        raise CheckpointError(f"Every checkpoint in {folder} is damaged: copy them again from a backup, or train again in another folder.")
     return newest
 
 
@@ -159,7 +159,7 @@ def read(path: Path) -> Snapshot:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not tensors."""
     try:
-        values = json.loads((path / "state.json").read_text("utf-8"))
+        values: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
     except (OSError, ValueError):
         raise CheckpointError(f"{path / 'state.json'} cannot be read: use an older checkpoint.") from None
     found = values.get("format") if isinstance(values, dict) else None

@@ -16,7 +16,7 @@ MIN_CPU_FLOPS = 3e14
 """Floating-point operations of a run on a CPU below which compiling takes longer than it saves (docs/training.md)."""
 
 RECOMPILE_LIMIT = 32
-"""Shapes and windows of one block that are compiled before torch gives up and goes on uncompiled; its own limit is 8."""
+"""Shapes and windows of one block that are compiled before torch gives up and runs uncompiled; its own limit is 8."""
 
 
 def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) -> bool:

@@ -70,4 +70,5 @@ def device_memory(device: torch.device) -> int:
     """Bytes of memory that a device has, used or not."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
-    return psutil.virtual_memory().total
+    total: int = psutil.virtual_memory().total
+    return total

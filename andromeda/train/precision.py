@@ -1,7 +1,7 @@
-"""Numbers that a step computes in: one strategy object each, chosen once.
+"""Compute precision of a training step: one strategy object each, chosen once.
 
-Weights, gradients and optimizer state are float32 always; what varies is the dtype of the products (autocast) and
-whether the loss is scaled. fp32 is the identity of both.
+Weights, gradients and optimizer state are always float32; what varies is the compute dtype of the matmuls (autocast) and whether the
+loss is scaled. fp32 does neither.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from andromeda.utils.errors import ConfigError, MissingExtra
 
 
 class Precision:
-    """fp32, and what all others share: how a forward pass, a backward pass and an update are wrapped."""
+    """fp32, and the interface of all precisions: what wraps the forward pass, the backward pass and the update."""
 
     name: ClassVar[str] = "fp32"
 
@@ -31,7 +31,7 @@ class Precision:
         self._one = torch.ones((), device=device)
 
     def convert_model(self, model: Transformer) -> Transformer:
-        """The model with whatever the products need exchanged in it; float32 weights stay the ones that are trained."""
+        """Replace the modules that this precision needs; the trained weights stay float32."""
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -39,22 +39,22 @@ class Precision:
         return contextlib.nullcontext()
 
     def accumulate_grads(self) -> contextlib.AbstractContextManager[Any]:
-        """Wraps the micro-batches of a step, whose gradients are added up."""
+        """Wraps the micro-batches of a step, whose gradients are accumulated."""
         return contextlib.nullcontext()
 
     @property
     def loss_scale(self) -> Tensor:
-        """What the loss is multiplied with before the backward pass, shape ()."""
+        """Factor of the loss before the backward pass, shape ()."""
         return self._one
 
     def unscale_grads(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Bring the gradients back to their true size, in place, before they are clipped."""
+        """Divide the gradients by the loss scale, in place, before they are clipped."""
 
     syncs_every_step = False
-    """Whether every step's norm must be known on the host."""
+    """Whether the host must read the gradient norm of every step."""
 
     def overflowed(self, loss: float, norm: float) -> bool:
-        """Whether a step failed by this precision's own limits, which is no fault of the run."""
+        """Whether a step overflowed the range of this precision, which is no loss spike."""
         return False
 
     def update(self, norm: float) -> None:
@@ -65,11 +65,11 @@ class Precision:
         return {}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take back what `values` gave."""
+        """Restore what `state_dict` returned."""
 
 
 class HalfPrecision(Precision):
-    """Products in 16 bits. On a GPU the blocks' weights are cast once a step, and their products add up the gradients."""
+    """16-bit matmuls. On a GPU the blocks' weights are cast once a step, and the gradients accumulate inside the matmuls."""
 
     dtype: ClassVar[torch.dtype]
 
@@ -78,7 +78,7 @@ class HalfPrecision(Precision):
         self._layers: Sequence[master_weight_linear.MasterWeightLinear] = ()
 
     def convert_model(self, model: Transformer) -> Transformer:
-        """Exchange the linear layers of the blocks on a GPU; parameters and their names stay."""
+        """Replace the linear layers of the blocks on a GPU; parameters and their names stay."""
         if self.device.type == "cuda":
             self.convert_linears(model)
         return model
@@ -89,27 +89,27 @@ class HalfPrecision(Precision):
         return self._layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """Products in 16 bits."""
+        """16-bit matmuls."""
         return torch.autocast(self.device.type, dtype=self.dtype)
 
     def accumulate_grads(self) -> contextlib.AbstractContextManager[Any]:
-        """Gradients of the layers are added up by their products."""
+        """Weight gradients accumulate inside the matmuls that compute them."""
         return master_weight_linear.accumulate_weight_grads(self._layers)
 
 
 class BFloat16(HalfPrecision):
-    """Products in bfloat16, which has float32's range: no scaling."""
+    """bfloat16 matmuls; bfloat16 has the range of float32, so that the loss is not scaled."""
 
     name = "bf16"
     dtype = torch.bfloat16
 
 
 class Float16(HalfPrecision):
-    """Products in float16 with a scaled loss (arXiv 1710.03740).
+    """float16 matmuls with a scaled loss (arXiv 1710.03740).
 
-    The scale starts at 2^16, halves whenever a gradient is not finite (that step is not taken) and doubles after 2,000 good
+    The scale starts at 2^16, halves whenever a gradient is not finite (that step is skipped) and doubles after 2,000 good
     steps in a row: the rule and constants of torch.amp.GradScaler, as plain numbers, so that they fit the checkpoint and
-    the guard's one look at the norm serves for both.
+    the guard's check of the norm, the only synchronization, serves for both.
     """
 
     name = "fp16"
@@ -148,12 +148,12 @@ class Float16(HalfPrecision):
         return {"scale": self._scale, "good": self._good}
 
     def load_state_dict(self, values: dict[str, Any]) -> None:
-        """Take them back."""
+        """Restore them."""
         self._scale, self._good = float(values["scale"]), int(values["good"])
 
 
 class Float8(BFloat16):
-    """Products of the blocks in 8 bits, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
+    """8-bit matmuls in the blocks, the rest in bfloat16: e4m3 for weights and activations, e5m2 for gradients (arXiv
     2209.05433), one scale a tensor, from its largest value or a bound of it at every step. The weights that are trained stay float32.
 
     The linear layers are our own (model/float8_linear.py) or torchao's where there is no Triton. Sizes that are no multiple of 16 cannot be
@@ -163,7 +163,7 @@ class Float8(BFloat16):
     name = "fp8"
 
     def convert_model(self, model: Transformer) -> Transformer:
-        """Exchange the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
+        """Replace the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and float8.TRITON:
             convert_float8.convert_to_float8(model.decoder, _is_block_linear)
             return model
@@ -182,7 +182,7 @@ def _is_block_linear(path: str) -> bool:
 
 
 def _fits_float8(module: nn.Module, path: str) -> bool:
-    """The blocks' own products."""
+    """The linear layers of the blocks whose shape 8-bit matmuls support."""
     return (
         isinstance(module, nn.Linear)
         and path.startswith("decoder.")
@@ -203,14 +203,14 @@ def build_precision(name: str, device: torch.device) -> Precision:
         name = "bf16" if has_fast_bf16(device) else "fp32"
     if name == "fp8" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)):
         raise ConfigError(
-            f"train.precision = {name!r} needs a GPU with 8-bit products (compute capability 8.9 or newer), "
+            f"train.precision = {name!r} needs a GPU with 8-bit matmuls (compute capability 8.9 or newer), "
             f"and {device} has none: use bf16 or auto."
         )
     return PRECISIONS[name](device)
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether bfloat16 products run on hardware of their own; emulated ones are slower than float32 (docs/training.md)."""
+    """Whether the device has bfloat16 matmuls in hardware; emulated ones are slower than float32 (docs/training.md)."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     if device.type == "cpu":

@@ -71,7 +71,7 @@ def test_auto_on_a_cpu(monkeypatch: pytest.MonkeyPatch, bf16: bool, amx: bool, e
 
 
 def test_fp8_is_refused_in_one_sentence() -> None:
-    with pytest.raises(ConfigError, match=r"'fp8' needs a GPU with 8-bit products .* and cpu has none: use bf16 or auto\."):
+    with pytest.raises(ConfigError, match=r"'fp8' needs a GPU with 8-bit matmuls .* and cpu has none: use bf16 or auto\."):
         build_precision("fp8", CPU)
 
 
