@@ -348,25 +348,25 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
     if job == FAR:
         return read_far(work, size)
     to = size.to[which]
-    wishes = ExtendRequest(
+    request = ExtendRequest(
         str(work / "base"),
         to,
         steps=size.steps,
-        rate=0.2,
+        lr_scale=0.2,
         # So few steps end before their compilation would.
         overrides=(mixture(work, to, NEEDLE_SHARE["extend"]), "train.compile=off", "train.checkpoints.every=0", "train.log.every=20"),
         samples=size.samples,
         held_out=str(work / "code"),
     )
-    return extend(wishes, method, folder_of(work, to, method), PlainTextReporter, print).values
+    return extend(request, method, folder_of(work, to, method), PlainTextReporter, print).values
 
 
 def read_far(work: Path, size: Size) -> dict[str, Any]:
     """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
     overrides = ("train.micro_batch_size=1", "train.batch_size=1")
-    wishes = ExtendRequest(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
-    return extend(wishes, "yarn", work / f"far-{folders[-1].name}", PlainTextReporter, print).values
+    request = ExtendRequest(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))
+    return extend(request, "yarn", work / f"far-{folders[-1].name}", PlainTextReporter, print).values
 
 
 def mixture(work: Path, length: int, share: float) -> str:

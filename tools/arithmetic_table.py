@@ -1,8 +1,7 @@
-"""What arithmetic alone says of the presets: the least time of a long prompt on one GPU, and how many GPUs a time takes.
+"""Compute bounds of the presets: the least prefill time of a long prompt on one GPU, and the least number of GPUs for a target time.
 
-A floor is the operations of the linear layers at the rate of their type and those of attention, causal pairs alone, at bfloat16's,
-at the rates that `andromeda plan` knows of an H200. GPUs are floor over time, rounded up, as if they shared the work evenly and
-waited for nothing: no fewer can do it.
+The bound is the FLOPs of the linear layers at the rate of their precision and those of attention, causal pairs only, at the bfloat16
+rate, with the H200 rates of `andromeda plan`. The number of GPUs is bound over target, rounded up, with perfect scaling.
 """
 
 from __future__ import annotations
@@ -26,13 +25,13 @@ READ: dict[str, tuple[str, Sequence[str]]] = {
     "andromeda, windows": ("andromeda", ("model.alibi.fold_into_qk=true", "model.rotary.scale_base=32768", *WINDOWS)),
     "andromeda-7b, windows": ("andromeda-7b", WINDOWS),
 }
-"""Configurations: `windows` sees 1,024 tokens but in one layer of eight."""
+"""Configurations: `windows` has a sliding window of 1,024 tokens in seven of eight layers."""
 TARGETS = ((32768, 0.1), (100352, 0.3))
-"""Tokens, and the seconds in which they are to be read."""
+"""Prompt lengths with target seconds."""
 
 
 def rows() -> list[list[str]]:
-    """One line a configuration, under a head."""
+    """A head, and one line per configuration."""
     head = ["configuration"]
     for tokens, seconds in TARGETS:
         head += [f"{tokens:,} tokens, bf16", "linear layers in fp8", f"GPUs for {1e3 * seconds:.0f} ms, bf16 / fp8"]
@@ -42,13 +41,13 @@ def rows() -> list[list[str]]:
 def _figures(source: str, changes: Sequence[str]) -> Iterator[str]:
     for tokens, seconds in TARGETS:
         config = load(source, [*changes, f"model.max_seq_len={max(tokens, 131072)}"]).model
-        floors = [floor(config, tokens, precision) for precision in ("bf16", "fp8")]
-        yield from (f"{1e3 * value:,.0f} ms" for value in floors)
-        yield " / ".join(str(math.ceil(value / seconds)) for value in floors)
+        bounds = [compute_bound(config, tokens, precision) for precision in ("bf16", "fp8")]
+        yield from (f"{1e3 * value:,.0f} ms" for value in bounds)
+        yield " / ".join(str(math.ceil(value / seconds)) for value in bounds)
 
 
-def floor(config: ModelConfig, tokens: int, precision: str, gpu: str = "h200") -> float:
-    """Least seconds for a prompt, its linear layers in this precision."""
+def compute_bound(config: ModelConfig, tokens: int, precision: str, gpu: str = "h200") -> float:
+    """Least seconds for a prompt with linear layers in this precision."""
     parts, device = forward_flops_per_token(config, tokens), find_hardware(gpu)
     attention = tokens * (parts["scores"] + parts["weighted values"])
     linear = prefill_flops(config, tokens) - attention

@@ -1,6 +1,6 @@
-"""C9, from the results of a grid: the learning rate that stays stable, and steps to a loss, with clipping and without.
+"""Learning rates with and without gradient clipping, from the results of a grid: which stay stable, and steps to equal loss.
 
-The arms are pairs `OPTIMIZER RATE` and `OPTIMIZER RATE, clipped`, the second on the first.
+The variants are pairs `OPTIMIZER RATE` and `OPTIMIZER RATE, clipped`, the second compared with the first.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ def section(results: dict[str, Any]) -> Iterator[str]:
     found = pairs(results)
     if not found:
         return
-    base = results["arms"][0]
-    yield f"### C9: clipping and the learning rate, at {base['parameters'] / 1e6:.1f} M parameters"
+    base = results["variants"][0]
+    yield f"### Clipping and the learning rate, at {base['parameters'] / 1e6:.1f} M parameters"
     yield ""
     yield (
-        "Without a guard against bad steps; clipping is by the global norm at 1. The last column is where the clipped runs' mean "
-        "held-out loss first is what the runs of the same rate end with unclipped; validations lie "
-        f"{_distance(base)} steps apart, with straight lines between."
+        "Without a loss spike guard; clipping is by the global norm at 1. The last column is the step at which the clipped runs' mean "
+        "held-out loss first reaches the final loss of the unclipped runs with the same learning rate, interpolated linearly between "
+        f"validations, which are {_distance(base)} steps apart."
     )
     yield ""
     yield from lines(HEAD, (_cells(plain, clipped) for plain, clipped in found))
@@ -39,36 +39,37 @@ def section(results: dict[str, Any]) -> Iterator[str]:
 
 def pairs(results: dict[str, Any]) -> list[tuple[Row, Row]]:
     """(unclipped, clipped) of each rate that was run both ways, the lowest rate first."""
-    rows = {row["name"]: row for row in results["arms"]}
+    rows = {row["name"]: row for row in results["variants"]}
     both = [(rows[name.removesuffix(MARK)], row) for name, row in rows.items() if name.endswith(MARK) and name.removesuffix(MARK) in rows]
     return sorted(((plain, clipped) for plain, clipped in both if plain["runs"] and clipped["runs"]), key=lambda pair: float(rate(pair[0])))
 
 
 def best(found: Sequence[tuple[Row, Row]]) -> str:
-    """Each side at its own best rate, which is what clipping can be credited with, and how far each stays finite."""
+    """Each side at its own best learning rate, and the highest rate at which all of its runs stay finite."""
     sides = list(zip(*found, strict=True))
     told = []
     winners = []
     for rows, side in zip(sides, ("without clipping", "clipped"), strict=True):
         finite = [row for row in rows if row["mean"] is not None and not _fallen(row)]
         if not finite:
-            return f"No rate ends with a finite loss in every run {side}."
+            return f"No learning rate ends with a finite loss in every run {side}."
         winner = min(finite, key=lambda row: row["mean"])
         winners.append(winner)
         edge = " (the lowest tried)" if winner is rows[0] else " (the highest tried)" if winner is rows[-1] else ""
         end = " (the highest tried)" if finite[-1] is rows[-1] else ""
         told.append(
-            f"{side}, the best rate is {rate(winner)}{edge} with {mean(winner)}, and all runs stay finite up to {rate(finite[-1])}{end}"
+            f"{side}, the best learning rate is {rate(winner)}{edge} with {mean(winner)}, and all runs stay finite up to "
+            f"{rate(finite[-1])}{end}"
         )
     plain, clipped = winners
     steps = reached(clipped, plain["mean"])
-    met = f"after {steps:.0f} of {clipped['steps']} steps" if steps else f"not within its {clipped['steps']} steps"
-    text = f"{'; '.join(told)}. The best loss without clipping is met by the best clipped runs {met}."
+    met = f"after {steps:.0f} of {clipped['steps']} steps" if steps else f"not within {clipped['steps']} steps"
+    text = f"{'; '.join(told)}. The best clipped runs reach the best loss without clipping {met}."
     return text[0].upper() + text[1:]
 
 
 def reached(row: Row, target: float) -> float | None:
-    """The step at which an arm's mean held-out loss first is `target`, on straight lines between validations; None if never."""
+    """The step at which a variant's mean held-out loss first reaches `target`, interpolated linearly; None if never."""
     curve = mean_curve(row)
     for (step, loss), (later, lower) in pairwise(curve):
         if loss > target >= lower:
@@ -77,7 +78,7 @@ def reached(row: Row, target: float) -> float | None:
 
 
 def mean_curve(row: Row) -> list[tuple[int, float]]:
-    """Held-out loss by step, mean over the runs, where every run has a finite one."""
+    """Mean held-out loss over the runs by step, where all are finite."""
     curves = [dict(map(tuple, run["curve"])) for run in row["runs"].values()]
     steps = sorted(set.intersection(*map(set, curves))) if curves else []
     points = [(step, [curve[step] for curve in curves]) for step in steps]
@@ -86,7 +87,7 @@ def mean_curve(row: Row) -> list[tuple[int, float]]:
 
 
 def rate(row: Row) -> str:
-    """The learning rate in an arm's name."""
+    """The learning rate in a variant's name."""
     return str(row["name"]).removesuffix(MARK).rpartition(" ")[2]
 
 

@@ -1,6 +1,6 @@
-"""What the GPU benchmarks are to show, beside what they measured: one line a goal, read from the result of one job.
+"""Performance targets of the GPU benchmarks compared with their results: one line per target, from the result of one job.
 
-A goal is a number and a direction. Where a job is missing, or did not measure what a goal asks for, the line says so.
+A target is a number and a direction. The line says so if the job has no result, or did not measure the quantity.
 """
 
 from __future__ import annotations
@@ -33,25 +33,25 @@ class Goal(NamedTuple):
         return value <= self.goal if self.most else value >= self.goal
 
 
-def attention(work: str, beside: str, passes: str) -> Callable[[Result], float]:
+def attention(case: str, beside: str, passes: str) -> Callable[[Result], float]:
     """Time of a work over that of another, each with its best backend."""
-    return lambda result: _best(result, work, passes) / _best(result, beside, passes)
+    return lambda result: _best(result, case, passes) / _best(result, beside, passes)
 
 
-def _best(result: Result, work: str, passes: str) -> float:
-    times = [row[f"{passes}_ms"] for row in result["rows"] if row["work"] == work and not row["refused"] and row["backend"] != "flex"]
-    times = times or [row[f"{passes}_ms"] for row in result["rows"] if row["work"] == work and not row["refused"]]
+def _best(result: Result, case: str, passes: str) -> float:
+    times = [row[f"{passes}_ms"] for row in result["rows"] if row["case"] == case and not row["refused"] and row["backend"] != "flex"]
+    times = times or [row[f"{passes}_ms"] for row in result["rows"] if row["case"] == case and not row["refused"]]
     return float(sorted(times)[0])
 
 
-def side(name: str, figure: str, scale: float = 1.0) -> Callable[[Result], float]:
+def entry(name: str, figure: str, scale: float = 1.0) -> Callable[[Result], float]:
     """A figure of one side of a training or loss benchmark."""
-    return lambda result: result["sides"][name][figure] / scale
+    return lambda result: result["implementations"][name][figure] / scale
 
 
 def ratio(figure: str, of: str, to: str) -> Callable[[Result], float]:
     """A side's figure over another's."""
-    return lambda result: result["sides"][of][figure] / result["sides"][to][figure]
+    return lambda result: result["implementations"][of][figure] / result["implementations"][to][figure]
 
 
 def row(figure: str, scale: float = 1.0, number: int = 0, **fits: Any) -> Callable[[Result], float]:
@@ -61,35 +61,35 @@ def row(figure: str, scale: float = 1.0, number: int = 0, **fits: Any) -> Callab
 
 def faster(result: Result) -> float:
     """PyTorch's time for the gradient of a table over the kernel's, on ids as words are, in the least favorable case."""
-    found = {(r["work"], r["ids"], r["table"], r["side"]): r["ms"] for r in result["rows"] if r["work"].startswith("gradient")}
+    found = {(r["case"], r["ids"], r["table"], r["implementation"]): r["ms"] for r in result["rows"] if r["case"].startswith("gradient")}
     return min(ms / found[(*key[:3], "kernel")] for key, ms in found.items() if key[3] == "pytorch")
 
 
 def repeats(result: Result) -> float:
     """Share of the kernel's rows that gave the same bits twice."""
-    rows = [r["repeats"] for r in result["rows"] if r["side"] == "kernel"]
+    rows = [r["repeats"] for r in result["rows"] if r["implementation"] == "kernel"]
     return sum(rows) / len(rows)
 
 
 def cost(result: Result) -> float:
     """Loss in 8 bits above that in bfloat16."""
-    return side("fp8", "final_loss")(result) - side("bf16", "final_loss")(result)
+    return entry("fp8", "final_loss")(result) - entry("bf16", "final_loss")(result)
 
 
 PREPARED, PACKED = "causal, QK norm + xPos + ALiBi folded", "window, documents, ALiBi folded"
-OURS: dict[str, Any] = {"side": "Andromeda"}
+OURS: dict[str, Any] = {"implementation": "Andromeda"}
 
 GOALS = (
-    Goal("attention: QK norm, xPos, ALiBi over plain causal, forward", "attention", attention(PREPARED, "causal", "forward"), 1.05, True),
-    Goal("  forward and backward", "attention", attention(PREPARED, "causal", "both"), 1.05, True),
-    Goal("window, documents, ALiBi over window alone, forward", "attention", attention(PACKED, "window", "forward"), 1.15, True),
-    Goal("  forward and backward", "attention", attention(PACKED, "window", "both"), 1.15, True),
-    Goal("training andromeda, 8,192 tokens, bf16, tokens/s", "train-bf16", side("Andromeda", "tokens_per_second"), 30_000),
-    Goal("  one row a step, times transformers' Llama", "train-bf16-batch-1", ratio("tokens_per_second", "Andromeda", LLAMA), 1.7),
-    Goal("  one row a step, peak memory, GiB", "train-bf16-batch-1", side("Andromeda", "peak", GIB), 45, True),
-    Goal("  fp8, tokens/s", "train-fp8", side("Andromeda", "tokens_per_second"), 38_000),
-    Goal("training andromeda-360m, 8,192 tokens, share of the ceiling", "train-360m-8k", side("Andromeda", "of_ceiling"), 0.65),
-    Goal("  32,768 tokens", "train-360m-32k", side("Andromeda", "of_ceiling"), 0.65),
+    Goal("attention: QK norm, xPos, ALiBi vs. plain causal, forward", "attention", attention(PREPARED, "causal", "forward"), 1.05, True),
+    Goal("  forward and backward", "attention", attention(PREPARED, "causal", "forward_backward"), 1.05, True),
+    Goal("window, documents, ALiBi vs. window alone, forward", "attention", attention(PACKED, "window", "forward"), 1.15, True),
+    Goal("  forward and backward", "attention", attention(PACKED, "window", "forward_backward"), 1.15, True),
+    Goal("training andromeda, 8,192 tokens, bf16, tokens/s", "train-bf16", entry("Andromeda", "tokens_per_second"), 30_000),
+    Goal("  batch size 1, times transformers' Llama", "train-bf16-batch-1", ratio("tokens_per_second", "Andromeda", LLAMA), 1.7),
+    Goal("  batch size 1, peak memory, GiB", "train-bf16-batch-1", entry("Andromeda", "peak", GIB), 45, True),
+    Goal("  fp8, tokens/s", "train-fp8", entry("Andromeda", "tokens_per_second"), 38_000),
+    Goal("training andromeda-360m, 8,192 tokens, fraction of roofline", "train-360m-8k", entry("Andromeda", "of_ceiling"), 0.65),
+    Goal("  32,768 tokens", "train-360m-32k", entry("Andromeda", "of_ceiling"), 0.65),
     Goal("prefill andromeda, 32,768 tokens, bf16, ms", "prefill-bf16", row("ms", **OURS), 540, True),
     Goal("  fp8, one layer in 8 full, ms", "prefill-fp8-windows", row("ms", **OURS), 165, True),
     Goal("prefill andromeda-360m-long, fp8, 32,768 tokens, ms", "prefill-long", row("ms", tokens=32768, **OURS), 100, True),
@@ -98,22 +98,22 @@ GOALS = (
     Goal("  at once, s", "prefill-200k", row("ms", 1e3, **OURS), float("inf"), True),
     Goal("  peak memory, GiB", "prefill-200k", row("peak", GIB, **OURS), float("inf"), True),
     Goal("  in chunks, relative difference of the logits", "prefill-200k", row("difference", number=1, **OURS), 0.03, True),
-    Goal("decoding andromeda after 2,048 tokens, floor / time", "decode", row("of_floor", number=0), 0.75),
+    Goal("decoding andromeda after 2,048 tokens, bound / time", "decode", row("of_floor", number=0), 0.75),
     Goal("  after 32,768 tokens", "decode", row("of_floor", number=1), 0.75),
     Goal("  tuned, after 2,048 tokens", "decode-tuned", row("of_floor", number=0), 0.75),
     Goal("  tuned, after 32,768 tokens", "decode-tuned", row("of_floor", number=1), 0.75),
-    Goal("embedding's gradient, times as fast as PyTorch's, at least", "embedding", faster, 2.0),
-    Goal("  same bits twice", "embedding", repeats, 1.0),
-    Goal("head and loss, peak above the inputs, GiB", "loss", side("Andromeda", "peak", GIB), 1.0, True),
+    Goal("embedding gradient, speedup over PyTorch, at least", "embedding", faster, 2.0),
+    Goal("  bitwise repeatable", "embedding", repeats, 1.0),
+    Goal("linear cross-entropy, peak above the inputs, GiB", "loss", entry("Andromeda", "peak", GIB), 1.0, True),
     Goal("  time over compiled PyTorch's with all logits", "loss", ratio("ms", "Andromeda", "PyTorch, compiled"), 1.0, True),
     Goal("flash attention on over off, training, times", "train-flash", ratio("tokens_per_second", "Andromeda", ANDROMEDA_UNFUSED), 1.0),
-    Goal("8 bits: loss above bfloat16's, nats a byte", "precision", cost, 0.02, True),
+    Goal("fp8: loss minus bfloat16, nats/byte", "precision", cost, 0.02, True),
 )  # fmt: skip
 
 
 def table(folder: Path) -> str:
-    """Goals beside what the results in a folder say."""
-    lines = [f"{'':62s} {'measured':>10s} {'goal':>10s}"]
+    """Targets with the results of a folder."""
+    lines = [f"{'':62s} {'measured':>10s} {'target':>10s}"]
     for goal in GOALS:
         bound = "" if goal.goal == float("inf") else f"{'<=' if goal.most else '>='} {goal.goal:,g}"
         lines.append(f"{goal.what:62s} {_measured(goal, folder, bound)}")

@@ -1,1 +1,1 @@
-"""Techniques on and off at an equal budget, over several seeds: what each is worth, how sure that is, and what it costs."""
+"""Ablations: variants of a configuration at an equal budget over several seeds, with effect size, significance and cost."""

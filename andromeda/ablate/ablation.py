@@ -1,10 +1,10 @@
-"""A whole ablation: planned and checked, costs measured, runs queued and resumed, results written.
+"""A whole ablation: runs are planned and checked, costs measured, runs queued and resumed, results written.
 
-OUT/ARM-sSEED/       an ordinary run folder each, with outcome.json once it is finished
-OUT/costs.json       time and memory of a step of each arm
+OUT/VARIANT-sSEED/   one ordinary run folder each, with result.json once it is finished
+OUT/costs.json       time and memory of a step of each variant
 OUT/results.json     everything, in plain values
 OUT/table.md, plot.png, plot.svg
-OUT/workers.log      what the processes had to say
+OUT/workers.log      stderr of the worker processes
 """
 
 from __future__ import annotations
@@ -29,30 +29,30 @@ from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
 
 OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
-"""Files that a call leaves; no plot where no arm has an effect."""
+"""Files that a call writes; no plot if no variant has an effect."""
 OnProgress = Callable[[str, int, int], None]
-"""Told of every finished piece: a sentence, how many are done, how many there are."""
+"""Called after every finished run or measurement: a sentence, number done, total."""
 
 
 @dataclass(frozen=True)
 class AblationSettings:
-    """How, not what."""
+    """How an ablation is executed."""
 
     out: Path
     command: str = ""
     jobs: int = 1
-    """Processes that share a device."""
+    """Processes per device."""
     limit: float = 0.0
-    """Seconds after which runs are stopped, to be resumed another time; 0 is none."""
+    """Seconds after which runs are stopped, to be resumed by another call; 0 is no limit."""
     cost_steps: int = 8
-    """Measured steps of each arm; 0 leaves costs out."""
+    """Measured steps of each variant; 0 leaves costs out."""
     lean: bool = False
     """Drop the checkpoints of finished runs."""
 
 
 @dataclass(frozen=True)
 class AblationResult:
-    """What there is after a call."""
+    """State after a call."""
 
     results: dict[str, Any]
     finished: int
@@ -61,10 +61,10 @@ class AblationResult:
     signal: int
 
 
-def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: AblationSettings, say: OnProgress) -> AblationResult:
-    """Compare the arms of `grid` on the configuration `source`, going on with whatever is already in `settings.out`.
+def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: AblationSettings, on_progress: OnProgress) -> AblationResult:
+    """Train and compare the variants of `grid` on the configuration `source`, resuming what is already in `settings.out`.
 
-    Raises ConfigError, one sentence, before anything runs, for arms that cannot be.
+    Raises ConfigError, one sentence, before anything runs if a variant is invalid.
     """
     began, out = time.monotonic(), settings.out
     check_grid(grid)
@@ -74,16 +74,16 @@ def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: Ab
         refuse_other_runs(jobs_of(planned, grid.seeds, out))
     folder = _claim(out)
     try:
-        costs = _costs(planned, settings, began, say)
+        costs = _costs(planned, settings, began, on_progress)
         if grid.budget == "seconds":
             planned = with_budget(planned, grid, {name: cost.step_seconds for name, cost in costs.items()})
         jobs = jobs_of(planned, grid.seeds, out)
         refuse_other_runs(jobs)
-        slots = _train(jobs, planned, settings, began, say)
+        slots = _train(jobs, planned, settings, began, on_progress)
         runs: dict[str, dict[int, RunResult]] = {}
         for job in jobs:
             if (found := load_result(job.folder)) is not None:
-                runs.setdefault(job.arm, {})[job.seed] = found
+                runs.setdefault(job.variant, {})[job.seed] = found
         figures = {"configuration": [source, *changes], **results(planned, runs, costs, grid)}
         _write(out, record(settings.command, figures))
     finally:
@@ -93,7 +93,7 @@ def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: Ab
 
 
 def _claim(out: Path) -> RunDir:
-    """Make the folder and keep other processes out of it."""
+    """Create the folder and lock it."""
     folder = RunDir(out)
     if folder.exists:
         raise ConfigError(f"{out} is a run folder: give the ablation a folder of its own with --out.")
@@ -112,45 +112,45 @@ class _Trained:
 
 
 def _train(
-    jobs: Sequence[AblationJob], planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, say: OnProgress
+    jobs: Sequence[AblationJob], planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, on_progress: OnProgress
 ) -> _Trained:
-    """Work off every job that is not finished."""
+    """Run every job that is not finished."""
     pending = [job for job in jobs if load_result(job.folder) is None]
     done, failures = len(jobs) - len(pending), list[str]()
 
-    def told(job: AblationJob, answer: dict[str, Any]) -> None:
+    def on_answer(job: AblationJob, answer: dict[str, Any]) -> None:
         nonlocal done
         if "error" in answer:
-            failures.append(f"{job.arm}, seed {job.seed}: {answer['error']}")
-            say(f"{failures[-1]}", done, len(jobs))
+            failures.append(f"{job.variant}, seed {job.seed}: {answer['error']}")
+            on_progress(f"{failures[-1]}", done, len(jobs))
         elif "stopped" in answer:
-            say(f"{job.arm}, seed {job.seed}: stopped, to be gone on with", done, len(jobs))
+            on_progress(f"{job.variant}, seed {job.seed}: stopped, to be resumed", done, len(jobs))
         else:
             done += 1
             shown = "diverged" if answer["loss"] is None else f"loss {answer['loss']:.4f}"
-            say(f"{job.arm}, seed {job.seed}: {shown} after {answer['seconds']:.1f} s of training", done, len(jobs))
+            on_progress(f"{job.variant}, seed {job.seed}: {shown} after {answer['seconds']:.1f} s of training", done, len(jobs))
 
     deadline = began + settings.limit if settings.limit else None
     places = environments(planned[0].config.train.device, settings.jobs)
     slots = WorkerPool(places, settings.out / "workers.log", deadline, settings.lean)
-    say(f"{len(jobs)} runs, {len(pending)} to do, {min(len(places), max(1, len(pending)))} at a time", done, len(jobs))
+    on_progress(f"{len(jobs)} runs, {len(pending)} remaining, {min(len(places), max(1, len(pending)))} at a time", done, len(jobs))
     if pending:
-        slots.run(pending, told)
+        slots.run(pending, on_answer)
     return _Trained(slots, failures)
 
 
-def _costs(planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, say: OnProgress) -> dict[str, StepCost]:
-    """Time and memory of each arm, measured one after the other while there is time; kept, so that another call need not."""
+def _costs(planned: Sequence[PlannedVariant], settings: AblationSettings, began: float, on_progress: OnProgress) -> dict[str, StepCost]:
+    """Time and memory of each variant, measured one at a time within the time limit, and kept for later calls."""
     path = settings.out / "costs.json"
-    marks = {plan.arm.name: _mark(plan) for plan in planned}
+    marks = {plan.variant.name: _mark(plan) for plan in planned}
     known = {name: of for name, of in _kept_costs(path).items() if of["of"] == marks.get(name)}
     if settings.cost_steps:
-        _measure_costs(planned, marks, known, settings, began, say)
+        _measure_costs(planned, marks, known, settings, began, on_progress)
     return {name: StepCost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
 
 
 def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
-    """The costs that were measured before. Raises ConfigError where they cannot be read."""
+    """The costs that were measured before. Raises ConfigError if they cannot be read."""
     try:
         kept = json.loads(path.read_text()) if path.exists() else {}
         for of in kept.values():
@@ -167,34 +167,34 @@ def _measure_costs(
     known: dict[str, dict[str, Any]],
     settings: AblationSettings,
     began: float,
-    say: OnProgress,
+    on_progress: OnProgress,
 ) -> None:
-    """Add what is not known yet, each kept as soon as it is."""
+    """Measure the missing costs; each is written as soon as it is known."""
     place = environments(planned[0].config.train.device, 1)[0]
     with open(settings.out / "workers.log", "ab") as log:
         worker = WorkerProcess(place, log)
         for number, plan in enumerate(planned):
-            name = plan.arm.name
+            name = plan.variant.name
             if name in known:
                 continue
             if settings.limit and time.monotonic() - began > settings.limit:
-                say("no time was left for the other costs", number, len(planned))
+                on_progress("time limit reached before the other costs were measured", number, len(planned))
                 break
             answer = worker.ask({"do": "cost", "config": plan.measured.model_dump(mode="json"), "steps": settings.cost_steps})
             if "CUDA_VISIBLE_DEVICES" not in place:
-                worker.close()  # the most that a process ever held is known only of a process of its own
+                worker.close()  # peak resident memory is that of the process, so each variant needs its own
             if "done" not in answer:
-                say(f"{name}: its cost was not measured ({answer.get('error', 'stopped')})", number, len(planned))
+                on_progress(f"{name}: its cost was not measured ({answer.get('error', 'stopped')})", number, len(planned))
                 continue
             answer.pop("done")
             known[name] = {"of": marks[name], **answer}
             write_whole(settings.out / "costs.json", (json.dumps(known, indent=1) + "\n").encode())
-            say(f"{name}: {answer['step_seconds'] * 1e3:.4g} ms a step", number + 1, len(planned))
+            on_progress(f"{name}: {answer['step_seconds'] * 1e3:.4g} ms/step", number + 1, len(planned))
         worker.close()
 
 
 def _mark(plan: PlannedVariant) -> str:
-    """Tells whether a kept cost is of this configuration."""
+    """Identifies the configuration that a cost was measured with."""
     values = plan.measured.model_dump(mode="json")
     return sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -1,4 +1,4 @@
-"""The table of a comparison: effect, interval, p-value, cost and verdict of each arm, as cells and as markdown."""
+"""Tables and plots of an ablation: effect, interval, p-value, cost and verdict of each variant."""
 
 from __future__ import annotations
 
@@ -10,23 +10,36 @@ from typing import Any
 
 from andromeda.utils.files import write_whole
 
-HEAD = ("arm", "on", "{metric}", "effect", "95 % interval", "spread", "p", "p (Holm)", "time", "memory", "weights", "verdict")
+HEAD = (
+    "variant",
+    "compared with",
+    "{metric}",
+    "effect",
+    "95 % interval",
+    "spread",
+    "p",
+    "p (Holm)",
+    "time",
+    "memory",
+    "weights",
+    "verdict",
+)
 UNITS = {"loss": "nats/token", "bits_per_byte": "bits/byte"}
 DASH = "–"  # noqa: RUF001 - a dash that stands for nothing
 
 
 def head(results: dict[str, Any]) -> list[str]:
-    """Titles of the columns."""
+    """Column titles."""
     return [title.format(metric=UNITS[results["metric"]]) for title in HEAD]
 
 
 def cells(row: dict[str, Any]) -> list[str]:
-    """One arm."""
+    """Cells of one variant."""
     effect = row["effect"] or {}
     interval = DASH if effect.get("low") is None else f"{effect['low']:+.4f} to {effect['high']:+.4f}"
     return [
         row["name"],
-        row["on"],
+        row["compared_with"],
         mean(row),
         _signed(effect.get("mean")),
         interval,
@@ -41,21 +54,21 @@ def cells(row: dict[str, Any]) -> list[str]:
 
 
 def mean(row: dict[str, Any]) -> str:
-    """Mean and number of runs."""
+    """Mean final metric and number of runs."""
     if row["mean"] is None:
         return "not trained" if not row["train"] else DASH
     return f"{row['mean']:.4f} ({sum(run['loss'] is not None for run in row['runs'].values())})"
 
 
 def probability(p: float | None) -> str:
-    """A p-value, with as many digits as mean something."""
+    """A p-value with the digits that are meaningful."""
     if p is None:
         return DASH
     return "< 0.0001" if p < 1e-4 else f"{p:.4f}" if p < 0.1 else f"{p:.2f}"
 
 
 def ratio(value: float | None) -> str:
-    """A cost beside that of what the arm is compared with."""
+    """A cost relative to that of what the variant is compared with."""
     return DASH if value is None else f"{100 * (value - 1):+.0f} %".replace("-0 %", "+0 %")
 
 
@@ -66,7 +79,7 @@ def lines(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
 
 def markdown(results: dict[str, Any]) -> str:
     """table.md."""
-    base = results["arms"][0]
+    base = results["variants"][0]
     gpu, cpu = results["machine"]["gpu"], results["machine"]["cpu"]
     text = [
         f"# {' '.join(results['configuration'])}",
@@ -75,7 +88,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"The baseline has {base['parameters']:,} parameters and takes {base['steps']:,} steps.",
         legend(results),
         "",
-        *lines(head(results), (cells(row) for row in results["arms"])),
+        *lines(head(results), (cells(row) for row in results["variants"])),
         "",
         verdicts(results),
     ]
@@ -83,33 +96,36 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def evenness(results: dict[str, Any]) -> str:
-    """How far the budgets of arms with one share differ, as whole steps allow; empty where they do not."""
-    base = results["arms"][0].get("spent")
-    spent = [row["spent"] / row["share"] for row in results["arms"] if row["train"] and row.get("spent")]
+    """How far budgets differ because steps are whole; empty if they do not."""
+    base = results["variants"][0].get("spent")
+    spent = [row["spent"] / row["budget_share"] for row in results["variants"] if row["train"] and row.get("spent")]
     if not base or not spent or (far := max(abs(each / base - 1) for each in spent)) < 5e-5:
         return ""
-    return f" (to {100 * far:.2g} %, as whole steps allow)"
+    return f" (to {100 * far:.2g} %, because steps are whole)"
 
 
 def legend(results: dict[str, Any]) -> str:
-    """What the columns mean, and what a verdict claims."""
-    claims = sum(row["corrected_p"] is not None for row in results["arms"])
-    variance = "each arm's own variance" if results["spread"] == "own" else "a variance steadied by that of all arms (moderated t)"
+    """What the columns and the verdicts mean."""
+    claims = sum(row["corrected_p"] is not None for row in results["variants"])
+    variance = (
+        "each variant's own variance" if results["variance"] == "own" else "a variance shrunk towards that of all variants (moderated t)"
+    )
     words = [
-        "Effect is arm minus what it is compared with, run by run of one seed: below zero is better.",
+        "Effect is the variant minus what it is compared with, seed by seed: below zero is better.",
         "Spread is the standard deviation of these differences.",
-        f"Intervals and p are of a paired t-test with {variance}.",
-        f'"better" and "worse" hold at 5 % for all {claims} comparisons together (Holm); "perhaps" holds for that arm alone.',
+        f"Intervals and p are from a paired t-test with {variance}.",
+        f'"better" and "worse" hold at 5 % for all {claims} comparisons together (Holm); "perhaps" holds for that variant only.',
     ]
     measured = f" on {', '.join(results['cost'])}" if results.get("cost") else ""
-    words += [f"Time and memory are a training step's{measured}, each arm alone."] * any(row["time_ratio"] for row in results["arms"])
+    if any(row["time_ratio"] for row in results["variants"]):
+        words.append(f"Time and memory are those of a training step{measured}, measured alone on the device.")
     return " ".join(words)
 
 
 def verdicts(results: dict[str, Any]) -> str:
-    """The whole in words: which arms fall under which verdict."""
+    """Variants grouped by verdict."""
     groups: dict[str, list[str]] = {}
-    for row in results["arms"][1:]:
+    for row in results["variants"][1:]:
         if row["verdict"]:
             groups.setdefault(row["verdict"], []).append(row["name"])
     said = [f"{word[0].upper()}{word[1:]}: {'; '.join(names)}." for word, names in sorted(groups.items())]
@@ -120,13 +136,13 @@ def _signed(value: float | None) -> str:
     return DASH if value is None else f"{value:+.4f}"
 
 
-COLOURS = {"better": "#1a7f4b", "perhaps better": "#7cbf9a", "worse": "#b3261e", "perhaps worse": "#e09a94"}
+COLORS = {"better": "#1a7f4b", "perhaps better": "#7cbf9a", "worse": "#b3261e", "perhaps worse": "#e09a94"}
 OTHER = "#7a7a7a"
 
 
 def draw(results: dict[str, Any], out: Path) -> None:
-    """Write plot.png and plot.svg; nothing where no arm has an effect."""
-    rows = [row for row in results["arms"] if row["effect"]]
+    """Write plot.png and plot.svg, if any variant has an effect."""
+    rows = [row for row in results["variants"] if row["effect"]]
     if not rows:
         return
     for kind in ("png", "svg"):
@@ -134,7 +150,7 @@ def draw(results: dict[str, Any], out: Path) -> None:
 
 
 def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> bytes:
-    """The picture in one format."""
+    """A forest plot in one format: every variant's effect with its interval, the best on top, colored by verdict."""
     import matplotlib as mpl
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -149,7 +165,7 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
-    axes.set_xlabel(f"{UNITS[results['metric']]} against what the arm is compared with; left is better")
+    axes.set_xlabel(f"{UNITS[results['metric']]} relative to what the variant is compared with; left is better")
     axes.set_title(f"equal {results['budget']}, {len(results['seeds'])} seeds, 95 % intervals", fontsize=9)
     axes.grid(axis="x", linewidth=0.3)
     for side in ("top", "right", "left"):
@@ -162,8 +178,8 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
 
 
 def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
-    """A point with its interval; one outside the frame is an arrow at its edge, with its figure."""
-    effect, color = row["effect"], COLOURS.get(row["verdict"], OTHER)
+    """A point with its interval; one outside the frame is an arrow at the edge with its value."""
+    effect, color = row["effect"], COLORS.get(row["verdict"], OTHER)
     if abs(effect["mean"]) > reach:
         right = effect["mean"] > 0
         words = f"{effect['mean']:+.3f} →" if right else f"← {effect['mean']:+.3f}"
@@ -176,10 +192,10 @@ def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
 
 
 def _title(row: dict[str, Any]) -> str:
-    return row["name"] if row["on"] in ("", "baseline") else f"{row['name']} (on {row['on']})"
+    return row["name"] if row["compared_with"] in ("", "baseline") else f"{row['name']} (on {row['on']})"
 
 
 def _reach(rows: list[dict[str, Any]]) -> float:
-    """Half the frame's width. It follows the means: neither wide intervals of few seeds nor one far arm may press all points together."""
+    """Half the frame's width, from the means: neither wide intervals nor one distant variant may squeeze all points together."""
     means = sorted(abs(row["effect"]["mean"]) for row in rows)
     return float(max(min(1.6 * means[-1], 6 * statistics.median(means)), 1e-3))

@@ -1,4 +1,4 @@
-"""From the outcomes of all runs to what may be said of each arm."""
+"""From the results of all runs to the effect, significance and verdict of each variant."""
 
 from __future__ import annotations
 
@@ -13,31 +13,31 @@ from andromeda.ablate.statistics import Effect, Losses, VariancePrior, effect, h
 from andromeda.ablate.worker import RunResult, StepCost
 
 Runs = Mapping[str, Mapping[int, RunResult]]
-"""Finished runs by arm and seed."""
+"""Finished runs by variant and seed."""
 
 
 @dataclass(frozen=True)
 class VariantComparison:
-    """One arm beside what it is compared with."""
+    """One variant against what it is compared with."""
 
     effect: Effect | None
     corrected: float | None
-    """p-value corrected for the number of arms."""
+    """p-value corrected for the number of variants."""
     verdict: str
 
 
 def compare(planned: Sequence[PlannedVariant], runs: Runs, grid: AblationGrid) -> dict[str, VariantComparison]:
-    """Each arm but the baseline. Arms that were not trained have no effect."""
-    arms = [plan.arm for plan in planned if plan.arm.name != BASELINE and plan.arm.train]
+    """Each variant but the baseline. Variants that were not trained have no effect."""
+    variants = [plan.variant for plan in planned if plan.variant.name != BASELINE and plan.variant.train]
     finite = {name: figures(of, grid.metric) for name, of in runs.items()}
-    pairs = {arm.name: (finite.get(arm.name, {}), finite.get(arm.on, {})) for arm in arms}
+    pairs = {variant.name: (finite.get(variant.name, {}), finite.get(variant.compared_with, {})) for variant in variants}
     plain = {name: effect(*pair) for name, pair in pairs.items() if all(pair)}
     prior = _prior(plain, grid)
     found = {name: effect(*pairs[name], prior) for name in plain}
-    lost = {arm.name: _divergence(runs, arm.name, arm.on) for arm in arms}
+    lost = {variant.name: _divergence(runs, variant.name, variant.compared_with) for variant in variants}
     claims = [name for name in found if not lost[name]]
     corrected = dict(zip(claims, holm([found[name].p for name in claims]), strict=True))
-    return {arm.name: _compared(found.get(arm.name), corrected.get(arm.name), lost[arm.name]) for arm in arms}
+    return {variant.name: _compared(found.get(variant.name), corrected.get(variant.name), lost[variant.name]) for variant in variants}
 
 
 def _compared(found: Effect | None, corrected: float | None, lost: str) -> VariantComparison:
@@ -47,16 +47,16 @@ def _compared(found: Effect | None, corrected: float | None, lost: str) -> Varia
 
 
 def _divergence(runs: Runs, name: str, on: str) -> str:
-    """The verdict where runs did not end in a finite figure; empty where all did. It is not a matter of means."""
-    arm, base = runs.get(name, {}), runs.get(on, {})
+    """The verdict if runs did not end with a finite loss, else empty. Such runs are not averaged."""
+    variant, base = runs.get(name, {}), runs.get(on, {})
     if fallen := sum(run.diverged for run in base.values()):
         return f"no verdict: {fallen} of {len(base)} runs of {on!r} diverged"
-    fallen = sum(run.diverged for run in arm.values())
-    return f"diverges: {fallen} of {len(arm)} runs" if fallen else ""
+    fallen = sum(run.diverged for run in variant.values())
+    return f"diverges: {fallen} of {len(variant)} runs" if fallen else ""
 
 
 def _prior(plain: Mapping[str, Effect], grid: AblationGrid) -> VariancePrior | None:
-    if grid.spread == "own":
+    if grid.variance == "own":
         return None
     seeds = max((found.seeds for found in plain.values()), default=0)
     spreads = [found.spread for found in plain.values() if found.paired and found.seeds == seeds and found.spread is not None]
@@ -64,25 +64,25 @@ def _prior(plain: Mapping[str, Effect], grid: AblationGrid) -> VariancePrior | N
 
 
 def figures(of: Mapping[int, RunResult], metric: str) -> Losses:
-    """The finite figures of an arm by seed."""
+    """The finite final metrics of a variant by seed."""
     every = {seed: getattr(run, metric) for seed, run in of.items()}
     return {seed: figure for seed, figure in every.items() if figure is not None}
 
 
 def results(planned: Sequence[PlannedVariant], runs: Runs, costs: Mapping[str, StepCost], grid: AblationGrid) -> dict[str, Any]:
-    """Everything about a comparison in plain values, for results.json."""
+    """Everything about an ablation in plain values, for results.json."""
     compared = compare(planned, runs, grid)
-    sizes = {plan.arm.name: plan.parameters for plan in planned}
+    sizes = {plan.variant.name: plan.parameters for plan in planned}
     return {
         "budget": grid.budget,
         "metric": grid.metric,
-        "spread": grid.spread,
+        "variance": grid.variance,
         "cost": list(grid.cost),
         "seeds": list(grid.seeds),
-        "arms": [
+        "variants": [
             {
-                **_row(plan, runs.get(plan.arm.name, {}), costs, compared.get(plan.arm.name), grid),
-                "size_ratio": plan.parameters / sizes[plan.arm.on] if plan.arm.on else None,
+                **_row(plan, runs.get(plan.variant.name, {}), costs, compared.get(plan.variant.name), grid),
+                "size_ratio": plan.parameters / sizes[plan.variant.compared_with] if plan.variant.compared_with else None,
             }
             for plan in planned
         ],
@@ -92,10 +92,10 @@ def results(planned: Sequence[PlannedVariant], runs: Runs, costs: Mapping[str, S
 def _row(
     plan: PlannedVariant, of: Mapping[int, RunResult], costs: Mapping[str, StepCost], compared: VariantComparison | None, grid: AblationGrid
 ) -> dict[str, Any]:
-    arm, own, base = plan.arm, costs.get(plan.arm.name), costs.get(plan.arm.on)
+    variant, own, base = plan.variant, costs.get(plan.variant.name), costs.get(plan.variant.compared_with)
     found = figures(of, grid.metric)
     return {
-        **arm.model_dump(mode="json"),
+        **variant.model_dump(mode="json"),
         "parameters": plan.parameters,
         "flops_per_token": plan.flops,
         "steps": plan.config.train.steps,

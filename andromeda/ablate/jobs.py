@@ -1,4 +1,7 @@
-"""An equal budget for every arm: how many steps it gets, and its schedule stretched to fit them."""
+"""Every run of a grid with its whole configuration, checked before the first one begins.
+
+All variants get an equal budget of tokens, FLOPs or seconds, converted to steps; the schedule is scaled to those steps.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +25,7 @@ from andromeda.train.trainer import open_streams
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 SAMPLES = 64
-"""Points of a run at which the window is looked up where it grows."""
+"""Points of a run at which a growing window is sampled."""
 
 
 def tokens_per_step(config: RunConfig) -> int:
@@ -31,7 +34,7 @@ def tokens_per_step(config: RunConfig) -> int:
 
 
 def flops_per_token(config: RunConfig) -> float:
-    """Model FLOPs of training per token, averaged over the run where the window grows."""
+    """Model FLOPs of training per token, averaged over the run if the window grows."""
     sequence, train = config.train.seq_len or config.model.max_seq_len, config.train
     if not train.window.end:
         return training_flops_per_token(config.model, sequence)
@@ -40,20 +43,20 @@ def flops_per_token(config: RunConfig) -> float:
 
 
 def amount_of(kind: str, config: RunConfig) -> float:
-    """Tokens or FLOPs that a configuration is made for."""
+    """Tokens or FLOPs of a whole run of this configuration."""
     tokens = float(config.train.steps * tokens_per_step(config))
     return tokens * flops_per_token(config) if kind == "flops" else tokens
 
 
 def spent(kind: str, config: RunConfig, seconds_per_step: float | None = None) -> float | None:
-    """Tokens, FLOPs or seconds that a run of `config` takes; None for seconds where a step was not measured."""
+    """Tokens, FLOPs or seconds of a run of `config`; None for seconds if the time of a step was not measured."""
     if kind == "seconds":
         return config.train.steps * seconds_per_step if seconds_per_step else None
     return amount_of(kind, config)
 
 
 def steps_for(kind: str, amount: float, config: RunConfig, seconds_per_step: float | None = None) -> int:
-    """Steps of `config` that come nearest to `amount` of tokens, FLOPs or seconds. Raises ConfigError when that is less than one."""
+    """Steps of `config` closest to `amount` tokens, FLOPs or seconds. Raises ConfigError for less than one step."""
     if kind == "seconds":
         if not seconds_per_step:
             raise ConfigError("A budget of seconds needs the time of a step: measure it with --timing-steps above 0.")
@@ -80,96 +83,98 @@ def with_steps(config: RunConfig, steps: int) -> RunConfig:
 
 
 LOCAL_KEYS = ("data.corpus", "data.workers", "train.device")
-"""Keys that may differ between a kept run and its job: the data's fingerprint is compared instead of its path."""
+"""Keys that may differ between an existing run and its job: the data's fingerprint is compared instead of its path."""
 
 
 @dataclass(frozen=True)
 class PlannedVariant:
-    """An arm with its configuration (of the first seed)."""
+    """A variant with its configuration (of the first seed)."""
 
-    arm: Variant
+    variant: Variant
     config: RunConfig
     parameters: int
     flops: float
     """Training FLOPs per token."""
     measured: RunConfig
-    """What its cost is measured on."""
+    """The configuration under which its cost is measured."""
 
 
 @dataclass(frozen=True)
 class AblationJob:
     """One run."""
 
-    arm: str
+    variant: str
     seed: int
     folder: Path
     config: RunConfig
 
 
 def plan_variants(source: str, changes: Sequence[str], grid: AblationGrid) -> list[PlannedVariant]:
-    """The baseline and every arm of the grid, as configured. Raises ConfigError naming the arm that is refused."""
+    """The baseline and every variant of the grid, resolved. Raises ConfigError, which names the variant that is refused."""
     base = [*grid.base, *changes]
     chains: dict[str, list[str]] = {}
     planned: list[PlannedVariant] = []
-    for arm in (Variant(name=BASELINE, on=""), *grid.arm):
-        chains[arm.name] = [*chains.get(arm.on, []), *arm.changes]
-        planned.append(_planned(source, [*base, *chains[arm.name], f"seed={grid.seeds[0]}"], arm, grid.cost))
+    for variant in (Variant(name=BASELINE, compared_with=""), *grid.variant):
+        chains[variant.name] = [*chains.get(variant.compared_with, []), *variant.changes]
+        planned.append(_planned(source, [*base, *chains[variant.name], f"seed={grid.seeds[0]}"], variant, grid.cost))
     _refuse_twins(planned)
     return planned
 
 
-def _planned(source: str, changes: Sequence[str], arm: Variant, cost: Sequence[str]) -> PlannedVariant:
+def _planned(source: str, changes: Sequence[str], variant: Variant, cost: Sequence[str]) -> PlannedVariant:
     try:
         config = load(source, changes)
         if not config.train.eval_every:
-            # Without it nothing would be held out, and there would be nothing to compare.
+            # Without validation there would be no held-out loss to compare.
             config = load(source, [*changes, f"train.eval_every={config.train.steps}"])
         check_training(config)
         resolve_device(config.train.device)
         open_streams(config)
         measured = load(source, [*changes, *cost])
-        return PlannedVariant(arm, config, count_parameters(meta_model(config.model)).total, flops_per_token(config), measured)
+        return PlannedVariant(variant, config, count_parameters(meta_model(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
-        where = "The baseline" if arm.name == BASELINE else f"Arm {arm.name!r}"
+        where = "The baseline" if variant.name == BASELINE else f"Variant {variant.name!r}"
         raise ConfigError(f"{where} is refused: {error}") from None
 
 
 def _refuse_twins(planned: Sequence[PlannedVariant]) -> None:
-    """Two arms with one configuration would be compared with themselves."""
+    """Two variants with the same configuration would be the same run."""
     seen: dict[tuple[RunConfig, float], str] = {}
     for plan in planned:
-        key = plan.config, plan.arm.share
+        key = plan.config, plan.variant.budget_share
         if key in seen:
-            raise ConfigError(f"Arm {plan.arm.name!r} is the same run as {seen[key]!r}: its changes change nothing, so leave it out.")
-        seen[key] = plan.arm.name
+            raise ConfigError(
+                f"Variant {plan.variant.name!r} is the same run as {seen[key]!r}: its changes have no effect, so leave it out."
+            )
+        seen[key] = plan.variant.name
 
 
 def with_budget(planned: Sequence[PlannedVariant], grid: AblationGrid, step_seconds: Mapping[str, float]) -> list[PlannedVariant]:
-    """Every arm with the steps that its share of the budget pays for. step_seconds: by arm, for a budget of seconds."""
+    """Every variant with the steps that its share of the budget pays for. step_seconds: by variant, for a budget of seconds."""
     amount = grid.amount or amount_of(grid.budget, planned[0].config)
-    return [_paid(plan, grid.budget, amount, step_seconds.get(plan.arm.name)) for plan in planned]
+    return [_paid(plan, grid.budget, amount, step_seconds.get(plan.variant.name)) for plan in planned]
 
 
 def _paid(plan: PlannedVariant, kind: str, amount: float, seconds: float | None) -> PlannedVariant:
     try:
-        config = with_steps(plan.config, steps_for(kind, amount * plan.arm.share, plan.config, seconds))
+        config = with_steps(plan.config, steps_for(kind, amount * plan.variant.budget_share, plan.config, seconds))
     except AndromedaError as error:
-        raise ConfigError(f"Arm {plan.arm.name!r} is refused: {error}") from None
+        raise ConfigError(f"Variant {plan.variant.name!r} is refused: {error}") from None
     return replace(plan, config=config)
 
 
 def jobs_of(planned: Sequence[PlannedVariant], seeds: Sequence[int], out: Path) -> list[AblationJob]:
-    """All runs, arm by arm in the grid's order: a study that is cut off has whole rows for its first arms, not one seed of each."""
-    return [_job(plan, seed, out) for plan in planned if plan.arm.train for seed in seeds]
+    """All runs in the order of the grid, each variant with all its seeds: after an interruption the first variants are complete."""
+    return [_job(plan, seed, out) for plan in planned if plan.variant.train for seed in seeds]
 
 
 def _job(plan: PlannedVariant, seed: int, out: Path) -> AblationJob:
-    config = plan.config.model_copy(update={"seed": seed, "name": f"{plan.arm.name}, seed {seed}"})
-    return AblationJob(plan.arm.name, seed, out / f"{slug(plan.arm.name)}-s{seed}", config)
+    config = plan.config.model_copy(update={"seed": seed, "name": f"{plan.variant.name}, seed {seed}"})
+    return AblationJob(plan.variant.name, seed, out / f"{slug(plan.variant.name)}-s{seed}", config)
 
 
 def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
-    """Raises ConfigError when a run folder already holds another run than the job's, or one of other data."""
+    """Raises ConfigError if a run folder already holds a different run, or one that was trained on other data."""
     for job in jobs:
         folder = RunDir(job.folder)
         if not folder.exists:
@@ -177,11 +182,11 @@ def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
         old, new = flatten(folder.config().model_dump()), flatten(job.config.model_dump())
         differing = sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key) and not key.startswith(LOCAL_KEYS))
         if differing:
-            told = f"{differing[0]} was {old.get(differing[0])!r} and is now {new.get(differing[0])!r}"
-            raise ConfigError(f"{job.folder} holds another run ({told}): give the old values, or another --out.")
+            difference = f"{differing[0]} was {old.get(differing[0])!r} and is now {new.get(differing[0])!r}"
+            raise ConfigError(f"{job.folder} holds another run ({difference}): use the old values, or another --out.")
         before, now = folder.manifest().get("data"), open_streams(job.config)[0].fingerprint
         if before not in (None, now):
             raise ConfigError(
                 f"{job.folder} was trained on other data (fingerprint {before[:12]}, now {now[:12]}): "
-                "bring the old corpus back, or give another --out."
+                "restore the old corpus, or give another --out."
             )

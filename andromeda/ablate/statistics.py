@@ -1,8 +1,8 @@
-"""What can be said of a difference between two sets of runs: effect, interval, p-value, and whether many such claims hold at once.
+"""Statistics of differences between two sets of runs: effect, confidence interval, p-value, and correction for multiple tests.
 
 Runs with the same seed see the same batches in the same order, so differences are taken seed by seed where both sides have
-it (paired t-test), else between the sets (Welch's t-test). With three seeds a variance is hardly known. Where many arms are
-compared in one grid, `spread = "shared"` steadies each arm's variance by that of all arms: the moderated t of Smyth (2004,
+it (paired t-test), else between the sets (Welch's t-test). With three seeds a variance is poorly known. Where many variants are
+compared in one grid, `variance = "shared"` shrinks each variant's variance towards that of all: the moderated t of Smyth (2004,
 Statistical Applications in Genetics and Molecular Biology 3, 3), made for many comparisons with few repeats each.
 """
 
@@ -19,7 +19,7 @@ from scipy import special, stats
 LEVEL = 0.95
 """Of every interval."""
 MIN_SHARED_VARIANTS = 4
-"""Arms below which a shared variance cannot be told."""
+"""Fewest variants from which a shared variance is estimated."""
 
 Losses = Mapping[int, float]
 """Final figure by seed."""
@@ -27,7 +27,7 @@ Losses = Mapping[int, float]
 
 @dataclass(frozen=True)
 class Effect:
-    """Arm minus what it is compared with; below zero is better."""
+    """Variant minus what it is compared with; below zero is better."""
 
     mean: float
     seeds: int
@@ -43,19 +43,19 @@ class Effect:
 
 @dataclass(frozen=True)
 class VariancePrior:
-    """What the variances of all arms say about the variance of any one."""
+    """Prior distribution of a variant's variance, estimated from all variants."""
 
     dof: float
-    """How many degrees of freedom that is worth; infinite when the arms do not differ in it."""
+    """Its degrees of freedom; infinite if the variances do not differ more than by chance."""
     variance: float
 
 
-def effect(arm: Losses, base: Losses, prior: VariancePrior | None = None) -> Effect:
+def effect(variant: Losses, base: Losses, prior: VariancePrior | None = None) -> Effect:
     """The difference between two sets of runs, each with one finite figure at least."""
-    shared = sorted(arm.keys() & base.keys())
-    if len(shared) >= 2 or (shared and min(len(arm), len(base)) < 2):
-        return _paired([arm[seed] - base[seed] for seed in shared], prior)
-    return _welch(list(arm.values()), list(base.values()))
+    shared = sorted(variant.keys() & base.keys())
+    if len(shared) >= 2 or (shared and min(len(variant), len(base)) < 2):
+        return _paired([variant[seed] - base[seed] for seed in shared], prior)
+    return _welch(list(variant.values()), list(base.values()))
 
 
 def _paired(differences: list[float], prior: VariancePrior | None) -> Effect:
@@ -69,15 +69,15 @@ def _paired(differences: list[float], prior: VariancePrior | None) -> Effect:
     return Effect(mean, n, True, statistics.stdev(differences), low, high, p)
 
 
-def _welch(arm: list[float], base: list[float]) -> Effect:
-    mean, n = statistics.fmean(arm) - statistics.fmean(base), min(len(arm), len(base))
+def _welch(variant: list[float], base: list[float]) -> Effect:
+    mean, n = statistics.fmean(variant) - statistics.fmean(base), min(len(variant), len(base))
     if n < 2:
         return Effect(mean, n, False)
-    parts = [statistics.variance(side) / len(side) for side in (arm, base)]
-    spread = math.sqrt(statistics.variance(arm) + statistics.variance(base))
+    parts = [statistics.variance(side) / len(side) for side in (variant, base)]
+    spread = math.sqrt(statistics.variance(variant) + statistics.variance(base))
     if not sum(parts):
         return Effect(mean, n, False, 0.0, mean, mean, 1.0 if mean == 0 else 0.0)
-    test = stats.ttest_ind(arm, base, equal_var=False)
+    test = stats.ttest_ind(variant, base, equal_var=False)
     interval = test.confidence_interval(LEVEL)
     return Effect(mean, n, False, spread, float(interval.low), float(interval.high), float(test.pvalue))
 
@@ -92,14 +92,14 @@ def t_interval(mean: float, error: float, dof: float) -> tuple[float, float, flo
 
 
 def moderated(variance: float, dof: float, prior: VariancePrior) -> tuple[float, float]:
-    """An arm's variance drawn towards that of all arms, and the degrees of freedom it then has."""
+    """A variant's variance shrunk towards the prior, and its degrees of freedom."""
     if math.isinf(prior.dof):
         return prior.variance, prior.dof
     return (prior.dof * prior.variance + dof * variance) / (prior.dof + dof), prior.dof + dof
 
 
 def shared_prior(variances: Sequence[float], dof: float) -> VariancePrior | None:
-    """Fit the scaled F distribution that variances with `dof` degrees of freedom come from; None for too few arms.
+    """Fit the scaled F distribution that variances with `dof` degrees of freedom come from; None for too few variants.
 
     Smyth (2004), section 6.2: log s² has the mean log s0² + ψ(d/2) - ψ(d0/2) + log(d0/d) and the variance ψ'(d/2) + ψ'(d0/2).
     """
@@ -115,7 +115,7 @@ def shared_prior(variances: Sequence[float], dof: float) -> VariancePrior | None
 
 
 def inverse_trigamma(value: float) -> float:
-    """The x > 0 with ψ'(x) = value, by Newton's method on 1/ψ', which is nearly straight."""
+    """The x > 0 with ψ'(x) = value, by Newton's method on 1/ψ', which is nearly linear."""
     x = 0.5 + 1 / value
     for _ in range(50):
         first = float(special.polygamma(1, x))
@@ -127,7 +127,7 @@ def inverse_trigamma(value: float) -> float:
 
 
 def holm(p_values: Sequence[float | None]) -> list[float | None]:
-    """Each p-value corrected for how many there are (Holm 1979): the k-th smallest of m times m - k + 1, never falling."""
+    """p-values corrected for multiple tests (Holm 1979): the k-th smallest of m times m - k + 1, made monotonic."""
     order = sorted((i for i, p in enumerate(p_values) if p is not None), key=lambda i: p_values[i] or 0.0)
     corrected: list[float | None] = [None] * len(p_values)
     highest = 0.0
@@ -138,7 +138,7 @@ def holm(p_values: Sequence[float | None]) -> list[float | None]:
 
 
 def verdict(found: Effect, corrected: float | None) -> str:
-    """What the interval allows to be said; never more."""
+    """The verdict that the interval and the corrected p-value support."""
     if found.low is None or found.high is None:
         return "one seed: no verdict"
     if found.low <= 0 <= found.high:

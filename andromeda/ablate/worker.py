@@ -1,4 +1,8 @@
-"""What a technique costs: time of a step and peak memory, measured while nothing else runs here, on the first rows of the run."""
+"""The process that trains runs one after the other: `python -m andromeda.ablate.worker`, driven by lines of JSON.
+
+In: {"do": "train", "folder": ..., "config": ..., "lean": bool} or {"do": "cost", "config": ..., "steps": n}.
+Out, one line each: {"done": true, ...}, {"stopped": signal} or {"error": sentence}. Everything else goes to stderr.
+"""
 
 from __future__ import annotations
 
@@ -37,23 +41,23 @@ WARMUP = 3
 
 @dataclass(frozen=True)
 class StepCost:
-    """Of one arm."""
+    """Time and memory of a training step of one variant."""
 
     step_seconds: float
     """Median of the measured steps."""
     peak_bytes: int
-    """Most memory that the run held: allocated on a GPU; on a CPU resident in the process, beyond what it held before."""
+    """Peak memory: allocated on a GPU; on a CPU the resident size of the process, minus that before."""
     tokens: int
     """Of one step."""
 
     @property
     def seconds_per_token(self) -> float:
-        """So that arms with other batches can be compared."""
+        """Comparable between variants with different batch sizes."""
         return self.step_seconds / self.tokens
 
 
 def measure_cost(config: RunConfig, steps: int) -> StepCost:
-    """Take a few real steps of a run that is thrown away."""
+    """Time `steps` training steps on the first batch of the run, after three that are not counted. Nothing is kept."""
     device = resolve_device(config.train.device)
     _forget(device)
     before = 0 if device.type == "cuda" else psutil.Process().memory_info().rss
@@ -82,15 +86,15 @@ def _forget(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
-RESULT_FILE = "outcome.json"
+RESULT_FILE = "result.json"
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """The end of a run."""
+    """Final metrics of a run, kept in its folder as result.json, which also marks it as finished."""
 
     loss: float | None
-    """Held-out nats per token at the last step; None where the run failed or is not finite."""
+    """Held-out nats/token at the last step; None if the run failed or the loss is not finite."""
     bits_per_byte: float | None
     steps: int
     tokens: int
@@ -99,16 +103,16 @@ class RunResult:
     curve: list[tuple[int, float | None]]
     """Step and held-out loss of every validation."""
     failed: str = ""
-    """Why it could not go on by itself."""
+    """Why training ended early."""
 
     @property
     def diverged(self) -> bool:
-        """Whether there is no finite figure at its end."""
+        """Whether the final loss is not finite."""
         return self.loss is None
 
 
 def collect_result(folder: Path, failed: str = "") -> RunResult:
-    """The outcome of a run from its metrics.jsonl."""
+    """The result of a run from its metrics.jsonl."""
     lines = read_metrics(RunDir(folder).metrics_file).records
     timed = [line for line in lines if "seconds" in line]
     held_out = [line for line in lines if "validation/loss" in line]
@@ -126,13 +130,13 @@ def collect_result(folder: Path, failed: str = "") -> RunResult:
     )
 
 
-def save_result(folder: Path, outcome: RunResult) -> None:
-    """Write the outcome: from now on the run is finished."""
-    write_whole(folder / RESULT_FILE, (json.dumps(asdict(outcome), indent=1) + "\n").encode())
+def save_result(folder: Path, result: RunResult) -> None:
+    """Write the result, which marks the run as finished."""
+    write_whole(folder / RESULT_FILE, (json.dumps(asdict(result), indent=1) + "\n").encode())
 
 
 def load_result(folder: Path) -> RunResult | None:
-    """The outcome of a finished run, or None."""
+    """The result of a finished run, or None. Raises CheckpointError if the file is damaged."""
     path = folder / RESULT_FILE
     if not path.exists():
         return None
@@ -144,8 +148,8 @@ def load_result(folder: Path) -> RunResult | None:
 
 
 def main() -> None:
-    """Answer every line until the input ends or a signal stops a run."""
-    # Libraries print what they like; only answers may reach the parent.
+    """Answer every line of stdin until it ends or a signal stops a run."""
+    # Libraries may print to stdout; only answers may reach the parent.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
@@ -157,7 +161,7 @@ def main() -> None:
 
 
 def _end_with(parent: int) -> None:
-    """Stop, state saved, when the parent is gone: one that was killed cannot say so, and would find its runs taken when it comes back."""
+    """Stop with the state saved when the parent is gone: after a SIGKILL its next call would find the run folders locked."""
     while os.getppid() == parent:
         time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGTERM)
@@ -174,7 +178,7 @@ def _answer(request: dict[str, Any]) -> dict[str, Any]:
     except Exception as error:  # a defect, or a device out of memory: this run is lost, the others are not
         return {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
-        # All runs of a process share the compiler's limit of variants, behind which it goes on uncompiled without a word.
+        # All runs of a process share the recompile limit, beyond which torch.compile silently runs eagerly.
         torch._dynamo.reset()
         gc.collect()
 

@@ -1,6 +1,6 @@
-"""Runs queued on what the machine has: one process a slot, each taking the next job when it has finished its own.
+"""Runs queued on the available devices: one worker process per GPU (or several, if asked), or one for the CPU.
 
-A slot is a GPU (several may share one where asked), or the CPU once. A process that dies takes only its own job with it.
+Each takes the next job when it has finished its own. A process that dies loses only its own job.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ OnAnswer = Callable[[AblationJob, dict[str, Any]], None]
 
 
 class WorkerProcess:
-    """A child process that answers requests, one at a time; begun when first asked."""
+    """A child process that answers requests, one at a time; started at the first request."""
 
     def __init__(self, environment: dict[str, str], log: IO[bytes]) -> None:
         self._environment, self._log = environment, log
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: Request) -> dict[str, Any]:
-        """The answer; a process that ends without one is an error of that request, and the next gets a new process."""
+        """The answer. If the process ends without one, the answer is an error, and the next request starts a new process."""
         if self._process is None or self._process.poll() is not None:
             self._process = self._begin()
         process = self._process
@@ -89,7 +89,7 @@ class WorkerProcess:
 
 
 def environments(device: str, per_device: int) -> list[dict[str, str]]:
-    """One environment a slot: which GPU it sees, and its share of the cores."""
+    """One environment per worker: the GPU that it sees, and its share of the CPU cores."""
     gpus = _gpus(device)
     places = [gpu for _ in range(per_device) for gpu in (gpus or [""])]
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // len(places)))}
@@ -108,12 +108,12 @@ def _gpus(device: str) -> list[str]:
 
 @dataclass
 class WorkerPool:
-    """Works off jobs with one thread and one process a slot."""
+    """Runs jobs with one thread and one process per worker."""
 
     environments: Sequence[dict[str, str]]
     log: Path
     deadline: float | None = None
-    """time.monotonic() at which running jobs are stopped and no other begins."""
+    """time.monotonic() at which running jobs are stopped and no other is started."""
     lean: bool = False
     stopped: int = 0
     """The signal that ended it, or 0."""
@@ -122,7 +122,7 @@ class WorkerPool:
     _workers: list[WorkerProcess] = field(default_factory=list)
     _tell: threading.Lock = field(default_factory=threading.Lock)
 
-    def run(self, jobs: Sequence[AblationJob], told: OnAnswer) -> None:
+    def run(self, jobs: Sequence[AblationJob], on_answer: OnAnswer) -> None:
         """Train every job; `told` hears of each answer, one at a time."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             self.late = True  # nothing to begin: a process that only starts up cannot be stopped yet
@@ -132,7 +132,7 @@ class WorkerPool:
             waiting.put(job)
         with open(self.log, "ab") as log, self._signals():
             self._workers = [WorkerProcess(env, log) for env in self.environments[: max(1, len(jobs))]]
-            threads = [threading.Thread(target=self._work, args=(worker, waiting, told), daemon=True) for worker in self._workers]
+            threads = [threading.Thread(target=self._work, args=(worker, waiting, on_answer), daemon=True) for worker in self._workers]
             for thread in threads:
                 thread.start()
             while any(thread.is_alive() for thread in threads):
@@ -141,7 +141,7 @@ class WorkerPool:
                     self._stop_all(signal.SIGTERM)
                 time.sleep(0.1)
 
-    def _work(self, worker: WorkerProcess, waiting: queue.SimpleQueue[AblationJob], told: OnAnswer) -> None:
+    def _work(self, worker: WorkerProcess, waiting: queue.SimpleQueue[AblationJob], on_answer: OnAnswer) -> None:
         with suppress(queue.Empty):
             while not self.stopped and not self.late:
                 job = waiting.get_nowait()
@@ -149,7 +149,7 @@ class WorkerPool:
                     {"do": "train", "folder": str(job.folder), "config": job.config.model_dump(mode="json"), "lean": self.lean}
                 )
                 with self._tell:
-                    told(job, answer)
+                    on_answer(job, answer)
                 if "stopped" in answer:
                     break
         worker.close()

@@ -1,1 +1,1 @@
-"""Benchmarks: both sides in one run, interleaved, medians; the result is JSON with the machine, the versions and the command."""
+"""Benchmarks: all implementations in one run, interleaved, medians; results are JSON with machine, versions and command."""

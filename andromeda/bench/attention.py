@@ -1,11 +1,11 @@
-"""How fast every attention backend is on the patterns that models ask for, and how exact, beside what the hardware allows.
+"""Speed and error of every attention backend on the mask patterns that models use, with roofline bounds.
 
     python -m andromeda.bench.attention --out benchmarks/results/attention.json
 
-Causal pairs alone are counted: 4 D operations a pair forward, 3.5 times as many forward and backward (arXiv 2307.08691). A
-floor is the larger of these operations at the device's measured rate of matrix products and of all inputs and outputs at its
-measured bandwidth. Errors are those of the last 64 queries, in the Euclidean norm, against float64, beside the error of the
-reference in the same type. Times are medians with a cold L2 cache. `first` is the first call's, with all compilation.
+Only pairs allowed by the mask are counted: 4 D FLOPs per pair forward, 3.5 times as many forward and backward (arXiv 2307.08691).
+The bound is the larger of these FLOPs at the measured matmul rate and of all inputs and outputs at the measured bandwidth. Errors
+are relative, in the Euclidean norm, of the last 64 queries against float64, with that of the eager reference in the same
+dtype. Times are medians with a cold L2 cache. `first` is the first call, with all compilation.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench import qk
-from andromeda.bench.ceilings import measured_hardware
+from andromeda.bench import qk_preprocess
 from andromeda.bench.record import BenchmarkParser, command_line, record, save
+from andromeda.bench.timing import measured_hardware
 from andromeda.model.flops import attention_pairs
 from andromeda.model.position.alibi import FoldedBias, slopes
 from andromeda.model.qk_preprocess import apply
@@ -30,18 +30,18 @@ from andromeda.ops.attention import AttentionSpec, backends, eager, flex
 
 HEADS, KV_HEADS, HEAD_DIM, ALIBI_HEADS = 24, 1, 128, 12
 WINDOW, DOCUMENT = 1024, 2000
-"""Tokens that a window spans, and tokens of a document on average."""
+"""Tokens of a sliding window, and mean tokens of a document."""
 CHECKED = 64
 """Queries whose error is measured."""
 TOTAL_TOKENS = 32768
-"""Tokens in all rows together."""
+"""Tokens of a batch."""
 PREPARED = "the same, ALiBi folded"
-"""Of `bench qk`'s works, the one whose parts are those of preset `andromeda`."""
+"""The case of `bench qk` with the parts of preset `andromeda`."""
 
 
 @dataclass(frozen=True)
 class AttentionCase:
-    """One kind of attention and the backends that are to compute it."""
+    """One attention pattern and the backends to measure."""
 
     name: str
     backends: tuple[str, ...]
@@ -50,11 +50,11 @@ class AttentionCase:
     alibi: str = ""
     """`slopes` or `folded`."""
     prepared: bool = False
-    """QK norm, xPos and the fold are within the time, as a layer of preset `andromeda` has them; else queries and keys come ready."""
+    """Include QK norm, xPos and folding of ALiBi in the time, as in a layer of preset `andromeda`; else q and k are inputs."""
     queries: int = 0
-    """0 is all: training. Otherwise the last ones, forward only."""
+    """0 is all (training). Otherwise only the last ones, forward only."""
     rows: int = 0
-    """0 is as many as make 32,768 tokens."""
+    """Batch size; 0 is as many as make 32,768 tokens."""
 
 
 ATTENTION_CASES = (
@@ -76,7 +76,7 @@ ATTENTION_CASES = (
 class AttentionTiming:
     """One measurement. Times in milliseconds, rates in TFLOP/s; None was not measured."""
 
-    work: str
+    case: str
     backend: str
     tokens: int
     rows: int
@@ -85,27 +85,27 @@ class AttentionTiming:
     forward_ms: float | None = None
     forward_floor_ms: float | None = None
     forward_tflops: float | None = None
-    both_ms: float | None = None
-    both_floor_ms: float | None = None
-    both_tflops: float | None = None
+    forward_backward_ms: float | None = None
+    forward_backward_floor_ms: float | None = None
+    forward_backward_tflops: float | None = None
     error: float | None = None
     reference_error: float | None = None
 
     def __str__(self) -> str:
         if self.refused:
-            return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} refuses: {self.refused}"
+            return f"{self.case:40s} {self.tokens:6d} {self.backend:6s} refuses: {self.refused}"
         figures = (f"{name} {value:.3g}" for name, value in asdict(self).items() if isinstance(value, float))
-        return f"{self.work:40s} {self.tokens:6d} {self.backend:6s} " + ", ".join(figures)
+        return f"{self.case:40s} {self.tokens:6d} {self.backend:6s} " + ", ".join(figures)
 
 
 Ready = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
-"""Queries and keys as they are given -> as attention takes them."""
+"""Projected queries and keys -> those that attention takes."""
 
 
-def inputs(work: AttentionCase, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
+def inputs(case: AttentionCase, tokens: int, rows: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, AttentionSpec]:
     """q, k, v in bfloat16 and the pattern, normalized; as they were before, if the work prepares them."""
     g = torch.Generator(device).manual_seed(0)
-    content = HEAD_DIM - 4 * (work.alibi == "folded")
+    content = HEAD_DIM - 4 * (case.alibi == "folded")
 
     def random(heads: int, width: int, normalized: bool) -> Tensor:
         x = torch.randn(rows, tokens, heads, width, device=device, generator=g)
@@ -114,29 +114,29 @@ def inputs(work: AttentionCase, tokens: int, rows: int, device: torch.device) ->
     q, k, v = random(HEADS, content, True), random(KV_HEADS, content, True), random(KV_HEADS, HEAD_DIM, False)
     scale = HEAD_DIM**-0.5
     heads = torch.nn.functional.pad(slopes(ALIBI_HEADS, device), (0, HEADS - ALIBI_HEADS))
-    if work.alibi == "folded" and not work.prepared:
+    if case.alibi == "folded" and not case.prepared:
         index = torch.arange(tokens, device=device)
         digits = torch.stack([index // 65536, index // 256 % 256, index % 256, torch.zeros_like(index)], -1)
         q, k = FoldedBias(heads, digits).fold(q, k, scale)
     numbers = None
-    if work.documents:
+    if case.documents:
         numbers = (torch.rand(rows, tokens, device=device, generator=g) < 1 / DOCUMENT).cumsum(1)
-    queries = work.queries or tokens
+    queries = case.queries or tokens
     documents = None if numbers is None else (numbers if queries == tokens else numbers[:, -queries:].contiguous(), numbers)
-    pattern = AttentionSpec(scale, work.window, documents, heads if work.alibi == "slopes" else None)
+    pattern = AttentionSpec(scale, case.window, documents, heads if case.alibi == "slopes" else None)
     return q[:, -queries:].contiguous(), k, v, pattern
 
 
-def preparation(work: AttentionCase, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
-    """What is done to queries and keys within the time, the learned scales in it, and the softmax scale that belongs to it."""
-    if not work.prepared:
+def preparation(case: AttentionCase, tokens: int, device: torch.device) -> tuple[Ready, list[Tensor], float | None]:
+    """The timed preprocessing of queries and keys, its learned scales, and its softmax scale."""
+    if not case.prepared:
         return (lambda q, k: (q, k)), [], None
-    arguments, leaves = qk.inputs(**qk.QK_CASES[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
+    arguments, leaves = qk_preprocess.inputs(**qk_preprocess.QK_CASES[PREPARED], tokens=tokens, device=device, dtype=torch.bfloat16)
     return (lambda q, k: apply(q, k, *arguments[2:])), leaves[2:], arguments[-1]
 
 
 def pairs(pattern: AttentionSpec, queries: int, tokens: int, rows: int) -> int:
-    """Pairs of query and key that are let through, in all rows and one head."""
+    """Query-key pairs that the mask allows, over the batch, per head."""
     if queries < tokens:
         return rows * (attention_pairs(tokens) - attention_pairs(tokens - queries))
     if pattern.documents is None:
@@ -146,7 +146,7 @@ def pairs(pattern: AttentionSpec, queries: int, tokens: int, rows: int) -> int:
 
 
 def floors(operations: float, moved: float, device: torch.device) -> float | None:
-    """Least milliseconds for operations and for bytes moved on this device, where its rates are known."""
+    """Least milliseconds for these FLOPs and bytes on this device, if its rates are known."""
     known = measured_hardware(device)
     rate = known and known.rate("bf16")
     return 1e3 * max(operations / rate, moved / known.bandwidth) if known and rate else None
@@ -163,14 +163,14 @@ def median_ms(function: Callable[[], Any], device: torch.device, rep: int) -> fl
     return Timer("function()", globals={"function": function}).blocked_autorange(min_run_time=rep / 1e3).median * 1e3
 
 
-def measure(work: AttentionCase, backend: str, tokens: int, device: torch.device, rep: int) -> AttentionTiming:
-    """One backend on one kind of attention."""
-    B = work.rows or max(1, TOTAL_TOKENS // tokens)
-    row = AttentionTiming(work.name, backend, tokens, B)
-    q, k, v, pattern = inputs(work, tokens, B, device)
-    ready, scales, scale = preparation(work, tokens, device)
+def measure(case: AttentionCase, backend: str, tokens: int, device: torch.device, rep: int) -> AttentionTiming:
+    """One backend on one case."""
+    B = case.rows or max(1, TOTAL_TOKENS // tokens)
+    row = AttentionTiming(case.name, backend, tokens, B)
+    q, k, v, pattern = inputs(case, tokens, B, device)
+    ready, scales, scale = preparation(case, tokens, device)
     pattern = replace(pattern, scale=scale or pattern.scale)
-    trains = not work.queries
+    trains = not case.queries
     leaves = [x.requires_grad_(trains) for x in (q, k, v, *scales)]
     module = backends()[backend]
     row.refused = module.unsupported_reason(pattern, *ready(q, k), v)
@@ -182,20 +182,20 @@ def measure(work: AttentionCase, backend: str, tokens: int, device: torch.device
         with torch.set_grad_enabled(trains):
             return module.attend(*ready(q, k), v, pattern)
 
-    def both() -> None:
+    def forward_backward() -> None:
         torch.autograd.grad(forward(), leaves, grad)
 
-    row.first_s = _seconds(both if trains else forward, device)
+    row.first_s = _seconds(forward_backward if trains else forward, device)
     operations = 4 * HEADS * HEAD_DIM * pairs(pattern, q.shape[1], tokens, B)
     moved = sum(x.numel() * x.element_size() for x in (q, k, v, grad))
     row.forward_ms = median_ms(forward, device, rep)
     row.forward_tflops = operations / row.forward_ms / 1e9
     row.forward_floor_ms = floors(operations, moved, device)
     if trains:
-        row.both_ms = median_ms(both, device, rep)
-        row.both_tflops = 3.5 * operations / row.both_ms / 1e9
+        row.forward_backward_ms = median_ms(forward_backward, device, rep)
+        row.forward_backward_tflops = 3.5 * operations / row.forward_backward_ms / 1e9
         # Backward reads the inputs, the output and its gradient, and writes three gradients.
-        row.both_floor_ms = floors(3.5 * operations, 3 * moved, device)
+        row.forward_backward_floor_ms = floors(3.5 * operations, 3 * moved, device)
     with torch.no_grad():
         row.error, row.reference_error = errors(forward(), *ready(q, k), v, pattern)
     return row
@@ -211,7 +211,7 @@ def _seconds(function: Callable[[], Any], device: torch.device) -> float:
 
 @torch.no_grad()
 def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> tuple[float, float]:
-    """Relative errors of the last queries of the first row, of a backend and of the reference in the same type."""
+    """Relative errors of the last queries of the first sequence, of a backend and of the reference in the same dtype."""
     few = min(CHECKED, q.shape[1])
     q, k, v = q[:1, -few:], k[:1], v[:1]
     if pattern.documents is not None:
@@ -223,30 +223,30 @@ def errors(out: Tensor, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec)
 
 
 def sweep(lengths: list[int], device: torch.device, rep: int, budget: float) -> Iterator[AttentionTiming]:
-    """All rows, as long as the budget of seconds lasts; the rest says that it did not."""
+    """All measurements within `budget` seconds; the rest are marked as not measured."""
     start = time.perf_counter()
     for tokens in lengths:
-        # What was compiled for one length must not be asked to serve another, as in training, where the length is fixed.
+        # Code compiled for one length must not serve another: in training the length is fixed.
         torch._dynamo.reset()
         flex._compiled_flex_attention.cache_clear()
-        for work in ATTENTION_CASES:
-            for backend in work.backends:
+        for case in ATTENTION_CASES:
+            for backend in case.backends:
                 if time.perf_counter() - start > budget:
-                    yield AttentionTiming(work.name, backend, tokens, 0, refused="the time for measuring was over")
+                    yield AttentionTiming(case.name, backend, tokens, 0, refused="time budget exhausted")
                     continue
-                yield measure(work, backend, tokens, device, rep)
+                yield measure(case, backend, tokens, device, rep)
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure and write the result after every row, so that none is lost."""
+    """Measure, and write the result after every measurement."""
     parser = BenchmarkParser(prog="andromeda bench attention", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
-    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 8192], help="tokens of a row")
+    parser.add_argument("--lengths", type=int, nargs="+", default=[32768, 8192], help="sequence lengths")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rep", type=int, default=100, help="milliseconds for which each function is timed")
-    parser.add_argument("--budget", type=float, default=160.0, help="seconds after which nothing new is measured")
+    parser.add_argument("--budget", type=float, default=160.0, help="seconds after which no new measurement starts")
     options = parser.parse_args(arguments)
     command = command_line("attention", sys.argv[1:] if arguments is None else arguments)
     rows: list[dict[str, Any]] = []

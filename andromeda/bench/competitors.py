@@ -1,14 +1,14 @@
-"""Who takes part in the CPU benchmarks: transformers' Llama, and Andromeda twice.
+"""Speed of a training step of small models on the CPU: transformers' Llama, and Andromeda in two configurations.
 
-All have 6 layers of width 256, a vocabulary of 4096, a context of 256, 4 query heads and 1 key/value head of 64, rows of 8,
-AdamW with the same rates, clipping by the global norm, and equal parameters to 2 %. Andromeda's are
+All have 6 layers of hidden size 256, a vocabulary of 4,096, sequences of 256 tokens, batch size 8, 4 query heads and 1 key/value
+head of dimension 64, AdamW with the same learning rate, clipping by the global norm, and the same parameter count to 2 %.
+Andromeda's configurations are
 
-- `same products`: the parameters lie where Llama's do, so that both sides owe the processor the same matrix products, and
-  only what surrounds them can differ;
-- `value embeddings`: a third of the blocks' parameters lie in a table of values instead, which costs no products. Whether
-  they are worth as much there is another question, which `andromeda bench convergence` answers.
+- `same matmuls`: parameters are distributed as in Llama, so that both do the same matmuls and only the rest can differ;
+- `value embeddings`: a third of the blocks' parameters are in an embedding table instead, which needs no matmuls. What they
+  are worth there is measured by `andromeda bench convergence`.
 
-Andromeda takes the whole step of `andromeda train` (loss in chunks, clipping, guard, optimizer).
+Andromeda runs the whole training step of `andromeda train` (loss in chunks, clipping, guard, optimizer).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class ComputeMode:
-    """How a side computes."""
+    """Execution mode of an implementation."""
 
     compiled: bool = False
     precision: str = "fp32"
@@ -54,22 +54,22 @@ class ComputeMode:
 
 @dataclass(frozen=True)
 class Competitor:
-    """One that takes part, ready to learn."""
+    """An implementation that is ready to train."""
 
     step: Callable[[Tensor, Tensor, float], Tensor]
-    """Learns from ids and targets (ROWS, CONTEXT) at a share of the learning rate; returns the mean loss in nats."""
+    """One training step on ids and targets (ROWS, CONTEXT) with a factor on the learning rate; returns the mean loss in nats/token."""
     parameters: int
     flops_per_token: float
-    """Of the matrix products of one step, attention by its mask."""
+    """FLOPs of the matmuls of a training step, attention by its mask."""
 
 
-def build_competitor(name: str, way: ComputeMode) -> Competitor:
-    """A side by its name in SIDES."""
-    return COMPETITORS[name](way)
+def build_competitor(name: str, mode: ComputeMode) -> Competitor:
+    """A competitor by its name in COMPETITORS."""
+    return COMPETITORS[name](mode)
 
 
-def andromeda_config(mixed: bool, way: ComputeMode) -> RunConfig:
-    """The run that one of our sides takes steps of."""
+def andromeda_config(mixed: bool, mode: ComputeMode) -> RunConfig:
+    """Configuration of one of Andromeda's models."""
     model = {
         "vocab_size": VOCABULARY,
         "max_seq_len": CONTEXT,
@@ -84,15 +84,15 @@ def andromeda_config(mixed: bool, way: ComputeMode) -> RunConfig:
     train = {
         "batch_size": ROWS,
         "device": "cpu",
-        "compile": "on" if way.compiled else "off",
-        "precision": way.precision,
+        "compile": "on" if mode.compiled else "off",
+        "precision": mode.precision,
         "optim": {"kind": "adamw", "lr": LEARNING_RATE, "weight_decay": WEIGHT_DECAY},
     }
     return from_values({"model": model, "train": train})
 
 
-def _andromeda(mixed: bool, way: ComputeMode) -> Competitor:
-    config = andromeda_config(mixed, way)
+def _andromeda(mixed: bool, mode: ComputeMode) -> Competitor:
+    config = andromeda_config(mixed, mode)
     session = build_train_state(config, CPU, "bench")
     stepper = TrainStep(session, NextTokenObjective(session.model), config.train)
 
@@ -103,10 +103,10 @@ def _andromeda(mixed: bool, way: ComputeMode) -> Competitor:
     return Competitor(step, sum(p.numel() for p in session.model.parameters()), training_flops_per_token(config.model, CONTEXT))
 
 
-def _llama(way: ComputeMode) -> Competitor:
-    """With its own loss; fused AdamW, as ours, and weight decay on the same matrices."""
-    model, run = _llama_model(way.compiled)
-    precision = PRECISIONS[way.precision](CPU)
+def _llama(mode: ComputeMode) -> Competitor:
+    """transformers' Llama with its own loss; fused AdamW and weight decay on the same matrices, as ours."""
+    model, run = _llama_model(mode.compiled)
+    precision = PRECISIONS[mode.precision](CPU)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     known = set(map(id, matrices))
     groups = [
@@ -132,13 +132,13 @@ def _llama(way: ComputeMode) -> Competitor:
 
 
 def _llama_model(compiled: bool) -> tuple[Any, Any]:
-    # transformers loads torchao where it finds it, which has much to say about what it cannot load on a CPU.
+    # transformers imports torchao if it is installed, which warns about libraries that it cannot load on a CPU.
     os.environ.setdefault("TORCHAO_FORCE_SKIP_LOADING_SO_FILES", "1")
     logging.disable(logging.WARNING)
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
     except ImportError:
-        raise MissingExtra("transformers", "bench", "The CPU benchmarks' peer") from None
+        raise MissingExtra("transformers", "bench", "The baseline of the CPU benchmarks") from None
     finally:
         logging.disable(logging.NOTSET)
     shape: dict[str, Any] = {
@@ -160,8 +160,8 @@ def _llama_model(compiled: bool) -> tuple[Any, Any]:
 
 COMPETITORS: dict[str, Callable[[ComputeMode], Competitor]] = {
     BASELINE: _llama,
-    "Andromeda, same products": lambda way: _andromeda(False, way),
-    "Andromeda, value embeddings": lambda way: _andromeda(True, way),
+    "Andromeda, same matmuls": lambda mode: _andromeda(False, mode),
+    "Andromeda, value embeddings": lambda mode: _andromeda(True, mode),
 }
 
 
@@ -171,34 +171,40 @@ Key = tuple[str, ComputeMode]
 
 
 def compute_modes() -> list[ComputeMode]:
-    """All that can be anyone's best here: compiled where there is a compiler, bfloat16 where it is not emulated."""
+    """Modes that could be the fastest here: compiled if there is a C++ compiler, bfloat16 if it is not emulated."""
     compiled = (False, True) if shutil.which("g++") or shutil.which("clang++") else (False,)
     precisions = ("fp32", "bf16") if has_fast_bf16(CPU) else ("fp32",)
-    return [ComputeMode(way, precision) for precision in precisions for way in compiled]
+    return [ComputeMode(mode, precision) for precision in precisions for mode in compiled]
 
 
 def measure(rounds: int = 15, chosen: list[ComputeMode] | None = None) -> dict[str, Any]:
-    """Tokens per second of every side in every way, and the ratio of each side's best to the peer's best."""
-    sides: dict[Key, Competitor] = {(name, way): build_competitor(name, way) for way in chosen or compute_modes() for name in COMPETITORS}
+    """Tokens/s of every competitor in every mode, and its best relative to the baseline's best."""
+    implementations: dict[Key, Competitor] = {
+        (name, mode): build_competitor(name, mode) for mode in chosen or compute_modes() for name in COMPETITORS
+    }
     generator = torch.Generator().manual_seed(0)
     rows = [torch.randint(0, VOCABULARY, (ROWS, CONTEXT + 1), generator=generator) for _ in range(WARMUP + rounds)]
-    seconds = time_alternately({key: partial(_step, side.step, rows) for key, side in sides.items()}, WARMUP, rounds)
-    return summary(seconds, sides)
+    seconds = time_alternately(
+        {key: partial(_step, implementation.step, rows) for key, implementation in implementations.items()}, WARMUP, rounds
+    )
+    return summary(seconds, implementations)
 
 
 def _step(step: Callable[[Tensor, Tensor, float], Tensor], rows: list[Tensor], number: int) -> None:
     step(rows[number][:, :-1].contiguous(), rows[number][:, 1:].contiguous(), 1.0)
 
 
-def summary(seconds: dict[Key, list[float]], sides: dict[Key, Competitor]) -> dict[str, Any]:
+def summary(seconds: dict[Key, list[float]], implementations: dict[Key, Competitor]) -> dict[str, Any]:
     """Medians as tokens per second, and what follows from them."""
     found: dict[str, dict[str, Any]] = {}
-    for (name, way), times in seconds.items():
-        side = sides[name, way]
-        known = found.setdefault(name, {"parameters": side.parameters, "flops_per_token": side.flops_per_token, "tokens_per_second": {}})
-        known["tokens_per_second"][str(way)] = ROWS * CONTEXT / statistics.median(times)
+    for (name, mode), times in seconds.items():
+        implementation = implementations[name, mode]
+        known = found.setdefault(
+            name, {"parameters": implementation.parameters, "flops_per_token": implementation.flops_per_token, "tokens_per_second": {}}
+        )
+        known["tokens_per_second"][str(mode)] = ROWS * CONTEXT / statistics.median(times)
     for known in found.values():
         known["best"] = max(known["tokens_per_second"].values())
         known["gflops"] = known["best"] * known["flops_per_token"] / 1e9
         known["ratio"] = known["best"] / max(found[BASELINE]["tokens_per_second"].values())
-    return {"tokens_per_step": ROWS * CONTEXT, "product_gflops": matmul_rate("fp32") / 1e9, "sides": found}
+    return {"tokens_per_step": ROWS * CONTEXT, "matmul_gflops": matmul_rate("fp32") / 1e9, "implementations": found}

@@ -1,13 +1,13 @@
-"""How fast the gradient of a table of vectors is: by sort and segment sums, and by PyTorch.
+"""Speed of the gradient of an embedding table: by sort and segment sums, and by PyTorch.
 
     python -m andromeda.bench.embedding --out benchmarks/results/embedding.json
 
-The table is that of value embeddings: 12 layers of 768 columns. PyTorch's side is what autograd runs for it: the layers'
-gradients are stacked where they come apart, cast to the table's type, and summed by `embedding_dense_backward`. The floor is the
-time to read the gradient once and to write the dense gradient once, zeros included, at the device's measured bandwidth. Ids are
-uniform, or of a Zipf distribution as words are (frequency 1 / rank). Errors are in the Euclidean norm against float64.
+The table is that of value embeddings: 12 layers of 768 columns. PyTorch runs what autograd runs for it: the layers' gradients are
+stacked if they are separate, cast to the table's dtype, and summed by `embedding_dense_backward`. The bound is the time to read
+the gradient once and to write the dense gradient once, zeros included, at the measured bandwidth. Ids are uniform, or Zipf
+distributed as words are (frequency 1 / rank). Errors are relative, in the Euclidean norm, against float64.
 
-The same for reading: rows gathered and RMS-normalized, by PyTorch and as torch.compile fuses them.
+The same for lookups: rows gathered and RMS-normalized, by PyTorch and as fused by torch.compile.
 """
 
 from __future__ import annotations
@@ -23,9 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from andromeda.bench.ceilings import measured_hardware
 from andromeda.bench.record import BenchmarkParser, command_line, record, save
-from andromeda.bench.timing import median_ms
+from andromeda.bench.timing import measured_hardware, median_ms
 from andromeda.ops.embedding import embedding_weight_grad, is_supported
 
 TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
@@ -35,24 +34,24 @@ TOKENS, VOCABULARY, LAYERS, WIDTH = 65536, 50304, 12, 768
 class EmbeddingTiming:
     """One measurement; times in milliseconds."""
 
-    work: str
+    case: str
     ids: str
     table: str
-    """Type of the table and of its gradient."""
-    side: str
+    """Dtype of the table and of its gradient."""
+    implementation: str
     ms: float
     floor_ms: float | None
     error: float | None = None
     repeats: bool | None = None
-    """Whether two runs gave the same bits."""
+    """Whether two runs gave identical bits."""
 
     def __str__(self) -> str:
         figures = (f"{name} {value:.3g}" for name, value in asdict(self).items() if isinstance(value, float))
-        return f"{self.work:22s} {self.ids:8s} {self.table:9s} {self.side:9s} " + ", ".join(figures) + f", repeats {self.repeats}"
+        return f"{self.case:22s} {self.ids:8s} {self.table:9s} {self.implementation:9s} " + ", ".join(figures) + f", repeats {self.repeats}"
 
 
 def draw(kind: str, tokens: int, vocabulary: int, device: torch.device) -> Tensor:
-    """Ids (tokens,): uniform, or with frequency 1 / rank in a random order of the vocabulary."""
+    """Ids (tokens,): uniform, or Zipf distributed over a random permutation of the vocabulary."""
     generator = torch.Generator(device).manual_seed(0)
     if kind == "uniform":
         return torch.randint(vocabulary, (tokens,), device=device, generator=generator)
@@ -64,19 +63,19 @@ def draw(kind: str, tokens: int, vocabulary: int, device: torch.device) -> Tenso
 
 
 def floor(moved: float, device: torch.device) -> float | None:
-    """Least milliseconds for these bytes."""
+    """Least milliseconds to move these bytes."""
     known = measured_hardware(device)
     return 1e3 * moved / known.bandwidth if known else None
 
 
 def pytorch(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
-    """What autograd does for a table whose columns were taken apart."""
+    """What autograd does for a table whose columns were split."""
     dy = dys[0] if len(dys) == 1 else torch.stack(dys, 1).flatten(1)
     return torch.ops.aten.embedding_dense_backward(dy.to(dtype), ids, rows, -1, False)
 
 
 def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
-    """Against float64, a gradient's columns at a time so that memory suffices."""
+    """Relative error against float64, some columns at a time to save memory."""
     square = norm = 0.0
     for columns, dy in zip(found.split([dy.shape[1] for dy in dys], 1), dys, strict=True):
         for part, source in zip(columns.split(1024, 1), dy.split(1024, 1), strict=True):
@@ -87,21 +86,21 @@ def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
 
 
 def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> Iterator[EmbeddingTiming]:
-    """Both sides on every kind of ids, table and cut."""
+    """Both implementations on every distribution of ids, dtype and split."""
     generator = torch.Generator(device).manual_seed(1)
     whole = torch.randn(tokens, LAYERS * WIDTH, device=device, generator=generator, dtype=torch.bfloat16)
     cuts = {"gradient": [whole], "gradient, by layers": [part.contiguous() for part in whole.chunk(LAYERS, 1)]}
-    sides: dict[str, Callable[[Tensor, list[Tensor], int, torch.dtype], Tensor]] = {"pytorch": pytorch}
+    implementations: dict[str, Callable[[Tensor, list[Tensor], int, torch.dtype], Tensor]] = {"pytorch": pytorch}
     if is_supported(torch.empty(0, device=device)):
-        sides["kernel"] = embedding_weight_grad
+        implementations["kernel"] = embedding_weight_grad
     for kind in ("uniform", "zipf"):
         ids = draw(kind, tokens, vocabulary, device)
-        for work, dys in cuts.items():
+        for case, dys in cuts.items():
             for dtype in (torch.bfloat16, torch.float32):
                 bytes_ = whole.numel() * 2 + vocabulary * LAYERS * WIDTH * dtype.itemsize
-                for side, function in sides.items():
+                for implementation, function in implementations.items():
                     first, second = (function(ids, dys, vocabulary, dtype) for _ in range(2))
-                    row = EmbeddingTiming(work, kind, str(dtype).removeprefix("torch."), side, 0.0, floor(bytes_, device))
+                    row = EmbeddingTiming(case, kind, str(dtype).removeprefix("torch."), implementation, 0.0, floor(bytes_, device))
                     row.repeats, row.error = torch.equal(first, second), relative_error(first, ids, dys)
                     del first, second
                     row.ms = median_ms(partial(function, ids, dys, vocabulary, dtype), device.type, rep)
@@ -109,7 +108,7 @@ def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> I
 
 
 def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width: int = 2560) -> Iterator[EmbeddingTiming]:
-    """Gather and norm: whether fusing them by hand could pay."""
+    """Gather and norm: whether a hand-written fusion could be faster."""
     ids = draw("zipf", tokens, vocabulary, device)
     weight = torch.randn(vocabulary, width, device=device, dtype=torch.bfloat16)
 
@@ -119,13 +118,13 @@ def reading(tokens: int, vocabulary: int, device: torch.device, rep: int, width:
     def normed(ids: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(F.embedding(ids, weight), (width,))
 
-    # A row that is read again comes from the cache at best.
+    # A row that is read again can come from the cache.
     bytes_ = (ids.unique().numel() + tokens) * width * 2
-    for work, function in (("gather", gather), ("gather, RMS norm", normed)):
-        for side, run in (("pytorch", function), ("compiled", torch.compile(function))):
+    for case, function in (("gather", gather), ("gather, RMS norm", normed)):
+        for implementation, run in (("pytorch", function), ("compiled", torch.compile(function))):
             run(ids, weight)  # compiles
             yield EmbeddingTiming(
-                work, "zipf", "bfloat16", side, median_ms(partial(run, ids, weight), device.type, rep), floor(bytes_, device)
+                case, "zipf", "bfloat16", implementation, median_ms(partial(run, ids, weight), device.type, rep), floor(bytes_, device)
             )
 
 

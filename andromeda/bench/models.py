@@ -1,6 +1,6 @@
-"""Models that the GPU benchmarks measure: a configuration's own, and peers of the same matrix products.
+"""Models of the GPU benchmarks: that of a configuration, and other libraries' models with the same matmuls.
 
-Their weights are random, drawn on the device, which changes no time.
+Weights are random, which does not affect speed.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ GATED = ("swiglu", "geglu", "reglu")
 ANDROMEDA_UNFUSED = "Andromeda without flash attention"
 LLAMA, X_TRANSFORMERS, X_TRANSFORMERS_ALIBI = "transformers Llama", "x-transformers without ALiBi", "x-transformers"
 PEERS = {"llama": LLAMA, "x-transformers": X_TRANSFORMERS, "x-transformers-alibi": X_TRANSFORMERS_ALIBI}
-"""Peers by the words that ask for them; x-transformers' ALiBi fills the memory with T x T numbers a head."""
+"""Other implementations by their option value; x-transformers' ALiBi materializes T x T numbers per head."""
 
 
 def parse_peers(text: str) -> list[str]:
-    """The peers that a user asks for, words with commas between, or all. Raises RequestError."""
+    """Names of other implementations from comma-separated words, or all. Raises RequestError."""
     words = list(PEERS) if text == "all" else [word for word in text.split(",") if word]
     for word in words:
         if word not in PEERS:
@@ -37,9 +37,9 @@ def parse_peers(text: str) -> list[str]:
 
 @contextmanager
 def unfused_attention() -> Iterator[None]:
-    """Causal attention of backend `sdpa` as PyTorch computes it without a fused kernel: all T x T logits, in the type of the products."""
+    """Causal attention of backend `sdpa` by PyTorch's math kernel: all T x T logits in memory, in the compute dtype."""
     before = torch.backends.cuda.fp16_bf16_reduction_math_sdp_allowed()
-    # Otherwise it computes in float32, which nobody would choose who is after speed.
+    # By default the math kernel computes in float32, which is slower still.
     torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
     try:
         with sdpa_kernel(SDPBackend.MATH):
@@ -61,7 +61,7 @@ def random_model(config: ModelConfig, device: torch.device, dtype: torch.dtype) 
 
 
 def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """transformers' Llama of the same width, depth, heads and vocabulary, its SwiGLU as many parameters as our feed-forward."""
+    """transformers' Llama of the same hidden size, layers, heads, vocabulary, and feed-forward parameters (SwiGLU)."""
     logging.disable(logging.WARNING)
     try:
         from transformers import LlamaConfig, LlamaForCausalLM
@@ -77,14 +77,14 @@ def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.M
         "num_hidden_layers": config.num_layers,
         "num_key_value_heads": a.num_kv_heads,
         "head_dim": a.head_dim,
-        # A multiple of 128, as fast kernels like it.
+        # A multiple of 128, as fast kernels require.
         "intermediate_size": round(matrices * intermediate_size(config) / 3 / 128) * 128,
         "max_position_embeddings": 1 << 18,
         "attn_implementation": "sdpa",
         "use_cache": False,
     }
     described = LlamaConfig(**shape, num_attention_heads=a.num_kv_heads)
-    # Its check wants heads that divide the width, though its layers do not need them to.
+    # LlamaConfig requires that heads divide the hidden size, although its layers do not.
     described.num_attention_heads = a.num_heads
     with torch.device(device):
         model: nn.Module = LlamaForCausalLM(described)
@@ -92,7 +92,7 @@ def llama(config: ModelConfig, device: torch.device, dtype: torch.dtype) -> nn.M
 
 
 def x_transformer(config: ModelConfig, device: torch.device, dtype: torch.dtype, alibi: bool = True) -> nn.Module:
-    """x-transformers with the settings that preset `andromeda` is named after, at this size."""
+    """x-transformers with the settings of preset `andromeda`, at this size."""
     try:
         from x_transformers import Decoder, TransformerWrapper
     except ImportError:

@@ -1,4 +1,4 @@
-"""What every result carries, so that a figure can be traced and repeated."""
+"""Benchmark results as JSON with the command, machine and versions that made them, and the argument parser of benchmarks."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from typing import Any, NoReturn
 
 import torch
 
-from andromeda.bench import ceilings
+from andromeda.bench import timing
 from andromeda.utils.files import write_whole
 
 LIBRARIES = ("andromeda", "torch", "triton", "transformers", "x-transformers", "flash-attn-4", "numpy")
 
 
 def machine() -> dict[str, Any]:
-    """The processor, its cores as torch uses them, and the GPU."""
+    """CPU, its vector extensions, torch's threads, and the GPU."""
     cpu = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         names = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
@@ -30,7 +30,7 @@ def machine() -> dict[str, Any]:
 
 
 def versions() -> dict[str, str]:
-    """Of what decides the speed."""
+    """Versions of Python and of the libraries that determine speed."""
     found = {"python": platform.python_version()}
     for library in LIBRARIES:
         try:
@@ -41,26 +41,26 @@ def versions() -> dict[str, str]:
 
 
 def record(command: str, figures: dict[str, Any]) -> dict[str, Any]:
-    """A whole result."""
+    """`figures` with command, date, machine and versions."""
     day = time.strftime("%Y-%m-%d", time.gmtime())
-    return {"command": command, "date": day, "machine": machine(), "versions": versions(), **ceilings.figures(), **figures}
+    return {"command": command, "date": day, "machine": machine(), "versions": versions(), **timing.roofline_figures(), **figures}
 
 
 def command_line(name: str, arguments: list[str]) -> str:
-    """The command `andromeda bench NAME` with these arguments, but for the place of its result."""
+    """The command `andromeda bench NAME` with these arguments, without --out."""
     kept = [word for before, word in zip(["", *arguments], arguments, strict=False) if word != "--out" and before != "--out"]
     return shlex.join(["andromeda", "bench", name, *kept])
 
 
 def save(path: Path, result: dict[str, Any]) -> None:
-    """Write a result."""
+    """Write a result as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     write_whole(path, (json.dumps(result, indent=2) + "\n").encode())
 
 
 class BenchmarkParser(argparse.ArgumentParser):
-    """argparse that says what is wrong in one line."""
+    """argparse with errors in one line."""
 
     def error(self, message: str) -> NoReturn:
-        """End with the sentence and exit code 2."""
+        """Print one sentence and exit with code 2."""
         self.exit(2, f"andromeda: {message}: see `{self.prog} --help`.\n")

@@ -1,8 +1,8 @@
-"""Tokenizers side by side on the same text: what they make of it, how fast, and how well equal-compute models learn from it.
+"""Comparison of tokenizers on the same text: compression, speed, and bits/byte of models trained with equal FLOPs.
 
-Each tokenizer builds its own corpus of the same documents; the split depends on the text alone, so that all hold out the
-same bytes. A model's loss a token says nothing across tokenizers; bits per byte does. Models get equal floating-point
-operations and not equal tokens: a larger vocabulary sees more text with each token, and pays for it in its head.
+Each tokenizer builds its own corpus of the same documents; the split depends on the text only, so that all hold out the same
+bytes. Loss per token is not comparable between tokenizers; bits/byte is. Models get equal FLOPs, not equal tokens: a larger
+vocabulary sees more text per token and has a more expensive head.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ TIMED_BYTES = 2_000_000
 
 @dataclass(frozen=True)
 class TokenizerComparison:
-    """What is compared."""
+    """The tokenizers to compare, and the models to train."""
 
     source: tuple[str, ...]
     kinds: tuple[str, ...] = ("bpe", "unigram")
     sizes: tuple[int, ...] = (1024, 4096, 16384)
     flops: float = 2e13
-    """Floating-point operations that each model is trained with; 0 trains none."""
+    """Training FLOPs of each model; 0 trains none."""
     preset: str = "nano"
     overrides: tuple[str, ...] = ()
     max_bytes: int = 0
@@ -62,7 +62,7 @@ class TokenizerComparison:
 
 @dataclass(frozen=True)
 class ComparisonIO:
-    """What is told to whom."""
+    """Callbacks for progress, messages and training displays."""
 
     report: ProgressCallback
     note: Callable[[str], None]
@@ -79,7 +79,10 @@ class ComparisonInterrupted(Exception):
 
 
 def run(plan: TokenizerComparison, out: Path, around: ComparisonIO) -> dict[str, Any]:
-    """Compare, or go on with a comparison in `out`; returns what tokenizers.json holds. Raises an AndromedaError or Interrupted."""
+    """Compare, or resume a comparison in `out`; returns the contents of tokenizers.json.
+
+    Raises an AndromedaError or ComparisonInterrupted.
+    """
     _check(plan)
     folders = {name: out / name for name in _names(plan)}
     found = _begin(plan, out)
@@ -102,7 +105,7 @@ def run(plan: TokenizerComparison, out: Path, around: ComparisonIO) -> dict[str,
 
 
 def speeds(tokenizer: Tokenizer, text: bytes) -> dict[str, Any]:
-    """Megabytes a second of encoding and decoding in one process, and whether every byte comes back."""
+    """MB/s of encoding and decoding in one process, and whether the round trip is lossless."""
     whole = text.decode()
     some = (whole * (TIMED_BYTES // max(1, len(text)) + 1))[:TIMED_BYTES]
     pieces = [some[i : i + 100_000] for i in range(0, len(some), 100_000)]
@@ -120,16 +123,16 @@ def speeds(tokenizer: Tokenizer, text: bytes) -> dict[str, Any]:
 
 
 def steps_for(config: RunConfig, flops: float) -> int:
-    """Steps of training that come nearest to so many floating-point operations, one at least."""
+    """Training steps closest to this many FLOPs, at least one."""
     length = resolve_seq_len(config)
     return max(1, round(flops / (config.train.batch_size * length * training_flops_per_token(config.model, length))))
 
 
 def configuration(plan: TokenizerComparison, corpus: Path) -> RunConfig:
-    """The model of one tokenizer: the preset with its vocabulary, and as many steps as the operations allow."""
+    """The run of one tokenizer: the preset with its vocabulary, and as many steps as the FLOPs allow."""
     vocab = CorpusManifest.load(corpus).tokenizer.vocab_size
     changes = [f"data.corpus={corpus}", f"model.vocab_size={vocab}", "train.eval_every=0", *plan.overrides]
-    # One step first, for the count: the schedule must fit whatever comes out.
+    # Loaded with one step first to count FLOPs: the schedule depends on the number of steps.
     once = load(
         plan.preset, [*changes, "train.steps=1", "train.schedule.kind=constant", "train.schedule.cooldown=0", "train.schedule.warmup=0"]
     )
@@ -204,14 +207,12 @@ def _check(plan: TokenizerComparison) -> None:
     if not plan.kinds or not (plan.sizes or plan.kinds == ("bytes",)):
         raise ConfigError("Name at least one kind and one size to compare, such as --kinds bpe,unigram --vocab-sizes 1024,4096.")
     if min(plan.sizes, default=300) < 300:
-        raise ConfigError(
-            f"A vocabulary of {min(plan.sizes)} has no room for the 256 bytes and anything learned: give sizes of 300 or more."
-        )
+        raise ConfigError(f"A vocabulary of {min(plan.sizes)} has no room for merges beyond the 256 bytes: give sizes of 300 or more.")
     if not 0 <= plan.flops < math.inf:
-        raise ConfigError(f"--flops {plan.flops:g} is no number of operations: give those of each model, or 0 to train none.")
+        raise ConfigError(f"--flops {plan.flops:g} is not a number of FLOPs: give those of each model, or 0 to train none.")
     for key in (change.partition("=")[0].strip() for change in plan.overrides):
         if key in DERIVED_KEYS:
-            raise ConfigError(f"--set {key} is decided by the comparison, for each tokenizer its own: leave it out.")
+            raise ConfigError(f"--set {key} is set by the comparison for each tokenizer: leave it out.")
     for name in _names(plan):
         _build_config(plan, name)
     load(plan.preset, plan.overrides)
@@ -231,7 +232,7 @@ def _build_config(plan: TokenizerComparison, name: str) -> BuildConfig:
 
 
 def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:
-    """What was measured before. Raises ConfigError when the folder holds another comparison."""
+    """Earlier measurements. Raises ConfigError if the folder holds another comparison."""
     path = out / NAME
     if not path.exists():
         return {"plan": plan.values(), "tokenizers": {}}
@@ -239,9 +240,9 @@ def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:
         found = json.loads(path.read_text("utf-8"))
         same = found["plan"] == plan.values()
     except (OSError, ValueError, KeyError, TypeError):
-        raise DataError(f"{path} is damaged: remove it, and what is missing is measured again.") from None
+        raise DataError(f"{path} is damaged: remove it to measure everything again.") from None
     if not same:
-        raise ConfigError(f"{out} holds another comparison: give the same arguments to go on, or another --out.")
+        raise ConfigError(f"{out} holds another comparison: give the same arguments to resume, or another --out.")
     return found
 
 

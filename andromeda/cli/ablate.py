@@ -42,18 +42,18 @@ def ablate(
 
     base = [*compared.base, *(changes or [])]
     place = out or Path("runs") / f"ablation-{load_config(config, base).name}"
-    for arm in compared.arm:
-        check_overrides(config, [*base, *arm.changes])
+    for variant in compared.variant:
+        check_overrides(config, [*base, *variant.changes])
 
     from andromeda.ablate.ablation import AblationSettings, ablate
 
     settings = AblationSettings(place, shlex.join(["andromeda", *sys.argv[1:]]), jobs, time_limit, timing_steps, drop_checkpoints)
-    with _progress(as_json) as say:
-        study = ablate(config, changes or [], compared, settings, say)
-    _show(study, place, as_json)
-    if study.signal:
-        raise typer.Exit(128 + study.signal)
-    if study.failures:
+    with _progress(as_json) as on_progress:
+        result = ablate(config, changes or [], compared, settings, on_progress)
+    _show(result, place, as_json)
+    if result.signal:
+        raise typer.Exit(128 + result.signal)
+    if result.failures:
         raise typer.Exit(1)
 
 
@@ -63,7 +63,7 @@ def _grid(path: Path | None, vary: list[str], budget: str, amount: float, seeds:
 
     given = read_grid(path) if path else AblationGrid()
     values: dict[str, Any] = given.model_dump(mode="json")
-    values["arm"] += [arm.model_dump(mode="json") for arm in variants_of(vary)]
+    values["variant"] += [variant.model_dump(mode="json") for variant in variants_of(vary)]
     values |= {"budget": budget} if budget else {}
     values |= {"amount": amount} if amount else {}
     values |= {"seeds": list(range(seeds))} if seeds else {}
@@ -91,19 +91,19 @@ def _progress(as_json: bool) -> Iterator[OnProgress]:
         yield lambda text, done, total: bar.update(task, description=text, completed=done, total=total)
 
 
-def _show(study: AblationResult, out: Path, as_json: bool) -> None:
+def _show(result: AblationResult, out: Path, as_json: bool) -> None:
     from andromeda.ablate.ablation import OUTPUTS
     from andromeda.ablate.ablation_tables import cells, head, verdicts
     from andromeda.cli.tables import show
 
     if as_json:
-        print(json.dumps(study.results, indent=2))
+        print(json.dumps(result.results, indent=2))
         return
-    titles = head(study.results)
-    show(f"equal {study.results['budget']}", titles, [cells(row) for row in study.results["arms"]], right=range(2, len(titles) - 1))
-    print(verdicts(study.results))
-    for failure in study.failures:
+    titles = head(result.results)
+    show(f"equal {result.results['budget']}", titles, [cells(row) for row in result.results["variants"]], right=range(2, len(titles) - 1))
+    print(verdicts(result.results))
+    for failure in result.failures:
         print(f"not finished: {failure}")
-    if study.finished < study.total:
-        print(f"{study.finished} of {study.total} runs are finished: the same command resumes.")
+    if result.finished < result.total:
+        print(f"{result.finished} of {result.total} runs are finished: the same command resumes.")
     print(f"{out}: {', '.join(name for name in OUTPUTS if (out / name).exists())}")

@@ -43,8 +43,8 @@ def cpu(
     from andromeda.bench.competitors import measure
 
     def rows(result: dict[str, Any]) -> Rows:
-        ways = next(iter(result["sides"].values()))["tokens_per_second"]
-        head = ["side", "parameters", *(f"{way}, tok/s" for way in ways), "GFLOP/s", "ratio"]
+        modes = next(iter(result["implementations"].values()))["tokens_per_second"]
+        head = ["model", "parameters", *(f"{mode}, tokens/s" for mode in modes), "GFLOP/s", "ratio"]
         body = [
             [
                 name,
@@ -53,9 +53,9 @@ def cpu(
                 f"{known['gflops']:,.0f}",
                 f"{known['ratio']:.2f}",
             ]
-            for name, known in result["sides"].items()
+            for name, known in result["implementations"].items()
         ]
-        return [head, *body, ["a matmul of 1024 x 1024", *[""] * (len(head) - 3), f"{result['product_gflops']:,.0f}", ""]]
+        return [head, *body, ["a matmul of 1024 x 1024", *[""] * (len(head) - 3), f"{result['matmul_gflops']:,.0f}", ""]]
 
     _finish(f"andromeda bench cpu --rounds {rounds}", measure(rounds), rows, out, as_json)
 
@@ -68,18 +68,18 @@ def convergence(
     out: Out = None,
     as_json: Json = False,
 ) -> None:
-    """Loss of the same small models on the CPU after equal tokens, and the time to the peer's loss."""
+    """Loss of the same small models on the CPU after equal tokens, and the time to Llama's loss."""
     from andromeda.bench.competitors import BASELINE, ComputeMode
     from andromeda.bench.convergence import measure
 
     def rows(result: dict[str, Any]) -> Rows:
-        peer = result["sides"][BASELINE]["seconds"]
+        peer = result["implementations"][BASELINE]["seconds"]
         body = []
-        for name, known in result["sides"].items():
-            reached = known["seconds_to_peers_loss"]
+        for name, known in result["implementations"].items():
+            reached = known["seconds_to_baseline_loss"]
             faster = [f"{reached:,.0f} s", f"{peer / reached:.2f}"] if reached else ["not reached", ""]
             body.append([name, f"{known['parameters']:,}", f"{known['final_loss']:.4f}", f"{known['seconds']:,.0f} s", *faster])
-        return [["side", "parameters", "final loss", "time", "time to the peer's loss", "ratio"], *body]
+        return [["model", "parameters", "final loss", "time", "time to Llama's loss", "ratio"], *body]
 
     command = f"andromeda bench convergence {corpus} --steps {steps} --{'' if compile_models else 'no-'}compile"
     _finish(command, measure(corpus, steps, ComputeMode(compile_models)), rows, out, as_json)
@@ -95,7 +95,7 @@ def memory(
     """Memory and speed of a training step on this device, compared with `andromeda plan`."""
     load_config(source, changes)
 
-    from andromeda.bench.memory import measure
+    from andromeda.bench.step_memory import measure
     from andromeda.plan.plan_tables import size
 
     def rows(result: dict[str, Any]) -> Rows:
@@ -104,7 +104,7 @@ def memory(
             ["", "planned", "measured"],
             ["weights and optimizer between steps", size(planned["between_steps"]), size(real["between_steps"])],
             ["peak of a step", size(planned["peak"]), size(real["peak"])],
-            ["tokens per second", "", f"{real['tokens_per_second']:,.0f}"],
+            ["tokens/s", "", f"{real['tokens_per_second']:,.0f}"],
             *([name.upper(), "", f"{result[name]:.1%}"] for name in ("mfu", "hfu") if result[name]),
         ]
 
@@ -132,14 +132,14 @@ def train(
     load_config(source, changes)
 
     from andromeda.bench import models
-    from andromeda.bench.training import measure
-    from tools.performance_page import training_rows
+    from andromeda.bench.benchmark_tables import training_rows
+    from andromeda.bench.training_step import measure
 
-    changed, beside = changes or [], models.parse_peers(peers)
+    changed, compared = changes or [], models.parse_peers(peers)
     command = _command(
         "train", source, *changed, f"--batch-size {batch_size} --steps {steps}", f"--peers {peers}" * bool(peers), "--unfused" * unfused
     )
-    _finish(command, measure(source, changed, batch_size, steps, beside, unfused), training_rows, out, as_json)
+    _finish(command, measure(source, changed, batch_size, steps, compared, unfused), training_rows, out, as_json)
 
 
 @app.command()
@@ -158,13 +158,13 @@ def prefill(
     load_config(source, changes)
 
     from andromeda.bench import models
+    from andromeda.bench.benchmark_tables import prefill_rows
     from andromeda.bench.prefill import measure
-    from tools.performance_page import prefill_rows
 
-    changed, beside, read = changes or [], models.parse_peers(peers), _numbers("--chunk-sizes", chunk_sizes, least=0)
+    changed, compared, read = changes or [], models.parse_peers(peers), _numbers("--chunk-sizes", chunk_sizes, least=0)
     options = ["--fp8" * fp8, f"--chunk-sizes {chunk_sizes}" * (read != [0]), f"--peers {peers}" * bool(peers), "--unfused" * unfused]
     command = _command("prefill", source, *changed, f"--lengths {lengths}", *options)
-    result = measure(source, changed, _numbers("--lengths", lengths), eight_bits=fp8, chunks=read, unfused=unfused, peers=beside)
+    result = measure(source, changed, _numbers("--lengths", lengths), fp8=fp8, chunks=read, unfused=unfused, peers=compared)
     _finish(command, result, prefill_rows, out, as_json)
 
 
@@ -184,14 +184,14 @@ def decode(
     """Time per decoded token after a context, compared with the memory-bandwidth roofline."""
     load_config(source, changes)
 
-    from andromeda.bench.decode import measure
-    from tools.performance_page import decode_rows
+    from andromeda.bench.benchmark_tables import decode_rows
+    from andromeda.bench.decoding import measure
 
     changed = changes or []
     options = ["--no-compile" * (not compile_model), "--autotune" * autotune, "--fp8" * fp8, "--no-decode-kernels" * (not decode_kernels)]
     command = _command("decode", source, *changed, f"--contexts {contexts} --batch-size {batch_size}", *options)
-    way = {"compiled": compile_model, "tuned": autotune, "eight_bits": fp8, "kernels": decode_kernels}
-    _finish(command, measure(source, changed, _numbers("--contexts", contexts), batch_size, **way), decode_rows, out, as_json)
+    mode = {"compile": compile_model, "autotune": autotune, "fp8": fp8, "decode_kernels": decode_kernels}
+    _finish(command, measure(source, changed, _numbers("--contexts", contexts), batch_size, **mode), decode_rows, out, as_json)
 
 
 @app.command()
@@ -206,8 +206,8 @@ def precision(
     """What fp8 matmuls cost in loss: the same training twice, in bf16 and in fp8."""
     load_config(source, changes)
 
-    from andromeda.bench.precision import measure
-    from tools.performance_page import precision_rows
+    from andromeda.bench.benchmark_tables import precision_rows
+    from andromeda.bench.precision_loss import measure
 
     changed = changes or []
     command = _command("precision", source, *changed, f"--steps {steps} --batch-size {batch_size}")
@@ -223,8 +223,8 @@ def loss(
     """Linear head and cross-entropy, compared with compiled PyTorch and the libraries that fuse them."""
     import torch
 
-    from andromeda.bench import loss as bench
-    from tools.performance_page import loss_rows
+    from andromeda.bench import linear_cross_entropy as bench
+    from andromeda.bench.benchmark_tables import loss_rows
 
     gpu = torch.cuda.is_available()
     shape = (tokens or bench.TOKENS,) if gpu else (tokens or 2048, 4096, 256)
@@ -289,7 +289,7 @@ def qk(
     rep: Repetition = None,
 ) -> None:
     """QK norm, rotary positions and folded ALiBi in one kernel, compared with the compiled parts."""
-    from andromeda.bench.qk import main
+    from andromeda.bench.qk_preprocess import main
 
     main(["--out", str(out), *_given(tokens=tokens, device=device, rep=rep)])
 

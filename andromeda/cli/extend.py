@@ -65,9 +65,7 @@ def extend(
         print(json.dumps(ended.values, indent=1))
         return
     columns, rows = table(ended.values)
-    show(
-        f"Loss of the same held-out targets (nats per token), trained at {ended.values['trained']:,}", columns, rows, range(1, len(columns))
-    )
+    show(f"Loss of the same held-out targets (nats/token), trained at {ended.values['trained']:,}", columns, rows, range(1, len(columns)))
     print("The same targets with their whole new context, compared with the trained length (mean over windows and its standard error):")
     print("\n".join(f"  {line}" for line in verdicts(ended.values)))
     note(f"{folder}: extension.json, {', '.join(path.name for path in plots)}")

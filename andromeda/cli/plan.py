@@ -32,9 +32,10 @@ def plan(
     tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9; 0 takes the configuration's.")] = 0.0,
     price: Annotated[float, typer.Option(help="Dollars per GPU-hour.")] = 0.0,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization to assume for training.")] = 0.4,
+    details: Annotated[bool, typer.Option("--details", help="All tables, with exact memory of compiled runs (some seconds more).")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
-    """Estimate a run before it is started: parameters, FLOPs by part, memory, time, cost, sharding over GPUs.
+    """Estimate a run before it is started: whether it fits, time and cost; parameters, FLOPs and memory by part with --details.
 
     Besides presets and files, gpt3-175b, llama-7b and llama-65b can be planned.
     """
@@ -49,14 +50,14 @@ def plan(
     from andromeda.utils.hardware import find_hardware
 
     place = HardwareSetup(find_hardware(gpu), gpu.lower() != "cpu", parse_mesh(parallel), price, mfu)
-    plans = [_plan(name, config, place, int(tokens)) for name, config in configs.items()]
+    plans = [_plan(name, config, place, int(tokens), quick=not (details or as_json)) for name, config in configs.items()]
     if as_json:
         import json
         from dataclasses import asdict
 
         print(json.dumps({"gpu": asdict(place.hardware), "mesh": asdict(place.mesh), "plans": [asdict(p) for p in plans]}, indent=2))
         return
-    _print(plans, place)
+    _print(plans, place, details)
 
 
 def _check(seq_len: int | None, batch_size: int | None, tokens: float, price: float) -> None:
@@ -88,24 +89,39 @@ def _load(source: str, changes: list[str], seq_len: int | None, batch_size: int 
     return load(path, [*(f"{key}={value}" for key, value in adjusted.items()), *changes])
 
 
-def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int) -> RunPlan:
+def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int, quick: bool) -> RunPlan:
+    """The plan of one configuration; quick: with a bound on memory, unless that bound does not fit."""
     from andromeda.plan import plan
 
     if sys.stderr.isatty():
         print(f"planning {name} ...", end="\r", file=sys.stderr)
-    return plan(name, config, place, tokens)
+    planned = plan(name, config, place, tokens, quick)
+    if planned.memory_is_bound and planned.memory.peak > place.hardware.memory:
+        return plan(name, config, place, tokens)
+    return planned
 
 
-def _print(plans: list[RunPlan], place: HardwareSetup) -> None:
+def _print(plans: list[RunPlan], place: HardwareSetup, details: bool) -> None:
     from andromeda.cli.tables import show
-    from andromeda.plan.plan_tables import sections
+    from andromeda.plan.plan_tables import sections, summary
 
-    names = [plan.name for plan in plans]
-    for title, lines in sections(plans, place.mesh.gpus, place.mfu):
+    names, device, gpus = [plan.name for plan in plans], place.hardware, place.mesh.gpus
+    title = f"{gpus} x {device.name}" if gpus > 1 else device.name
+    tables = sections(plans, gpus, place.mfu) if details else [(title, summary(plans, place.mfu))]
+    for title, lines in tables:
         show(title, ("", *names), lines, right=range(1, len(names) + 1))
-    device = place.hardware
     for plan in plans:
-        share = plan.memory.peak / device.memory
-        print(f"{plan.name}: {'needs' if share <= 1 else 'does not fit, it needs'} {share:.0%} of the memory of one {device.name}.")
+        print(f"{plan.name}: {_verdict(plan, device.memory)} of the memory of one {device.name}.")
+    if not details:
+        bound = "; peak memory is an upper bound, that of a run without torch.compile" * any(plan.memory_is_bound for plan in plans)
+        print(f"--details: parameters, FLOPs and memory by part, roofline times, serving{bound}.")
+        return
     rates = ", ".join(f"{rate / 1e12:,.0f} in {kind}" for kind in ("fp32", "bf16", "fp8") if (rate := device.rate(kind)))
-    print(f"Minimum times are at {rates} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s ({device.source}).")
+    print(f"Roofline: {rates} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s ({device.source}).")
+
+
+def _verdict(plan: RunPlan, memory: float) -> str:
+    share = plan.memory.peak / memory
+    if share > 1:
+        return f"does not fit, needs {share:.0%}"
+    return f"fits, needs {'at most ' if plan.memory_is_bound else ''}{max(share, 0.01):.0%}"

@@ -73,11 +73,11 @@ def note_sequence(
     parts.append(text[at:space])
     positions = np.zeros((notes, answer), dtype=np.int64)
     begin = sum(map(len, parts))
-    for note in draw.permutation(notes):
-        stop = begin + len(lines[note]) - end
-        positions[note] = np.arange(stop - answer, stop)
-        parts.append(lines[note])
-        begin += len(lines[note])
+    for log in draw.permutation(notes):
+        stop = begin + len(lines[log]) - end
+        positions[log] = np.arange(stop - answer, stop)
+        parts.append(lines[log])
+        begin += len(lines[log])
     return np.concatenate(parts), positions
 
 

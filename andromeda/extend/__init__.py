@@ -1,1 +1,1 @@
-"""Stretching a trained model over a longer context: a new run from an old one's weights, measured before and after."""
+"""Extending the context of a trained model: a new run from an existing one's weights, evaluated before and after training."""

@@ -1,7 +1,7 @@
-"""`andromeda extend`: from a trained run to one with a longer context, measured at every stage; a repeated call goes on.
+"""`andromeda extend`: from a trained run to one with a longer context, evaluated at every stage; a repeated call resumes.
 
-The new run is an ordinary run folder whose checkpoint of step 0 holds the old weights, so that training goes on from it
-as from any other checkpoint. The old run is only ever read.
+The new run is an ordinary run folder whose checkpoint of step 0 holds the old weights, so that training resumes from it as from
+any other checkpoint. The old run is only read.
 """
 
 from __future__ import annotations
@@ -36,70 +36,70 @@ from andromeda.train.trainer import resolve_seq_len, train
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 
-NUM_NEEDLES = 16
-"""Notes of a row that retrieval is measured with: so many depths."""
+NUM_NOTES = 16
+"""Notes per sequence, and so depths, in the retrieval evaluation."""
 ReporterFactory = Callable[[int], Reporter]
-"""Makes the screen of a training of so many steps."""
+"""From a number of steps to the progress display of their training."""
 
 
 @dataclass(frozen=True)
 class ExtendResult:
-    """How a call ended."""
+    """Results of a call."""
 
     values: dict[str, Any]
-    """What extension.json holds."""
+    """Contents of extension.json."""
     signal: int | None = None
     """The signal that ended it early."""
 
 
-def extend(wishes: ExtendRequest, method: str, out: Path, screens: ReporterFactory, note: Callable[[str], None]) -> ExtendResult:
+def extend(request: ExtendRequest, method: str, out: Path, reporters: ReporterFactory, log: Callable[[str], None]) -> ExtendResult:
     """Extend a run by one method, in the run folder `out`, or by several, each in a folder of its own below `out`.
 
-    Raises an AndromedaError, one sentence, before anything is written when something cannot work.
+    Raises an AndromedaError, one sentence, for invalid arguments, before anything is written.
     """
-    old = _old(wishes)
+    old = _old(request)
     methods = parse_methods(method, old)
-    configs = {name: configure(old, wishes, name) for name in methods}
-    if out.resolve() == Path(wishes.run).resolve():
-        raise ConfigError(f"--out {out} is the run itself, which is never changed: give another folder.")
+    configs = {name: configure(old, request, name) for name in methods}
+    if out.resolve() == Path(request.run).resolve():
+        raise ConfigError(f"--out {out} is the run itself, which is never modified: give another folder.")
     folders = {name: RunDir(out / name if len(methods) > 1 else out) for name in methods}
     _refuse_others(out, folders.values())
-    _, weights = read_weights(wishes.run, average=bool(old.train.ema), warn=note)
+    _, weights = read_weights(request.run, average=bool(old.train.ema), warn=log)
     for config in configs.values():
         load_model(meta_model(config.model), weights)  # copies nothing, and raises where the shapes differ
-    sample = _Sample(old, wishes, next(iter(configs.values())))
+    sample = _EvaluationData(old, request, next(iter(configs.values())))
     _make(out)
-    book = ExtensionResults(out, {"wishes": wishes.values(), "trained": trained_context(old)})
-    if book.find(ORIGINAL) is None:
-        note("measuring the model as it is")
-        book.keep(sample.measure(*_unstretched(old, wishes), weights), ORIGINAL)
+    results = ExtensionResults(out, {"request": request.values(), "trained": trained_context(old)})
+    if results.find(ORIGINAL) is None:
+        log("evaluating the original model")
+        results.keep(sample.measure(*_original_model(old, request), weights), ORIGINAL)
     for name, config in configs.items():
-        signal = _one(name, config, folders[name], weights, sample, book, screens, note, wishes.steps)
+        signal = _run_method(name, config, folders[name], weights, sample, results, reporters, log, request.steps)
         if signal:
-            return ExtendResult(book.values, signal)
-    return ExtendResult(book.values)
+            return ExtendResult(results.values, signal)
+    return ExtendResult(results.values)
 
 
-def _one(
+def _run_method(
     method: str,
     config: RunConfig,
     folder: RunDir,
     weights: dict[str, Tensor],
-    sample: _Sample,
-    book: ExtensionResults,
-    screens: ReporterFactory,
-    note: Callable[[str], None],
+    sample: _EvaluationData,
+    results: ExtensionResults,
+    reporters: ReporterFactory,
+    log: Callable[[str], None],
     steps: int,
 ) -> int | None:
-    """One method from its step 0 to its last measurement; returns the signal that ended it early."""
-    if book.find(method, "untrained") is None:
-        note(f"{method}: measuring before training")
-        book.keep(sample.measure(config, sample.lengths, weights), method, "untrained")
-    if steps == 0 or book.find(method, "after"):
+    """Evaluate, train and evaluate again by one method; returns the signal that ended it early, if any."""
+    if results.find(method, "untrained") is None:
+        log(f"{method}: evaluating before training")
+        results.keep(sample.measure(config, sample.lengths, weights), method, "untrained")
+    if steps == 0 or results.find(method, "after"):
         return None
     if not folder.exists:
         initialize_run(config, folder, weights)
-    screen = screens(config.train.steps)
+    screen = reporters(config.train.steps)
     try:
         ended = train(config, folder.path, resume=True, reporter=screen)
     finally:
@@ -107,14 +107,14 @@ def _one(
     _free()
     if ended.signal:
         return ended.signal
-    note(f"{method}: measuring after training")
-    _, trained = read_weights(folder.path, average=bool(config.train.ema), warn=note)
-    book.keep(sample.measure(config, sample.lengths, trained), method, "after")
+    log(f"{method}: evaluating after training")
+    _, trained = read_weights(folder.path, average=bool(config.train.ema), warn=log)
+    results.keep(sample.measure(config, sample.lengths, trained), method, "after")
     return None
 
 
 def initialize_run(config: RunConfig, folder: RunDir, weights: dict[str, Tensor]) -> None:
-    """A run folder at step 0 with the given weights. It becomes a run last, so that a kill leaves none that lacks its weights."""
+    """A run folder at step 0 with the given weights. config.toml is written last, so that a kill leaves no run without weights."""
     stream = open_stream(config.data, resolve_seq_len(config), config.seed)
     session = build_train_state(config, resolve_device(config.train.device), stream.fingerprint)
     load_model(session.model, weights)
@@ -132,23 +132,23 @@ def initialize_run(config: RunConfig, folder: RunDir, weights: dict[str, Tensor]
     _free()
 
 
-class _Sample:
-    """What every stage is measured on: the same windows, lengths and questions."""
+class _EvaluationData:
+    """The data that every stage is evaluated on: the same windows, lengths and retrieval problems."""
 
-    def __init__(self, old: RunConfig, wishes: ExtendRequest, config: RunConfig) -> None:
+    def __init__(self, old: RunConfig, request: ExtendRequest, config: RunConfig) -> None:
         data = config.data
-        if wishes.held_out:
-            data = data.model_copy(update={"corpus": wishes.held_out, "sources": ()})
-        self._device, self._tail = resolve_device(config.train.device), tail_length(old, wishes)
+        if request.held_out:
+            data = data.model_copy(update={"corpus": request.held_out, "sources": ()})
+        self._device, self._tail = resolve_device(config.train.device), tail_length(old, request)
         self._precision: Precision = build_precision("auto" if config.train.precision == "fp8" else config.train.precision, self._device)
         tokens = held_out_tokens(data, config.seed)
-        self._rows = evenly_spaced_windows(tokens, wishes.to, wishes.samples, self._tail)
-        self.lengths = context_lengths(trained_context(old), wishes.to, self._tail)
+        self._rows = evenly_spaced_windows(tokens, request.to, request.samples, self._tail)
+        self.lengths = context_lengths(trained_context(old), request.to, self._tail)
         tokenizer = open_stream(data, 1, config.seed, "val").tokenizer
-        self._questions = _questions(tokenizer, tokens, self.lengths, wishes.samples, config.seed) if tokenizer else {}
+        self._questions = _questions(tokenizer, tokens, self.lengths, request.samples, config.seed) if tokenizer else {}
 
     def measure(self, config: RunConfig, lengths: list[int], weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Loss by context and by position, and retrieval, of `weights` under the positions of `config`."""
+        """Loss by context, loss by position, and retrieval of `weights` with the positions of `config`."""
         model = _filled(config, weights, self._device)
         rows = self._rows[:, -lengths[-1] - 1 :]
         found = measure_long_context(model, rows, lengths, self._tail, self._precision)
@@ -162,7 +162,7 @@ class _Sample:
 
 
 def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device) -> Transformer:
-    """A model with these weights; its random start, which takes seconds, is not drawn where weights are all that it holds."""
+    """A model with these weights, without the random initialization where the checkpoint holds all of its state."""
     model = config.model
     if model.head.tied or model.embedding.kind == "custom" or model.feedforward.kind == "moe":
         filled = Transformer(model).to(device)
@@ -173,25 +173,25 @@ def _filled(config: RunConfig, weights: dict[str, Tensor], device: torch.device)
 
 
 def _questions(tokenizer: Tokenizer, tokens: Tensor, lengths: list[int], rows: int, seed: int) -> dict[int, hidden_notes.NoteBatch]:
-    """Retrieval problems of the lengths that have room for them."""
-    least = 64 * NUM_NEEDLES
-    return {n: hidden_notes.question_sequences(tokenizer, tokens.numpy(), n, NUM_NEEDLES, rows, seed) for n in lengths if n >= least}
+    """Retrieval problems for the lengths that are long enough."""
+    least = 64 * NUM_NOTES
+    return {n: hidden_notes.question_sequences(tokenizer, tokens.numpy(), n, NUM_NOTES, rows, seed) for n in lengths if n >= least}
 
 
-def _unstretched(old: RunConfig, wishes: ExtendRequest) -> tuple[RunConfig, list[int]]:
-    """The old model's configuration, and the lengths that it can be measured at."""
-    lengths = context_lengths(trained_context(old), wishes.to, tail_length(old, wishes))
+def _original_model(old: RunConfig, request: ExtendRequest) -> tuple[RunConfig, list[int]]:
+    """Configuration of the original model, and the lengths at which it can be evaluated."""
+    lengths = context_lengths(trained_context(old), request.to, tail_length(old, request))
     try:
-        return without_scaling(old, wishes), lengths
+        return without_scaling(old, request), lengths
     except ConfigError:
-        # xPos as it was trained leaves the range of float32 out there; that it cannot read on is the finding.
+        # Unscaled xPos overflows float32 at these lengths: the original model is evaluated only at those it can represent.
         return old, [n for n in lengths if n <= old.model.max_seq_len]
 
 
-def _old(wishes: ExtendRequest) -> RunConfig:
-    folder = RunDir(wishes.run)
+def _old(request: ExtendRequest) -> RunConfig:
+    folder = RunDir(request.run)
     if not folder.exists:
-        raise CheckpointError(f"{wishes.run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
+        raise CheckpointError(f"{request.run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
     return load(str(folder.path))
 
 
@@ -199,20 +199,20 @@ def _refuse_others(out: Path, folders: Iterable[RunDir]) -> None:
     for folder in (RunDir(out), *folders):
         folder.refuse_foreign_files()
     if RunDir(out).exists and not (out / RESULTS_FILE).exists():
-        raise ConfigError(f"{out} holds a run that is no extension: give another folder with --out.")
+        raise ConfigError(f"{out} holds a run that is not an extension: give another folder with --out.")
 
 
 def _make(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"The folder {out} cannot be made ({error.strerror}): give another one with --out.") from None
+        raise ConfigError(f"The folder {out} cannot be created ({error.strerror}): give another one with --out.") from None
 
 
 def _free() -> None:
-    """Forget a model that is gone before the next one is built."""
+    """Free the memory of a deleted model before the next one is built."""
     gc.collect()
-    # Compiled code is kept for all models of a class: of another model's it would only make the next one's more general and slower.
+    # Compiled code is shared by all models of a class: another model's shapes would only cause dynamic, slower code.
     torch._dynamo.reset()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -1,4 +1,4 @@
-"""extension.json: what an extension measured so far, written whole after every measurement, so that a kill loses none."""
+"""Results of an extension (extension.json), their table and their plots. The file is rewritten atomically after every measurement."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from andromeda.utils.files import write_whole
 RESULTS_FILE = "extension.json"
 ORIGINAL = "before"
 STAGES = ("untrained", "after")
-FORMAT = 2
+FORMAT = 3
 
 
 class ExtensionResults:
-    """Measurements by (method, stage); `before` is the old model, which has no method."""
+    """Measurements by (method, stage); `before` is the original model, which has no method."""
 
     def __init__(self, folder: Path, head: dict[str, Any]) -> None:
-        """Begin a book, or go on with the one in `folder`. Raises ConfigError when that is of another extension."""
+        """New results, or those in `folder`. Raises ConfigError if they are of another extension."""
         self.path = folder / RESULTS_FILE
         self.values: dict[str, Any] = {"format": FORMAT, **head, "methods": {}}
         if self.path.exists():
@@ -30,14 +30,16 @@ class ExtensionResults:
             differing = [key for key in head if self.values.get(key) != head[key]]
             if differing:
                 told = ", ".join(differing)
-                raise ConfigError(f"{folder} holds another extension ({told} differs): give the same arguments to go on, or another --out.")
+                raise ConfigError(
+                    f"{folder} holds another extension ({told} differs): give the same arguments to resume, or another --out."
+                )
 
     def find(self, method: str, stage: str = "") -> dict[str, Any] | None:
-        """A measurement that was made."""
+        """A measurement, or None if it was not made yet."""
         return self.values.get(ORIGINAL) if method == ORIGINAL else self.values["methods"].get(method, {}).get(stage)
 
     def keep(self, figures: dict[str, Any], method: str, stage: str = "") -> None:
-        """Write a measurement."""
+        """Add a measurement and write the file."""
         if method == ORIGINAL:
             self.values[ORIGINAL] = figures
         else:
@@ -45,24 +47,24 @@ class ExtensionResults:
         self.save()
 
     def save(self) -> None:
-        """Write everything."""
+        """Write the file."""
         write_whole(self.path, (json.dumps(self.values, indent=1) + "\n").encode())
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A book's values. Raises CheckpointError when it is damaged."""
+    """Contents of extension.json. Raises CheckpointError if it is damaged."""
     try:
         values = json.loads(path.read_text("utf-8"))
         if values["format"] == FORMAT:
             return values
     except (OSError, ValueError, KeyError, TypeError):
         pass
-    raise CheckpointError(f"{path} is damaged or of another version: remove it, and everything is measured again.")
+    raise CheckpointError(f"{path} is damaged or of another version: remove it to measure everything again.")
 
 
 def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
-    """Columns and rows of the comparison: the loss of the same targets at every context length."""
-    measured = [("as it was", values.get(ORIGINAL))]
+    """Columns and rows of the comparison: loss of the same targets at every context length."""
+    measured = [("original", values.get(ORIGINAL))]
     for method, stages in values["methods"].items():
         measured += [(f"{method}, untrained", stages.get("untrained")), (f"{method}, trained", stages.get("after"))]
     kept = [(name, each) for name, each in measured if each]
@@ -75,11 +77,11 @@ def table(values: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
         cells += [f"{mean(found):.0%}" if found else "-"] if any("retrieval" in one for _, one in kept) else []
         rows.append([name, *cells])
     retrieved = ["retrieval"] if any(each.get("retrieval") for _, each in kept) else []
-    return ["positions", *(f"{n:,}" for n in lengths), *retrieved], rows
+    return ["method", *(f"{n:,}" for n in lengths), *retrieved], rows
 
 
 def verdicts(values: dict[str, Any]) -> list[str]:
-    """For each method's last stage: the same targets with the whole new context, against as much text as was trained."""
+    """For each method's last stage: loss of the same targets with the whole new context minus that with the trained context."""
     trained = values["trained"]
     said = []
     for method, stages in values["methods"].items():
@@ -92,31 +94,31 @@ def verdicts(values: dict[str, Any]) -> list[str]:
         change, error = difference(near, far)
         spread = "" if error is None else f" ± {error:.4f}"
         said.append(
-            f"{method}, {'trained' if stage == 'after' else stage}: {change:+.4f}{spread} nats from {trained:,} to {longest:,} tokens"
+            f"{method}, {'trained' if stage == 'after' else stage}: {change:+.4f}{spread} nats/token from {trained:,} to {longest:,} tokens"
         )
     return said
 
 
 def difference(before: list[float], after: list[float]) -> tuple[float, float | None]:
-    """Mean change from window to window, and its standard error; None with one window."""
+    """Mean difference per window, and its standard error; None with one window."""
     each = [b - a for a, b in zip(before, after, strict=True)]
     error = statistics.stdev(each) / math.sqrt(len(each)) if len(each) > 1 else None
     return statistics.fmean(each), error
 
 
 def mean(retrieval: dict[str, Any]) -> float:
-    """Accuracy at the longest length, over all depths."""
+    """Accuracy at the longest length, averaged over depths."""
     last = retrieval["accuracy"][-1]
     return sum(last) / len(last)
 
 
 STYLES: dict[str, dict[str, Any]] = {"untrained": {"linestyle": ":", "alpha": 0.7}, "after": {"linestyle": "-"}}
 CEILING = 1.6
-"""A loss above this multiple of the best one is cut off: models that have broken down would flatten all others."""
+"""The y axis ends at this multiple of the best loss: models that have diverged would flatten all other curves."""
 
 
 def draw(values: dict[str, Any], stem: Path) -> list[Path]:
-    """Write `stem`.png and `stem`.svg from what extension.json holds; returns their paths."""
+    """Plot loss by context, loss by position and retrieval to `stem`.png and `stem`.svg; returns their paths."""
     from matplotlib.figure import Figure
 
     panels = 3 if _retrievals(values) else 2
@@ -135,10 +137,10 @@ def draw(values: dict[str, Any], stem: Path) -> list[Path]:
 
 
 def curves(values: dict[str, Any]) -> list[tuple[str, dict[str, Any], dict[str, Any]]]:
-    """Label, style and measurement of everything that was measured."""
+    """Label, style and values of every measurement."""
     found: list[tuple[str, dict[str, Any], dict[str, Any]]] = []
     if values.get(ORIGINAL):
-        found.append(("as it was", {"color": "black", "linestyle": "--"}, values[ORIGINAL]))
+        found.append(("original", {"color": "black", "linestyle": "--"}, values[ORIGINAL]))
     for number, (method, stages) in enumerate(values["methods"].items()):
         for stage, style in STYLES.items():
             if stages.get(stage):
@@ -151,7 +153,11 @@ def _context(axes: Any, values: dict[str, Any]) -> None:
     for label, style, each in curves(values):
         axes.plot(each["context"]["context"], each["context"]["nats"], marker=".", label=label, **style)
     _dress(
-        axes, values, "tokens of context", "loss of the same targets (nats)", [n for *_, e in curves(values) for n in e["context"]["nats"]]
+        axes,
+        values,
+        "tokens of context",
+        "loss of the same targets (nats/token)",
+        [n for *_, e in curves(values) for n in e["context"]["nats"]],
     )
     _name_lengths(axes, {n for *_, e in curves(values) for n in e["context"]["context"]})
 
@@ -162,7 +168,7 @@ def _position(axes: Any, values: dict[str, Any]) -> None:
         middles = [math.sqrt(max(low, 1) * high) for low, high in itertools.pairwise(edges)]
         axes.plot(middles, each["position"]["nats"], linewidth=1, **style)
     late = [n for *_, e in curves(values) for n, end in zip(e["position"]["nats"], e["position"]["edges"][1:], strict=True) if end > 64]
-    _dress(axes, values, "position in the row", "loss at that position (nats)", late)
+    _dress(axes, values, "position in the sequence", "loss at that position (nats/token)", late)
     furthest = max(e["position"]["edges"][-1] for *_, e in curves(values))
     _name_lengths(axes, {16 << i for i in range(0, 40, 2) if 16 << i < 0.3 * furthest} | {furthest})
 

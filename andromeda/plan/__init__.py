@@ -1,4 +1,4 @@
-"""What a run will need before it is started: parameters, FLOPs, memory, time and cost, computed from its configuration."""
+"""What a run needs, before it is started: parameters, FLOPs, memory, time and cost, computed from its configuration."""
 
 from andromeda.plan.estimate import HardwareSetup, RunPlan, plan
 

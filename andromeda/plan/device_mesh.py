@@ -1,7 +1,7 @@
-"""How a run divides over GPUs: what each holds and sends. Computed from formulas, not measured.
+"""Data, sharded and tensor parallelism: batch and communication per GPU. Computed from formulas, not measured.
 
-dp copies the model, fsdp shards its state (ZeRO-3, arXiv 1910.02054), tp cuts the blocks' matrices and, with sequence
-parallelism, everything that they save (arXiv 2205.05198).
+dp replicates the model, fsdp shards its state (ZeRO-3, arXiv 1910.02054), tp shards the blocks' matrices and, with sequence
+parallelism, all of their activations (arXiv 2205.05198).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from andromeda.config.run import RunConfig
 from andromeda.utils.errors import ConfigError, nearest
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
-"""Bytes of a weight as it is gathered (bfloat16), and of a gradient as it is reduced (float32)."""
+"""Bytes of a gathered weight (bfloat16) and of a reduced gradient (float32)."""
 
 
 @dataclass(frozen=True)
 class DeviceMeshShape:
-    """Numbers of GPUs along each axis."""
+    """Number of GPUs along each axis."""
 
     dp: int = 1
     fsdp: int = 1
@@ -30,13 +30,13 @@ class DeviceMeshShape:
         return self.dp * self.fsdp * self.tp
 
     @property
-    def readers(self) -> int:
-        """Groups that read different rows."""
+    def data_ranks(self) -> int:
+        """Ranks that read different data."""
         return self.dp * self.fsdp
 
 
 def parse_mesh(text: str) -> DeviceMeshShape:
-    """`dp=8,fsdp=4,tp=2`, in any order, axes left out are 1. Raises ConfigError."""
+    """Parse `dp=8,fsdp=4,tp=2`, in any order; missing axes are 1. Raises ConfigError."""
     sizes: dict[str, int] = {}
     for part in filter(None, text.replace(" ", "").split(",")):
         axis, _, size = part.partition("=")
@@ -49,28 +49,28 @@ def parse_mesh(text: str) -> DeviceMeshShape:
 
 
 def local_batch_sizes(config: RunConfig, mesh: DeviceMeshShape) -> tuple[int, int]:
-    """Rows of one step that each group of GPUs reads, and rows of its micro-batch. Raises ConfigError when they do not divide."""
+    """Batch and micro-batch size per data rank. Raises ConfigError if they do not divide evenly."""
     train, a = config.train, config.model.attention
-    if train.batch_size % mesh.readers:
+    if train.batch_size % mesh.data_ranks:
         raise ConfigError(
-            f"train.batch_size = {train.batch_size} rows do not divide over dp x fsdp = {mesh.readers} GPUs: make it a multiple."
+            f"train.batch_size = {train.batch_size} does not divide over dp x fsdp = {mesh.data_ranks} GPUs: make it a multiple."
         )
     if a.num_heads % mesh.tp:
-        raise ConfigError(f"model.attention.num_heads = {a.num_heads} do not divide over tp = {mesh.tp} GPUs: give a divisor.")
-    own = train.batch_size // mesh.readers
+        raise ConfigError(f"model.attention.num_heads = {a.num_heads} does not divide over tp = {mesh.tp} GPUs: give a divisor.")
+    own = train.batch_size // mesh.data_ranks
     return own, min(train.micro_batch_size or own, own)
 
 
 @dataclass(frozen=True)
 class CommunicationVolume:
-    """Bytes that one GPU sends in one step, by reason (rings: an axis of n sends (n - 1) / n of what it shares)."""
+    """Bytes that one GPU sends per step (ring collectives: an axis of n sends (n - 1) / n of the data)."""
 
     gathering: float
-    """fsdp: weights, gathered for every forward and every backward pass."""
+    """fsdp: weights are all-gathered for every forward and every backward pass."""
     gradients: float
-    """fsdp: scattered once a step; dp: all-reduced once a step."""
+    """fsdp: reduce-scattered once per step; dp: all-reduced once per step."""
     activations: float
-    """tp: gathered and scattered around attention and feed-forward, forward and backward."""
+    """tp: all-gathered and reduce-scattered around attention and feed-forward, forward and backward."""
 
     @property
     def total(self) -> float:
@@ -79,14 +79,14 @@ class CommunicationVolume:
 
 
 def communication_volume(config: RunConfig, mesh: DeviceMeshShape, parameters: int, sequence: int) -> CommunicationVolume:
-    """What one GPU sends in one step."""
+    """Bytes that one GPU sends per step."""
     own, micro = local_batch_sizes(config, mesh)
     share = parameters / mesh.tp
     passes = 2 * -(-own // micro)
     gathering = _ring(mesh.fsdp) * share * WEIGHT_BYTES * passes
     scattered = _ring(mesh.fsdp) * share * GRADIENT_BYTES
     reduced = 2 * _ring(mesh.dp) * share / mesh.fsdp * GRADIENT_BYTES
-    # Two branches a layer, each gathers its input and scatters its output, in both directions.
+    # Two branches per layer, each gathers its input and scatters its output, forward and backward.
     collectives = 2 * 2 * 2 * config.model.num_layers
     activations = _ring(mesh.tp) * collectives * own * sequence * config.model.hidden_size * WEIGHT_BYTES
     return CommunicationVolume(gathering, scattered + reduced, activations)

@@ -1,8 +1,8 @@
-"""What one training step holds in passing, found by taking the step on tensors that have shapes and no memory.
+"""Activation memory of a training step, from a dry run on fake tensors, which have shapes and no storage.
 
-The model, the loss, autocast, checkpointing and torch.compile's own choice of what to save are the real ones (torch's fake
-tensors stand in for numbers), so nothing here repeats what the model does. Bytes grow linearly with depth, so two shallow
-models give those of a deep one.
+The model, the loss, autocast, activation checkpointing and torch.compile's choice of what to save for backward are the real ones, so
+nothing here repeats what the model does. Bytes grow linearly with the number of layers, so two shallow models give those of a
+deep one.
 """
 
 from __future__ import annotations
@@ -34,43 +34,43 @@ from andromeda.train.precision import PRECISIONS, HalfPrecision, Precision
 
 CPU = torch.device("cpu")
 EAGER, COMPILED = "eager", "aot_eager_decomp_partition"
-"""torch.compile backends: the second saves between forward and backward pass what inductor would, and generates no code."""
+"""torch.compile backends: the second saves for backward what inductor would save, and generates no code."""
 
 
 @dataclass(frozen=True)
 class StepMemory:
-    """Bytes beyond weights and gradients that one micro-batch holds."""
+    """Bytes of one micro-batch beyond weights and gradients."""
 
     forward: int
-    """At the worst moment of the forward pass, logits of the loss and autocast's copies of the weights included."""
+    """Peak of the forward pass, including logits in the loss and autocast's copies of weights."""
     saved: int
-    """Kept for the backward pass by blocks, embedding and loss."""
+    """Saved for backward by blocks, embedding and loss."""
     working: int
-    """On top of what is saved, or of the gradients once they are more: operations under way at the worst moment."""
+    """Temporaries at the peak of the backward pass, on top of what is saved or, once they are larger, the gradients."""
     loss: int
-    """The part of `saved` that is the loss's: the gradients of the head and of the last hidden states."""
+    """The part of `saved` that belongs to the loss: gradients of the head and of the last hidden states."""
     forward_copies: int
-    """The part of `forward` that is copies of weights in the type of products."""
+    """The part of `forward` that is copies of weights in the compute dtype."""
     saved_copies: int
     """The part of `saved` that is such copies."""
     casts: int = 0
-    """The blocks' weights as products read them on a GPU, cast once a step: there all the time."""
+    """The blocks' weights in the compute dtype on a GPU, cast once per step and held throughout."""
 
     def peak(self, gradients: int, accumulated: bool) -> int:
-        """The worst moment. gradients: bytes when all are there; accumulated: whether they are from the start."""
+        """Peak of the step. gradients: bytes of all of them; accumulated: whether they exist from the start."""
         if accumulated:
             return max(self.forward, self.saved + self.working) + gradients
         return max(self.forward, max(self.saved, gradients) + self.working)
 
 
 def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, gpu: bool, compiled: bool) -> StepMemory:
-    """What a micro-batch of `rows` rows of `sequence` tokens holds.
+    """Memory of a micro-batch of `rows` sequences of `sequence` tokens.
 
-    gpu: attention saves what any fused kernel saves (queries, keys, values, output, one number a row), whatever the pattern;
-    on a CPU masks are counted too. Documents are taken as one a row.
+    gpu: attention saves what a fused kernel saves (queries, keys, values, output, one log-sum-exp per query), whatever the mask; on a
+    CPU masks are counted too. Every sequence is taken as one document.
     """
     model = _as_fused(config.model) if gpu else config.model
-    # Full checkpointing keeps the blocks' inputs, compiled or not.
+    # Full checkpointing saves the blocks' inputs, compiled or not.
     compiled = compiled and config.train.activation_checkpointing != "full"
     shallow, deep = _depths(model)
 
@@ -82,7 +82,7 @@ def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, 
         return at(model.num_layers, EAGER)
     backend = COMPILED if compiled else EAGER
     a, b = at(shallow, backend), at(deep, backend)
-    # A compiled kernel keeps its steps in registers: what is under way is that of operations one by one, not of the graph's.
+    # Inductor's kernels keep intermediates in registers, so temporaries are those of eager operations, not of the traced graph.
     working = (at(deep, EAGER) if compiled else b).working
 
     def grown(first: int, second: int) -> int:
@@ -100,14 +100,14 @@ def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, 
 
 
 def _depths(model: ModelConfig) -> tuple[int, int]:
-    """Two depths that end where the model's own does in its cycle of windows and, with skips, of pairs."""
+    """Two depths at the same point of the cycle of windows and, with skips, of pairs as the model's own depth."""
     cycle = layer_cycle(model)
     shallow = model.num_layers % cycle or cycle
     return shallow, shallow + cycle
 
 
 def _as_fused(model: ModelConfig) -> ModelConfig:
-    """The model with patterns left out that a fused kernel computes without saving anything for them."""
+    """The model without masks and biases for which a fused kernel saves nothing."""
     alibi = model.alibi if model.alibi.fold_into_qk else model.alibi.model_copy(update={"num_heads": 0})
     attention = model.attention.model_copy(update={"sliding_window": 0, "full_attention_interval": 0, "softcap": 0.0, "backend": "auto"})
     return model.model_copy(update={"alibi": alibi, "attention": attention})
@@ -115,10 +115,10 @@ def _as_fused(model: ModelConfig) -> ModelConfig:
 
 def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: bool, backend: str) -> StepMemory:
     """One forward and backward pass on fake tensors."""
-    with _pretence(rows * sequence * config.model.experts.top_k, gpu):
+    with _fake_tensors(rows * sequence * config.model.experts.top_k, gpu):
         model = Transformer(config.model)
         products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
-        # Layers in 8 bits hold their weights in two orders, which are as many bytes.
+        # fp8 layers hold their weights in two layouts, which are as many bytes.
         layers = products.convert_linears(model) if gpu and isinstance(products, HalfPrecision) else ()
         refresh(layers)
         checkpoint_blocks(model, config.train.activation_checkpointing)
@@ -126,21 +126,21 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
             for block in model.decoder.blocks:
                 block.compile(backend=backend)
         ids = torch.zeros(rows, sequence, dtype=torch.long)
-        ledger = MemoryTracker()
-        with ledger:
-            ledger.watch(model.parameters())
-            ledger.enter([*model.buffers(), ids])
+        tracker = MemoryTracker()
+        with tracker:
+            tracker.watch(model.parameters())
+            tracker.enter([*model.buffers(), ids])
             unlearned = MicroBatch(ids, ids.clone().fill_(cross_entropy.IGNORE_INDEX), None)
-            held = _step(model, unlearned, products, config.train.z_loss, ledger)
+            held = _step(model, unlearned, products, config.train.z_loss, tracker)
         return replace(held, casts=sum(layer.rows.nbytes for layer in layers if layer.rows is not None))
 
 
 @contextlib.contextmanager
-def _pretence(routed: int, gpu: bool) -> Iterator[None]:
-    """Tensors without memory, and the answers that a pass needs from them.
+def _fake_tensors(routed: int, gpu: bool) -> Iterator[None]:
+    """Fake tensors, and the values that a forward pass needs from them.
 
-    routed: rows that go to experts. A pass asks the host one thing only, how many rows each expert has got: all alike here,
-    which changes no sum. gpu: loss and attention do what they do on a GPU. What is compiled here is forgotten afterwards.
+    routed: tokens routed to experts. The only values that a pass reads are the tokens per expert: equal here, which changes no sum.
+    gpu: loss and attention take the paths of a GPU. Compiled code is dropped afterwards.
     """
 
     def balanced(load: Tensor) -> list[int]:
@@ -150,13 +150,15 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(FakeTensorMode())
         stack.enter_context(mock.patch.object(FakeTensor, "tolist", balanced))
-        # Masks that attention remembers from here must not meet real tensors.
+        # Cached attention masks of the dry run must not be used with real tensors.
         stack.enter_context(mock.patch.object(sdpa, "_query_blocks", TensorCache(4)))
         if gpu:
-            # A CPU attends in float32 even where products are in 16 bits.
+            # On a CPU attention is computed in float32 even if matmuls are in 16 bits.
             stack.enter_context(mock.patch.object(sdpa, "HALF_DTYPES", ()))
             stack.enter_context(mock.patch.object(mlp, "is_supported", lambda x, *parameters: compute_dtype(x) in HALF_DTYPES))
             stack.enter_context(mock.patch.dict(cross_entropy._CHUNK_LOGITS, cpu=cross_entropy._CHUNK_LOGITS["cuda"]))
+        # `_step` collects garbage while it counts; frozen, the objects of the imported libraries are not searched each time.
+        gc.freeze()
         torch._dynamo.reset()
         logging.disable(logging.WARNING)
         try:
@@ -164,26 +166,27 @@ def _pretence(routed: int, gpu: bool) -> Iterator[None]:
         finally:
             logging.disable(logging.NOTSET)
             torch._dynamo.reset()
+            gc.unfreeze()
 
 
-def _step(model: Transformer, rows: MicroBatch, products: Precision, z_loss: float, ledger: MemoryTracker) -> StepMemory:
-    """What a step takes beside what is there."""
-    before = ledger.held
+def _step(model: Transformer, rows: MicroBatch, products: Precision, z_loss: float, tracker: MemoryTracker) -> StepMemory:
+    """Bytes of a step beyond those held before it."""
+    before = tracker.held
     with products.autocast():
         hidden = model.hidden(rows.ids)
-    # A compiler leaves what it traced with in cycles of references, which may be collected at any time.
+    # Tracing leaves tensors in reference cycles, which could be collected at any time.
     gc.collect()
-    blocks = ledger.held - before
+    blocks = tracker.held - before
     del hidden
-    ledger.restart()
+    tracker.restart()
     with products.autocast():
         total: Tensor = NextTokenObjective(model, z_loss)(rows).total
-        forward_copies = ledger.copied
-    forward = ledger.peak - before
+        forward_copies = tracker.copied
+    forward = tracker.peak - before
     gc.collect()
-    saved, saved_copies = ledger.held - before, ledger.copied
-    ledger.restart()
+    saved, saved_copies = tracker.held - before, tracker.copied
+    tracker.restart()
     total.backward()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters())
-    working = max(0, ledger.peak - before - max(saved, gradients))
+    working = max(0, tracker.peak - before - max(saved, gradients))
     return StepMemory(forward, saved, working, saved - blocks, forward_copies, saved_copies)

@@ -1,4 +1,4 @@
-"""How many parameters a model has, by part: counted on the model itself, built without memory on the meta device."""
+"""The plan of a run: parameters by part (counted on a model on the meta device), FLOPs, memory, time and cost."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from andromeda.utils.hardware import Hardware
 
 @dataclass(frozen=True)
 class ParameterCount:
-    """Counts; a shared tensor (a tied head) counts once."""
+    """Parameters by part; a shared tensor (a tied head) counts once."""
 
     parts: dict[str, int]
     active: int
-    """Those that take part in computing one token: of a table its one row, of the routed experts the chosen ones."""
+    """Those used for one token: one row of an embedding table, and the selected experts."""
 
     @property
     def total(self) -> int:
@@ -41,12 +41,12 @@ PARTS = (
     ("head", "head."),
     ("embedding", "embedding."),
 )
-"""A parameter belongs to the first part whose mark is in its name; what is left are norms and the weights of mixes."""
+"""A parameter belongs to the first part whose pattern is in its name; the rest are norms and mixing weights."""
 OTHER = "norms and mixes"
 
 
 def count_parameters(model: Transformer) -> ParameterCount:
-    """Parameters of a model, wherever it lies."""
+    """Parameters of a model on any device."""
     parts: dict[str, int] = {}
     for name, parameter in model.named_parameters():
         part = part_of(name)
@@ -55,14 +55,16 @@ def count_parameters(model: Transformer) -> ParameterCount:
 
 
 def part_of(name: str) -> str:
-    """The part that a parameter's name places it in."""
+    """The part that a parameter belongs to, by its name."""
     dotted = f".{name}"
     return next((part for part, mark in PARTS if mark in dotted), OTHER)
 
 
 def _idle(model: Transformer) -> int:
-    """Numbers that take no part in computing one token, as the parts say: rows of tables, experts. A table that is also the head is
-    read whole; of a table of a user's own all rows but one are idle."""
+    """Parameters not used for one token, as reported by the parts: rows of embedding tables, experts.
+
+    A tied table is read whole by the head; of a user-defined table all rows but one are idle.
+    """
     idle = 0
     for module in model.modules():
         if getattr(module, "weight", None) is model.head.weight:
@@ -75,18 +77,18 @@ def _idle(model: Transformer) -> int:
 
 
 DEFAULT_MFU = 0.4
-"""Share of the vendor's peak that a run is taken to reach, unless told otherwise."""
+"""Assumed fraction of the vendor's peak FLOP/s."""
 
 
 @dataclass(frozen=True)
 class HardwareSetup:
-    """Where a run would be."""
+    """Devices that a run would use."""
 
     hardware: Hardware
     gpu: bool
     mesh: DeviceMeshShape
     price: float = 0.0
-    """Dollars of one GPU for one hour."""
+    """Dollars per GPU-hour."""
     mfu: float = DEFAULT_MFU
 
 
@@ -95,23 +97,23 @@ class FlopsPerToken:
     """Per token."""
 
     forward: dict[str, float]
-    """By part, attention counted by its mask."""
+    """By part; attention by its mask."""
     training: float
-    """Model FLOPs, mask counted."""
+    """Model FLOPs, attention by its mask."""
     training_full: float
-    """The same with attention counted in full, the convention of PaLM and Megatron."""
+    """The same with full attention, the convention of PaLM and Megatron."""
     hardware: float
-    """With everything that is computed twice."""
+    """Including recomputation."""
 
 
 @dataclass(frozen=True)
 class RunCost:
-    """A whole run."""
+    """Time and cost of a whole run."""
 
     tokens: int
     steps: int
     floor_hours: float | None
-    """At the rate of arithmetic alone."""
+    """Compute bound."""
     hours: float | None
     """At the assumed MFU."""
     cost: float | None
@@ -120,16 +122,16 @@ class RunCost:
 
 @dataclass(frozen=True)
 class RunPlan:
-    """What a run needs; bytes, seconds, FLOPs, dollars."""
+    """What a run needs, in bytes, seconds, FLOPs and dollars."""
 
     name: str
     precision: str
     compiled: bool
     sequence: int
     rows: int
-    """Of one step."""
+    """Batch size."""
     micro_rows: int
-    """Of one forward pass on one GPU."""
+    """Micro-batch size on one GPU."""
     checkpointing: str
     optimizer: str
     parameters: ParameterCount
@@ -138,16 +140,22 @@ class RunPlan:
     checkpoint: CheckpointSize
     cache_per_token: int
     cache_full: int
-    """Of one sequence at the model's context."""
+    """Of one sequence of max_seq_len tokens."""
     context: int
     step_floor: float | None
     serving: ServingRoofline | None
     traffic: CommunicationVolume
     budget: RunCost
+    memory_is_bound: bool = False
+    """Whether `memory` is an upper bound: that of the same run without torch.compile."""
 
 
-def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) -> RunPlan:
-    """Everything about one run. tokens: of the whole run (0: as configured). Raises ConfigError."""
+def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, quick: bool = False) -> RunPlan:
+    """The plan of one run.
+
+    tokens: of the whole run (0: as configured). quick: memory of a run that would be compiled is bounded by that of eager execution,
+    which takes a fraction of the time to find; its plan has `memory_is_bound`. Raises ConfigError.
+    """
     train, mesh = config.train, place.mesh
     sequence = train.seq_len or config.model.max_seq_len
     _, micro = local_batch_sizes(config, mesh)
@@ -155,7 +163,8 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) ->
     compiled = train.compile != "off" if place.gpu else should_compile(config, torch.device("cpu"))
     model = meta_model(config.model)
     parameters, state = count_parameters(model), state_bytes(model, train)
-    held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
+    bound = quick and compiled
+    held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled and not bound)
     cached = decode_state(config.model)
     floor = seconds_per_step(config, sequence, place.hardware, precision, mesh.gpus)
     return RunPlan(
@@ -177,6 +186,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0) ->
         step_floor=floor,
         serving=serving_roofline(config.model, parameters.active, place.hardware, precision),
         traffic=communication_volume(config, mesh, parameters.total, sequence),
+        memory_is_bound=bound,
         budget=_budget(config, sequence, place, precision, floor, tokens),
     )
 

@@ -1,6 +1,7 @@
-"""Bytes that training keeps between steps: weights, gradients, optimizer state and average, tensor by tensor.
+"""Memory of training on one GPU of a mesh, of checkpoints, and of serving.
 
-Weights and gradients are float32 in every precision; what varies with it is computed in passing (see activations).
+The training state (weights, gradients, optimizer state, moving average) is counted tensor by tensor. Weights and gradients are float32
+in every precision; activation memory, which depends on the precision, is that of the dry run.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ from andromeda.plan.memory_tracker import MemoryTracker
 
 @dataclass(frozen=True)
 class TrainStateBytes:
-    """Bytes by kind."""
+    """Bytes of the training state by kind."""
 
     weights: int
     """Parameters and buffers."""
     gradients: int
     optimizer: int
     average: int
-    """The moving average of the weights, if there is one."""
+    """The moving average of the weights, if enabled."""
 
     @property
     def total(self) -> int:
-        """All of it, as it is when an update begins."""
+        """All of it, when an update begins."""
         return self.weights + self.gradients + self.optimizer + self.average
 
 
@@ -62,50 +63,50 @@ HALF = 2
 
 @dataclass(frozen=True)
 class TrainingMemory:
-    """Bytes on one GPU."""
+    """Bytes of training on one GPU."""
 
     state: TrainStateBytes
-    """Its share."""
+    """Its shard of the training state."""
     passing: StepMemory
-    """Of its micro-batch, tensor parallelism divided out."""
+    """Activation memory of its micro-batch, divided by tensor parallelism."""
     gathered: int
-    """fsdp: two blocks' weights, the one in use and the next."""
+    """FSDP: gathered weights of two blocks, the current and the next."""
     updating: int
-    """What the optimizer takes for a moment."""
+    """Temporaries of the optimizer."""
     peak: int
-    """The worst moment of a step."""
+    """Peak of a step."""
 
 
 @dataclass(frozen=True)
 class CheckpointSize:
-    """What saving costs."""
+    """Disk and host memory of checkpoints."""
 
     disk: int
-    """Bytes of one checkpoint: weights, optimizer state, average."""
+    """Bytes of one checkpoint: weights, optimizer state, moving average."""
     disk_peak: int
-    """While the next one is written beside those that are kept."""
+    """While the next one is written in addition to those that are kept."""
     host: int
-    """Memory on the host while saving from a GPU: the largest part, copied there whole."""
+    """Host memory while saving from a GPU: its largest part is copied whole."""
 
 
 def training_memory(
     config: RunConfig, mesh: DeviceMeshShape, model: Transformer, passing: StepMemory, state: TrainStateBytes, gpu: bool
 ) -> TrainingMemory:
-    """Divide what one device would hold over a mesh, and find the peak."""
+    """Divide the memory of one device over a mesh, and compute the peak."""
     sharded = mesh.fsdp * mesh.tp
     own = TrainStateBytes(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
     moving = _divided(passing, mesh)
     block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
     gathered = 2 * block * WEIGHT_BYTES // mesh.tp if mesh.fsdp > 1 else 0
     updating = update_bytes(model, config.train.optim, gpu) // sharded
-    accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.readers
+    accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.data_ranks
     kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return TrainingMemory(own, moving, gathered, updating, peak)
 
 
 def _divided(passing: StepMemory, mesh: DeviceMeshShape) -> StepMemory:
-    """Cut by tensor parallelism; with fsdp, weights are gathered in the type of products and given up again: no copies stay."""
+    """Divided by tensor parallelism. With FSDP, weights are gathered in the compute dtype and freed again: no copies stay."""
     lean = passing
     if mesh.fsdp > 1:
         forward, saved = passing.forward - passing.forward_copies, passing.saved - passing.saved_copies
@@ -141,18 +142,18 @@ def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
 
 
 def checkpoint_size(state: TrainStateBytes, keep: int) -> CheckpointSize:
-    """Weights, optimizer state and average go to disk; gradients do not."""
+    """Weights, optimizer state and moving average are saved; gradients are not."""
     disk = state.weights + state.optimizer + state.average
     return CheckpointSize(disk, (keep + 1) * disk, max(state.weights, state.optimizer, state.average))
 
 
 def cache_bytes(model: ModelConfig, tokens: int = 1) -> int:
-    """What the decode state of one sequence grows by over `tokens` tokens, in bfloat16: keys and values of attention layers."""
+    """Growth of the decode state of one sequence over `tokens` tokens, in bfloat16: keys and values of attention layers."""
     return decode_state(model).per_token * tokens
 
 
 def decode_state(model: ModelConfig, *, mixers_only: bool = False) -> CacheBytes:
-    """Decode state of one sequence in bfloat16, summed over what the parts of the model say.
+    """Decode state of one sequence in bfloat16, summed over the parts of the model.
 
     mixers_only: of the token mixers alone, without the last vectors of token shifts.
     """

@@ -1,4 +1,4 @@
-"""Counts the bytes that tensor operations hold, on tensors without memory as on real ones."""
+"""Counts the bytes held by the results of tensor operations, on fake tensors as on real ones."""
 
 from __future__ import annotations
 
@@ -15,10 +15,7 @@ CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.d
 
 
 class MemoryTracker(TorchDispatchMode):
-    """While active: every storage that an operation returns counts from then until nothing refers to it.
-
-    What a kernel takes for itself within one operation is not seen.
-    """
+    """While active, every storage that an operation returns counts until nothing refers to it. Workspaces of kernels are not seen."""
 
     supports_higher_order_operators = True
 
@@ -31,11 +28,11 @@ class MemoryTracker(TorchDispatchMode):
 
     @classmethod
     def is_infra_mode(cls) -> bool:
-        """It changes no result, so torch.compile may go on under it."""
+        """It changes no result, so torch.compile may trace under it."""
         return True
 
     def enter(self, tensors: Iterable[Tensor]) -> None:
-        """Count tensors that were there before."""
+        """Count existing tensors."""
         for tensor in tensors:
             storage = tensor.untyped_storage()
             if storage._cdata not in self._sizes:
@@ -45,18 +42,18 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
     def watch(self, weights: Iterable[Tensor]) -> None:
-        """Count tensors that were there before, and know copies of them in another type."""
+        """Count existing weights, and recognize their copies in another dtype."""
         weights = list(weights)
         self.enter(weights)
         self._weights |= {weight.untyped_storage()._cdata for weight in weights}
 
     @property
     def copied(self) -> int:
-        """Bytes of the copies of watched tensors."""
+        """Bytes of copies of watched weights."""
         return sum(self._sizes.get(copy, 0) for copy in self._copies)
 
     def restart(self) -> None:
-        """Forget the peak so far."""
+        """Reset the peak to what is held now."""
         self.peak = self.held
 
     def _leave(self, storage: int) -> None:

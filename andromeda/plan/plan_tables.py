@@ -1,4 +1,4 @@
-"""A plan as lines of text: one quantity a line, one column a configuration."""
+"""Tables of plans: one line per quantity, one column per configuration."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ Reader = Callable[[RunPlan], str]
 
 
 def sections(plans: Sequence[RunPlan], gpus: int, mfu: float) -> list[tuple[str, list[Line]]]:
-    """Titles with their lines; quantities that no plan has are left out."""
+    """All tables, each a title and its lines; quantities that no plan has are left out."""
     built = [
         ("Parameters", _parameters(plans)),
         ("Forward FLOPs per token, by part", _forward(plans)),
-        ("FLOPs per trained token", _lines(plans, TRAINING)),
-        ("Memory of training, on each GPU", _lines(plans, MEMORY)),
-        ("A checkpoint", _lines(plans, CHECKPOINT)),
-        ("Serving one sequence on one GPU, in bf16", _lines(plans, SERVING) + _beside(plans)),
+        ("Training FLOPs per token", _lines(plans, TRAINING)),
+        ("Training memory per GPU", _lines(plans, MEMORY)),
+        ("Checkpoint", _lines(plans, CHECKPOINT)),
+        ("Serving one sequence on one GPU, in bf16", _lines(plans, SERVING) + _relative(plans)),
         (f"Time and cost on {gpus} GPU{'s' if gpus > 1 else ''}", _lines(plans, _time(mfu))),
     ]
     if gpus > 1:
-        built.append(("Sent by each GPU in one step (computed, not measured)", _lines(plans, TRAFFIC)))
+        built.append(("Communication per GPU and step (computed, not measured)", _lines(plans, TRAFFIC)))
     return built
 
 
@@ -37,7 +37,7 @@ def count(number: float) -> str:
 
 
 def flops(number: float) -> str:
-    """With the prefix that reads best: 6.27 G."""
+    """With an SI prefix: 6.27 G."""
     return count(number).replace("B", "G")
 
 
@@ -50,7 +50,7 @@ def size(number: float) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """In the unit that reads best."""
+    """In the largest suitable unit."""
     if seconds is None:
         return "unknown"
     for unit, name in ((86400 * 365.25, "years"), (86400, "days"), (3600, "h"), (60, "min"), (1, "s"), (1e-3, "ms"), (1e-6, "µs")):
@@ -86,13 +86,13 @@ def _forward(plans: Sequence[RunPlan]) -> list[Line]:
     return [*_table(_union(columns), columns, flops), ("all", *(flops(sum(column.values())) for column in columns))]
 
 
-def _beside(plans: Sequence[RunPlan]) -> list[Line]:
-    """How many times the first one's memory the others take."""
+def _relative(plans: Sequence[RunPlan]) -> list[Line]:
+    """Serving memory relative to the first configuration."""
     first = plans[0]
     ratios: dict[str, Reader] = {
-        f"weights, times {first.name}'s": lambda p: f"{p.parameters.total / first.parameters.total:.1f}",
-        f"cache of one token, times {first.name}'s": lambda p: f"{p.cache_per_token / first.cache_per_token:.1f}",
-        f"weights and full cache, times {first.name}'s": lambda p: f"{_served_bytes(p) / _served_bytes(first):.1f}",
+        f"weights, relative to {first.name}": lambda p: f"{p.parameters.total / first.parameters.total:.1f}",
+        f"KV cache per token, relative to {first.name}": lambda p: f"{p.cache_per_token / first.cache_per_token:.1f}",
+        f"weights and full KV cache, relative to {first.name}": lambda p: f"{_served_bytes(p) / _served_bytes(first):.1f}",
     }
     return _lines(plans, ratios) if len(plans) > 1 else []
 
@@ -105,25 +105,45 @@ def _served(figure: str) -> Reader:
     return lambda plan: duration(getattr(plan.serving, figure, None))
 
 
+def summary(plans: Sequence[RunPlan], mfu: float) -> list[Line]:
+    """The answer in short: size, peak memory, time and cost."""
+    return _lines(plans, SUMMARY | _summary_time(mfu))
+
+
+SUMMARY: dict[str, Reader] = {
+    "parameters": lambda p: f"{p.parameters.total:,}",
+    "training FLOPs per token": lambda p: flops(p.flops.training),
+    "KV cache per token, bf16": lambda p: size(p.cache_per_token),
+    "training state per GPU": lambda p: size(p.memory.state.total),
+    "peak memory per GPU": lambda p: f"{'at most ' if p.memory_is_bound else ''}{size(p.memory.peak)}",
+    "tokens": lambda p: f"{count(p.budget.tokens)} in {p.budget.steps:,} steps",
+}
+
+
+def _summary_time(mfu: float) -> dict[str, Reader]:
+    *_, (time, read_time), (cost, read_cost) = _time(mfu).items()
+    return {time: read_time, cost: lambda p: read_cost(p) or "give --price"}
+
+
 TRAINING: dict[str, Reader] = {
-    "sequence": lambda p: f"{p.sequence:,}",
+    "sequence length": lambda p: f"{p.sequence:,}",
     "model FLOPs (attention by its mask)": lambda p: flops(p.flops.training),
-    "model FLOPs (attention in full)": lambda p: flops(p.flops.training_full),
-    "hardware FLOPs (with what is computed twice)": lambda p: flops(p.flops.hardware),
+    "model FLOPs (full attention)": lambda p: flops(p.flops.training_full),
+    "hardware FLOPs (with recomputation)": lambda p: flops(p.flops.hardware),
 }
 
 MEMORY: dict[str, Reader] = {
-    "rows of a micro-batch": lambda p: f"{p.micro_rows} of {p.sequence:,}",
-    "precision of products": lambda p: p.precision + (", compiled" if p.compiled else ""),
+    "micro-batch": lambda p: f"{p.micro_rows} x {p.sequence:,}",
+    "compute dtype": lambda p: p.precision + (", compiled" if p.compiled else ""),
     "weights": lambda p: size(p.memory.state.weights),
-    "weights as products read them": lambda p: size(p.memory.passing.casts),
+    "weights in the compute dtype": lambda p: size(p.memory.passing.casts),
     "gradients": lambda p: size(p.memory.state.gradients),
     "optimizer": lambda p: f"{size(p.memory.state.optimizer)} ({p.optimizer})",
     "moving average": lambda p: size(p.memory.state.average),
-    "saved for the backward pass": lambda p: f"{size(p.memory.passing.saved)} (checkpointing {p.checkpointing})",
-    "of that, copies of weights": lambda p: size(p.memory.passing.saved_copies),
-    "of that, by the loss": lambda p: size(p.memory.passing.loss),
-    "gathered weights": lambda p: size(p.memory.gathered),
+    "activations saved for backward": lambda p: f"{size(p.memory.passing.saved)} (checkpointing {p.checkpointing})",
+    "  of which copies of weights": lambda p: size(p.memory.passing.saved_copies),
+    "  of which by the loss": lambda p: size(p.memory.passing.loss),
+    "gathered weights (FSDP)": lambda p: size(p.memory.gathered),
     "peak": lambda p: size(p.memory.peak),
 }
 
@@ -135,13 +155,13 @@ CHECKPOINT: dict[str, Reader] = {
 
 SERVING: dict[str, Reader] = {
     "weights": lambda p: size(HALF * p.parameters.total),
-    "cache of one token": lambda p: size(p.cache_per_token),
+    "KV cache per token": lambda p: size(p.cache_per_token),
     "context": lambda p: f"{p.context:,}",
-    "cache of a full context": lambda p: size(p.cache_full),
-    "weights and full cache": lambda p: size(_served_bytes(p)),
-    "prefill of a full context, at least": _served("prefill"),
-    "one token at a short context, at least": _served("token"),
-    "one token at a full context, at least": _served("token_full"),
+    "KV cache of a full context": lambda p: size(p.cache_full),
+    "weights and full KV cache": lambda p: size(_served_bytes(p)),
+    "prefill of a full context (roofline)": _served("prefill"),
+    "decoding, short context (roofline)": _served("token"),
+    "decoding, full context (roofline)": _served("token_full"),
 }
 
 TRAFFIC: dict[str, Reader] = {
@@ -153,11 +173,11 @@ TRAFFIC: dict[str, Reader] = {
 
 def _time(mfu: float) -> dict[str, Reader]:
     return {
-        "tokens of a step": lambda p: f"{p.rows * p.sequence:,}",
-        "one step, at least": lambda p: duration(p.step_floor),
+        "tokens per step": lambda p: f"{p.rows * p.sequence:,}",
+        "step (roofline)": lambda p: duration(p.step_floor),
         "steps": lambda p: f"{p.budget.steps:,}",
         "tokens": lambda p: count(p.budget.tokens),
-        "run, at least": lambda p: _hours(p.budget.floor_hours),
+        "run (roofline)": lambda p: _hours(p.budget.floor_hours),
         f"run at an MFU of {mfu:.0%}": lambda p: _hours(p.budget.hours),
         f"cost at an MFU of {mfu:.0%}": lambda p: "" if p.budget.cost is None else f"${p.budget.cost:,.0f}",
     }

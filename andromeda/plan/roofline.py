@@ -1,4 +1,4 @@
-"""Least times that arithmetic and memory allow, and what a run costs."""
+"""Roofline times of training and serving: bounds by compute and by memory bandwidth."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from andromeda.plan.memory import HALF, decode_state
 from andromeda.utils.hardware import Hardware
 
 FP8_PARTS = ("query", "key", "value", "out", "feed-forward", "experts", "shared experts")
-"""Products that fp8 training computes in 8 bits; scores, head and router stay in bfloat16."""
+"""Matmuls that fp8 training computes in fp8; attention, head and router stay in bfloat16."""
 
 
 @dataclass(frozen=True)
@@ -19,15 +19,15 @@ class ServingRoofline:
     """Least seconds for one sequence on one GPU."""
 
     prefill: float
-    """Arithmetic of a prompt that fills the context."""
+    """Compute bound of a prompt that fills the context."""
     token: float
-    """One token of decoding at a short context: every active weight is read once."""
+    """One decoded token at a short context: every active weight is read once."""
     token_full: float
-    """The same with a full cache, which is read as well."""
+    """The same with a full KV cache, which is also read."""
 
 
 def seconds_per_step(config: RunConfig, sequence: int, hardware: Hardware, precision: str, gpus: int) -> float | None:
-    """Arithmetic alone, everything recomputed included; None where the device has no such rate."""
+    """Compute bound of a step, including recomputation; None if the device has no such precision."""
     rate, eight = hardware.rate("bf16" if precision == "fp8" else precision), hardware.rate("fp8")
     if rate is None or (precision == "fp8" and eight is None):
         return None
@@ -42,7 +42,7 @@ def seconds_per_step(config: RunConfig, sequence: int, hardware: Hardware, preci
 
 
 def serving_roofline(model: ModelConfig, active: int, hardware: Hardware, precision: str) -> ServingRoofline | None:
-    """Least times of reading and writing text at the model's context."""
+    """Roofline of prefill and decoding at the model's context."""
     rate = hardware.rate("bf16" if precision == "fp8" else precision)
     if rate is None:
         return None

@@ -67,12 +67,12 @@ def tiny(tmp_path: Path, corpus: Path) -> str:
     return str(tmp_path / "tiny.toml")
 
 
-def arms(*changes: str) -> tuple[Variant, ...]:
+def variants(*changes: str) -> tuple[Variant, ...]:
     return tuple(Variant(name=change, changes=(change,)) for change in changes)
 
 
 def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
-    grid = AblationGrid(budget="flops", arm=arms("model.feedforward.mlp_ratio=8.0", "train.batch_size=4", "model.num_layers=4"))
+    grid = AblationGrid(budget="flops", variant=variants("model.feedforward.mlp_ratio=8.0", "train.batch_size=4", "model.num_layers=4"))
     planned = with_budget(plan_variants(tiny, ["train.steps=2000"], grid), grid, {})
     spent = [p.config.train.steps * p.config.train.batch_size * 32 * p.flops for p in planned]
     assert spent == pytest.approx([spent[0]] * 4, rel=2e-3)
@@ -110,20 +110,22 @@ def test_a_schedule_keeps_its_shape_at_any_length(tiny: str) -> None:
 
 def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -> None:
     grid = AblationGrid(
-        arm=(
+        variant=(
             Variant(name="adam", changes=("train.optim.kind=adamw", "train.optim.lr=0.01")),
-            Variant(name="clipped", changes=("train.clip.limit=0.5",), on="adam"),
-            Variant(name="half", changes=("model.block.kind=parallel",), share=0.5),
+            Variant(name="clipped", changes=("train.clip.limit=0.5",), compared_with="adam"),
+            Variant(name="half", changes=("model.block.kind=parallel",), budget_share=0.5),
             Variant(name="cost alone", changes=("model.attention.backend=eager",), train=False),
         ),
         seeds=(3, 5),
     )
     planned = with_budget(plan_variants(tiny, [], grid), grid, {})
-    by_name = {plan.arm.name: plan.config for plan in planned}
+    by_name = {plan.variant.name: plan.config for plan in planned}
     assert (by_name["clipped"].train.optim.lr, by_name["clipped"].train.clip.limit) == (0.01, 0.5)
     assert by_name["half"].train.steps == 10
     jobs = jobs_of(planned, grid.seeds, tmp_path)
-    assert [(job.arm, job.seed) for job in jobs] == [(arm, seed) for arm in ("baseline", "adam", "clipped", "half") for seed in (3, 5)]
+    assert [(job.variant, job.seed) for job in jobs] == [
+        (variant, seed) for variant in ("baseline", "adam", "clipped", "half") for seed in (3, 5)
+    ]
     assert {job.config.seed for job in jobs} == {3, 5}
     assert len({job.folder for job in jobs}) == len(jobs)
 
@@ -131,7 +133,7 @@ def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -
 def test_values_are_divided_at_commas_outside_brackets() -> None:
     assert split("1,2.5, x") == ["1", "2.5", "x"]
     assert split("[0.8, 0.9],[0.9,0.95]") == ["[0.8, 0.9]", "[0.9,0.95]"]
-    assert [arm.changes for arm in variants_of(["model.num_layers=1,2"])] == [("model.num_layers=1",), ("model.num_layers=2",)]
+    assert [variant.changes for variant in variants_of(["model.num_layers=1,2"])] == [("model.num_layers=1",), ("model.num_layers=2",)]
 
 
 def test_slots_are_one_for_the_cpu_unless_more_are_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -141,8 +143,8 @@ def test_slots_are_one_for_the_cpu_unless_more_are_asked_for(monkeypatch: pytest
 
 
 def table(out: Path) -> list[Any]:
-    """What must not depend on how often a study was interrupted."""
-    rows = json.loads((out / "results.json").read_text())["arms"]
+    """What must not depend on how often an ablation was interrupted."""
+    rows = json.loads((out / "results.json").read_text())["variants"]
     runs = [{seed: (run["loss"], run["steps"], run["tokens"], run["curve"]) for seed, run in row["runs"].items()} for row in rows]
     return [[row["name"], row["mean"], row["effect"], row["corrected_p"], row["verdict"]] for row in rows] + runs
 
@@ -152,7 +154,7 @@ STUDY = ["--vary", "model.block.kind=parallel", "--seeds", "2", "--timing-steps"
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
-    """A study that nothing interrupted."""
+    """An ablation that was not interrupted."""
     place = tmp_path_factory.mktemp("whole")
     (place / "tiny.toml").write_text(CONFIG + f'[data]\ncorpus = "{corpus}"\n')
     assert call("ablate", str(place / "tiny.toml"), *STUDY, "--out", str(place / "out")) == 0
@@ -169,13 +171,13 @@ def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int,
         start_new_session=True,
     )
     until = time.monotonic() + 120
-    while not list(out.glob("*/outcome.json")) and time.monotonic() < until:
+    while not list(out.glob("*/result.json")) and time.monotonic() < until:
         time.sleep(0.02)
     workers = psutil.Process(process.pid).children(recursive=True)
     process.send_signal(number)
     assert process.wait(120) == code
     assert psutil.wait_procs(workers, 60)[1] == []
-    first = {path: path.stat().st_mtime_ns for path in out.glob("*/outcome.json")}
+    first = {path: path.stat().st_mtime_ns for path in out.glob("*/result.json")}
     assert 0 < len(first) < 4
     assert call("ablate", *asked, "--out", str(out)) == 0
     assert all(path.stat().st_mtime_ns == made for path, made in first.items())
@@ -205,7 +207,7 @@ def test_costs_and_json(tiny: str, tmp_path: Path, capfd: pytest.CaptureFixture[
         == 0
     )
     results = json.loads(capfd.readouterr().out)
-    base, deep = results["arms"]
+    base, deep = results["variants"]
     assert deep["verdict"] == "one seed: no verdict"
     assert deep["time_ratio"] == pytest.approx(deep["cost"]["step_seconds"] / base["cost"]["step_seconds"])  # batches are equal
     assert deep["memory_ratio"] == pytest.approx(deep["cost"]["peak_bytes"] / base["cost"]["peak_bytes"])
@@ -220,25 +222,25 @@ def test_a_run_that_diverges_is_no_matter_of_means(tiny: str, tmp_path: Path) ->
     out = tmp_path / "out"
     wild = ["--vary", "train.optim.lr=1e18", "train.spike_guard.enabled=false", "train.clip.kind=none"]
     assert call("ablate", tiny, *wild, "--seeds", "2", "--timing-steps", "0", "--out", str(out)) == 0
-    arm = json.loads((out / "results.json").read_text())["arms"][1]
-    assert (arm["verdict"], arm["effect"], arm["mean"]) == ("diverges: 2 of 2 runs", None, None)
+    variant = json.loads((out / "results.json").read_text())["variants"][1]
+    assert (variant["verdict"], variant["effect"], variant["mean"]) == ("diverges: 2 of 2 runs", None, None)
 
 
 REFUSED = [
     ([], "nothing to compare"),
     (["--vary", "model.block.kind"], "write key.path=value,value"),
-    (["--vary", "model.block.kind=sideways"], "Arm 'block.kind=sideways' is refused: model.block.kind must be one of"),
+    (["--vary", "model.block.kind=sideways"], "Variant 'block.kind=sideways' is refused: model.block.kind must be one of"),
     (["--vary", "model.attention.num_kv_heads=3"], "is not a multiple"),
     (["--vary", "train.batch_size=2"], "is the same run as 'baseline'"),
-    (["--vary", "model.num_layers=1,1"], "Two arms"),
+    (["--vary", "model.num_layers=1,1"], "Two variants"),
     (["--vary", "model.num_layers=1", "--budget", "money"], "budget must be one of tokens, flops, seconds"),
     (["--vary", "model.num_layers=1", "--budget", "seconds"], "--budget-amount"),
     (["--vary", "model.num_layers=1", "--grid", "missing.toml"], "cannot be read"),
     (["--vary", "model.num_layers=1", "data.corpus="], "data.corpus is empty"),
     (["--vary", "model.num_layers=1", "data.corpus=nowhere"], "There is no corpus at nowhere"),
-    (["--vary", "model.vocab_size=100"], "Arm 'vocab_size=100' is refused: The corpus has 257 tokens"),
-    (["--vary", "train.steps=10"], "sets train.steps, which follows from the budget"),
-    (["--vary", "seed=5"], "sets seed, which follows from the grid's seeds"),
+    (["--vary", "model.vocab_size=100"], "Variant 'vocab_size=100' is refused: The corpus has 257 tokens"),
+    (["--vary", "train.steps=10"], "sets train.steps, which is decided by the budget"),
+    (["--vary", "seed=5"], "sets seed, which is decided by the grid's seeds"),
     (["--vary", "model.num_layers=1", "--seeds", "0"], "--seeds"),
 ]
 
@@ -257,14 +259,18 @@ def test_wrong_inputs_are_one_sentence_and_nothing_runs(
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"arms": []}, "there is no key arms"),
-        ({"arm": [{"nam": "x"}]}, "nam"),
-        ({"arm": [{"name": "x", "on": "y"}]}, "no arm above it"),
-        ({"arm": [{"name": "baseline"}]}, "Two arms"),
-        ({"arm": [{"name": "x"}], "seeds": [1, 1]}, "different whole numbers"),
-        ({"arm": [{"name": "x"}], "seeds": []}, "one at least"),
-        ({"arm": [{"name": " "}]}, "needs a name"),
-        ({"arm": [{"name": "x"}], "budget": "seconds", "amount": 9, "cost": ["train.batch_size=64"]}, "leave cost out"),
+        ({"variants": []}, "there is no key variants"),
+        ({"arm": [{"name": "x"}]}, "arm is now called variant"),
+        ({"variant": [{"name": "x", "on": "baseline"}]}, "on is now called compared_with"),
+        ({"variant": [{"name": "x", "share": 2.0}]}, "share is now called budget_share"),
+        ({"spread": "own"}, "spread is now called variance"),
+        ({"variant": [{"nam": "x"}]}, "nam"),
+        ({"variant": [{"name": "x", "compared_with": "y"}]}, "no variant above it"),
+        ({"variant": [{"name": "baseline"}]}, "Two variants"),
+        ({"variant": [{"name": "x"}], "seeds": [1, 1]}, "different whole numbers"),
+        ({"variant": [{"name": "x"}], "seeds": []}, "one at least"),
+        ({"variant": [{"name": " "}]}, "needs a name"),
+        ({"variant": [{"name": "x"}], "budget": "seconds", "amount": 9, "cost": ["train.batch_size=64"]}, "leave cost out"),
     ],
 )
 def test_wrong_grids_are_refused(values: dict[str, Any], said: str) -> None:
@@ -272,7 +278,7 @@ def test_wrong_grids_are_refused(values: dict[str, Any], said: str) -> None:
         grid_from_values(values)
 
 
-def test_another_study_in_the_same_folder_is_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_ablation_in_the_same_folder_is_refused(tiny: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "out" / "baseline-s0").mkdir(parents=True)
     (tmp_path / "out" / "baseline-s0" / "config.toml").write_text(Path(tiny).read_text())
     assert call("ablate", tiny, "model.hidden_size=32", "--vary", "model.num_layers=1", "--out", str(tmp_path / "out")) == 2
@@ -287,22 +293,30 @@ def test_runs_of_other_data_are_not_mixed(tiny: str, tmp_path: Path, capsys: pyt
     build([str(Path(__file__).parents[1] / "optim")], tmp_path / "other", other)
     assert call(*asked, f"data.corpus={tmp_path / 'other'}") == 2
     assert "was trained on other data" in capsys.readouterr().err
-    # The same corpus elsewhere is the same study.
+    # The same corpus elsewhere is the same ablation.
     shutil.copytree(load(tiny).data.corpus, tmp_path / "moved")
-    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/outcome.json")}
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")}
     assert call(*asked, f"data.corpus={tmp_path / 'moved'}") == 0
-    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/outcome.json")} == before
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").glob("*/result.json")} == before
 
 
 def row(name: str, losses: list[float | None], **others: Any) -> dict[str, Any]:
-    """An arm of results.json whose runs fall on straight lines from 5.0 at step 0 to `losses` at step 10."""
+    """A variant of results.json whose runs fall on straight lines from 5.0 at step 0 to `losses` at step 10."""
     runs = {}
     for seed, loss in enumerate(losses):
         curve = [[step, None if loss is None else 5 + (loss - 5) * step / 10] for step in (0, 5, 10)]
         runs[str(seed)] = {"loss": loss, "curve": curve, "tokens": 1000}
     finite = [loss for loss in losses if loss is not None]
     return {
-        **{"name": name, "on": "baseline", "label": "A6", "share": 1.0, "train": True, "steps": 10, "parameters": 1_500_000},
+        **{
+            "name": name,
+            "compared_with": "baseline",
+            "label": "A6",
+            "budget_share": 1.0,
+            "train": True,
+            "steps": 10,
+            "parameters": 1_500_000,
+        },
         **{"mean": sum(finite) / len(finite) if finite else None, "deviation": 0.1, "spent": 100.0, "runs": runs},
         **{"effect": {"mean": -0.5, "low": -0.6, "high": -0.4, "spread": 0.1, "p": 0.01}, "corrected_p": 0.02, "verdict": "better"},
         **{"cost": None, "time_ratio": None, "memory_ratio": None, "size_ratio": 1.0},
@@ -321,45 +335,45 @@ def test_clipping_is_judged_at_each_sides_own_best_rate() -> None:
     assert clipping_table.reached(pairs[1][1], 1.4) is None
     said = clipping_table.best(pairs)
     assert said.startswith(
-        "Without clipping, the best rate is 1e-3 (the lowest tried) with 3.0000 (2), and all runs stay finite up to 1e-2"
+        "Without clipping, the best learning rate is 1e-3 (the lowest tried) with 3.0000 (2), and all runs stay finite up to 1e-2"
     )
-    assert "clipped, the best rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1 (the highest tried)" in said
-    assert said.endswith("met by the best clipped runs after 6 of 10 steps.")
+    assert "clipped, the best learning rate is 1e-2 with 1.5000 (2), and all runs stay finite up to 1e-1 (the highest tried)" in said
+    assert said.endswith("The best clipped runs reach the best loss without clipping after 6 of 10 steps.")
     base = row("baseline", [3.0, 3.0], label="", **NO_EFFECT)
     scrambled = [base, *(one for pair in (*pairs[1:], pairs[0]) for one in pair)]
-    body = [line for line in clipping_table.section({"arms": scrambled}) if line.startswith("| 1e")]
-    assert said in clipping_table.section({"arms": scrambled})
+    body = [line for line in clipping_table.section({"variants": scrambled}) if line.startswith("| 1e")]
+    assert said in clipping_table.section({"variants": scrambled})
     assert [line.split(" | ")[-1] for line in body] == ["10 of 10 |", "6 of 10 |", "not reached |"]
     assert "1 diverged" in body[2]
-    assert list(clipping_table.section({"arms": [base]})) == []
+    assert list(clipping_table.section({"variants": [base]})) == []
 
 
 def test_a_page_tells_what_was_not_run() -> None:
     results = {
-        "arms": [
+        "variants": [
             row("baseline", [3.0, 3.1], label="", **NO_EFFECT),
-            row("SwiGLU", [2.5, 2.6], label="A19"),
+            row("SwiGLU", [2.5, 2.6], label="Llama-style model"),
             row("value embeddings", [], label="A16", **NO_EFFECT),
         ],
-        **{"metric": "loss", "seeds": [0, 1], "budget": "tokens", "spread": "own", "command": "andromeda ablate", "date": "a day"},
+        **{"metric": "loss", "seeds": [0, 1], "budget": "tokens", "variance": "own", "command": "andromeda ablate", "date": "a day"},
         **{"machine": {"gpu": None, "cpu": "a CPU"}, "versions": {"torch": "2"}},
     }
     text = page([results], "What this is.")
-    assert "| A19 | Llama-style model | measured |" in text
-    assert "| A16 | Value embeddings | – |" in text  # noqa: RUF001
-    assert "Arms of the grids that these results hold no run of: 1.5 M: value embeddings." in text
+    assert "| Llama-style model | measured |" in text
+    assert "| Value embeddings | – |" in text  # noqa: RUF001
+    assert "Variants of the grids without a run in these results: 1.5 M: value embeddings." in text
     assert "| value embeddings |" not in text
     assert '"better" and "worse" hold at 5 % for all 1 comparisons' in text
 
 
 def test_budgets_that_whole_steps_cannot_make_equal_are_told() -> None:
-    arms = [row("baseline", [3.0]), row("x", [3.0], spent=101.0), row("half", [3.0], spent=50.0, share=0.5)]
-    assert evenness({"arms": arms}) == " (to 1 %, as whole steps allow)"
-    assert evenness({"arms": arms[::2]}) == ""
+    variants = [row("baseline", [3.0]), row("x", [3.0], spent=101.0), row("half", [3.0], spent=50.0, budget_share=0.5)]
+    assert evenness({"variants": variants}) == " (to 1 %, because steps are whole)"
+    assert evenness({"variants": variants[::2]}) == ""
 
 
 def test_steps_to_equal_loss_lie_on_the_line_between_two_shares() -> None:
-    rows = [{"share": share, "mean": loss} for share, loss in ((0.5, 3.0), (1.0, 2.0))]
+    rows = [{"budget_share": share, "mean": loss} for share, loss in ((0.5, 3.0), (1.0, 2.0))]
     assert met_at(rows, 2.5) == "71 % of them"  # the geometric middle of one half and one
     assert met_at(rows, 3.5) == "less than 50 % of them"
     assert met_at(rows, 1.0) == "none of these shares"
@@ -380,6 +394,6 @@ def test_damaged_costs_are_one_sentence(tmp_path: Path, content: str) -> None:
 
 @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"curve": [1]}', '{"curve": []}'])
 def test_a_damaged_outcome_is_one_sentence(tmp_path: Path, content: str) -> None:
-    (tmp_path / "outcome.json").write_text(content)
-    with pytest.raises(CheckpointError, match=r"outcome\.json is damaged: remove it"):
+    (tmp_path / "result.json").write_text(content)
+    with pytest.raises(CheckpointError, match=r"result\.json is damaged: remove it"):
         load_result(tmp_path)

@@ -1,4 +1,4 @@
-"""The process that runs an ablation's arms one after the other: one arm's compiled code is no matter of the next."""
+"""The worker process: compiled code of one variant does not count against the recompile limit of the next."""
 
 from __future__ import annotations
 
@@ -25,6 +25,6 @@ def test_an_arm_is_compiled_however_many_were_before(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(worker, "measure_cost", measure)
     config = load("nano").model_dump(mode="json")
     with torch._dynamo.config.patch(recompile_limit=2):
-        for arm in range(1, 6):
-            assert _answer({"do": "cost", "config": config, "steps": arm})["done"]
-            assert counter.frame_count == arm
+        for variant in range(1, 6):
+            assert _answer({"do": "cost", "config": config, "steps": variant})["done"]
+            assert counter.frame_count == variant

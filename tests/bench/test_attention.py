@@ -15,13 +15,13 @@ from andromeda.ops.attention import AttentionSpec
 CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("work", attention.ATTENTION_CASES, ids=lambda work: work.name)
-def test_counted_pairs_are_those_that_the_mask_shows(work: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", attention.ATTENTION_CASES, ids=lambda case: case.name)
+def test_counted_pairs_are_those_that_the_mask_shows(case: AttentionCase, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "DOCUMENT", 30)
-    q, _, _, pattern = attention.inputs(work, 1300, 2, CPU)
+    q, _, _, pattern = attention.inputs(case, 1300, 2, CPU)
     T = q.shape[1]
     # The documents of one query hide keys that its kernels read all the same.
-    documents = None if work.queries else pattern.documents
+    documents = None if case.queries else pattern.documents
     shown = AttentionSpec(1.0, pattern.window, documents).mask(T, 1300, CPU).expand(2, 1, T, 1300).sum().item()
     assert attention.pairs(pattern, T, 1300, 2) == shown
 
@@ -48,12 +48,12 @@ def test_every_row_is_written_and_none_hides_a_refusal(tmp_path: Path, monkeypat
     out = tmp_path / "figures" / "attention.json"
     attention.main(["--out", str(out), "--lengths", "200", "--rep", "1", "--device", "cpu"])
     result = json.loads(out.read_text())
-    rows = {(row["work"], row["backend"]): row for row in result["rows"]}
+    rows = {(row["case"], row["backend"]): row for row in result["rows"]}
     assert rows["causal", "flash"]["refused"] == "it runs on CUDA GPUs only"
     for key in (("causal", "sdpa"), ("both", "sdpa"), ("prepared", "sdpa")):
-        assert rows[key]["both_ms"] > 0
+        assert rows[key]["forward_backward_ms"] > 0
         assert rows[key]["error"] < 2 * rows[key]["reference_error"]
-    assert rows["one", "sdpa"]["both_ms"] is None
+    assert rows["one", "sdpa"]["forward_backward_ms"] is None
     assert "--lengths 200" in result["command"]
     assert str(torch.__version__).startswith(result["versions"]["torch"])
 
@@ -62,5 +62,5 @@ def test_what_the_budget_left_out_says_so(tmp_path: Path) -> None:
     out = tmp_path / "attention.json"
     attention.main(["--out", str(out), "--lengths", "64", "--budget", "0", "--device", "cpu"])
     rows = json.loads(out.read_text())["rows"]
-    assert len(rows) == sum(len(work.backends) for work in attention.ATTENTION_CASES)
-    assert {row["refused"] for row in rows} == {"the time for measuring was over"}
+    assert len(rows) == sum(len(case.backends) for case in attention.ATTENTION_CASES)
+    assert {row["refused"] for row in rows} == {"time budget exhausted"}

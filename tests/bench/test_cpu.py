@@ -34,7 +34,7 @@ def test_all_works_meet_every_round_in_alternating_order() -> None:
 def test_ratio_is_of_each_sides_best_median() -> None:
     eager, compiled = ComputeMode(), ComputeMode(compiled=True)
     seconds = {(BASELINE, eager): [2.0, 4.0, 9.0], (BASELINE, compiled): [5.0, 5.0, 5.0], ("ours", eager): [1.0, 100.0, 1.0]}
-    found = cpu.summary(seconds, dict.fromkeys(seconds, NOTHING))["sides"]
+    found = cpu.summary(seconds, dict.fromkeys(seconds, NOTHING))["implementations"]
     assert found[BASELINE]["best"] == ROWS * CONTEXT / 4.0
     assert found[BASELINE]["ratio"] == 1.0
     assert found["ours"]["ratio"] == 4.0
@@ -46,13 +46,13 @@ def test_sides_are_of_one_size_and_learn_the_same_task() -> None:
     torch.manual_seed(0)
     ids, targets = torch.randint(0, VOCABULARY, (2, ROWS, CONTEXT))
     built = {name: build_competitor(name, ComputeMode()) for name in COMPETITORS}
-    for side in built.values():
-        assert side.parameters == pytest.approx(built[BASELINE].parameters, rel=0.02)
+    for implementation in built.values():
+        assert implementation.parameters == pytest.approx(built[BASELINE].parameters, rel=0.02)
         # Untrained, every side is near the loss of a uniform guess.
-        assert float(side.step(ids, targets, 0.0)) == pytest.approx(math.log(VOCABULARY), rel=0.15)
-        losses = [float(side.step(ids, torch.full_like(targets, 7), 10.0)) for _ in range(3)]
+        assert float(implementation.step(ids, targets, 0.0)) == pytest.approx(math.log(VOCABULARY), rel=0.15)
+        losses = [float(implementation.step(ids, torch.full_like(targets, 7), 10.0)) for _ in range(3)]
         assert losses[2] < 0.5 * losses[0]
-    same = built["Andromeda, same products"].flops_per_token
+    same = built["Andromeda, same matmuls"].flops_per_token
     assert same == pytest.approx(built[BASELINE].flops_per_token, rel=0.01)
 
 
@@ -61,10 +61,10 @@ def test_the_peers_operations_are_those_that_torch_counts() -> None:
     from torch.nn.attention import SDPBackend, sdpa_kernel
     from torch.utils.flop_counter import FlopCounterMode
 
-    side, ids = build_competitor(BASELINE, ComputeMode()), torch.zeros(1, CONTEXT, dtype=torch.long)
+    implementation, ids = build_competitor(BASELINE, ComputeMode()), torch.zeros(1, CONTEXT, dtype=torch.long)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
-        side.step(ids, ids, 0.0)
-    full = side.flops_per_token + 6 * 6 * 4 * 64 * 2 * (CONTEXT - 1) / 2
+        implementation.step(ids, ids, 0.0)
+    full = implementation.flops_per_token + 6 * 6 * 4 * 64 * 2 * (CONTEXT - 1) / 2
     assert counter.get_total_flops() / CONTEXT == pytest.approx(full, rel=0.01)
 
 
@@ -73,8 +73,8 @@ def test_time_to_the_peers_loss() -> None:
     losses = {BASELINE: [10.0 - i for i in range(10)], "ours": [9.0, 5.0, 3.0, 0.5, *[0.4] * 6]}
     seconds = {BASELINE: [1.0] * 10, "ours": [2.0] * 10}
     found = convergence.compare(losses, seconds, dict.fromkeys(losses, NOTHING))
-    assert found[BASELINE]["seconds_to_peers_loss"] == found[BASELINE]["seconds"] == 10.0
-    assert found["ours"]["seconds_to_peers_loss"] == 8.0
+    assert found[BASELINE]["seconds_to_baseline_loss"] == found[BASELINE]["seconds"] == 10.0
+    assert found["ours"]["seconds_to_baseline_loss"] == 8.0
     assert found["ours"]["final_loss"] == pytest.approx(0.4)
 
 
@@ -89,7 +89,7 @@ def test_the_picture_of_two_precisions() -> None:
     losses = [3.0, 1.0, 4.0, 1.0, 5.0, 9.0]
     assert precision_plot.smoothed(losses, 4) == pytest.approx(np.convolve(losses, np.full(4, 0.25), "valid").tolist())
     competitors = {"bf16": {"losses": losses * 6}, "fp8": {"losses": [1.01 * loss for loss in losses * 6]}}
-    assert precision_plot.picture({"sides": competitors}).startswith(b"\x89PNG")
+    assert precision_plot.plot({"implementations": competitors}).startswith(b"\x89PNG")
 
 
 def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_result_says_where_it_comes_from(tmp_path: Path) -> None:
 
 def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With sides of two layers less and without the peer's library."""
-    ours = "Andromeda, same products"
+    ours = "Andromeda, same matmuls"
     monkeypatch.setattr(cpu, "compute_modes", lambda: [ComputeMode()])
     for module in (cpu, convergence):
         monkeypatch.setattr(module, "COMPETITORS", {BASELINE: None, ours: None})
@@ -112,10 +112,10 @@ def test_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = CliRunner().invoke(app, ["bench", "cpu", "--rounds", "2", "--out", str(tmp_path / "cpu.json")])
     assert result.exit_code == 0, result.output
     assert "1024 x 1024" in result.stdout
-    assert json.loads((tmp_path / "cpu.json").read_text())["sides"][ours]["parameters"] == 10
+    assert json.loads((tmp_path / "cpu.json").read_text())["implementations"][ours]["parameters"] == 10
     (tmp_path / "a.txt").write_text("the cat sat on the mat. " * 4000)
     build([str(tmp_path / "a.txt")], tmp_path / "corpus", BuildConfig(tokenizer="bytes", split_documents_at=4000, validation_fraction=0.1))
     result = CliRunner().invoke(app, ["bench", "convergence", str(tmp_path / "corpus"), "--steps", "3", "--json"])
     assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["sides"][BASELINE]["final_loss"] == 0.0
+    assert json.loads(result.stdout)["implementations"][BASELINE]["final_loss"] == 0.0
     assert competitors.andromeda_config(True, ComputeMode()).model.value_embedding.kind == "layered"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from andromeda.bench import decode, loss, models, precision, prefill, training
+from andromeda.bench import decoding, linear_cross_entropy, models, precision_loss, prefill, training_step
 from andromeda.bench.models import llama, random_model, x_transformer
 from andromeda.config.load import load
 from andromeda.model.transformer import Transformer
@@ -33,16 +33,16 @@ TRAIN = ["train.device=cpu", "train.compile=off", "train.precision=fp32"]
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
     """One call stands for many."""
-    for module in (prefill, decode, loss):
+    for module in (prefill, decoding, linear_cross_entropy):
         monkeypatch.setattr(module, "median_ms", lambda function, *_: (function(), 2.0)[1])
 
 
 def test_training_counts_tokens_and_takes_every_side() -> None:
-    result = training.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=models.parse_peers("all"))
-    assert list(result["sides"]) == ["Andromeda", *models.PEERS.values()]
+    result = training_step.measure("andromeda", [*SMALL, *TRAIN], rows=2, steps=1, peers=models.parse_peers("all"))
+    assert list(result["implementations"]) == ["Andromeda", *models.PEERS.values()]
     assert result["tokens_per_step"] == 2 * 64
-    for side in result["sides"].values():
-        assert side["tokens_per_second"] == pytest.approx(128 / side["seconds"])
+    for implementation in result["implementations"].values():
+        assert implementation["tokens_per_second"] == pytest.approx(128 / implementation["seconds"])
 
 
 def test_a_side_without_memory_says_so() -> None:
@@ -50,9 +50,9 @@ def test_a_side_without_memory_says_so() -> None:
         raise torch.OutOfMemoryError
 
     config = load("andromeda", [*SMALL, *TRAIN, "train.batch_size=2", "train.micro_batch_size=1"])
-    side = training._side(fails, config, CPU, 1)
-    assert side == {"failed": "out of memory"}
-    assert training.summary({"x": side}, config, CPU) == {"x": side}
+    implementation = training_step._side(fails, config, CPU, 1)
+    assert implementation == {"failed": "out of memory"}
+    assert training_step.summary({"x": implementation}, config, CPU) == {"x": implementation}
 
 
 def test_llama_has_our_products() -> None:
@@ -70,11 +70,11 @@ def test_x_transformers_reads_the_same_prompt() -> None:
     assert model.attn_layers.layers[0][1].fn.kv_heads == 1
 
 
-@pytest.mark.parametrize("eight_bits", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
 def test_prefill_gives_the_last_logits_and_counts_its_operations(eight_bits: bool) -> None:
     """Whole or in chunks, the last logits are the plain forward pass's; operations are FlopCounterMode's, causal pairs alone."""
     config = load("andromeda", SMALL).model
-    result = prefill.measure("andromeda", SMALL, [48], eight_bits=eight_bits)
+    result = prefill.measure("andromeda", SMALL, [48], fp8=eight_bits)
     (row,) = result["rows"]
     assert row["finite"]
     model = random_model(config, CPU, torch.float32)
@@ -95,7 +95,7 @@ def test_prefill_gives_the_last_logits_and_counts_its_operations(eight_bits: boo
 def test_decode_floor_is_what_must_be_read() -> None:
     """Every weight but the embedding's rows, and the keys and values of the context."""
     config = load("andromeda", SMALL).model
-    (row,) = decode.measure("andromeda", SMALL, [40])["rows"]
+    (row,) = decoding.measure("andromeda", SMALL, [40])["rows"]
     parameters = random_model(config, torch.device("meta"), torch.bfloat16)
     assert row["weights"] == 2 * (sum(p.numel() for p in parameters.parameters()) - 512 * 64)
     shifts = 2 * 2 * 64
@@ -103,9 +103,9 @@ def test_decode_floor_is_what_must_be_read() -> None:
 
 
 def test_all_losses_agree() -> None:
-    result = loss.measure(CPU, tokens=300, vocabulary=97, width=16)
-    assert {"Andromeda", "PyTorch, compiled"} <= set(result["sides"])
-    assert all(side["error"] < 0.01 for side in result["sides"].values())
+    result = linear_cross_entropy.measure(CPU, tokens=300, vocabulary=97, width=16)
+    assert {"Andromeda", "PyTorch, compiled"} <= set(result["implementations"])
+    assert all(implementation["error"] < 0.01 for implementation in result["implementations"].values())
 
 
 def test_without_flash_attention_it_is_the_same_attention() -> None:
@@ -129,18 +129,18 @@ def test_both_precisions_read_the_same_text() -> None:
     """Bytes of Python sources, targets one byte ahead; a precision that the device lacks says so."""
     run = [*SMALL, "train.device=cpu", "train.compile=off", "train.schedule.warmup=1"]
     config = load("andromeda", [*run, "model.vocab_size=256", "train.batch_size=2", "train.micro_batch_size=2", "train.steps=3"])
-    drawn = list(precision.batches(config))
+    drawn = list(precision_loss.batches(config))
     assert len(drawn) == 3
     for ids, targets in drawn:
         assert ids.shape == (2, 64)
         assert torch.equal(ids[:, 1:], targets[:, :-1])
-    assert b"def " in bytes(precision.text(100_000).tolist())
-    assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, precision.batches(config), strict=True))
-    sides = precision.measure("andromeda", run, 3, 2, ("bf16", "fp8"))["sides"]
+    assert b"def " in bytes(precision_loss.text(100_000).tolist())
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(drawn, precision_loss.batches(config), strict=True))
+    implementations = precision_loss.measure("andromeda", run, 3, 2, ("bf16", "fp8"))["implementations"]
     ids, targets = drawn[0]
     untrained = torch.nn.functional.cross_entropy(Transformer(config.model, seed=config.seed)(ids).flatten(0, 1), targets.flatten())
-    assert sides["bf16"]["losses"][0] == pytest.approx(untrained.item(), rel=0.01)
-    assert "fp8" in sides["fp8"]["failed"]
+    assert implementations["bf16"]["losses"][0] == pytest.approx(untrained.item(), rel=0.01)
+    assert "fp8" in implementations["fp8"]["failed"]
 
 
 def test_floors_of_long_prompts_are_those_of_the_closed_form() -> None:
@@ -150,18 +150,18 @@ def test_floors_of_long_prompts_are_those_of_the_closed_form() -> None:
     pairs = 24 * (w * (w + 1) // 2 + (T - w) * w) + 2 * T * (T + 1) // 2
     matrices = 26 * (1024 * (1024 + 2 * 128) + 1024 * 1024 + 2 * 1024 * 4352)
     linear, attention = 2 * T * matrices + 2 * 32768 * 1024, 4 * 8 * 128 * pairs
-    assert arithmetic_table.floor(config, T, "bf16") == pytest.approx((linear + attention) / 735e12, rel=1e-9)
-    assert arithmetic_table.floor(config, T, "fp8") == pytest.approx(linear / 1311e12 + attention / 735e12, rel=1e-9)
+    assert arithmetic_table.compute_bound(config, T, "bf16") == pytest.approx((linear + attention) / 735e12, rel=1e-9)
+    assert arithmetic_table.compute_bound(config, T, "fp8") == pytest.approx(linear / 1311e12 + attention / 735e12, rel=1e-9)
 
 
 def test_goals_are_read_from_results(tmp_path: Path) -> None:
     """A goal is met or missed by its direction; what is not there says so."""
     rows = [{"context": 2048, "of_floor": 0.8}, {"context": 32768, "of_floor": 0.6}]
     (tmp_path / "gpu-decode.json").write_text(json.dumps({"rows": rows}))
-    sides = {"Andromeda": {"peak": 2 << 30, "ms": 10.0}, "PyTorch, compiled": {"failed": "out of memory"}}
-    (tmp_path / "gpu-loss.json").write_text(json.dumps({"sides": sides}))
+    implementations = {"Andromeda": {"peak": 2 << 30, "ms": 10.0}, "PyTorch, compiled": {"failed": "out of memory"}}
+    (tmp_path / "gpu-loss.json").write_text(json.dumps({"implementations": implementations}))
     lines = {line[:62].strip(): line[62:].split() for line in gpu_goals.table(tmp_path).splitlines()}
-    assert lines["decoding andromeda after 2,048 tokens, floor / time"] == ["0.8", ">=", "0.75", "met"]
+    assert lines["decoding andromeda after 2,048 tokens, bound / time"] == ["0.8", ">=", "0.75", "met"]
     assert lines["after 32,768 tokens"] == ["0.6", ">=", "0.75", "MISSED"]
     assert lines["head and loss, peak above the inputs, GiB"] == ["2", "<=", "1", "MISSED"]
     assert lines["time over compiled PyTorch's with all logits"][:2] == ["not", "there"]
@@ -169,8 +169,8 @@ def test_goals_are_read_from_results(tmp_path: Path) -> None:
 
 
 def test_an_attention_goal_takes_each_sides_best_backend() -> None:
-    def row(work: str, backend: str, ms: float | None) -> dict[str, Any]:
-        return {"work": work, "backend": backend, "refused": None if ms else "not here", "forward_ms": ms}
+    def row(case: str, backend: str, ms: float | None) -> dict[str, Any]:
+        return {"case": case, "backend": backend, "refused": None if ms else "not here", "forward_ms": ms}
 
     result = {
         "rows": [row("a", "fa4", None), row("a", "cudnn", 6.0), row("a", "flash", 9.0), row("b", "flash", 10.0), row("b", "cudnn", 5.0)]

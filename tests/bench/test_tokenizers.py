@@ -98,13 +98,13 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
         (["--kinds", "bpee"], "did you mean bpe?"),
         (["--kinds", ","], "Name at least one kind"),
         (["--vocab-sizes", "1k"], "no whole numbers"),
-        (["--vocab-sizes", "100"], "no room for the 256 bytes"),
-        (["--flops", "-1"], "no number of operations"),
-        (["--flops", "nan"], "no number of operations"),
+        (["--vocab-sizes", "100"], "no room for merges beyond the 256 bytes"),
+        (["--flops", "-1"], "is not a number of FLOPs"),
+        (["--flops", "nan"], "is not a number of FLOPs"),
         (["--validation-fraction", "2"], "validation_fraction must be below 0.5"),
         (["--preset", "nanno"], "There is no preset and no file 'nanno'"),
         (["--set", "model.widht=3"], "did you mean"),
-        (["--set", "train.steps=3"], "is decided by the comparison"),
+        (["--set", "train.steps=3"], "is set by the comparison"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -125,7 +125,7 @@ def test_what_cannot_be_stretched_is_refused(model: dict[str, object], to: int, 
 
 def test_the_continued_training_reads_as_many_tokens_a_step_at_a_share_of_the_rates(old: Path) -> None:
     before = load(str(old))
-    new = configure(before, ExtendRequest(str(old), 64, steps=20, rate=0.5), "yarn")
+    new = configure(before, ExtendRequest(str(old), 64, steps=20, lr_scale=0.5), "yarn")
     assert new.train.seq_len * new.train.batch_size == 32 * before.train.batch_size
     assert new.train.optim.lr == pytest.approx(0.5 * before.train.optim.lr)
     assert new.train.steps == 20
@@ -142,5 +142,5 @@ def test_muons_companions_slow_down_too(make: Make, tmp_path: Path) -> None:
     base = make()
     muon = base.model_copy(update={"train": base.train.model_copy(update={"optim": base.train.optim.model_copy(update={"kind": "muon"})})})
     (tmp_path / "config.toml").write_text(dumps(muon))
-    optim = configure(muon, ExtendRequest(str(tmp_path), 64, rate=0.5), "pi").train.optim
+    optim = configure(muon, ExtendRequest(str(tmp_path), 64, lr_scale=0.5), "pi").train.optim
     assert (optim.embedding_lr, optim.head_lr, optim.scalar_lr) == pytest.approx((0.15, 0.002, 0.02))

@@ -20,7 +20,7 @@ from andromeda.extend.results import ExtensionResults, difference, table, verdic
 from andromeda.extend.training_config import ExtendRequest, tail_length
 from andromeda.train.progress import NullReporter
 from tests.command import call
-from tools.extension_section import sections
+from tools.evidence_page import extension_section
 
 from .conftest import Make
 
@@ -85,8 +85,8 @@ def test_without_scaling_and_training_nothing_has_changed(extended: Any) -> None
 
 def test_the_table_has_a_row_for_every_stage(extended: Any) -> None:
     columns, rows = table(extended[1])
-    assert columns == ["positions", "16", "32", "64", "96"]
-    assert [row[0] for row in rows] == ["as it was", "pi, untrained", "pi, trained", "none, untrained", "none, trained"]
+    assert columns == ["method", "16", "32", "64", "96"]
+    assert [row[0] for row in rows] == ["original", "pi, untrained", "pi, trained", "none, untrained", "none, trained"]
     assert float(rows[0][2]) == pytest.approx(extended[1]["before"]["context"]["nats"][1], abs=1e-4)
 
 
@@ -99,10 +99,10 @@ def test_a_second_call_does_nothing_again(extended: Any, old: Path) -> None:
 
 
 def test_a_kill_while_training_changes_nothing(extended: Any, old: Path, tmp_path: Path) -> None:
-    wishes = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
+    request = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
     with pytest.raises(KeyboardInterrupt):
-        extend(wishes, "pi,none", tmp_path / "out", lambda steps: Stop(), quiet)
-    values = extend(wishes, "pi,none", tmp_path / "out", silent, quiet).values
+        extend(request, "pi,none", tmp_path / "out", lambda steps: Stop(), quiet)
+    values = extend(request, "pi,none", tmp_path / "out", silent, quiet).values
     assert values == extended[1]
     for name, tensor in weights(extended[0] / "pi", 6).items():
         assert torch.equal(weights(tmp_path / "out" / "pi", 6)[name], tensor)
@@ -114,12 +114,12 @@ def test_a_kill_before_the_run_is_a_run_begins_it_again(extended: Any, old: Path
     def dead(self: RunDir, config: object) -> None:
         raise KeyboardInterrupt
 
-    wishes = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
+    request = ExtendRequest(str(old), 96, overrides=CHANGES, **QUICK)
     with monkeypatch.context() as patch:
         patch.setattr(RunDir, "write_config", dead)
         with pytest.raises(KeyboardInterrupt):
-            extend(wishes, "pi", tmp_path / "out", silent, quiet)
-    values = extend(wishes, "pi", tmp_path / "out", silent, quiet).values
+            extend(request, "pi", tmp_path / "out", silent, quiet)
+    values = extend(request, "pi", tmp_path / "out", silent, quiet).values
     assert values["methods"]["pi"] == extended[1]["methods"]["pi"]
 
 
@@ -133,8 +133,8 @@ def test_xpos_that_cannot_read_on_is_measured_as_far_as_it_can(make: Make, tmp_p
     from andromeda.train.trainer import train
 
     train(make(rotary={"kind": "xpos", "scale_base": 1}), tmp_path / "old")
-    wishes = ExtendRequest(str(tmp_path / "old"), 512, **(QUICK | {"steps": 0}))
-    values = extend(wishes, "pi", tmp_path / "out", silent, quiet).values
+    request = ExtendRequest(str(tmp_path / "old"), 512, **(QUICK | {"steps": 0}))
+    values = extend(request, "pi", tmp_path / "out", silent, quiet).values
     assert values["before"]["context"]["context"] == [16, 32]
     assert values["methods"]["pi"]["untrained"]["context"]["context"][-1] == 512
 
@@ -160,7 +160,7 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
         (["{old}", "--to", "64", "--method", "yarm"], "did you mean yarn?"),
         (["{old}", "--to", "64", "--method", ","], "Name a method"),
         (["{old}", "--to", "64", "--method", "alibi-scale"], "the model has none"),
-        (["{old}", "--to", "64", "--out", "{old}"], "never changed"),
+        (["{old}", "--to", "64", "--out", "{old}"], "never modified"),
         (["{old}", "--to", "64", "--lr-scale", "0"], "is a factor on the old learning rates"),
         (["{old}", "--to", "100000"], "fewer than a context of 100,000"),
         (["{old}", "model.max_seq_len=128", "--to", "64"], "contradicts --to 64"),
@@ -190,7 +190,7 @@ def test_the_folder_of_another_run_stays_as_it_is(old: Path, tmp_path: Path, cap
     shutil.copytree(old, tmp_path / "other")
     before = files(tmp_path / "other")
     assert call("extend", str(old), "--to", "64", "--out", str(tmp_path / "other")) == 2
-    assert "holds a run that is no extension" in capsys.readouterr().err
+    assert "holds a run that is not an extension" in capsys.readouterr().err
     assert files(tmp_path / "other") == before
 
 
@@ -203,7 +203,7 @@ def test_the_change_from_the_trained_length_is_paired_by_windows(extended: Any) 
     assert np.mean(found["windows"], axis=1) == pytest.approx(found["nats"])
     told = verdicts(extended[1])
     assert told[0].startswith(f"pi, trained: {found['nats'][3] - found['nats'][1]:+.4f} ± ")
-    assert told[0].endswith("nats from 32 to 96 tokens")
+    assert told[0].endswith("nats/token from 32 to 96 tokens")
 
 
 def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
@@ -211,11 +211,11 @@ def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:
     values["methods"]["pi"]["after"]["retrieval"] = {"lengths": [32, 96], "accuracy": [[1.0, 0.5], [0.75, 1.0]]}
     training = {"parameters": 125e6, "tokens": 2e6, "model": {"max_seq_len": 32}}
     result = {"training": training, "extension": {"96": values}, "far": values, "machine": {"gpu": "H100", "cpu": ""}}
-    lines = list(sections({**result, "date": "a day", "command": "python x.py"}))
+    lines = list(extension_section({**result, "date": "a day", "command": "python x.py"}))
     assert lines[0] == "## Extension of 125.0 M parameters"
     assert "### From 32 to 96 tokens" in lines
-    assert "### C1: the model extended the furthest, at up to 96 tokens, without more training" in lines
-    assert "Retrieval at the depth where it is worst: pi, trained 50% at 32, 75% at 96." in lines
+    assert "### The model with the longest context, at up to 96 tokens, without further training" in lines
+    assert "Retrieval at the worst depth: pi, trained 50% at 32, 75% at 96." in lines
     (row,) = {line for line in lines if line.startswith("| pi, trained |")}
     assert float(row.split(" | ")[2]) == pytest.approx(values["methods"]["pi"]["after"]["context"]["nats"][1], abs=1e-4)
     assert row.endswith("| 88% |")
@@ -231,7 +231,7 @@ def test_by_default_the_scored_targets_fit_the_trained_context(old: Path) -> Non
 
 
 def test_another_extension_in_the_folder_is_refused(old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    ExtensionResults(tmp_path, {"wishes": {}, "trained": 32}).save()
+    ExtensionResults(tmp_path, {"request": {}, "trained": 32}).save()
     assert call("extend", str(old), "--to", "64", "--out", str(tmp_path)) == 2
     assert "holds another extension" in capsys.readouterr().err
     (tmp_path / "extension.json").write_text("{")

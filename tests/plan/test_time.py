@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -165,10 +166,30 @@ def test_presets_stand_side_by_side_at_any_batch_and_length() -> None:
 
 
 def test_the_table_names_every_section(small: str) -> None:
-    text = run(small, "--seq-len", "128", "--batch-size", "4", "--gpu", "cpu").stdout
-    for words in ("Forward FLOPs per token", "cache of one token", "4 of 128", "run at an MFU of 40%", "one this CPU"):
+    text = run(small, "--seq-len", "128", "--batch-size", "4", "--gpu", "cpu", "--details").stdout
+    for words in ("Forward FLOPs per token", "KV cache per token", "4 x 128", "run at an MFU of 40%", "one this CPU"):
         assert words in text
     assert "\x1b" not in text
+
+
+def test_the_short_answer_bounds_the_memory_of_a_compiled_run(small: str) -> None:
+    words = (small, "--seq-len", "128", "--batch-size", "4", "train.compile=on", "--gpu", "h100")
+    text = run(*words).stdout
+    assert "fits, needs at most 1% of the memory of one H100 SXM" in text
+    assert "Forward FLOPs per token" not in text
+    config = load(small, ["train.seq_len=128", "train.batch_size=4", "train.compile=on"])
+    place = HardwareSetup(find_hardware("h100"), True, DeviceMeshShape())
+    bound, exact = plan(small, config, place, quick=True), plan(small, config, place)
+    assert bound.memory_is_bound
+    assert not exact.memory_is_bound
+    assert exact.memory.peak <= bound.memory.peak <= 1.5 * exact.memory.peak
+
+
+def test_a_bound_that_does_not_fit_is_made_exact(small: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(HARDWARE, "h100", replace(HARDWARE["h100"], memory=1e6))
+    text = run(small, "--seq-len", "128", "--batch-size", "4", "train.compile=on", "--gpu", "h100").stdout
+    assert "does not fit" in text
+    assert "at most" not in text
 
 
 @pytest.mark.parametrize(

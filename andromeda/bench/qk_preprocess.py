@@ -1,11 +1,11 @@
-"""How fast queries and keys are prepared for attention: by the kernel, by the parts, and by the parts as torch.compile fuses them.
+"""Speed of the preprocessing of queries and keys: by the fused kernel, by the separate parts, and by the parts under torch.compile.
 
-    python -m andromeda.bench.qk --out benchmarks/results/qk.json
+    python -m andromeda.bench.qk_preprocess --out benchmarks/results/qk.json
 
-A floor is the time to read and write each byte once at the device's measured bandwidth: forward the raw vectors, the tables and
-the prepared vectors; backward the gradient, the raw vectors again where they are normalized, the tables, and the gradient of
-the raw vectors. Backward is measured together with forward. Errors are of all results, in the Euclidean norm, against the parts
-in float64 on the same numbers in bfloat16.
+The bound is the time to read and write each byte once at the measured bandwidth: forward the inputs, the rotary tables and the
+outputs; backward the gradient of the outputs, the inputs again if they are normalized, the tables, and the gradient of the
+inputs. Backward is measured together with forward. Errors are relative, of all outputs and gradients, in the Euclidean norm,
+against the parts in float64 on the same bfloat16 inputs.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.ceilings import measured_hardware
 from andromeda.bench.record import BenchmarkParser, command_line, record, save
-from andromeda.bench.timing import median_ms
+from andromeda.bench.timing import measured_hardware, median_ms
 from andromeda.config.model import AlibiConfig, AttentionConfig, ModelConfig, RotaryConfig
 from andromeda.model.position import build_alibi, build_rotary
 from andromeda.model.qk_norm import build_qk_norm
@@ -43,17 +42,17 @@ Function = Callable[..., tuple[Tensor, Tensor]]
 class QKTiming:
     """One measurement; times in milliseconds."""
 
-    work: str
-    side: str
+    case: str
+    implementation: str
     forward_ms: float
     forward_floor_ms: float | None
-    both_ms: float
-    both_floor_ms: float | None
+    forward_backward_ms: float
+    forward_backward_floor_ms: float | None
     error: float
 
     def __str__(self) -> str:
         figures = (f"{name} {value:.3g}" for name, value in asdict(self).items() if isinstance(value, float))
-        return f"{self.work:50s} {self.side:9s} " + ", ".join(figures)
+        return f"{self.case:50s} {self.implementation:9s} " + ", ".join(figures)
 
 
 def inputs(
@@ -80,7 +79,7 @@ def inputs(
 
 
 def moved(arguments: list[Any], out: tuple[Tensor, Tensor]) -> tuple[int, int]:
-    """Bytes forward, and forward and backward."""
+    """Bytes moved forward, and forward and backward."""
     q, k, norm, rotation, bias, _ = arguments
     raw, prepared = (sum(x.numel() * x.element_size() for x in pair) for pair in ((q, k), out))
     # Tables that queries and keys share are read once.
@@ -88,52 +87,56 @@ def moved(arguments: list[Any], out: tuple[Tensor, Tensor]) -> tuple[int, int]:
     digits = bias.digits.numel() * bias.digits.element_size() if hasattr(bias, "digits") else 0
     normalized = raw if norm.fused_spec().kind != "none" else 0
     forward = raw + prepared + sum(tables.values()) + digits
-    # Of the prepared vectors' gradient, the columns of a folded bias are of no use.
+    # The folded bias columns of the output gradient are not needed.
     return forward, forward + raw + normalized + sum(tables.values()) + raw
 
 
 def results(function: Function, arguments: list[Any], leaves: list[Tensor]) -> list[Tensor]:
-    """Outputs and gradients for one random gradient."""
+    """Outputs, and gradients for a random output gradient."""
     out = function(*arguments)
     generator = torch.Generator(out[0].device).manual_seed(1)
     gradients = [torch.randn(x.shape, device=x.device, generator=generator).bfloat16().to(x.dtype) for x in out]
     return [x.detach() for x in (*out, *torch.autograd.grad(out, leaves, gradients))]
 
 
-def measure(work: str, side: str, function: Function, exact: list[Tensor], tokens: int, device: torch.device, rep: int) -> QKTiming:
-    """One side of one work."""
-    arguments, leaves = inputs(**QK_CASES[work], tokens=tokens, device=device, dtype=torch.bfloat16)
+def measure(
+    case: str, implementation: str, function: Function, exact: list[Tensor], tokens: int, device: torch.device, rep: int
+) -> QKTiming:
+    """One implementation of one case."""
+    arguments, leaves = inputs(**QK_CASES[case], tokens=tokens, device=device, dtype=torch.bfloat16)
     found = results(function, arguments, leaves)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(found, exact, strict=True)]
     gradients = [torch.randn_like(x) for x in found[:2]]
 
-    def both() -> None:
+    def forward_backward() -> None:
         torch.autograd.grad(function(*arguments), leaves, gradients)
 
     known = measured_hardware(device)
     floors = [1e3 * size / known.bandwidth if known else None for size in moved(arguments, (found[0], found[1]))]
     with torch.no_grad():
         forward_ms = median_ms(lambda: function(*arguments), device.type, rep, graph=True)
-    return QKTiming(work, side, forward_ms, floors[0], median_ms(both, device.type, rep, graph=True), floors[1], max(errors))
+    return QKTiming(
+        case, implementation, forward_ms, floors[0], median_ms(forward_backward, device.type, rep, graph=True), floors[1], max(errors)
+    )
 
 
 def sweep(tokens: int, device: torch.device, rep: int) -> Iterator[QKTiming]:
-    """All sides of all works."""
-    for work, parts in QK_CASES.items():
+    """All implementations of all cases."""
+    for case, parts in QK_CASES.items():
         arguments, leaves = inputs(**parts, tokens=tokens, device=device, dtype=torch.float64)
         exact = results(reference, arguments, leaves)
         del arguments, leaves
         torch._dynamo.reset()
-        sides: dict[str, Function] = {"kernel": apply, "compiled": torch.compile(reference), "parts": reference}
-        for side, function in sides.items():
-            yield measure(work, side, function, exact, tokens, device, rep)
+        implementations: dict[str, Function] = {"kernel": apply, "compiled": torch.compile(reference), "parts": reference}
+        for implementation, function in implementations.items():
+            yield measure(case, implementation, function, exact, tokens, device, rep)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure, print and write."""
     parser = BenchmarkParser(prog="andromeda bench qk", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="file for the result, JSON")
-    parser.add_argument("--tokens", type=int, default=TOKENS, help="tokens of a row")
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="sequence length")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--rep", type=int, default=50, help="milliseconds for which each function is timed")
     options = parser.parse_args(arguments)

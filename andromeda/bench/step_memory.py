@@ -1,7 +1,7 @@
-"""What a training step holds and how fast it is on this device, beside what `andromeda plan` says of it.
+"""Peak memory and speed of a training step on this device, compared with the prediction of `andromeda plan`.
 
-Two micro-batches of random tokens a step where the configuration accumulates, else one; a row is one document. On a GPU the
-peak is the allocator's own; on a CPU it is the profiler's record of every allocation.
+A step has two micro-batches of random tokens if the configuration accumulates gradients, else one; a sequence is one document. On a
+GPU the peak is that of the caching allocator; on a CPU it is from the profiler's record of every allocation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ ROUNDS = 5
 
 
 def measure(source: str, changes: list[str]) -> dict[str, Any]:
-    """Plan and measure one configuration on the device that it names."""
+    """Plan and measure one configuration on its device."""
     config = load(source, changes)
     micro = config.train.micro_batch_size or config.train.batch_size
     config = load(source, [*changes, f"train.batch_size={min(config.train.batch_size, 2 * micro)}", f"train.micro_batch_size={micro}"])
@@ -57,15 +57,15 @@ def _hardware(device: torch.device) -> Hardware:
 
 
 def _run(config: RunConfig, device: torch.device) -> dict[str, float]:
-    """A few real steps: bytes before one and at its worst moment, tokens a second."""
+    """A few training steps: bytes between steps, peak bytes, tokens/s."""
     session = build_train_state(config, device, "bench")
     stepper = TrainStep(session, NextTokenObjective(session.model), config.train)
     shape = (config.train.batch_size, config.train.seq_len or config.model.max_seq_len)
     ids = torch.randint(0, config.model.vocab_size, shape, device=device)
-    work = StepBatch(MicroBatch(ids, ids, None), ids.numel(), (0, len(ids)))
+    case = StepBatch(MicroBatch(ids, ids, None), ids.numel(), (0, len(ids)))
 
     def step() -> None:
-        stepper(work)
+        stepper(case)
 
     step()
     step()

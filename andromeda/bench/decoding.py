@@ -1,4 +1,4 @@
-"""How long a model takes for one token more after a context, beside the floor: weights and cache read once at the device's bandwidth."""
+"""Time per decoded token after a context, with the roofline bound: weights and KV cache read once at the measured bandwidth."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from andromeda.bench.ceilings import measured_hardware
 from andromeda.bench.models import random_model
-from andromeda.bench.timing import median_ms
+from andromeda.bench.timing import measured_hardware, median_ms
 from andromeda.config.load import load
 from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
@@ -29,26 +28,26 @@ def measure(
     contexts: Iterable[int],
     rows: int = 1,
     *,
-    compiled: bool = True,
-    tuned: bool = False,
-    eight_bits: bool = False,
-    kernels: bool = True,
+    compile: bool = True,
+    autotune: bool = False,
+    fp8: bool = False,
+    decode_kernels: bool = True,
     rep: int = 300,
 ) -> dict[str, Any]:
-    """Milliseconds a token of one configuration after contexts of several lengths, `rows` sequences at once."""
+    """Milliseconds per token of one configuration after contexts of several lengths, with batch size `rows`."""
     config = load(source, changes).model
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = random_model(config, device, DTYPE)
-    # Only the recorded pass is compiled: what reads the context is not measured here.
+    # Only the recorded decode step is compiled: prefill is not measured here.
     caches = [_read(model, tokens, rows) for tokens in contexts]
-    optimize_for_inference(model, fp8=eight_bits, compile=compiled and device.type == "cuda", autotune=tuned, decode_kernels=kernels)
-    way = {"compiled": compiled, "tuned": tuned, "kernels": kernels, "linear_layers": "fp8" if eight_bits else "bf16"}
-    return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **way, "rows": [_measured(model, c, rep) for c in caches]}
+    optimize_for_inference(model, fp8=fp8, compile=compile and device.type == "cuda", autotune=autotune, decode_kernels=decode_kernels)
+    mode = {"compiled": compile, "autotuned": autotune, "decode_kernels": decode_kernels, "linear_layers": "fp8" if fp8 else "bf16"}
+    return {"configuration": [source, *changes], "dtype": "bf16", "batch": rows, **mode, "rows": [_measured(model, c, rep) for c in caches]}
 
 
 @torch.no_grad()
 def _read(model: Transformer, tokens: int, rows: int) -> DynamicKVCache:
-    """What a prompt of random tokens leaves behind."""
+    """KV cache of a prompt of random tokens."""
     cache = DynamicKVCache(tokens)
     for part in torch.randint(0, model.config.vocab_size, (rows, tokens), device=model.head.weight.device).split(CHUNK, 1):
         model.hidden(part, cache=cache)
@@ -82,7 +81,7 @@ def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, 
 
 
 def _table(model: Transformer) -> int:
-    """Bytes of the embedding's table, of which a step reads a row for each sequence; none where the head is the same table."""
+    """Bytes of the embedding table, of which a step reads one row per sequence; 0 if it is tied to the head."""
     table = model.embedding.tokens
     weight = getattr(table, "weight", None)
     if weight is None or weight is model.head.weight:

@@ -1,7 +1,7 @@
-"""What products in 8 bits cost in loss: the same model on the same tokens in the same order, once in bfloat16 and once in 8 bits.
+"""Effect of fp8 training on the loss: the same model on the same tokens in the same order, in bfloat16 and in fp8.
 
-Text is the interpreter's own Python sources, a token a byte, so that nothing but an interpreter is needed. A curve is the loss of
-every step, in nats a byte; times are medians of the last half of the steps, and the first step's, which holds all compilation.
+The text is the Python standard library, one token per byte, so that no data has to be downloaded. A curve is the loss of every
+step in nats/byte; times are medians of the second half of the steps, and that of the first step, which includes compilation.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ from andromeda.utils.errors import AndromedaError
 
 BYTES = 256
 TAIL = 50
-"""Steps at the end whose mean loss is compared."""
+"""Final steps whose mean loss is compared."""
 
 
 def measure(source: str, changes: list[str], steps: int, rows: int, precisions: tuple[str, ...] = ("bf16", "fp8")) -> dict[str, Any]:
-    """Curves of one configuration, whose vocabulary becomes the bytes."""
-    sides = {}
+    """Loss curves of one configuration in each precision, with a vocabulary of bytes."""
+    implementations = {}
     for precision in precisions:
         run = [f"train.precision={precision}", f"train.batch_size={rows}", f"train.micro_batch_size={rows}", f"train.steps={steps}"]
         torch._dynamo.reset()
         try:
             config = load(source, [*changes, f"model.vocab_size={BYTES}", *run])
-            sides[precision] = _curve(config)
+            implementations[precision] = _curve(config)
         except AndromedaError as error:
-            sides[precision] = {"failed": str(error)}
-    return {"configuration": [source, *changes], "rows": rows, "sides": sides}
+            implementations[precision] = {"failed": str(error)}
+    return {"configuration": [source, *changes], "rows": rows, "implementations": implementations}
 
 
 def text(limit: int) -> Tensor:
-    """The first `limit` bytes of the interpreter's sources (N,), files in the order of their paths."""
+    """The first `limit` bytes of the standard library's sources (N,), files sorted by path."""
     files = sorted(Path(sysconfig.get_paths()["stdlib"]).rglob("*.py"))
     held = bytearray()
     for file in files:
@@ -55,7 +55,7 @@ def text(limit: int) -> Tensor:
 
 
 def batches(config: RunConfig) -> Iterator[tuple[Tensor, Tensor]]:
-    """Inputs and targets (rows, T), random places of the text, the same for every precision."""
+    """Inputs and targets (rows, T) at random positions of the text, the same for every precision."""
     T, rows = _length(config), config.train.batch_size
     held, generator = text(32 << 20), torch.Generator().manual_seed(config.seed)
     for _ in range(config.train.steps):

@@ -1,8 +1,8 @@
-"""Training steps at full size on this device, beside transformers' Llama and x-transformers.
+"""Training steps at full size on this device, compared with transformers' Llama and x-transformers.
 
-Andromeda takes the whole step of `andromeda train`: micro-batches, loss without logits, clipping, guard, optimizer. The peers
-take a forward pass under autocast, their own loss, a backward pass and fused AdamW, over micro-batches of as many rows.
-Rates count model FLOPs with causal attention by its half (arXiv 2307.08691), and are beside what a large product reaches here.
+Andromeda runs the whole step of `andromeda train`: micro-batches, fused linear cross-entropy, clipping, spike guard, optimizer. The
+others run a forward pass under autocast, their own loss, a backward pass and fused AdamW, with the same micro-batch size. Rates
+count model FLOPs with half of causal attention (arXiv 2307.08691), and are also given relative to a large matmul on this device.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from andromeda.bench.ceilings import measured_hardware
 from andromeda.bench.models import ANDROMEDA_UNFUSED, LLAMA, X_TRANSFORMERS_ALIBI, llama, unfused_attention, x_transformer
+from andromeda.bench.timing import measured_hardware
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
@@ -35,9 +35,9 @@ Step = Callable[[Tensor], object]
 def measure(
     source: str, changes: list[str], rows: int = 8, steps: int = 6, peers: Iterable[str] = (), unfused: bool = False
 ) -> dict[str, Any]:
-    """Steps of `rows` rows; medians over `steps` of them after two that are not counted.
+    """Median over `steps` training steps of batch size `rows`, after two that are not counted.
 
-    unfused: Andromeda once more, its attention by matrix products of T x T (`subjects.unfused_attention`).
+    unfused: Andromeda also with materialized T x T attention (`models.unfused_attention`).
     """
     config = load(source, changes)
     micro = config.train.micro_batch_size or min(config.train.batch_size, rows)
@@ -47,21 +47,30 @@ def measure(
     if unfused:
         makers[ANDROMEDA_UNFUSED] = partial(_unfused, config, device)
     makers |= {name: partial(_peer, name, config, device, micro) for name in peers}
-    sides = {name: _side(make, config, device, steps) for name, make in makers.items()}
+    implementations = {name: _side(make, config, device, steps) for name, make in makers.items()}
     tokens = rows * _sequence(config)
-    return {"configuration": [source, *changes], "tokens_per_step": tokens, "micro_batch": micro, "sides": summary(sides, config, device)}
+    return {
+        "configuration": [source, *changes],
+        "tokens_per_step": tokens,
+        "micro_batch": micro,
+        "implementations": summary(implementations, config, device),
+    }
 
 
-def summary(sides: dict[str, dict[str, Any]], config: RunConfig, device: torch.device) -> dict[str, dict[str, Any]]:
-    """With rates. A side that failed says why."""
+def summary(implementations: dict[str, dict[str, Any]], config: RunConfig, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Adds rates to the times. An implementation that failed has the reason in `failed`."""
     tokens, flops = config.train.batch_size * _sequence(config), training_flops_per_token(config.model, _sequence(config))
     known = measured_hardware(device)
     ceiling = known.rate("bf16") if known else None
-    for side in sides.values():
-        if "seconds" in side:
-            rate = tokens / side["seconds"]
-            side |= {"tokens_per_second": rate, "tflops": rate * flops / 1e12, "of_ceiling": rate * flops / ceiling if ceiling else None}
-    return sides
+    for implementation in implementations.values():
+        if "seconds" in implementation:
+            rate = tokens / implementation["seconds"]
+            implementation |= {
+                "tokens_per_second": rate,
+                "tflops": rate * flops / 1e12,
+                "of_ceiling": rate * flops / ceiling if ceiling else None,
+            }
+    return implementations
 
 
 def _sequence(config: RunConfig) -> int:
@@ -69,7 +78,7 @@ def _sequence(config: RunConfig) -> int:
 
 
 def _side(make: Callable[[], Step], config: RunConfig, device: torch.device, steps: int) -> dict[str, Any]:
-    """Build, warm up and time one side; then its memory is free again."""
+    """Build, warm up and time one implementation, then free its memory."""
     gc.collect()
     ids = torch.randint(0, config.model.vocab_size, (config.train.batch_size, _sequence(config)), device=device)
     if device.type == "cuda":
@@ -87,14 +96,14 @@ def _timed(step: Step, ids: Tensor, steps: int) -> dict[str, Any]:
     made = [_seconds(step, ids) for _ in range(WARMUP + steps)]
     seconds, bad = [spent for spent, _ in made], [why for _, why in made if why]
     if bad:
-        # Time of steps that teach nothing is no result.
-        return {"failed": f"{len(bad)} of {len(made)} steps were not taken: {bad[0]}"}
+        # The time of skipped steps (non-finite gradients) is not a result.
+        return {"failed": f"{len(bad)} of {len(made)} steps were skipped: {bad[0]}"}
     peak = torch.cuda.max_memory_allocated() if ids.is_cuda else None
     return {"first_step_seconds": seconds[0], "seconds": statistics.median(seconds[WARMUP:]), "all_seconds": seconds[WARMUP:], "peak": peak}
 
 
 def _seconds(step: Step, ids: Tensor) -> tuple[float, str | None]:
-    """Of one step, and why it was not taken, if it was not."""
+    """Seconds of a step, and why it was skipped, if it was."""
     start = time.perf_counter()
     done = step(ids)
     if ids.is_cuda:
@@ -133,7 +142,7 @@ def _peer(name: str, config: RunConfig, device: torch.device, micro: int) -> Ste
 
 
 def _llama_loss(model: Any, compiled: bool) -> Callable[[Tensor], Tensor]:
-    """Its loss by layers that are compiled one by one, as Andromeda's are, and a compiled head: the whole at once compiles for minutes."""
+    """Llama's loss with layers compiled one by one, as Andromeda's are, and a compiled head: compiling the whole model takes minutes."""
 
     def from_hidden(hidden: Tensor, ids: Tensor) -> Tensor:
         return F.cross_entropy(model.lm_head(hidden[:, :-1]).flatten(0, 1).float(), ids[:, 1:].flatten())
