@@ -71,10 +71,10 @@ def test_x_transformers_reads_the_same_prompt() -> None:
 
 
 @pytest.mark.parametrize("fp8", [False, True])
-def test_prefill_gives_the_last_logits_and_counts_its_operations(eight_bits: bool) -> None:
+def test_prefill_gives_the_last_logits_and_counts_its_operations(fp8: bool) -> None:
     """Whole or in chunks, the last logits are the plain forward pass's; operations are FlopCounterMode's, causal pairs alone."""
     config = load("andromeda", SMALL).model
-    result = prefill.measure("andromeda", SMALL, [48], fp8=eight_bits)
+    result = prefill.measure("andromeda", SMALL, [48], fp8=fp8)
     (row,) = result["rows"]
     assert row["finite"]
     model = random_model(config, CPU, torch.float32)
@@ -163,9 +163,9 @@ def test_goals_are_read_from_results(tmp_path: Path) -> None:
     lines = {line[:62].strip(): line[62:].split() for line in gpu_goals.table(tmp_path).splitlines()}
     assert lines["decoding andromeda after 2,048 tokens, bound / time"] == ["0.8", ">=", "0.75", "met"]
     assert lines["after 32,768 tokens"] == ["0.6", ">=", "0.75", "MISSED"]
-    assert lines["head and loss, peak above the inputs, GiB"] == ["2", "<=", "1", "MISSED"]
+    assert lines["linear cross-entropy, peak above the inputs, GiB"] == ["2", "<=", "1", "MISSED"]
     assert lines["time over compiled PyTorch's with all logits"][:2] == ["not", "there"]
-    assert lines["same bits twice"][:2] == ["no", "result"]
+    assert lines["bitwise repeatable"][:2] == ["no", "result"]
 
 
 def test_an_attention_goal_takes_each_sides_best_backend() -> None:

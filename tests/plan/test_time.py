@@ -115,7 +115,7 @@ def test_rows_of_each_gpu(small: str) -> None:
     config = load(small, ["train.batch_size=16", "train.micro_batch_size=4"])
     assert local_batch_sizes(config, DeviceMeshShape(dp=2)) == (8, 4)
     assert local_batch_sizes(config, DeviceMeshShape(dp=4, fsdp=2)) == (2, 2)
-    with pytest.raises(ConfigError, match="do not divide"):
+    with pytest.raises(ConfigError, match="does not divide"):
         local_batch_sizes(config, DeviceMeshShape(dp=3))
     with pytest.raises(ConfigError, match="heads = 4"):
         local_batch_sizes(config, DeviceMeshShape(tp=8))
@@ -177,7 +177,7 @@ def test_the_short_answer_bounds_the_memory_of_a_compiled_run(small: str) -> Non
     text = run(*words).stdout
     assert "fits, needs at most 1% of the memory of one H100 SXM" in text
     assert "Forward FLOPs per token" not in text
-    config = load(small, ["train.seq_len=128", "train.batch_size=4", "train.compile=on"])
+    config = load(small, ["train.seq_len=128", "model.max_seq_len=128", "train.batch_size=4", "train.compile=on"])
     place = HardwareSetup(find_hardware("h100"), True, DeviceMeshShape())
     bound, exact = plan(small, config, place, quick=True), plan(small, config, place)
     assert bound.memory_is_bound
