@@ -43,7 +43,10 @@ def ablate(
     base = [*compared.base, *(changes or [])]
     place = out or Path("runs") / f"ablation-{load_config(config, base).name}"
     for variant in compared.variant:
-        check_overrides(config, [*base, *variant.changes])
+        try:
+            check_overrides(config, [*base, *variant.changes])
+        except ConfigError as error:
+            raise ConfigError(f"Variant {variant.name!r} is refused: {error}") from None
 
     from andromeda.ablate.ablation import AblationSettings, ablate
 

@@ -154,7 +154,7 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("arguments", "told"),
     [
-        (["{old}"], "Say how far"),
+        (["{old}"], "Give the new context length"),
         (["{tmp}/nothing", "--to", "64"], "is not a run folder"),
         (["{old}", "--to", "32"], "trained on 32 tokens already"),
         (["{old}", "--to", "64", "--method", "yarm"], "did you mean yarn?"),
