@@ -1,4 +1,4 @@
-"""The explanation as one page."""
+"""The page of an explanation: one section per view."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ VISIBLE = str.maketrans({"\n": "\N{DOWNWARDS ARROW WITH CORNER LEFTWARDS}", "\t"
 
 
 def show_whitespace(token: str, longest: int = 14) -> str:
-    """With blanks and line ends that can be seen; a long one is cut."""
+    """The token with visible spaces and line ends, truncated to `longest` characters."""
     text = token.translate(VISIBLE)
     return text if len(text) <= longest else text[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
 def shaded_tokens(tokens: Sequence[str], values: Sequence[float], tips: Sequence[str], here: int = -1) -> Markup:
-    """A text whose tokens are shaded by signed values, the largest in full."""
+    """A text whose tokens are shaded by signed values, relative to the largest."""
     full = max((abs(v) for v in values), default=0.0) or 1.0
     spans = []
     for i, (token, value, tip) in enumerate(zip(tokens, values, tips, strict=True)):
@@ -45,22 +45,22 @@ def shaded_tokens(tokens: Sequence[str], values: Sequence[float], tips: Sequence
 
 
 def prediction_section(e: Explanation) -> Section:
-    """What the model says after the text."""
+    """The most likely next tokens."""
     probabilities = e.seen.logits[0, e.position].softmax(-1)
     top = probabilities.topk(min(10, len(probabilities)))
     rows = [Bar(show_whitespace(e.spell(int(i))), float(p), 1) for p, i in zip(top.values, top.indices, strict=True)]
     before = shaded_tokens(
         e.tokens, [0.0] * len(e.tokens), [f"token {i}: {show_whitespace(t)}" for i, t in enumerate(e.tokens)], e.position
     )
-    drawn = bar_chart("Likeliest next tokens", rows, show=format_percent, full=1.0)
-    return Section("prediction", "Prediction", "What comes after the marked token, in the model's opinion.", join(before, grid(drawn)))
+    drawn = bar_chart("Most likely next tokens", rows, show=format_percent, full=1.0)
+    return Section("prediction", "Prediction", "The model's prediction after the marked token.", join(before, grid(drawn)))
 
 
 def lens_section(e: Explanation) -> Section:
     """Rows are layers, the last at the top; columns are tokens."""
     lead = (
-        "The final norm and the head, put on the stream after each layer: the token that the model would name if it stopped there. "
-        "Shade: its probability."
+        "The final norm and the head, applied to the residual stream after each layer: the token that the model would predict if it "
+        "stopped there. Shade: its probability."
     )
     names = ["embedding", *(f"layer {i + 1}" for i in range(len(e.seen.layers)))]
     head = el("tr", el("th", "after", scope="col"), [el("th", show_whitespace(token, 9), scope="col") for token in e.tokens])
@@ -81,22 +81,22 @@ def _lens_cell(e: Explanation, n: int, t: int) -> Markup:
 
 
 def attention_section(e: Explanation) -> Section:
-    """A small map a head; the chosen one large, and on the text."""
-    lead = "A row is a token that looks, a column one that is looked at. Choose a head; point at a token to see its row."
+    """A small map per head; the selected one large, and on the text."""
+    lead = "A row is a query token, a column a key token. Select a head; hover over a token to see its row."
     maps = e.maps
     if not maps:
-        return Section("attention", "Attention", lead, el("p", e.refused.get("attention", "There are no maps to show."), class_="empty"))
+        return Section("attention", "Attention", lead, el("p", e.refused.get("attention", "There are no attention maps."), class_="empty"))
     tokens = json.dumps([show_whitespace(token, 40) for token in e.tokens])
     rows = [
         el("div", el("span", f"layer {i + 1}", class_="unit"), [_thumbnail(i, h, head) for h, head in enumerate(heads)], class_="heads")
         for i, heads in maps.items()
     ]
-    big = el("div", el("p", id="map-name"), el("canvas", id="map-big", role="img", aria_label="the chosen head's map"), class_="map-big")
+    big = el("div", el("p", id="map-name"), el("canvas", id="map-big", role="img", aria_label="the selected head's map"), class_="map-big")
     text = el("div", el("p", id="map-says", class_="note"), el("p", id="map-text", class_="tokens"))
-    note = "Shades are the square root of the weight, so that small ones can be seen; figures are the weights."
+    note = "Shades are the square root of the weight, so that small weights are visible; hover for values."
     parts = [el("div", rows, class_="layers"), el("div", big, text, class_="chosen")]
     shown = el("div", parts, class_="maps", data_tokens=tokens, data_position=e.position)
-    figures = details("Every head in figures", _heads_table(maps))
+    figures = details("Statistics per head", _heads_table(maps))
     return Section("attention", "Attention", lead, join(shown, el("p", note, class_="note"), figures))
 
 
@@ -121,7 +121,7 @@ def pack_attention(weights: Tensor) -> str:
 
 
 def _heads_table(maps: dict[int, Tensor]) -> Markup:
-    """What kind of head each is: where it looks on average, over all rows but the first, which has no choice."""
+    """Where each head attends on average, over all rows but the first."""
     body = []
     for layer, heads in maps.items():
         T = heads.shape[-1]
@@ -138,25 +138,26 @@ def _heads_table(maps: dict[int, Tensor]) -> Markup:
 
 def direct_section(e: Explanation) -> Section:
     """Bars for the parts, a map for the heads."""
-    target, rival = show_whitespace(e.spell(e.target)), show_whitespace(e.spell(e.beside))
+    target, rival = show_whitespace(e.spell(e.target)), show_whitespace(e.spell(e.against))
     lead = (
-        f"What each part adds to the logit of {target}, and to its lead over {rival}: straight to the head, the norms taken as they were."
+        f"What each part adds to the logit of {target}, and to its difference from that of {rival}, directly through the head, with the "
+        "statistics of the norms fixed."
     )
     d = e.direct
     if d is None:
-        return Section("direct", "Direct attribution", lead, el("p", e.refused["direct"], class_="empty"))
+        return Section("direct", "Direct logit attribution", lead, el("p", e.refused["direct"], class_="empty"))
     cap = f", soft-capped to {format_number(d.logit)}" if d.raw != d.logit and e.model.head.softcap else ""
     sides = grid(
         bar_chart(f"To the logit of {target}", _bars(d.parts, d.bias), unit=f"sum {format_number(d.raw)}{cap}"),
-        bar_chart(f"To the lead over {rival}", _bars(d.lead, d.lead_bias), unit=f"sum {format_number(sum(d.lead.values()) + d.lead_bias)}"),
+        bar_chart(
+            f"To the difference from {rival}", _bars(d.lead, d.lead_bias), unit=f"sum {format_number(sum(d.lead.values()) + d.lead_bias)}"
+        ),
     )
-    return Section(
-        "direct", "Direct attribution", lead, join(sides, _heads_map(d, target), details("Every part in figures", _parts_table(d)))
-    )
+    return Section("direct", "Direct logit attribution", lead, join(sides, _heads_map(d, target), details("As a table", _parts_table(d))))
 
 
 def _bars(parts: dict[ResidualPart, float], bias: float) -> list[Bar]:
-    """One for the embedding, for attention and network of each layer, and for the head's bias."""
+    """One bar for the embedding, for attention and feed-forward of each layer, and for the head's bias."""
     sums: dict[str, float] = {}
     for part, value in parts.items():
         name = _group(part)
@@ -189,7 +190,7 @@ def _parts_table(d: DirectAttribution) -> Markup:
     rows = [[name, format_number(d.parts[p]), format_number(d.lead[p])] for name, p in zip(names, d.parts, strict=True)]
     rows += [["bias of the head", format_number(d.bias), format_number(d.lead_bias)]]
     rows += [["sum", format_number(sum(d.parts.values()) + d.bias), format_number(sum(d.lead.values()) + d.lead_bias)]]
-    return table(["part", "to the logit", "to the lead"], rows)
+    return table(["part", "to the logit", "to the difference"], rows)
 
 
 def _detail(part: ResidualPart) -> str:
@@ -197,30 +198,30 @@ def _detail(part: ResidualPart) -> str:
 
 
 def gradients_section(e: Explanation) -> Section:
-    """The text shaded by what each token gives."""
+    """The text shaded by the attribution of each token."""
     target = show_whitespace(e.spell(e.target))
-    lead = f"Integrated gradients: how much of the logit of {target} rests on each token, against a text of nothing but separators."
+    lead = f"Integrated gradients: how much each token contributes to the logit of {target}, compared with a text of end-of-text tokens."
     g = e.gradients
     if g is None:
-        return Section("gradients", "Words it rests on", lead, el("p", e.refused["gradients"], class_="empty"))
+        return Section("gradients", "Input attribution", lead, el("p", e.refused["gradients"], class_="empty"))
     shares = [float(x) for x in g.shares]
     tips = [f"{show_whitespace(token)}: {format_number(share, 3)}" for token, share in zip(e.tokens, shares, strict=True)]
-    state = "complete" if g.complete else "not complete: the function has corners that more steps would be needed for"
+    state = "complete" if g.complete else "not complete: a piecewise linear activation needs more steps"
     note = (
-        f"The logit is {format_number(g.logit)}, without the text {format_number(g.baseline)}; the shares add up to the difference but for "
-        f"{format_number(g.gap, 2)} ({state}; tolerance {format_number(g.allowed, 2)}, {format_percent(TOLERANCE)} of the sum of their "
-        f"absolute values; {g.steps} steps of Gauss-Legendre quadrature in float64)."
+        f"The logit is {format_number(g.logit)}, without the text {format_number(g.baseline)}; the attributions add up to the difference "
+        f"up to {format_number(g.gap, 2)} ({state}; tolerance {format_number(g.allowed, 2)}, {format_percent(TOLERANCE)} of the sum of "
+        f"their absolute values; {g.steps} steps of Gauss-Legendre quadrature in float64)."
     )
     rows = [[str(i), show_whitespace(token), format_number(share)] for i, (token, share) in enumerate(zip(e.tokens, shares, strict=True))]
-    shown = details("Every token in figures", table(["", "token", "share"], rows, text=2))
+    shown = details("As a table", table(["", "token", "attribution"], rows, text=2))
     return Section(
-        "gradients", "Words it rests on", lead, join(shaded_tokens(e.tokens, shares, tips, e.position), el("p", note, class_="note"), shown)
+        "gradients", "Input attribution", lead, join(shaded_tokens(e.tokens, shares, tips, e.position), el("p", note, class_="note"), shown)
     )
 
 
 def checks_section(e: Explanation) -> Section:
-    """The identities, as found for this text."""
-    lead = "What must hold if the figures above are right, computed for this text in float64."
+    """The identities with their errors for this text."""
+    lead = "Identities that hold if the figures above are right, computed for this text in float64."
     rows = [[c.name, format_number(c.error, 2), format_number(c.allowed, 2), "holds" if c.holds else "does not hold"] for c in e.checks]
     refused = [el("p", sentence, class_="note") for sentence in e.refused.values()]
     return Section("checks", "Checks", lead, join(table(["identity", "difference", "allowed", ""], rows), refused))
@@ -236,13 +237,17 @@ def build_page(e: Explanation) -> str:
         [
             ("Explained token", show_whitespace(e.spell(e.target)), f"after token {e.position}, {show_whitespace(e.tokens[e.position])}"),
             ("Probability", format_percent(chance), "of all tokens"),
-            ("Logit", format_number(float(e.seen.logits[0, e.position, e.target])), f"beside {show_whitespace(e.spell(e.beside))}"),
+            ("Logit", format_number(float(e.seen.logits[0, e.position, e.target])), f"compared with {show_whitespace(e.spell(e.against))}"),
             ("Identities", f"{sum(c.holds for c in e.checks)} of {len(e.checks)}", "hold for this text"),
         ]
     )
     step = f", step {e.step:,}" if e.step is not None else ""
-    subtitle = f"Why {e.run}{step} says what it says after this text of {len(e.tokens)} tokens."
-    made = ["Made by ", el("code", f"andromeda explain {shlex.quote(str(e.run))} ..."), ". One file; nothing is loaded from anywhere."]
+    subtitle = f"Why {e.run}{step} predicts what it predicts after this text of {len(e.tokens)} tokens."
+    made = [
+        "Generated by ",
+        el("code", f"andromeda explain {shlex.quote(str(e.run))} ..."),
+        ". One file; nothing is loaded from elsewhere.",
+    ]
     return page("One prediction, explained", subtitle, [view(e) for view in SECTIONS], top, made, script="attention.js")
 
 

@@ -1,4 +1,4 @@
-"""A text explained: all four views of one prediction, with the identities that hold between them and the model."""
+"""An explanation of one prediction: four views, and the identities that relate them to the model."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from andromeda.generate.prompts import encode
 from andromeda.utils.errors import RequestError
 
 MAX_TOKENS = 256
-"""Tokens of a text; a map of attention has their square."""
+"""Longest text in tokens; an attention map has their square."""
 MAX_MAP_CELLS = 6_000_000
-"""Weights of attention on one page, a byte each."""
+"""Attention weights on one page, a byte each."""
 
 
 @dataclass(frozen=True)
@@ -28,18 +28,18 @@ class ExplainRequest:
 
     text: str
     target: str = ""
-    """The token whose logit is explained: the first one of this text; empty is the likeliest."""
+    """The token whose logit is explained, as text; empty is the most likely one."""
     against: str = ""
-    """The token beside it; empty is the likeliest other one."""
+    """The token it is compared with; empty is the most likely other one."""
     position: int = -1
-    """The token after which the prediction is made; -1 is the last, 0 the separator that begins the text."""
+    """The token after which the prediction is made; -1 is the last, 0 the end-of-text token that begins the text."""
     layers: tuple[int, ...] = ()
-    """Layers (from 1) whose maps of attention are shown; none is all."""
+    """Layers (from 1) whose attention maps are shown; empty is all."""
 
 
 @dataclass(frozen=True)
 class IdentityCheck:
-    """An identity and how far it is from holding."""
+    """An identity and its numerical error."""
 
     name: str
     error: float
@@ -47,7 +47,7 @@ class IdentityCheck:
 
     @property
     def holds(self) -> bool:
-        """Whether it does."""
+        """Whether the error is within the tolerance."""
         return self.error <= self.allowed
 
 
@@ -62,14 +62,14 @@ class Explanation:
     tokens: list[str]
     position: int
     target: int
-    beside: int
+    against: int
     seen: ForwardTrace
     lens: LogitLens
     direct: DirectAttribution | None
     gradients: TokenAttributions | None
     checks: list[IdentityCheck]
     refused: dict[str, str] = field(default_factory=dict)
-    """Views that are missing (direct, gradients, attention), each with the reason, a sentence."""
+    """Views that are not available (direct, gradients, attention), with the reason as a sentence."""
 
     def spell(self, token: int) -> str:
         """A token as text."""
@@ -77,7 +77,7 @@ class Explanation:
 
     @property
     def maps(self) -> dict[int, Tensor]:
-        """Weights (H, T, T) of the layers shown, by number from 0."""
+        """Attention weights (H, T, T) of the layers shown, by index from 0."""
         shown = self.wish.layers or range(1, len(self.seen.layers) + 1)
         found = {number - 1: self.seen.layers[number - 1].weights for number in shown}
         return {number: weights[0] for number, weights in found.items() if weights is not None}
@@ -93,12 +93,12 @@ def explain(run: Path, model: Andromeda, wish: ExplainRequest, step: int | None 
     target = _token(model, wish.target, "target") if wish.target else int(logits.argmax())
     others = logits.clone()
     others[target] = -torch.inf
-    beside = _token(model, wish.against, "against") if wish.against else int(others.argmax())
-    if beside == target:
+    against = _token(model, wish.against, "against") if wish.against else int(others.argmax())
+    if against == target:
         raise RequestError("The token given with --against is the target itself: give another one.")
     refused: dict[str, str] = {}
     try:
-        shares = direct_attribution(model, seen, position, target, beside)
+        shares = direct_attribution(model, seen, position, target, against)
     except RequestError as error:
         shares, refused["direct"] = None, str(error)
     try:
@@ -108,14 +108,14 @@ def explain(run: Path, model: Andromeda, wish: ExplainRequest, step: int | None 
     looked = logit_lens(model, seen, target)
     blind = [str(i + 1) for i, layer in enumerate(seen.layers) if layer.weights is None]
     if blind:
-        refused["attention"] = f"There is no map of layer {', '.join(blind)}: attention does not average values there."
+        refused["attention"] = f"There is no map of layer {', '.join(blind)}: the mixer does not average values there."
     tokens = [spell(model, int(i)) for i in ids[0]]
     checks = _checks(model, seen, looked, shares, gradients)
-    return Explanation(run, model, step, wish, tokens, position, target, beside, seen, looked, shares, gradients, checks, refused)
+    return Explanation(run, model, step, wish, tokens, position, target, against, seen, looked, shares, gradients, checks, refused)
 
 
 def spell(model: Andromeda, token: int) -> str:
-    """A token as text; a special one by its name."""
+    """A token as text; a special token by its name."""
     if model.tokenizer is None:
         return str(token)
     text = model.tokenizer.decode([token]) if token < model.tokenizer.vocab_size else ""
@@ -159,46 +159,48 @@ def _token(model: Andromeda, text: str, option: str) -> int:
     ids = model.tokenizer.encode(text)
     if len(ids) != 1:
         parts = ", ".join(repr(spell(model, i)) for i in ids[:5])
-        raise RequestError(
-            f"--{option} must be one token, and {text!r} is {len(ids)} ({parts}): give one of them, with its blank before it."
-        )
+        raise RequestError(f"--{option} must be one token, and {text!r} is {len(ids)} ({parts}): give one of them, with its leading space.")
     return ids[0]
 
 
 def _gradients(model: Andromeda, ids: Tensor, position: int, target: int) -> TokenAttributions:
     if model.tokenizer is None:
-        raise RequestError("Integrated gradients begin at a text of separators, and this model has no tokenizer that has one.")
+        raise RequestError("Integrated gradients start from end-of-text tokens, and this model has no tokenizer.")
     return integrated_gradients(model, ids, position, target, torch.full_like(ids, model.tokenizer.eos))
 
 
 def _checks(
     model: Andromeda, seen: ForwardTrace, looked: LogitLens, shares: DirectAttribution | None, gradients: TokenAttributions | None
 ) -> list[IdentityCheck]:
-    checks = [IdentityCheck("lens of the last layer = logits", looked.error, 1e-9)]
+    checks = [IdentityCheck("logit lens of the last layer = logits", looked.error, 1e-9)]
     weighed = [layer for layer in seen.layers if layer.weights is not None]
     if weighed:
-        checks.append(IdentityCheck("averages by the maps = what attention gave", max(layer.weights_error for layer in weighed), 1e-9))
+        checks.append(
+            IdentityCheck("values averaged by the attention maps = attention output", max(layer.weights_error for layer in weighed), 1e-9)
+        )
     if weighed and model.config.attention.mixer == "softmax":
         off = max(float((layer.weights.sum(-1) - 1).abs().max()) for layer in weighed if layer.weights is not None)
-        checks.append(IdentityCheck("rows of the maps sum to one", off, 1e-9))
+        checks.append(IdentityCheck("rows of the attention maps sum to one", off, 1e-9))
     if shares:
         checks.append(IdentityCheck("direct attributions sum to the logit", shares.error, 1e-9))
     if gradients:
         checks.append(
-            IdentityCheck(f"integrated gradients sum to the difference ({gradients.steps} steps)", gradients.gap, gradients.allowed)
+            IdentityCheck(
+                f"integrated gradients sum to the difference of logits ({gradients.steps} steps)", gradients.gap, gradients.allowed
+            )
         )
     return checks
 
 
 def explanation_json(e: Explanation) -> dict[str, Any]:
-    """Everything but the maps, which the page has."""
+    """The explanation as JSON values, without the attention maps."""
     probabilities = e.seen.logits[0, e.position].softmax(-1)
     top = probabilities.topk(min(10, len(probabilities)))
     return {
         "tokens": e.tokens,
         "position": e.position,
         "target": e.spell(e.target),
-        "against": e.spell(e.beside),
+        "against": e.spell(e.against),
         "prediction": [{"token": e.spell(int(i)), "probability": float(p)} for p, i in zip(top.values, top.indices, strict=True)],
         "lens": {"target": e.lens.target.tolist(), "entropy": e.lens.entropy.tolist(), "first": e.lens.tokens[..., 0].tolist()},
         "direct": e.direct

@@ -1,8 +1,8 @@
-"""The residual stream of one position as a sum of named parts, kept exact through everything that the architecture does to it.
+"""The residual stream of one position as a sum of named parts, exact through all operations of the architecture.
 
-A block adds its heads, its output bias and its network. A norm on the way (the final one, DeepNorm's) is linear once its
-statistics are those of this pass: it scales every part alike. A mix with the first embedding and a U-net skip are sums too.
-So the parts add up to the stream at every layer, to rounding.
+A block adds its heads, its output bias and its feed-forward network. A norm (the final one, DeepNorm's) is linear for fixed statistics:
+it scales every part alike. A mix with the first embedding and a U-net skip are sums too. So the parts add up to the stream at
+every layer, to rounding.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ from andromeda.utils.errors import RequestError
 
 
 class ResidualPart(NamedTuple):
-    """What adds to the stream. layer: from 0, -1 for the embedding. head: from 0, -1 for none."""
+    """A contribution to the residual stream. layer: from 0, -1 for the embedding. head: from 0, -1 for none."""
 
     kind: str
-    """embedding, head, attention (where it is no sum over heads), attention bias or feed-forward."""
+    """embedding, head, attention (if it is not a sum over heads), attention bias or feed-forward."""
     layer: int = -1
     head: int = -1
 
@@ -35,11 +35,11 @@ class ResidualParts(dict[ResidualPart, Tensor]):
     """Parts of one position's stream, each (C,)."""
 
     def plus(self, other: ResidualParts, factor: Tensor | float = 1.0) -> ResidualParts:
-        """The sum with `factor` times another."""
+        """This plus `factor` times another."""
         return ResidualParts({part: self.get(part, 0.0) + factor * other.get(part, torch.zeros(())) for part in {**self, **other}})
 
     def times(self, factor: Tensor | float) -> ResidualParts:
-        """All parts multiplied."""
+        """All parts scaled."""
         return ResidualParts({part: factor * x for part, x in self.items()})
 
     def total(self) -> Tensor:
@@ -47,7 +47,7 @@ class ResidualParts(dict[ResidualPart, Tensor]):
         return torch.stack(list(self.values())).sum(0)
 
     def normed(self, norm: nn.Module) -> ResidualParts:
-        """Through a norm whose statistics are those of the whole."""
+        """After a norm with the statistics of the whole stream."""
         at = self.total()
         return ResidualParts({part: apply_frozen_norm(norm, x, at) for part, x in self.items()})
 
@@ -69,7 +69,7 @@ def apply_frozen_norm(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
 
 
 def block_contributions(layer: LayerTrace, number: int, row: int, position: int) -> tuple[ResidualParts, ResidualParts]:
-    """What attention and the network of a block added at one position."""
+    """Contributions of a block's attention and feed-forward network at one position."""
     attention = ResidualParts()
     if layer.heads is None:
         attention[ResidualPart("attention", number)] = layer.attention[row, position]
@@ -82,7 +82,7 @@ def block_contributions(layer: LayerTrace, number: int, row: int, position: int)
 
 
 def apply_block(block: Any, stream: ResidualParts, attention: ResidualParts, network: ResidualParts) -> ResidualParts:
-    """The stream after a block. Raises RequestError for a block that is none of ours."""
+    """The stream after a block. Raises RequestError for a block that it does not know."""
     if isinstance(block, SerialDeepNormBlock):
         middle = stream.times(block.alpha).plus(attention).normed(block.attention_norm)
         return middle.times(block.alpha).plus(network).normed(block.feedforward_norm)
@@ -115,34 +115,34 @@ def decompose_residual(model: Transformer, seen: ForwardTrace, position: int, ro
 
 @dataclass(frozen=True)
 class DirectAttribution:
-    """Shares of one logit; they and `bias` add up to `raw`."""
+    """Contributions to one logit; they and `bias` add up to `raw`."""
 
     parts: dict[ResidualPart, float]
-    """Shares of the target's logit."""
+    """Contributions to the target's logit."""
     lead: dict[ResidualPart, float]
-    """Shares of the difference between the target's logit and that of the token beside it."""
+    """Contributions to the difference between the target's logit and that of the other token."""
     bias: float
-    """Of the head, for the target."""
+    """Head bias of the target."""
     lead_bias: float
     raw: float
-    """The target's logit before a soft cap."""
+    """The target's logit before the soft cap."""
     logit: float
     """The model's own logit: `raw`, soft-capped where the model has a cap."""
     error: float
-    """Of the sum of the shares against `raw`, and of the capped sum against the model's own logit: the larger."""
+    """The larger of two errors: of the sum against `raw`, and of the capped sum against the model's logit."""
 
 
 @torch.no_grad()
 def direct_attribution(
-    model: Transformer, seen: ForwardTrace, position: int, target: int, beside: int, *, row: int = 0
+    model: Transformer, seen: ForwardTrace, position: int, target: int, against: int, *, row: int = 0
 ) -> DirectAttribution:
-    """Shares at one position. Raises RequestError for a norm or block of a user's own, whose rule is not known."""
+    """Shares at one position. Raises RequestError for a user-defined norm or block."""
     head, found = model.head, decompose_residual(model, seen, position, row)
-    weight, rival = head.weight[target], head.weight[beside]
+    weight, rival = head.weight[target], head.weight[against]
     parts = {part: float(weight @ x) for part, x in found.items()}
     lead = {part: float((weight - rival) @ x) for part, x in found.items()}
     bias = float(head.bias[target]) if head.bias is not None else 0.0
-    rival_bias = float(head.bias[beside]) if head.bias is not None else 0.0
+    rival_bias = float(head.bias[against]) if head.bias is not None else 0.0
     logit = seen.logits[row, position, target]
     raw = float(weight @ model.norm(seen.layers[-1].output[row, position])) + bias
     summed = sum(parts.values()) + bias

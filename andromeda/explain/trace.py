@@ -1,10 +1,9 @@
-"""One forward pass with everything written down: the stream after each block, what each head and network added, the weights of attention.
+"""One forward pass with its intermediate results: the residual stream, the output of each head and network, the attention weights.
 
-Nothing is computed a second time in another way: branches are read from hooks on the model's own modules, and the weights of
-attention come from the model's own call, asked to average unit vectors instead of values: whatever a mechanism does, if it
-averages values, the averages of unit vectors are its weights.
+Branch outputs come from hooks on the model's own modules. Attention weights come from the model's own attention call with unit
+vectors as values: for any mixer that averages values, the averages of unit vectors are its weights.
 
-Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
+Shapes: B batch, T tokens, C hidden size, H query heads, G key/value heads, D head dimension.
 """
 
 from __future__ import annotations
@@ -22,27 +21,27 @@ from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import weighted_values
 
 RELATIVE_TOLERANCE = 1e-6
-"""Relative difference up to which two ways to compute a branch are the same one."""
+"""Relative difference up to which a recomputed branch output counts as equal."""
 
 
 @dataclass
 class LayerTrace:
-    """What one block did."""
+    """Intermediate results of one block."""
 
     attention: Tensor
-    """(B, T, C), added to the stream."""
+    """(B, T, C), added to the residual stream."""
     feedforward: Tensor
     """(B, T, C)."""
     output: Tensor
-    """(B, T, C), the stream after the block."""
+    """(B, T, C), the residual stream after the block."""
     heads: Tensor | None = None
-    """(B, T, H, C): each head's share of `attention`, without the bias; None where attention is no sum over heads."""
+    """(B, T, H, C): each head's share of `attention`, without the bias; None if attention is not a sum over heads."""
     bias: Tensor | None = None
     """(C,): of the output projection."""
     weights: Tensor | None = None
-    """(B, H, T, T): weight of each key for each query; None where attention does not average values."""
+    """(B, H, T, T): weight of each key for each query; None if the mixer does not average values."""
     weights_error: float = 0.0
-    """Largest difference between the averages by `weights` and what attention gave."""
+    """Largest difference between values averaged by `weights` and the attention output."""
 
 
 @dataclass
@@ -51,7 +50,7 @@ class ForwardTrace:
 
     ids: Tensor
     embedded: Tensor
-    """(B, T, C), what goes into the first block."""
+    """(B, T, C), input of the first block."""
     layers: list[LayerTrace]
     logits: Tensor
     """(B, T, V)."""
@@ -59,7 +58,7 @@ class ForwardTrace:
 
 @torch.no_grad()
 def trace(model: Transformer, ids: Tensor, documents: Tensor | None = None) -> ForwardTrace:
-    """Run `model` over ids (B, T) and write everything down; documents as in `Transformer.hidden`."""
+    """Run `model` over ids (B, T) and record the intermediate results; documents as in `Transformer.hidden`."""
     kept: dict[str, Any] = {}
     blocks: Any = model.decoder.blocks
     with ExitStack() as hooks:
@@ -84,7 +83,7 @@ def _layer(block: Any, kept: dict[str, Any], i: int) -> LayerTrace:
 
 
 def _weights(attention: Any, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec, mixed: Tensor) -> tuple[Tensor | None, float]:
-    """Weights (B, H, T, S) and how well they give what attention gave; None where it is no average of values."""
+    """Weights (B, H, T, S) and their error against the attention output; None if the mixer does not average values."""
     B, S, G = k.shape[:3]
     units = torch.eye(S, dtype=v.dtype, device=v.device)[None, :, None].expand(B, S, G, S)
     with _reference(attention):
@@ -107,7 +106,7 @@ def _heads(attention: Any, mixed: Tensor, output: Tensor) -> tuple[Tensor | None
 
 @contextmanager
 def hooked(module: nn.Module, hook: Callable[..., Any]) -> Iterator[None]:
-    """A forward hook for as long as the block lasts."""
+    """A forward hook within a `with` block."""
     handle = module.register_forward_hook(hook)
     try:
         yield
@@ -144,7 +143,7 @@ def _watched(attention: Any, kept: dict[str, Any], name: str) -> Iterator[None]:
 
 @contextmanager
 def _reference(attention: Any) -> Iterator[None]:
-    """The reference backend, which takes values of any width."""
+    """The eager backend, which takes values of any dimension."""
     before = getattr(attention, "backend", None)
     if before is not None:
         attention.backend = "eager"
@@ -157,10 +156,10 @@ def _reference(attention: Any) -> Iterator[None]:
 
 @dataclass(frozen=True)
 class LogitLens:
-    """For the embedding and after each of L layers; N = L + 1, K likeliest tokens."""
+    """Predictions after the embedding and after each of L layers; N = L + 1, K most likely tokens."""
 
     tokens: Tensor
-    """(N, T, K), the likeliest first."""
+    """(N, T, K), the most likely first."""
     probabilities: Tensor
     """(N, T, K)."""
     target: Tensor
@@ -172,18 +171,18 @@ class LogitLens:
 
 
 @torch.no_grad()
-def logit_lens(model: Transformer, seen: ForwardTrace, target: int, *, row: int = 0, likeliest: int = 5) -> LogitLens:
-    """Final norm and head on the stream after every layer.
+def logit_lens(model: Transformer, seen: ForwardTrace, target: int, *, row: int = 0, top_k: int = 5) -> LogitLens:
+    """The logit lens (nostalgebraist, 2020): final norm and head applied to the residual stream after every layer.
 
-    With DeepNorm the stream is normalized already and the final norm is the identity; with U-net skips a layer of the first
-    half is shown without the skips that it will take part in.
+    With DeepNorm the stream is normalized already and the final norm is the identity; with U-net skips a layer of the first half
+    is shown without the skip connections that it feeds.
     """
     found: list[tuple[Tensor, ...]] = []
     logits = seen.logits[row]
     for x in (seen.embedded, *(layer.output for layer in seen.layers)):
         logits = model.head(model.norm(x[row]))
         log_p = logits.log_softmax(-1)
-        top = log_p.topk(min(likeliest, log_p.shape[-1]), -1)
+        top = log_p.topk(min(top_k, log_p.shape[-1]), -1)
         entropy = -(log_p.exp() * log_p).sum(-1) / torch.log(torch.tensor(2.0, dtype=log_p.dtype))
         found.append((top.indices, top.values.exp(), log_p[:, target].exp(), entropy))
     tokens, probabilities, on_target, entropy = (torch.stack(parts) for parts in zip(*found, strict=True))

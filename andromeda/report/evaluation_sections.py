@@ -17,7 +17,7 @@ COMMANDS = ("bits", "reasoning", "context")
 
 def evaluation_section(record: RunData) -> Section:
     """The section."""
-    lead = ["Measured on the trained weights; each result is made again by its command and checked by ", code("andromeda verify"), "."]
+    lead = ["Measured on the trained weights; each result is reproduced by its command and checked by ", code("andromeda verify"), "."]
     found = [result for kind in SHOWN for result in record.of_kind(kind)]
     parts = [part for part in (_compressors(record), *(_one(result) for result in found)) if part]
     notes = [el("p", problem, class_="empty") for problem in record.problems]
@@ -42,7 +42,7 @@ def _compressors(record: RunData) -> Markup | None:
         return None
     others = [[f"{name} -9", format_number(value)] for name, value in record.compressors.items()]
     rows = [["this model", format_number(bits)], *others]
-    return el("div", el("h3", "Beside compressors"), table(["held-out text", "bits per byte"], rows), class_="result")
+    return el("div", el("h3", "Compared with compressors"), table(["held-out text", "bits per byte"], rows), class_="result")
 
 
 def _bits(result: EvalResult) -> Markup:
@@ -144,7 +144,7 @@ TASK_DESCRIPTIONS = {
 
 def position_section(record: RunData) -> Section:
     """Loss by position."""
-    lead = "Mean loss of tokens by where they stand: it falls as long as what stands before is of use."
+    lead = "Mean loss of tokens by their position: it falls as long as more context helps."
     found = record.of_kind("position")
     if not found:
         fill = f"andromeda eval {shell_quote(record.path)} position"
@@ -169,7 +169,7 @@ def _position(result: EvalResult) -> Markup:
 
 def retrieval_section(record: RunData) -> Section:
     """Found or not, by length and depth."""
-    lead = "Something is hidden in a text, so deep, and asked for at its end: how often the model finds the right answer likeliest."
+    lead = "A fact is hidden at some depth of a text and asked for at its end: how often the right answer is the most likely one."
     order = list(TASK_DESCRIPTIONS)
     found = sorted(record.of_kind("retrieval"), key=lambda r: order.index(task) if (task := r.result.get("task")) in order else len(order))
     if not found:

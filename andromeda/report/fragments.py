@@ -44,5 +44,5 @@ def provenance_notes(found: Sequence[EvalResult], newest: int | None) -> list[Ma
 
 def _origin(text: str, step: int, date: str, names: list[str], newest: int | None) -> Markup:
     stale = f"; the newest checkpoint is of step {newest:,}" if newest is not None and newest != step else ""
-    which = f"{', '.join(names)}: " if names else "Made by "
+    which = f"{', '.join(names)}: " if names else "Command: "
     return el("p", which, code(text), f" on step {step:,}{stale}, {date}", class_="note")

@@ -1,4 +1,4 @@
-"""A model's architecture in words."""
+"""Sections about the model: parameters and FLOPs, manifest, model card, and its architecture in words."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BLOCKS = {
 
 
 def architecture(c: ModelConfig) -> str:
-    """One sentence of what the model is made of."""
+    """The architecture in one sentence."""
     layers = f"{c.num_layers} {BLOCKS[c.block.kind, c.block.residual]} of width {c.hidden_size}"
     return f"{layers}, {_heads(c)}, {_network(c)}; {', '.join(_parts(c))}"
 
@@ -51,7 +51,7 @@ def _parts(c: ModelConfig) -> list[str]:
     positions = {"none": "no rotary positions", "rope": "RoPE", "xpos": "xPos"}[c.rotary.kind]
     named = {
         positions: True,
-        f"stretched {c.rotary.scaling.factor:g} times ({c.rotary.scaling.kind})": c.rotary.scaling.kind != "none",
+        f"positions scaled {c.rotary.scaling.factor:g} times ({c.rotary.scaling.kind})": c.rotary.scaling.kind != "none",
         f"ALiBi on {c.alibi.num_heads} heads": c.alibi.num_heads,
         "absolute positions": c.embedding.absolute,
         f"{c.attention.qk_norm} QK norm": c.attention.qk_norm != "none",
@@ -78,9 +78,9 @@ def parameter_count(record: RunData) -> ParameterCount | None:
 
 def size_section(record: RunData, counted: ParameterCount | None) -> Section:
     """The section."""
-    lead = "Counted on the model itself; FLOPs are those of matrix products, attention by its mask."
+    lead = "Counted on the model itself; FLOPs are those of matmuls, attention by its mask."
     if counted is None:
-        return Section("size", "Parameters and FLOPs", lead, missing_section("The model names a class that is not installed here."))
+        return Section("size", "Parameters and FLOPs", lead, missing_section("The model uses a class that is not installed here."))
     model, train = record.config.model, record.config.train
     sequence = train.seq_len or model.max_seq_len
     forward = forward_flops_per_token(model, sequence)
@@ -98,12 +98,12 @@ def size_section(record: RunData, counted: ParameterCount | None) -> Section:
     )
     known = definition_list(
         [
-            ("Parameters", f"{total:,}, of which {counted.active:,} take part in computing one token"),
-            ("Training FLOPs of a token", f"{_flops(step)} in rows of {sequence:,} tokens (three times the forward pass)"),
+            ("Parameters", f"{total:,}, of which {counted.active:,} are used for one token"),
+            ("Training FLOPs of a token", f"{_flops(step)} in sequences of {sequence:,} tokens (three times the forward pass)"),
             ("Training FLOPs so far", f"{_flops(step * tokens)} on {tokens:,.0f} tokens" if tokens else ""),
             ("Tokens per parameter", f"{tokens / total:.2f}" if tokens else ""),
             (
-                "Cache of one token",
+                "KV cache per token",
                 f"{byte_size(cache_bytes(model))}, of a full context {byte_size(cache_bytes(model, model.max_seq_len))}, in bf16",
             ),
         ]
@@ -121,7 +121,7 @@ def _flops(value: float | None) -> str:
 
 def manifest_section(record: RunData) -> Section:
     """The section."""
-    lead = "Configuration, seed, data, code, versions and machine, as the run recorded them."
+    lead = "Configuration, seed, data, code, versions and machine, as recorded by the run."
     manifest, config = record.manifest, record.config
     starts = [s for s in manifest.get("starts", []) if isinstance(s, dict)]
     last: dict[str, Any] = starts[-1] if starts else {}
@@ -191,12 +191,12 @@ LIMITATIONS = (
 
 def model_card_section(record: RunData, counted: ParameterCount | None) -> Section:
     """The section."""
-    lead = "For whoever is given the model: what it is, what it was made from, what it can be used for."
+    lead = "What the model is, what it was trained on, and what it can be used for."
     again = first_command(record)
     pairs: list[tuple[str, Child]] = [
         *model_card_facts(record, counted),
         ("To run it", code(f'andromeda generate {shell_quote(record.path)} "..."')),
-        ("To make it again", code(again) if again else None),
+        ("To reproduce it", code(again) if again else None),
     ]
     return Section("card", "Model card", lead, definition_list(pairs))
 
@@ -238,7 +238,7 @@ def _training(record: RunData) -> str:
     time = f", {format_duration(seconds)} in steps" if seconds else ""
     machine = _start(record, "machine").get("processor")
     where = f" on {machine}" if machine else ""
-    batch = f"{train.steps:,} steps of {train.batch_size} rows of {rows:,} tokens"
+    batch = f"{train.steps:,} steps of {train.batch_size} sequences of {rows:,} tokens"
     return f"{train.optim.kind.rpartition(':')[2]}, {batch}, {train.schedule.kind} schedule{time}{where}."
 
 

@@ -1,4 +1,4 @@
-"""How training went: loss, bits per byte, rates, norms, speed, and the signs of health."""
+"""Sections about training: curves, probes and samples."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ MOST_EVENTS = 200
 def curves_section(record: RunData) -> Section:
     """The section."""
     metrics = record.metrics
-    lead = "Means over the steps since the line before, as training logged them; the figures under the pointer are told."
+    lead = "Means over the steps since the previous log line; hover for values."
     if not metrics.series("loss"):
         nothing = missing_section("Nothing is logged yet.", f"andromeda train --out {record.path} --resume")
         return Section("curves", "Curves", lead, nothing)
@@ -63,7 +63,7 @@ def _others(record: RunData) -> list[Markup]:
     if rates := metrics.names("lr/"):
         drawn.append(_rates(metrics, rates))
     drawn.append(_one(metrics, "gradient_norm", "Gradient norm", "before clipping", log=True))
-    drawn.append(_one(metrics, "tokens_per_second", "Speed", "tokens per second", zero=True))
+    drawn.append(_one(metrics, "tokens_per_second", "Speed", "tokens/s", zero=True))
     if metrics.series("mfu"):
         drawn.append(_one(metrics, "mfu", "MFU", "model FLOPs over the device's peak", zero=True, show=format_percent))
     if metrics.series("memory_gib"):
@@ -158,13 +158,13 @@ PROBE_DESCRIPTIONS = {
 
 def probes_section(record: RunData) -> Section:
     """The section."""
-    lead = "Small generated tasks, the same problems at every measurement; solved means that greedy decoding writes exactly the answer."
+    lead = "Small generated tasks, the same problems at every measurement; solved means that greedy decoding gives exactly the answer."
     metrics = record.metrics
     names = [name for name in metrics.names("probe/") if not name.endswith("/chance") and metrics.series(name)]
     if not names:
         resume = f"andromeda train --out {shell_quote(record.path)} --resume train.probes.every=100"
         return Section(
-            "probes", "Probes", lead, missing_section("No probes were scored. To score them while training (or going on):", resume)
+            "probes", "Probes", lead, missing_section("No probes were scored. To score them while training, or when resuming:", resume)
         )
     drawn = []
     for i, name in enumerate(names):
@@ -187,7 +187,7 @@ def probes_section(record: RunData) -> Section:
 
 def samples_section(record: RunData) -> Section:
     """The section."""
-    lead = "As they came, none left out; what was given is in color."
+    lead = "Unselected; prompts are in color."
     if not record.samples:
         fill = f'andromeda generate {shell_quote(record.path)} "Once" --json > {shell_quote(record.path / "samples" / "mine.jsonl")}'
         return Section("samples", "Samples", lead, missing_section("No samples are kept. To add some:", fill))

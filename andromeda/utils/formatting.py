@@ -1,4 +1,4 @@
-"""Figures as people read them."""
+"""Numbers, SI prefixes, percentages and durations as text."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ LETTERS = ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, 
 
 
 def format_number(value: float | None, digits: int = 4) -> str:
-    """Significant digits with separators: 1,234; 0.02500; 3.1e-7; a dash for what is not known."""
+    """Significant digits with separators: 1,234; 0.02500; 3.1e-7; a dash if unknown."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     if value == 0:
@@ -21,7 +21,7 @@ def format_number(value: float | None, digits: int = 4) -> str:
 
 
 def format_si(value: float | None, digits: int = 3) -> str:
-    """With a letter for thousands and more, without needless zeros: 2.05 M, 400, 0.3."""
+    """With an SI prefix from thousands on, without trailing zeros: 2.05 M, 400, 0.3."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     for unit, letter in LETTERS:
@@ -31,13 +31,13 @@ def format_si(value: float | None, digits: int = 3) -> str:
 
 
 def strip_zeros(text: str) -> str:
-    """Without zeros at the end of a decimal fraction."""
+    """Without trailing zeros of a decimal fraction."""
     mantissa, e, power = text.partition("e")
     return (mantissa.rstrip("0").rstrip(".") if "." in mantissa else mantissa) + e + power
 
 
 def format_percent(value: float | None) -> str:
-    """A share as percent: 27 %, 0.4 %."""
+    """A fraction as percent: 27 %, 0.4 %."""
     if value is None or not math.isfinite(value):
         return "\N{EN DASH}"
     text = strip_zeros(format_number(100 * value, 2)) if abs(value) < 0.0995 else f"{100 * value:.0f}".replace("-", MINUS)
@@ -45,7 +45,7 @@ def format_percent(value: float | None) -> str:
 
 
 def format_duration(seconds: float | None) -> str:
-    """In the unit that reads best."""
+    """A duration in s, min, h or days."""
     if seconds is None:
         return "\N{EN DASH}"
     for unit, name in ((86400, "days"), (3600, "h"), (60, "min")):

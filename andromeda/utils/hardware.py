@@ -1,7 +1,6 @@
-"""What devices can do at most: the vendors' figures, and what was measured where somebody did.
+"""Peak FLOP/s and bandwidth of devices: the vendors' figures, and measured ones where known.
 
-MFU is by definition against the vendor's dense peak (arXiv 2204.02311, appendix B); floors of time are against what a
-device was seen to reach, where that is known.
+MFU is by definition relative to the vendor's dense peak (arXiv 2204.02311, appendix B); roofline times use measured rates where known.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ TERA, GIB = 1e12, 1 << 30
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of device. Rates are FLOP/s of dense matrix products (no structured sparsity), by precision."""
+    """One kind of device. Rates are FLOP/s of dense matmuls (no structured sparsity), by precision."""
 
     name: str
     memory: float
@@ -28,12 +27,12 @@ class Hardware:
     """The vendor's figures."""
     source: str
     measured: dict[str, float] = field(default_factory=dict)
-    """What a large matrix product reached, where it was measured."""
+    """Measured rate of a large matmul, where known."""
     link: float = 0.0
-    """Bytes per second that one device sends and receives in all, to its neighbors in one host; 0 is unknown."""
+    """Bytes per second that one device sends and receives within a host; 0 is unknown."""
 
     def rate(self, precision: str) -> float | None:
-        """The best rate that can be expected: measured if known, else the vendor's; None where it has no such units."""
+        """The measured rate if known, else the vendor's; None if the device lacks this precision."""
         return self.measured.get(precision) or self.peak.get(precision)
 
 
@@ -48,7 +47,7 @@ HARDWARE: dict[str, Hardware] = {
         141e9,
         4.27e12,
         {"fp32": 67 * TERA, "bf16": 989.4 * TERA, "fp16": 989.4 * TERA, "fp8": 1978.9 * TERA},
-        "NVIDIA H200 datasheet; measured: 8192-cubed matrix products and a device copy, torch 2.11, CUDA 13.0",
+        "NVIDIA H200 datasheet; measured: 8192-cubed matmuls and a device copy, torch 2.11, CUDA 13.0",
         {"bf16": 735 * TERA, "fp8": 1311 * TERA},
         link=900e9,
     ),
@@ -68,7 +67,7 @@ def find_hardware(name: str) -> Hardware:
     if key == "cpu":
         return this_cpu()
     if key not in HARDWARE:
-        raise ConfigError(f"There is no figure for a device {name!r}{nearest(key, HARDWARE)}: give one of {', '.join(HARDWARE)} or cpu.")
+        raise ConfigError(f"Device {name!r} is not known{nearest(key, HARDWARE)}: give one of {', '.join(HARDWARE)} or cpu.")
     return HARDWARE[key]
 
 
@@ -81,7 +80,7 @@ def peak_flops(device: str, precision: str) -> float | None:
     """FLOP/s that MFU on this device is counted against, or None where nothing is known.
 
     device: a torch device ("cuda:0", "cpu") or a device's own name. precision: fp32, bf16, fp16 or fp8. A CPU has no
-    vendor's figure: there it is what a matrix product is measured to reach, so that its MFU is against this machine.
+    vendor's figure: there it is the measured rate of a matmul on this machine.
     """
     if str(device).startswith("cpu"):
         return cpu_rate(precision) if precision in CPU_PRECISIONS else None
@@ -105,12 +104,12 @@ def this_cpu() -> Hardware:
 
 @cache
 def cpu_rate(precision: str) -> float:
-    """FLOP/s of matrix products on this CPU, measured once a process: a fraction of a second, some where it has no such units."""
+    """FLOP/s of matmuls on this CPU, measured once per process."""
     return matmul_rate(precision)
 
 
 def matmul_rate(precision: str, size: int = 1024, rounds: int = 5, enough: float = 1.0) -> float:
-    """FLOP/s of the fastest of a few size-cubed matrix products on this CPU; no further one after `enough` seconds."""
+    """FLOP/s of the fastest of a few size-cubed matmuls on this CPU, within about `enough` seconds."""
     import torch
 
     a = torch.ones(size, size, dtype=getattr(torch, _DTYPES[precision]))
