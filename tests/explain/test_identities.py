@@ -137,7 +137,7 @@ def test_integrated_gradients_of_a_linear_model_are_its_weights() -> None:
 
 def test_a_mixture_is_refused_with_its_reason() -> None:
     row = next(name for name in ROWS if "moe" in name)
-    with pytest.raises(RequestError, match="jump"):
+    with pytest.raises(RequestError, match="discontinuous"):
         integrated_gradients(build(row), ids(batch=1), T - 1, 3, torch.full((1, T), 5))
 
 

@@ -234,7 +234,7 @@ def test_a_finished_training_leaves_its_report(run: Path, capsys: pytest.Capture
 
 @pytest.mark.parametrize(
     ("arguments", "part"),
-    [(["nowhere"], "nowhere"), ([], "run"), (["{run}", "--out", "{run}/config.toml/x"], "--out"), (["{run}", "--bogus"], "--bogus")],
+    [(["nowhere"], "nowhere"), ([], "RUN"), (["{run}", "--out", "{run}/config.toml/x"], "--out"), (["{run}", "--bogus"], "--bogus")],
 )
 def test_wrong_calls(run: Path, arguments: list[str], part: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = (run / "config.toml").read_bytes()
@@ -281,7 +281,7 @@ def test_the_demo_fills_the_page(run: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert set(record.compressors) == {"xz", "zlib"}
     assert all(prompt == prompt.rstrip() for prompt in demo.PROMPTS)
     page = build_report(run)
-    assert "Beside compressors" in page
+    assert "Compared with compressors" in page
     assert "xz -9" in page
 
 
