@@ -1,4 +1,4 @@
-"""8-bit products: what is exchanged, and how far the rounding may reach. On a CPU torchao emulates it."""
+"""8-bit matmuls: what is exchanged, and how far the rounding may reach. On a CPU torchao emulates it."""
 
 from __future__ import annotations
 
@@ -96,5 +96,5 @@ def test_gradients_are_near_those_of_float32() -> None:
 
 
 def test_a_cpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"needs a GPU with 8-bit products .* use bf16 or auto\.$"):
+    with pytest.raises(ConfigError, match=r"needs a GPU with 8-bit matmuls .* use bf16 or auto\.$"):
         build_precision("fp8", CPU)
