@@ -83,7 +83,7 @@ class GatedLinearAttention(nn.Module):
                 y, state = chunk_pass(*parts, state)
                 outputs.append(y)
         ctx.state.put("linear", state)
-        y = F.rms_norm(torch.cat(outputs, 1), (self.dim,)).flatten(-2).to(x.dtype)
+        y = F.rms_norm(torch.cat(outputs, 1), (self.dim,), eps=1e-5).flatten(-2).to(x.dtype)
         return self.out(F.silu(self.gate(x)) * y)
 
     def flops(self, keys: Callable[[int], float]) -> dict[str, float]:

@@ -65,6 +65,17 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         "mqa": {"attention.num_heads": 4, "attention.num_kv_heads": 1},
     },
     "mechanism": {"softmax": {}, "sigmoid": {"attention.mixer": "sigmoid"}},
+    "layers": {
+        "one-mixer": {},
+        "local-full": {"layers": ["local", "full"], "mixers.local.kind": "softmax", "mixers.local.sliding_window": 5},
+        "linear-full": {
+            "layers": ["linear", "full"],
+            "mixers.linear.kind": "examples.add_a_mixer:GatedLinearAttention",
+            "mixers.linear.num_heads": 2,
+            "mixers.linear.head_dim": 8,
+            "mixers.linear.chunk": 5,
+        },
+    },
     "block": {
         "serial": {},
         "parallel": {"block.kind": "parallel"},

@@ -33,6 +33,7 @@ def features(config: ModelConfig) -> tuple[Any, ...]:
         a.scale,
         a.qk_norm,
         config.rotary.kind,
+        config.layers,
     )
 
 
@@ -96,7 +97,7 @@ def agreed(row: str, name: str, run: Callable[[Transformer, Tensor | None], list
         for a, b in zip(found, run(model, documents), strict=True):
             torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
     for reason in reasons:
-        assert re.fullmatch(rf"Attention backend '{name}' cannot compute this pattern: [^\n]+; use backend auto or eager\.", reason)
+        assert re.fullmatch(rf"Attention backend '{name}' cannot compute this call: [^\n]+; use backend auto or eager\.", reason)
     return accepted
 
 

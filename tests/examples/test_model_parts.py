@@ -104,7 +104,7 @@ def recurrence(part: Any, x: Tensor, documents: Tensor) -> Tensor:
             state = state * (documents[:, t] == documents[:, t - 1])[:, None, None, None]
         state = decay[:, t, :, None, None] * state + k[:, t, :, :, None] * heads[2][:, t, :, None, :]
         y = (q[:, t, :, :, None] * state).sum(2)
-        outputs.append((y / y.square().mean(-1, keepdim=True).add(torch.finfo(y.dtype).eps).sqrt()).flatten(1))
+        outputs.append((y / y.square().mean(-1, keepdim=True).add(1e-5).sqrt()).flatten(1))
     return part.out(torch.nn.functional.silu(part.gate(x)) * torch.stack(outputs, 1))
 
 

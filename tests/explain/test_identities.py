@@ -29,7 +29,11 @@ def test_every_architecture(row: str, documents: Tensor | None) -> None:
         logits = model(text, documents=documents)
     torch.testing.assert_close(seen.logits, logits, rtol=0, atol=EXACT)
     assert logit_lens(model, seen, 3).error <= EXACT
-    for layer in seen.layers:
+    for layer, block in zip(seen.layers, model.decoder.blocks, strict=True):
+        if not hasattr(block.attention, "core_attention"):
+            # A mixer without weights over keys has no map.
+            assert layer.weights is None
+            continue
         assert layer.weights is not None
         assert layer.weights_error <= EXACT
         if model.config.attention.mixer == "softmax":
@@ -93,7 +97,8 @@ def test_frozen_norms_are_linear_and_exact(row: str) -> None:
 
 
 def smooth(row: str) -> bool:
-    return "moe" not in row
+    """Neither jumps, as routing has, nor the unit length of vectors that pass near zero, which few steps cannot integrate."""
+    return "moe" not in row and "linear-full" not in row
 
 
 @pytest.mark.parametrize("row", [name for name in ROWS if smooth(name)][::4])

@@ -47,7 +47,7 @@ def graphs(model: Transformer, documents: torch.Tensor | None = None, backend: s
 def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
     # Grouped products are one kernel in bfloat16 alone.
     model = Transformer(model_config({slot: value})).to(torch.bfloat16 if value.startswith("moe") else torch.float32)
-    assert graphs(model) == (2 if value == "window-global" else 1)
+    assert graphs(model) == (2 if value in ("window-global", "local-full", "linear-full") else 1)
 
 
 def test_a_recomputed_block_of_experts_is_one_graph_too() -> None:
