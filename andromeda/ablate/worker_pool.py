@@ -52,7 +52,8 @@ class WorkerProcess:
         except OSError:
             line = ""
         if line:
-            return json.loads(line)
+            answer: dict[str, Any] = json.loads(line)
+            return answer
         code = process.wait()
         return {"stopped": -code} if -code in SIGNALS else {"error": f"its process ended with code {code}"}
 

@@ -180,7 +180,8 @@ def measure(case: AttentionCase, backend: str, tokens: int, device: torch.device
 
     def forward() -> Tensor:
         with torch.set_grad_enabled(trains):
-            return module.attend(*ready(q, k), v, pattern)
+            out: Tensor = module.attend(*ready(q, k), v, pattern)
+            return out
 
     def forward_backward() -> None:
         torch.autograd.grad(forward(), leaves, grad)

@@ -119,7 +119,7 @@ def _llama(mode: ComputeMode) -> Competitor:
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * factor
         with precision.autocast():
-            loss = run(input_ids=ids, labels=targets, shift_labels=targets).loss
+            loss: Tensor = run(input_ids=ids, labels=targets, shift_labels=targets).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()

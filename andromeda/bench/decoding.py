@@ -59,7 +59,8 @@ def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, 
     device, tokens, held = model.head.weight.device, cache.length, cache.bytes()
 
     def read(ids: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
-        return model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
+        logits: Tensor = model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
+        return logits
 
     start = time.perf_counter()
     step = (CudaGraphDecodeStep if device.type == "cuda" else StaticDecodeStep)(read, cache, most=256)
@@ -83,7 +84,7 @@ def _measured(model: Transformer, cache: DynamicKVCache, rep: int) -> dict[str, 
 def _table(model: Transformer) -> int:
     """Bytes of the embedding table, of which a step reads one row per sequence; 0 if it is tied to the head."""
     table = model.embedding.tokens
-    weight = getattr(table, "weight", None)
+    weight: Tensor | None = getattr(table, "weight", None)
     if weight is None or weight is model.head.weight:
         return 0
     return weight.numel() * weight.element_size()

@@ -12,6 +12,7 @@ The same for lookups: rows gathered and RMS-normalized, by PyTorch and as fused 
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
@@ -71,7 +72,8 @@ def floor(moved: float, device: torch.device) -> float | None:
 def pytorch(ids: Tensor, dys: list[Tensor], rows: int, dtype: torch.dtype) -> Tensor:
     """What autograd does for a table whose columns were split."""
     dy = dys[0] if len(dys) == 1 else torch.stack(dys, 1).flatten(1)
-    return torch.ops.aten.embedding_dense_backward(dy.to(dtype), ids, rows, -1, False)
+    gradient: Tensor = torch.ops.aten.embedding_dense_backward(dy.to(dtype), ids, rows, -1, False)
+    return gradient
 
 
 def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
@@ -80,9 +82,9 @@ def relative_error(found: Tensor, ids: Tensor, dys: list[Tensor]) -> float:
     for columns, dy in zip(found.split([dy.shape[1] for dy in dys], 1), dys, strict=True):
         for part, source in zip(columns.split(1024, 1), dy.split(1024, 1), strict=True):
             exact = torch.zeros(part.shape, dtype=torch.float64, device=part.device).index_add_(0, ids, source.double())
-            square += (part.double() - exact).square().sum().item()
-            norm += exact.square().sum().item()
-    return (square / norm) ** 0.5
+            square += float((part.double() - exact).square().sum())
+            norm += float(exact.square().sum())
+    return math.sqrt(square / norm)
 
 
 def gradients(tokens: int, vocabulary: int, device: torch.device, rep: int) -> Iterator[EmbeddingTiming]:

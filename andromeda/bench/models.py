@@ -113,5 +113,5 @@ def x_transformer(config: ModelConfig, device: torch.device, dtype: torch.dtype,
         attn_qk_norm_dim_scale=True,
     )
     with torch.device(device):
-        model = TransformerWrapper(num_tokens=config.vocab_size, max_seq_len=1 << 18, use_abs_pos_emb=False, attn_layers=layers)
+        model: nn.Module = TransformerWrapper(num_tokens=config.vocab_size, max_seq_len=1 << 18, use_abs_pos_emb=False, attn_layers=layers)
     return model.to(device, dtype)

@@ -151,7 +151,8 @@ def read_prompt(model: Transformer, ids: Tensor, chunk: int = 0) -> Tensor:
     for part in ids.split(chunk or ids.shape[1], 1):
         hidden = model.hidden(part, cache=cache)
     assert hidden is not None
-    return model.head(hidden[:, -1])
+    logits: Tensor = model.head(hidden[:, -1])
+    return logits
 
 
 def _peer(name: str, config: ModelConfig, device: torch.device) -> list[PrefillMode]:

@@ -66,7 +66,7 @@ def _once_ms(function: Callable[[], object]) -> float:
     function()
     end.record()
     torch.cuda.synchronize()
-    return start.elapsed_time(end)
+    return float(start.elapsed_time(end))
 
 
 SIDE, COPIED, REP = 8192, 4 << 30, 200

@@ -57,7 +57,8 @@ class TokenizerComparison:
 
     def values(self) -> dict[str, Any]:
         """For JSON."""
-        return json.loads(json.dumps(asdict(self)))
+        values: dict[str, Any] = json.loads(json.dumps(asdict(self)))
+        return values
 
 
 @dataclass(frozen=True)
@@ -237,7 +238,7 @@ def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:
     if not path.exists():
         return {"plan": plan.values(), "tokenizers": {}}
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
         same = found["plan"] == plan.values()
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged: remove it to measure everything again.") from None

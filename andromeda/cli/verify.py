@@ -31,11 +31,12 @@ def verify(
     from andromeda.cli.data import progress
     from andromeda.cli.tables import show
     from andromeda.evaluate import verification as checking
+    from andromeda.evaluate.comparison import DataLocations
     from andromeda.evaluate.reproduce import retrain_and_compare as repeating
     from andromeda.train.state import resolve_device
 
     resolve_device(device, "--device")
-    locations = checking.DataLocations(corpus, files)
+    locations = DataLocations(corpus, files)
     checks = []
     with progress() as report, tempfile.TemporaryDirectory() as place:
         again = repeating(run, Path(place) / "run", locations, report) if retrain else ()

@@ -542,7 +542,7 @@ def _logit_bound(m: ModelConfig) -> float:
 def _alibi_horizon(m: ModelConfig) -> float:
     """Distance at which the steepest ALiBi slope outweighs the largest difference of two logits."""
     steepest = 2 ** (-8 / 2 ** math.floor(math.log2(m.alibi.num_heads)))
-    return 2 * _logit_bound(m) * m.alibi.scale / steepest
+    return 2 * _logit_bound(m) * m.alibi.scale / float(steepest)
 
 
 def _xpos_retention(m: ModelConfig) -> float:
@@ -552,4 +552,4 @@ def _xpos_retention(m: ModelConfig) -> float:
 
 def _xpos_decay(m: ModelConfig, bases: float) -> float:
     pairs = max(rotated_dims(m) // 2, 1)
-    return sum(((i / pairs + 0.4) / 1.4) ** bases for i in range(pairs)) / pairs
+    return float(sum(((i / pairs + 0.4) / 1.4) ** bases for i in range(pairs)) / pairs)

@@ -123,7 +123,7 @@ def _parse(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} is no finished corpus (it has no {MANIFEST_NAME}): {mend}.")
     try:
-        value = json.loads(path.read_text("utf-8"))
+        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if isinstance(value, dict) and isinstance(value.get("config"), dict):
             value["config"] = translate_build_keys(value["config"])
         CorpusManifest.model_validate(value)

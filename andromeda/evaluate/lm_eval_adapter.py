@@ -42,7 +42,7 @@ class _Generation(NamedTuple):
     stop: tuple[str, ...]
 
 
-class AndromedaLM(TemplateLM):
+class AndromedaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
     """The harness's interface over one of our models.
 
     A text is read after one document separator, as in training; with `begin=False` only where it would otherwise have nothing

@@ -116,4 +116,5 @@ def _from_inputs(model: Transformer, ids: Tensor, inputs: list[Tensor], document
     with ExitStack() as hooks:
         hooks.enter_context(hooked(model.embedding.tokens, lambda *_: inputs[0]))
         hooks.enter_context(hooked(model.value_embedding, values))
-        return model(ids, documents=documents)
+        logits: Tensor = model(ids, documents=documents)
+        return logits

@@ -130,7 +130,7 @@ def _watched(attention: Any, kept: dict[str, Any], name: str) -> Iterator[None]:
     own = attention.core_attention
 
     def core_attention(q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
-        mixed = own(q, k, v, pattern)
+        mixed: Tensor = own(q, k, v, pattern)
         kept[name] = (q, k, v, pattern, mixed)
         return mixed
 

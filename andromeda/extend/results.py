@@ -54,7 +54,7 @@ class ExtensionResults:
 def read(path: Path) -> dict[str, Any]:
     """Contents of extension.json. Raises CheckpointError if it is damaged."""
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if values["format"] == FORMAT:
             return values
     except (OSError, ValueError, KeyError, TypeError):
@@ -108,7 +108,7 @@ def difference(before: list[float], after: list[float]) -> tuple[float, float | 
 
 def mean(retrieval: dict[str, Any]) -> float:
     """Accuracy at the longest length, averaged over depths."""
-    last = retrieval["accuracy"][-1]
+    last: list[float] = retrieval["accuracy"][-1]
     return sum(last) / len(last)
 
 

@@ -70,7 +70,8 @@ def convert(config: ModelConfig, weights: Mapping[str, Tensor], quantization: st
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
     """Rows of a query or key projection (H D, ...) reordered from rotary pairs (2i, 2i + 1) to pairs (i, i + D/2)."""
-    return rows.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (-1, head_dim // 2, 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def write_folder(

@@ -138,7 +138,8 @@ def gguf_tensors(config: ModelConfig, weights: Mapping[str, Tensor]) -> dict[str
 
 def interleaved(rows: Tensor, head_dim: int) -> Tensor:
     """The inverse of `halves`: rows of rotary pairs (i, i + D/2) as llama.cpp turns them, (2i, 2i + 1)."""
-    return rows.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).flatten(0, 2)
+    pairs: Tensor = rows.unflatten(0, (-1, 2, head_dim // 2))
+    return pairs.transpose(1, 2).flatten(0, 2)
 
 
 def logit_ratio(config: ModelConfig) -> float:

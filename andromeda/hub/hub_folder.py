@@ -134,7 +134,7 @@ class TensorFiles(Mapping[str, Tensor]):
         path = self._file[name]
         try:
             with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(name)
+                tensor: Tensor = file.get_tensor(name)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{path} cannot be read ({error}): fetch it again.") from None
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):

@@ -55,7 +55,7 @@ class AdamW8bit(OptimizerKind):
         except ImportError as error:
             raise MissingExtra("torchao", "eightbit", "The 8-bit optimizer (train.optim.kind = 'adamw8bit')") from error
 
-        class EagerAdamW8bit(TorchaoAdamW8bit):
+        class EagerAdamW8bit(TorchaoAdamW8bit):  # type: ignore[misc, unused-ignore]  # torchao may be missing
             def step(self, closure: Callable[[], Any] | None = None) -> Any:
                 with torch.compiler.set_stance("force_eager"):
                     return super().step(closure)

@@ -20,7 +20,7 @@ class MemoryTracker(TorchDispatchMode):
     supports_higher_order_operators = True
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.held, self.peak = 0, 0
         self._sizes: dict[int, int] = {}
         self._weights: set[int] = set()

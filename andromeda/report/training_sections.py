@@ -6,7 +6,8 @@ from collections.abc import Callable
 from itertools import groupby
 
 from andromeda.report.fragments import code, missing_section, shell_quote
-from andromeda.report.run_data import GeneratedSample, MetricsHistory, RunData
+from andromeda.report.run_data import GeneratedSample, RunData
+from andromeda.train.metrics import MetricsHistory
 from andromeda.utils.formatting import format_number, format_percent, format_si
 from andromeda.utils.html import Axis, Markup, ReferenceLine, Section, Series, details, el, grid, join, line_chart, table
 

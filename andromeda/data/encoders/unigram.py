@@ -48,7 +48,7 @@ class UnigramEncoder:
         return any(self._model.is_byte(i) for i in range(self._model.vocab_size()))
 
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
-        ids = self._model.encode(texts, num_threads=1)
+        ids: list[list[int]] = self._model.encode(texts, num_threads=1)
         for i, text in enumerate(texts):
             if SPACE in text:
                 ids[i] = self._encode_with_marks(text)
@@ -56,7 +56,8 @@ class UnigramEncoder:
 
     def _encode_with_marks(self, text: str) -> list[int]:
         """Encode around the characters that SentencePiece would take for spaces."""
-        first, *rest = self._model.encode(text.split(SPACE), num_threads=1)
+        pieces: list[list[int]] = self._model.encode(text.split(SPACE), num_threads=1)
+        first, *rest = pieces
         return first + [i for part in rest for i in (*self._space_ids, *part)]
 
 

@@ -4,7 +4,9 @@ Charts are SVG written here rather than by a plotting library: they take the pag
 stays text that can be read aloud and searched, and a script of a few lines tells the figures under the pointer.
 """
 
-from andromeda.utils.html.elements import Bar, Child, Markup, bar_chart, definition_list, details, el, grid, heat_map, join, table, tiles
+from markupsafe import Markup
+
+from andromeda.utils.html.elements import Bar, Child, bar_chart, definition_list, details, el, grid, heat_map, join, table, tiles
 from andromeda.utils.html.line_chart import Axis, ReferenceLine, Series, line_chart
 from andromeda.utils.html.page import Section, page
 
