@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from andromeda.config.load import from_values, model_from_names
 from andromeda.config.model import ModelConfig
+from andromeda.config.own_code import allow_code as consent
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.generate.engine import Engine
@@ -35,7 +36,7 @@ from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError, RequestError, nearest
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-CONSTRUCTION = ("tokenizer", "device", "dtype", "seed")
+CONSTRUCTION = ("tokenizer", "device", "dtype", "seed", "allow_code")
 """Arguments of the constructor that say nothing about the model's shape."""
 
 log = logging.getLogger("andromeda")
@@ -57,13 +58,15 @@ class Andromeda(Transformer):
         device: torch.device | str = "cpu",
         dtype: torch.dtype | str = "fp32",
         seed: int = 0,
+        allow_code: bool = False,
         **names: Any,
     ) -> None:
         """Build a model with random weights. Raises ConfigError, one sentence.
 
         config or names: its shape. tokenizer: one, or where it lies. embedding_provider: a name, a class that takes the
         ModelConfig, or a module, which keeps its weights. device: also "meta", which holds no weights. dtype: of the
-        weights; fp64, fp32, bf16, fp16 or auto. seed: of the weights.
+        weights; fp64, fp32, bf16, fp16 or auto. seed: of the weights. allow_code: import classes that are not Andromeda's and that
+        config or names give by package.module:Class; a class or module that is given itself needs no consent.
         """
         module = embedding_provider if isinstance(embedding_provider, nn.Module) else None
         if embedding_provider is not None and not (module and config):
@@ -71,10 +74,12 @@ class Andromeda(Transformer):
         if config and names:
             raise ConfigError(f"{', '.join(names)} cannot change a ModelConfig that is given: leave one of them out.")
         meta, config = str(device) == "meta", config or model_from_names(**names)
-        if not meta and module is None:
-            check_weights_fit(config, torch.device("cpu"))
-        with torch.device("meta" if meta else "cpu"):
-            super().__init__(config, embedding=module, seed=seed)
+        given = isinstance(embedding_provider, type)
+        with consent(allow_code), consent([config.embedding.provider] if given else []):
+            if not meta and module is None:
+                check_weights_fit(config, torch.device("cpu"))
+            with torch.device("meta" if meta else "cpu"):
+                super().__init__(config, embedding=module, seed=seed)
         self.tokenizer = tokenizer if isinstance(tokenizer, Tokenizer | None) else Tokenizer.load(tokenizer)
         place(self, torch.device("meta") if meta else resolve_device(str(device), "device"), dtype)
 
@@ -84,7 +89,8 @@ class Andromeda(Transformer):
         names = {name: rest.pop(name) for name in list(rest) if name not in CONSTRUCTION}
         provider = names.get("embedding_provider")
         config = from_values({"preset": preset, "model": names}).model
-        return cls(config, embedding_provider=provider if isinstance(provider, nn.Module) else None, **rest)
+        with consent([config.embedding.provider] if isinstance(provider, type) else []):
+            return cls(config, embedding_provider=provider if isinstance(provider, nn.Module) else None, **rest)
 
     @classmethod
     def from_run(
@@ -95,15 +101,17 @@ class Andromeda(Transformer):
         dtype: torch.dtype | str = "auto",
         ema: bool = False,
         step: int | None = None,
+        allow_code: bool = False,
     ) -> Self:
         """The trained model of a run folder, in evaluation mode, with its tokenizer.
 
         device: auto takes the first GPU, else the CPU. dtype: auto takes bf16 on a GPU that computes it fast, else fp32.
-        ema: the moving average of the weights. step: an older checkpoint. Raises CheckpointError, one sentence.
+        ema: the moving average of the weights. step: an older checkpoint. allow_code: import the classes of a
+        user's own that the run names, which runs their modules. Raises an AndromedaError, one sentence.
         """
         config, weights = read_weights(path, average=ema, step=step, warn=log.warning)
         kept = Path(path) / "tokenizer"
-        model = cls(config, tokenizer=kept if kept.exists() else None)
+        model = cls(config, tokenizer=kept if kept.exists() else None, allow_code=allow_code)
         load_model(model, weights)
         place(model, resolve_device(str(device), "device"), dtype)
         return model.eval()

@@ -16,7 +16,7 @@ Use it for some layers and softmax attention for the others:
     num_heads = 4
     head_dim = 32
 
-and train with `andromeda train my.toml` in the folder that holds this file.
+and train with `andromeda train my.toml --allow-code` in the folder that holds this file.
 
 Shapes: B batch, T time, C width, H heads, D head dim (of queries, keys and values), L tokens of a chunk.
 """

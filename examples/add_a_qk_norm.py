@@ -4,7 +4,9 @@
     kind = "add_a_qk_norm:HeadTemperatures"
     sharpest = 20.0
 
-and train with `andromeda train my.toml` in the folder that holds this file. Because it states the spec of a built-in norm (unit
+and train with `andromeda train my.toml --allow-code` in the folder that holds this file.
+
+Because it states the spec of a built-in norm (unit
 length, then learned or fixed factors), the fused kernel for norm, rotation and ALiBi computes it as well. A norm that computes
 something else leaves `fused_spec` out; its own forward pass is then used, on every device.
 

@@ -4,7 +4,9 @@
     kind = "add_a_value_embedding:SharedValues"
     gate = 0.1
 
-and train with `andromeda train my.toml` in the folder that holds this file. Each layer's values become v + w_l E[id], with w_l learned
+and train with `andromeda train my.toml --allow-code` in the folder that holds this file.
+
+Each layer's values become v + w_l E[id], with w_l learned
 for each layer; E has one row of G D numbers for each token of the vocabulary.
 
 Shapes: B batch, T time, G key/value heads, D head dim.

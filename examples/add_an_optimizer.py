@@ -2,7 +2,7 @@
 
 From the folder of this file, with a corpus from `andromeda data build`:
 
-    andromeda train nano data.corpus=corpus train.optim.kind=add_an_optimizer:Lion train.optim.lr=1e-4 --out runs/lion
+    andromeda train nano data.corpus=corpus train.optim.kind=add_an_optimizer:Lion train.optim.lr=1e-4 --out runs/lion --allow-code
 
 Its keys are those of `Config`: `train.optim.options.betas=[0.95, 0.98]`. Learning rates by role, weight decay on matrices, schedule,
 clipping, checkpoints, `--resume`, the memory check and `andromeda plan` work as for a built-in optimizer.

@@ -7,6 +7,15 @@ from collections.abc import Iterator
 
 import pytest
 
+from andromeda.config import own_code
+
+
+@pytest.fixture
+def allow_code() -> Iterator[None]:
+    """Consent to classes of the tests' own that configurations name."""
+    with own_code.allow_code():
+        yield
+
 
 @pytest.fixture(scope="module")
 def still_heap() -> Iterator[None]:

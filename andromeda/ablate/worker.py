@@ -25,6 +25,7 @@ import torch
 
 from andromeda.ablate.jobs import tokens_per_step
 from andromeda.config.load import from_values
+from andromeda.config.own_code import FLAG, allow_code
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import open_stream
 from andromeda.train.metrics import peak_memory, read_metrics
@@ -153,11 +154,12 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
-    for line in sys.stdin:
-        answer = _answer(json.loads(line))
-        print(json.dumps(answer), file=answers, flush=True)
-        if "stopped" in answer:
-            return
+    with allow_code(FLAG in sys.argv):
+        for line in sys.stdin:
+            answer = _answer(json.loads(line))
+            print(json.dumps(answer), file=answers, flush=True)
+            if "stopped" in answer:
+                return
 
 
 def _end_with(parent: int) -> None:

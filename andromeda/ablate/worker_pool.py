@@ -22,6 +22,7 @@ from typing import IO, Any
 import torch
 
 from andromeda.ablate.jobs import AblationJob
+from andromeda.config.own_code import FLAG, code_allowed
 from andromeda.train.signals import SIGNALS
 
 GRACE_SECONDS = 60.0
@@ -36,6 +37,8 @@ class WorkerProcess:
 
     def __init__(self, environment: dict[str, str], log: IO[bytes]) -> None:
         self._environment, self._log = environment, log
+        # Here and not where the process begins: that may be in a thread, which knows nothing of consent.
+        self._options = [FLAG] if code_allowed() else []
         self._process: subprocess.Popen[str] | None = None
 
     def ask(self, request: Request) -> dict[str, Any]:
@@ -79,7 +82,7 @@ class WorkerProcess:
     def _begin(self) -> subprocess.Popen[str]:
         # A session of its own: Ctrl-C reaches the parent alone, which then stops each child once.
         return subprocess.Popen(
-            [sys.executable, "-m", "andromeda.ablate.worker"],
+            [sys.executable, "-P", "-m", "andromeda.ablate.worker", *self._options],  # -P: no module of the current folder unasked
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.cli.arguments import Overrides, load_config
+from andromeda.cli.arguments import AllowCode, Overrides, load_config
 from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +33,7 @@ def ablate(
     time_limit: Annotated[float, typer.Option(min=0.0, help="Seconds after which runs are stopped and saved; 0 is none.")] = 0.0,
     timing_steps: Annotated[int, typer.Option(min=0, help="Timed steps of each variant, alone on the device; 0 times none.")] = 8,
     drop_checkpoints: Annotated[bool, typer.Option("--drop-checkpoints", help="Delete the checkpoints of finished runs.")] = False,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Compare techniques at an equal budget over several seeds: effect, spread, p-value, cost, verdict. The same command resumes."""

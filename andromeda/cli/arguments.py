@@ -19,14 +19,32 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 DType = Annotated[str, typer.Option(help="auto, fp32, bf16, fp16 or fp64.")]
 Step = Annotated[int | None, typer.Option(help="Use the checkpoint of this step; the newest by default.")]
+
+
+def _consent(allowed: bool) -> None:
+    from andromeda.config.own_code import allow_code_from_here_on
+
+    if allowed:
+        allow_code_from_here_on()
+
+
+AllowCode = Annotated[
+    bool,
+    typer.Option("--allow-code", callback=_consent, help="Import classes of your own that the configuration names; this runs their code."),
+]
 Ema = Annotated[bool, typer.Option("--ema", help="Use the moving average of the weights.")]
 
 
 def load_config(source: str, overrides: Sequence[str] | None) -> RunConfig:
     """The configuration, checked. A verb calls this before it imports torch, so that a wrong key is answered at once."""
     from andromeda.config.load import load
+    from andromeda.config.parts import check_code_allowed, check_own_parts, own_classes
 
-    return load(source, overrides or [])
+    config = load(source, overrides or [])
+    check_code_allowed(config)
+    if own_classes(config.model):
+        check_own_parts(config.model)
+    return config
 
 
 def check_exists(run: Path) -> None:
@@ -38,12 +56,19 @@ def check_exists(run: Path) -> None:
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
 
 
-def check_run(run: Path) -> None:
-    """`check_exists`, and raise ConfigError where the run's config.toml cannot be read."""
+def check_run(run: Path) -> RunConfig:
+    """The configuration of a run, of which only config.toml is read. Raises CheckpointError or ConfigError."""
     from andromeda.train.run_dir import RunDir
 
     check_exists(run)
-    RunDir(run).config()
+    return RunDir(run).config()
+
+
+def check_buildable(run: Path) -> None:
+    """`check_run`, for a verb that builds the run's model. Raises CodeNotAllowed where that needs code of a user's own."""
+    from andromeda.config.parts import check_code_allowed
+
+    check_code_allowed(check_run(run))
 
 
 def parse_ints(option: str, text: str, least: int = 0) -> tuple[int, ...]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from andromeda.cli.arguments import Overrides, Source, load_config, parse_ints
+from andromeda.cli.arguments import AllowCode, Overrides, Source, load_config, parse_ints
 
 app = typer.Typer(help="Benchmarks against other implementations, interleaved in one run.", no_args_is_help=True)
 
@@ -89,6 +89,7 @@ def convergence(
 def memory(
     source: Source,
     changes: Overrides = None,
+    allow_code: AllowCode = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -125,6 +126,7 @@ def train(
     steps: Annotated[int, typer.Option(min=1, help="Timed steps.")] = 6,
     peers: Peers = "",
     unfused: Unfused = False,
+    allow_code: AllowCode = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -151,6 +153,7 @@ def prefill(
     chunk_sizes: Annotated[str, typer.Option(help="Tokens per forward pass, with commas between; 0 is the whole prompt.")] = "0",
     peers: Peers = "",
     unfused: Unfused = False,
+    allow_code: AllowCode = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -178,6 +181,7 @@ def decode(
     autotune: Annotated[bool, typer.Option("--autotune", help="Let the compiler time several forms of every kernel, for minutes.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8.")] = False,
     decode_kernels: Annotated[bool, typer.Option(help="Use the fused decode kernels where they support the model.")] = True,
+    allow_code: AllowCode = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:
@@ -200,6 +204,7 @@ def precision(
     changes: Overrides = None,
     steps: Annotated[int, typer.Option(min=2, help="Steps of each precision.")] = 600,
     batch_size: Annotated[int, typer.Option(min=1, help="Sequences per step.")] = 16,
+    allow_code: AllowCode = False,
     out: Out = None,
     as_json: Json = False,
 ) -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.cli.arguments import Device, DType, Ema, RunArgument, Step, check_run, parse_ints
+from andromeda.cli.arguments import AllowCode, Device, DType, Ema, RunArgument, Step, check_buildable, parse_ints
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -38,10 +38,11 @@ def evaluate(
     device: Device = "auto",
     dtype: DType = "auto",
     out: Annotated[Path | None, typer.Option(help="Write evaluations/ here instead of into the run folder.")] = None,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each result as one JSON object a line.")] = False,
 ) -> None:
     """Evaluate a trained model: loss, use of context, retrieval, reasoning. Results are kept with hashes of weights and data."""
-    check_run(run)
+    check_buildable(run)
     given: dict[str, Any] = {"text": text, "corpus": corpus, "file": questions, "samples": samples, "shots": num_fewshot}
     given |= {"seed": seed, "style": style, "stride": stride, "beyond": extrapolate, "include": include_path}
     given |= {"lengths": parse_ints("--lengths", lengths, 1), "depths": _depths(depths), "tasks": tuple(harness_task or ())}

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import Ema, RunArgument, Step, check_run, parse_ints
+from andromeda.cli.arguments import AllowCode, Ema, RunArgument, Step, check_buildable, parse_ints
 
 
 def explain(
@@ -22,11 +22,12 @@ def explain(
     ema: Ema = False,
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N; everything is computed in float64.")] = "cpu",
     out: Annotated[Path | None, typer.Option(help="File of the page; RUN/explain.html by default.")] = None,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the figures as JSON.")] = False,
 ) -> None:
     """Explain the next token as one HTML page: logit lens, attention, input attribution, parts of the logit."""
     numbers = parse_ints("--layers", layers)
-    check_run(run)
+    check_buildable(run)
 
     from andromeda.api import Andromeda
     from andromeda.explain import ExplainRequest, write_explanation

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from andromeda.cli.arguments import AllowCode
 from andromeda.utils.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16", "int8", "fp8")
@@ -19,6 +20,7 @@ def export(
     gguf: Annotated[str, typer.Option(help="Write a GGUF file for llama.cpp instead: F32, F16, Q8_0 or Q4_0.")] = "",
     step: Annotated[int | None, typer.Option(help="Export the checkpoint of this step; the newest by default.")] = None,
     ema: Annotated[bool, typer.Option("--ema", help="Export the moving average of the weights.")] = False,
+    allow_code: AllowCode = False,
 ) -> None:
     """Write a model as a Hugging Face folder that transformers loads (weights, configuration, tokenizer, model card), or as GGUF."""
     if dtype not in DTYPES:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import Overrides, check_run
+from andromeda.cli.arguments import AllowCode, Overrides, check_buildable
 
 
 def extend(
@@ -28,6 +28,7 @@ def extend(
     ] = None,
     eval_corpus: Annotated[str, typer.Option(help="Corpus whose held-out text is evaluated; the run's own by default.")] = "",
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; the same as train.device=.")] = "",
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the results as JSON.")] = False,
 ) -> None:
     """Extend the context of a trained model: a new run, a short continued training, and the loss before and after."""
@@ -40,7 +41,7 @@ def extend(
     if not to:
         raise ConfigError("Give the new context length, such as --to 65536.")
     changes = [*(overrides or []), *([f"train.device={device}"] if device else [])]
-    check_run(run)
+    check_buildable(run)
     check_overrides(run, changes)
 
     from andromeda.cli.tables import show

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.cli.arguments import Device, DType, Ema, RunArgument, Step, check_run
+from andromeda.cli.arguments import AllowCode, Device, DType, Ema, RunArgument, Step, check_buildable
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,6 +47,7 @@ def generate(
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model: a minute at first, faster afterwards.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8: for long prompts on GPUs that compute it.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are decoded at once.")] = 8,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
     """Generate text from a prompt."""
@@ -61,7 +62,7 @@ def generate(
         "stop": tuple(stop) if stop else None,
     }
     settings = {name: value for name, value in given.items() if value is not None}
-    check_run(run)
+    check_buildable(run)
     texts = _prompts(prompt, prompts, settings)
 
     from andromeda.api import Andromeda

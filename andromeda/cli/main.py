@@ -42,8 +42,11 @@ class CommandGroup(TyperGroup):
 
     def invoke(self, ctx: Any) -> Any:
         """Run the verb of the call."""
+        from andromeda.config.own_code import allow_code
+
         try:
-            return super().invoke(ctx)
+            with allow_code(False):  # what --allow-code consents to ends with the call
+                return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted.") from None
         except EOFError as error:

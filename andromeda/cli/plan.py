@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from andromeda.cli.arguments import AllowCode
 from andromeda.utils.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ def plan(
     price: Annotated[float, typer.Option(help="Dollars per GPU-hour.")] = 0.0,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization to assume for training.")] = 0.4,
     details: Annotated[bool, typer.Option("--details", help="All tables, with exact memory of compiled runs (some seconds more).")] = False,
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
     """Estimate a run before it is started: whether it fits, time and cost; parameters, FLOPs and memory by part with --details.

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import Overrides, load_config
+from andromeda.cli.arguments import AllowCode, Overrides, load_config
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 
@@ -21,6 +21,7 @@ def train(
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its last checkpoint.")] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; the same as train.device=.")] = "",
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each line of metrics.jsonl as it is written.")] = False,
 ) -> None:
     """Train a model, or resume a run. Ctrl-C and SIGTERM save a checkpoint and end the run."""

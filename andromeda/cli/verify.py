@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import Device, check_exists
+from andromeda.cli.arguments import AllowCode, Device, check_exists
 from andromeda.utils.errors import DataError
 
 
@@ -21,9 +21,10 @@ def verify(
         bool, typer.Option("--retrain", help="Train the run again on the CPU, and compare its weights bit for bit.")
     ] = False,
     device: Device = "auto",
+    allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each check as one JSON object a line.")] = False,
 ) -> None:
-    """Recompute what a run folder claims about itself, and compare. Exit code 1 where something does not agree."""
+    """Recompute what a run folder claims about itself, and compare. Exit code 1 where something does not agree or cannot be checked."""
     check_exists(run)
     if files and not Path(files).is_dir():
         raise DataError(f"--files {files} is no folder: give the folder that holds the texts and questions now.")
@@ -44,13 +45,17 @@ def verify(
             checks.append(check)
             if as_json:
                 print(checking.as_json(check), flush=True)
-    wrong = sum(not check.agrees for check in checks)
+    wrong, unchecked = sum(not check.agrees and check.checked for check in checks), sum(not check.checked for check in checks)
     if not as_json:
-        rows = [
-            [c.what, c.stored, c.new, "" if c.difference is None else f"{c.difference:.1e}", "agrees" if c.agrees else "DIFFERS", c.note]
-            for c in checks
-        ]
+        rows = [[c.what, c.stored, c.new, "" if c.difference is None else f"{c.difference:.1e}", c.verdict, c.note] for c in checks]
         show(f"{run}: stored and recomputed", ("", "stored", "recomputed", "difference", "verdict", ""), rows, right=(1, 2, 3))
-        print(f"{wrong} of {len(checks)} checks do not agree." if wrong else f"All {len(checks)} checks agree.")
-    if wrong:
+        print(_summary(len(checks), wrong, unchecked))
+    if wrong or unchecked:
         raise typer.Exit(1)
+
+
+def _summary(count: int, wrong: int, unchecked: int) -> str:
+    if not (wrong or unchecked):
+        return f"All {count} checks agree."
+    parts = [f"{wrong} of {count} checks do not agree"] * bool(wrong) + [f"{unchecked} of {count} could not be made"] * bool(unchecked)
+    return f"{', and '.join(parts)}."

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import math
-import sys
-from pathlib import Path
-from typing import Any
 
 from andromeda.config.model import FULL, ModelConfig
-from andromeda.utils.errors import ConfigError
 
 FOLDED_DIMS = 4
 """Head dimensions that a folded ALiBi takes from the content."""
@@ -74,27 +69,3 @@ def layer_window(model: ModelConfig, layer: int) -> int:
 def layer_cycle(model: ModelConfig) -> int:
     """Number of layers after which windows, mixers and, with U-net skips, pairs of layers repeat."""
     return math.lcm(2 if model.skips.unet else 1, model.attention.full_attention_interval or 1, len(model.layers) or 1)
-
-
-def import_class(path: str, key: str) -> Any:
-    """What `package.module:Class` names; Python modules in the current folder are found too. Raises ConfigError naming the key."""
-    module, _, name = path.partition(":")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        # An installed command does not search the folder it is run in, where a user's own module lies.
-        sys.path.append(here)
-    try:
-        return getattr(importlib.import_module(module), name)
-    except Exception as error:  # whatever the user's module raises while it is imported
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ConfigError(
-            f"{key} = {path!r} cannot be imported ({reason}): give package.module:Class, defined at the top of its module."
-        ) from None
-
-
-def find_class(path: str, key: str) -> Any:
-    """The kind of module that `package.module:Class` names. Raises ConfigError naming the key."""
-    found = import_class(path, key)
-    if not (isinstance(found, type) and hasattr(found, "forward")):
-        raise ConfigError(f"{key} = {path!r} is no class of modules with a `forward`: give package.module:Class of one.")
-    return found

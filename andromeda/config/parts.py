@@ -6,8 +6,11 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.derived import find_class, mixer_name
+from andromeda.config.derived import mixer_name
 from andromeda.config.model import FULL, MIXERS, AttentionOverrides, ModelConfig, PartConfig
+from andromeda.config.own_code import CodeNotAllowed, find_class, is_allowed
+from andromeda.config.run import RunConfig
+from andromeda.config.train import OPTIMIZERS
 from andromeda.config.validation_errors import validate
 from andromeda.utils.errors import ConfigError
 
@@ -110,6 +113,31 @@ def check_own_parts(model: ModelConfig) -> None:
         reason = part and getattr(part.kind, "unsupported_reason", None)
         if part and reason and (clause := reason(model, part.config)):
             raise ConfigError(f"{clause.rstrip('.')}.")
+
+
+def own_classes(config: ModelConfig | RunConfig) -> dict[str, str]:
+    """Paths of the classes of a user's own that building this configuration imports, by the key that names each."""
+    model = config.model if isinstance(config, RunConfig) else config
+    named = {
+        "model.embedding.provider": model.embedding.provider if model.embedding.kind == "custom" else "",
+        "model.attention.qk_norm": qk_norm_name(model),
+        "model.value_embedding.kind": model.value_embedding.kind,
+    }
+    for name in used_mixers(model):
+        if name in FULL:
+            named["model.attention.mixer"] = model.attention.mixer
+        elif name in model.mixers:
+            named[f"model.mixers.{name}.kind"] = model.mixers[name].kind
+    if isinstance(config, RunConfig) and config.train.optim.kind not in OPTIMIZERS:
+        named["train.optim.kind"] = config.train.optim.kind
+    return {key: path for key, path in named.items() if ":" in path}
+
+
+def check_code_allowed(config: ModelConfig | RunConfig) -> None:
+    """Raise CodeNotAllowed where building this configuration would import a class that nobody consented to; imports nothing."""
+    for key, path in own_classes(config).items():
+        if not is_allowed(path):
+            raise CodeNotAllowed(path, key)
 
 
 def used_mixers(model: ModelConfig) -> list[str]:

@@ -18,7 +18,6 @@ from andromeda.config.derived import (
     FOLDED_MAX_POSITIONS,
     GATED,
     content_dim,
-    find_class,
     in_steps,
     intermediate_size,
     original_max_seq_len,
@@ -26,7 +25,7 @@ from andromeda.config.derived import (
     smallest_scale_base,
 )
 from andromeda.config.model import BACKENDS, FULL, MIXERS, QK_NORMS, VALUE_EMBEDDINGS, ModelConfig
-from andromeda.config.parts import check_own_parts, qk_norm_name, used_mixers, with_overrides
+from andromeda.config.parts import qk_norm_name, used_mixers, with_overrides
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OPTIMIZERS
 from andromeda.config.validation_errors import join_clauses
@@ -416,13 +415,7 @@ def _raise_if_any(reasons: list[str]) -> None:
 
 def _model_reasons(model: ModelConfig, precision: str) -> list[str]:
     reasons = _violations(MODEL_RULES, m=model) + _overflow(model, precision)
-    if not reasons and model.embedding.kind == "custom":
-        find_class(model.embedding.provider, "model.embedding.provider")
-    if not reasons:
-        reasons = _mixer_reasons(model)
-    if not reasons:
-        check_own_parts(model)
-    return reasons
+    return reasons or _mixer_reasons(model)
 
 
 def _mixer_reasons(model: ModelConfig) -> list[str]:

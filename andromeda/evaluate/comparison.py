@@ -32,6 +32,18 @@ class VerificationCheck(NamedTuple):
     tolerance: float
     agrees: bool
     note: str = ""
+    checked: bool = True
+    """Whether it could be checked at all; what could not does not agree."""
+
+    @classmethod
+    def not_checked(cls, what: str, stored: str, reason: str) -> VerificationCheck:
+        """Something that could not be checked, and why."""
+        return cls(what, stored, "not checked", None, 0.0, False, reason, checked=False)
+
+    @property
+    def verdict(self) -> str:
+        """In a word or two."""
+        return "agrees" if self.agrees else "DIFFERS" if self.checked else "not checked"
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.keys import flatten
+from andromeda.config.own_code import CodeNotAllowed
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
@@ -163,6 +164,8 @@ def _held_out(folder: RunDir, line: dict[str, Any], kept: Path, locations: DataL
             then = _table(_table(state.get("config")).get("train"))
             average = any(name.endswith(AVERAGE) for name in stored)
             found, precision = _measure(folder, line["step"], then, locations, device, average)
+    except CodeNotAllowed as error:
+        return VerificationCheck.not_checked(what, shown, str(error))
     except AndromedaError as error:
         return VerificationCheck(what, shown, "missing", None, 0.0, False, f"{error}")
     loose = 0.0 if exact else TOLERANCE.get(precision, 5e-2)

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from andromeda.config.own_code import FLAG, CodeNotAllowed, code_allowed
 from andromeda.evaluate.comparison import (
     FRACTION_TOLERANCE,
     TOLERANCE,
@@ -44,12 +45,19 @@ def verify(run: Path, locations: DataLocations, device: str, report: ProgressCal
 def _result(run: Path, stored: EvalResult, locations: DataLocations, device: str, report: ProgressCallback) -> Iterator[VerificationCheck]:
     """Weights, data and figures of one result."""
     settings = _moved(dict(stored.settings), locations)
+    if stored.kind == "harness" and settings.get("include") and not code_allowed():
+        reason = f"its tasks are of the folder {settings['include']!r}, which may hold code: if you trust it, add {FLAG}"
+        yield VerificationCheck.not_checked(stored.name, "", reason)
+        return
     average = bool(settings.pop("average", False))
     try:
         loaded = load_model(run, step=stored.step, average=average, device=device, dtype=str(stored.machine.get("precision", "auto")))
         evaluation = EVALUATIONS[stored.kind]
         with use_threads(stored.machine):
             found = run_evaluation(loaded, PlannedEvaluation(evaluation, evaluation.read(settings)), report)
+    except CodeNotAllowed as error:
+        yield VerificationCheck.not_checked(stored.name, "", str(error))
+        return
     except AndromedaError as error:
         yield VerificationCheck(stored.name, "", "", None, 0.0, False, f"cannot be repeated: {error}")
         return

@@ -7,8 +7,8 @@ from collections.abc import Callable
 
 from torch import Tensor, nn
 
-from andromeda.config.derived import find_class
 from andromeda.config.model import ModelConfig
+from andromeda.config.own_code import find_class
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import RMSNormNoGain

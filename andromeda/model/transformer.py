@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
+from andromeda.config.parts import check_own_parts
 from andromeda.model.decoder_stack import build_decoder_stack
 from andromeda.model.embedding import InputEmbedding
 from andromeda.model.forward_context import ForwardContext
@@ -27,6 +28,7 @@ class Transformer(nn.Module):
         """`embedding` replaces the configured provider and keeps its weights. Built on the meta device, nothing is filled."""
         super().__init__()
         self.config = config
+        check_own_parts(config)
         with torch.random.fork_rng(devices=[]):
             # For parts of a user's own that fill themselves; the rest is filled below.
             torch.default_generator.manual_seed(seed)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.derived import import_class
+from andromeda.config.own_code import import_class
 from andromeda.config.train import OPTIMIZERS, OptimizerConfig
 from andromeda.config.validation_errors import validate
 from andromeda.optim import optimizer_state

@@ -89,6 +89,7 @@ def key_figures(record: RunData, counted: ParameterCount | None) -> Markup:
         shown.append(("Tokens", format_si(tokens), "trained on"))
     if seconds and tokens:
         shown.append(("Time in steps", format_duration(seconds), f"{tokens / seconds:,.0f} tokens/s"))
+    if seconds and tokens and counted is not None:
         train = record.config.train
         flops = training_flops_per_token(record.config.model, train.seq_len or record.config.model.max_seq_len) * tokens
         shown.append(("Training FLOPs", format_si(flops).replace("B", "G"), "matmuls"))

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.config.keys import flatten
+from andromeda.config.own_code import allow_code as consent
+from andromeda.config.parts import check_code_allowed
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.optim import build_schedule
@@ -200,12 +202,21 @@ class TrainResult:
     """The signal that stopped it before the last step."""
 
 
-def train(config: RunConfig, out: str | Path, *, resume: bool = False, reporter: Reporter | None = None) -> TrainResult:
+def train(
+    config: RunConfig, out: str | Path, *, resume: bool = False, reporter: Reporter | None = None, allow_code: bool = False
+) -> TrainResult:
     """Train `config` in the run folder `out`, or resume the run that is there.
 
-    Raises an AndromedaError, one sentence, for anything that cannot work; a new folder is created only after all checks have passed.
+    allow_code: import the classes of a user's own that the configuration names. Raises an AndromedaError, one sentence, for anything
+    that cannot work; a new folder is created only after all checks have passed.
     """
-    run_dir, reporter, signals = RunDir(out), reporter or NullReporter(), SignalHandler()
+    with consent(allow_code):
+        return _train(config, out, resume, reporter or NullReporter())
+
+
+def _train(config: RunConfig, out: str | Path, resume: bool, reporter: Reporter) -> TrainResult:
+    run_dir, signals = RunDir(out), SignalHandler()
+    check_code_allowed(config)
     changes = _changed_keys(run_dir, config, resume)
     check_loggers_installed(config)
     stream, validation = open_streams(config)

@@ -101,6 +101,7 @@ def nothing(place: Path) -> None:
     """The place as it is."""
 
 
+ALLOW = "--allow-code"
 TRAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "new"]
 AGAIN = ["train", "nano", *RUN, "data.corpus=corpus", "--out", "run"]
 GO_ON = [*AGAIN, "--resume", "train.log.every=1"]
@@ -148,14 +149,21 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ),
     ("xPos beyond its range", nothing, [*TRAIN, "model.rotary.kind=xpos", "model.max_seq_len=400000"], "scale_base"),
     ("scaling without rotation", nothing, [*TRAIN, "model.rotary.kind=none", "model.rotary.scaling.kind=yarn"], "scaling"),
-    ("embedding that cannot be imported", nothing, [*TRAIN, "model.embedding.kind=custom", "model.embedding.provider=no:Such"], "no"),
+    (
+        "embedding that cannot be imported",
+        nothing,
+        [*TRAIN, "model.embedding.kind=custom", "model.embedding.provider=no:Such", ALLOW],
+        "no",
+    ),
     (
         "embedding that is no module",
         nothing,
-        [*TRAIN, "model.embedding.kind=custom", "model.embedding.provider=json:JSONDecoder"],
+        [*TRAIN, "model.embedding.kind=custom", "model.embedding.provider=json:JSONDecoder", ALLOW],
         "forward",
     ),
-    ("mechanism that is no class", nothing, [*TRAIN, "model.attention.mixer=os:system"], "forward"),
+    ("mechanism that is no class", nothing, [*TRAIN, "model.attention.mixer=os:system", ALLOW], "forward"),
+    ("mechanism without consent", nothing, [*TRAIN, "model.attention.mixer=os:system"], "'os:system'"),
+    ("optimizer without consent", nothing, [*TRAIN, "train.optim.kind=os:system"], "--allow-code"),
     ("threads without end", nothing, [*TRAIN, "data.workers=100000"], "data.workers"),
     ("row longer than the context", nothing, [*TRAIN, "train.seq_len=64"], "train.seq_len"),
     ("batch that does not divide", nothing, [*TRAIN, "train.batch_size=3", "train.micro_batch_size=2"], "micro_batch"),

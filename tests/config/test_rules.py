@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from andromeda.config.derived import FOLDED_DIMS, content_dim, find_class, intermediate_size, rotated_dims, smallest_scale_base
+from andromeda.config.derived import FOLDED_DIMS, content_dim, intermediate_size, rotated_dims, smallest_scale_base
 from andromeda.config.load import load
 from andromeda.config.model import AttentionConfig, EmbeddingConfig, ModelConfig, RopeScalingConfig, RotaryConfig
+from andromeda.config.own_code import CodeNotAllowed, allow_code, find_class
+from andromeda.config.parts import check_code_allowed, check_own_parts, own_classes
 from andromeda.config.rules import check, check_model, notes, resolve
 from andromeda.config.run import RunConfig
 from andromeda.config.train import TrainConfig
@@ -147,10 +149,33 @@ def test_a_class_of_ones_own_is_found_in_the_folder_of_the_command(tmp_path: Pat
     (tmp_path / "my_broken_parts_for_a_test.py").write_text("raise RuntimeError('two\\nlines')\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    check_model(ModelConfig(embedding=EmbeddingConfig(kind="custom", provider="my_parts_for_a_test:Mine")))
-    assert find_class("my_parts_for_a_test:Mine", "model.embedding.provider").__name__ == "Mine"
-    for name in ("Other", "forward"):
-        with pytest.raises(ConfigError, match="is no class of modules"):
-            check_model(ModelConfig(attention=AttentionConfig(mixer=f"my_parts_for_a_test:{name}")))
-    with pytest.raises(ConfigError, match=r"model\.embedding\.provider = .* cannot be imported \(two lines\)"):
-        check_model(ModelConfig(embedding=EmbeddingConfig(kind="custom", provider="my_broken_parts_for_a_test:Mine")))
+    key = "model.embedding.provider"
+    with pytest.raises(CodeNotAllowed, match=r"my_parts_for_a_test:Mine.*--allow-code"):
+        find_class("my_parts_for_a_test:Mine", key)
+    assert str(tmp_path) not in sys.path
+    with allow_code(["another:Class"]), pytest.raises(CodeNotAllowed):
+        find_class("my_parts_for_a_test:Mine", key)
+    assert "my_parts_for_a_test" not in sys.modules
+    with allow_code():
+        assert find_class("my_parts_for_a_test:Mine", key).__name__ == "Mine"
+        for name in ("Other", "forward"):
+            with pytest.raises(ConfigError, match="is no class of modules"):
+                check_own_parts(ModelConfig(attention=AttentionConfig(mixer=f"my_parts_for_a_test:{name}")))
+        with pytest.raises(ConfigError, match=r"model\.embedding\.provider = .* cannot be imported \(two lines\)"):
+            find_class("my_broken_parts_for_a_test:Mine", key)
+        for path, reason in (("no_such_module:X", "No module named"), ("math:NoSuchClass", "NoSuchClass")):
+            with pytest.raises(ConfigError, match=f"{key}.*{reason}"):
+                find_class(path, key)
+    with pytest.raises(CodeNotAllowed):
+        find_class("my_parts_for_a_test:Mine", key)
+
+
+def test_checking_a_configuration_imports_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "never_imported.py").write_text("raise SystemExit('imported')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    check_model(ModelConfig(embedding=EmbeddingConfig(kind="custom", provider="never_imported:Mine")))
+    config = load(SMALL, ["model.attention.mixer=never_imported:Mine", "train.optim.kind=never_imported:Optimizer"])
+    assert own_classes(config) == {"model.attention.mixer": "never_imported:Mine", "train.optim.kind": "never_imported:Optimizer"}
+    with pytest.raises(CodeNotAllowed, match="Andromeda's"):
+        check_code_allowed(config)
+    assert "never_imported" not in sys.modules

@@ -102,7 +102,6 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.attention.backend=flahs", ("model.attention.backend", "did you mean flash?", "eager")),
     ("model.attention.mixer=softmx", ("model.attention.mixer", "did you mean softmax?")),
     ("model.attention.mixer=a b", ("model.attention.mixer", "package.module:Class")),
-    ("model.attention.mixer=no_such_module:X", ("model.attention.mixer", "no_such_module")),
     ("train.device=gpu", ("train.device", "cuda")),
     # Parts that do not fit together
     ("model.attention.num_heads=6 | model.attention.num_kv_heads=4", ("model.attention.num_heads = 6", "model.attention.num_kv_heads = 4")),
@@ -150,8 +149,6 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.head.tied=true | model.embedding.kind=factorized", ("model.head.tied", "factorized")),
     ("model.embedding.kind=factorized | model.embedding.rank=256", ("model.embedding.rank = 256", "model.hidden_size = 256")),
     ("model.embedding.kind=custom", ("model.embedding.provider", "package.module:Class")),
-    ("model.embedding.kind=custom | model.embedding.provider=no_such_module:X", ("model.embedding.provider", "No module named")),
-    ("model.embedding.kind=custom | model.embedding.provider=math:NoSuchClass", ("model.embedding.provider", "NoSuchClass")),
     ("model.embedding.provider=math:pi", ("model.embedding.provider", "custom")),
     ("model.shift.kind=chunks | model.shift.tokens=256", ("model.shift.tokens = 256", "model.hidden_size = 256")),
     ("train.batch_size=10 | train.micro_batch_size=4", ("train.batch_size = 10", "train.micro_batch_size = 4")),

@@ -23,7 +23,7 @@ CLASSES = ("mine.uniform:Uniform", "mine.average:DecayingAverage")
 
 
 @pytest.fixture
-def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def examples(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, allow_code: None) -> None:
     """The files that the guide shows, on the Python path."""
     for path, source in re.findall(r"```python\n# (\S+\.py)\n(.*?)```", DOCS.read_text(), re.DOTALL):
         file = tmp_path / path
@@ -62,6 +62,7 @@ def test_uniform_is_the_mean_of_what_a_token_sees() -> None:
     torch.testing.assert_close(part(x, ctx.for_layer(0)), part.out(means), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_a_class_that_cannot_be_imported_is_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"mixer = 'nowhere:Attention' cannot be imported"):
         model_with("nowhere:Attention")

@@ -27,7 +27,7 @@ KIND = "add_an_optimizer:Lion"
 
 
 @pytest.fixture(autouse=True)
-def from_the_examples_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def from_the_examples_folder(monkeypatch: pytest.MonkeyPatch, allow_code: None) -> Iterator[None]:
     """Where a user would start it."""
     monkeypatch.chdir(EXAMPLES)
     monkeypatch.setattr(sys, "path", [*sys.path, str(EXAMPLES)])
@@ -111,7 +111,7 @@ def test_the_plan_counts_one_momentum(corpus: Path, capsys: pytest.CaptureFixtur
     assert optimizer_state_bytes(model, config.train.optim) == 4 * sum(p.numel() for p in model.parameters())
     assert 4 * largest <= update_bytes(model, config.train.optim, gpu=False) <= 12 * largest
     assert update_bytes(model, config.train.optim, gpu=True) == update_bytes(model, config.train.optim, gpu=False)
-    assert call("plan", "nano", *changes(corpus, 8)) == 0
+    assert call("plan", "nano", *changes(corpus, 8), "--details") == 0
     assert KIND in capsys.readouterr().out
 
 

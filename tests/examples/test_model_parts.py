@@ -14,6 +14,7 @@ from torch import Tensor
 
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
+from andromeda.config.parts import check_own_parts
 from andromeda.config.rules import check_model
 from andromeda.model.describe import describe
 from andromeda.model.flops import forward_flops_per_token
@@ -45,7 +46,7 @@ PARTS = {"mixer": MIXED, "mixer alone": MIXED | {"layers": ["linear"]}, "qk norm
 
 
 @pytest.fixture(autouse=True)
-def on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def on_the_path(monkeypatch: pytest.MonkeyPatch, allow_code: None) -> Iterator[None]:
     """The folder of the examples, where a user's own module lies."""
     torch.set_num_threads(1)
     monkeypatch.syspath_prepend(EXAMPLES)
@@ -57,6 +58,7 @@ def on_the_path(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def config(**changes: Any) -> ModelConfig:
     made = ModelConfig.model_validate(TINY | changes)
     check_model(made)
+    check_own_parts(made)
     return made
 
 
@@ -162,9 +164,9 @@ def test_a_run_with_linear_attention_trains_and_verifies(
     settings = [*own, *(f"model.{size}" for size in sizes), *(f"train.{key}" for key in train), f"data.corpus={corpus}"]
     run = str(tmp_path / "run")
     assert load("nano", settings).model.layers == ("linear", "full")
-    assert call("train", "nano", *settings, "--out", run) == 0
+    assert call("train", "nano", *settings, "--out", run, "--allow-code") == 0
     capsys.readouterr()
-    assert call("verify", run, "--device", "cpu") == 0
+    assert call("verify", run, "--device", "cpu", "--allow-code") == 0
     assert "checks agree" in capsys.readouterr().out
     assert "linear" in (tmp_path / "run" / "config.toml").read_text()
 

@@ -132,6 +132,7 @@ class Squares(Attention):
         return super().core_attention(q, k, v.square() + v, pattern)
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_views_that_cannot_be_are_told() -> None:
     attention = CONFIG["attention"] | {"mixer": f"{__name__}:Squares"}
     found = explain(Path("run"), model(attention=attention, feedforward={"kind": "moe"}), ExplainRequest("abc"))

@@ -153,6 +153,7 @@ class Squares(Attention):
         return super().core_attention(q, k, v.square() + v, pattern)
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_attention_that_averages_no_values_has_no_map() -> None:
     mechanism = f"{__name__}:Squares"
     config = ModelConfig.model_validate({**SMALL, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "mixer": mechanism}})

@@ -75,6 +75,7 @@ class Own(nn.Module):
         return x
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_only_models_that_ask_the_device_for_nothing_are_recorded() -> None:
     cuda = torch.device("cuda")
     assert supports_cuda_graph(meta_model(ModelConfig()), cuda)

@@ -139,6 +139,7 @@ class Own(nn.Module):
         return x + self.shift
 
 
+@pytest.mark.usefixtures("allow_code")
 def test_parts_of_a_users_own_draw_from_the_seed_too() -> None:
     attention = BIG["attention"] | {"mixer": f"{__name__}:Own"}
     shifts = [build(seed=seed, attention=attention).decoder.blocks[2].attention.shift for seed in (1, 1, 2)]
