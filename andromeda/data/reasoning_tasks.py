@@ -1,7 +1,8 @@
-"""Generated reasoning tasks: each draws problems, knows the score of guessing, and has a solver that shows they can be solved.
+"""Generated reasoning tasks: each draws problems, knows the score of guessing, and has a solver that shows they can be
+solved.
 
-Training scores a model on them (`andromeda.train.callbacks.probes`), the evaluation adds harder variants (`andromeda.evaluate.reasoning`).
-"""
+Training scores a model on them (`andromeda.train.callbacks.probes`), the evaluation adds harder variants
+(`andromeda.evaluate.reasoning_problems`)."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from random import Random
 import pytest
 
 from andromeda.evaluate.questions import asked_range, read_choices, read_solved
-from andromeda.evaluate.reasoning import REASONING
-from andromeda.evaluate.reasoning.dyck import CLOSING, closers
+from andromeda.evaluate.reasoning_problems import REASONING
+from andromeda.evaluate.reasoning_problems.dyck import CLOSING, closers
 from andromeda.evaluate.tasks.lm_eval_tasks import final_number, grade
 from andromeda.utils.errors import DataError, RequestError
 

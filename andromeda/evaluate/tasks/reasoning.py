@@ -12,7 +12,7 @@ from andromeda.config.base import BaseConfig
 from andromeda.config.validation_errors import validate
 from andromeda.data.reasoning_tasks import ReasoningTask
 from andromeda.evaluate.loaded_model import LoadedModel
-from andromeda.evaluate.reasoning import REASONING
+from andromeda.evaluate.reasoning_problems import REASONING
 from andromeda.evaluate.request import EvalOptions, Measurement
 from andromeda.evaluate.token_loss import batch_size_for
 from andromeda.generate.engine import eval_mode

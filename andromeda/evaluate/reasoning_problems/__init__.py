@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from andromeda.data.reasoning_tasks import ReasoningTask
-from andromeda.evaluate.reasoning.dyck import Dyck
-from andromeda.evaluate.reasoning.harder import LongInduction, LongRecall, ThreeHops, TwoDigits
-from andromeda.evaluate.reasoning.parity import Parity
+from andromeda.evaluate.reasoning_problems.dyck import Dyck
+from andromeda.evaluate.reasoning_problems.harder import LongInduction, LongRecall, ThreeHops, TwoDigits
+from andromeda.evaluate.reasoning_problems.parity import Parity
 from andromeda.train.callbacks.probes import PROBE_TASKS
 
 
