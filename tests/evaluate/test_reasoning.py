@@ -10,10 +10,10 @@ from random import Random
 
 import pytest
 
+from andromeda.data.reasoning_tasks import CLOSING, closing_brackets
 from andromeda.evaluate.questions import asked_range, read_choices, read_solved
-from andromeda.evaluate.reasoning_problems import REASONING
-from andromeda.evaluate.reasoning_problems.dyck import CLOSING, closers
 from andromeda.evaluate.tasks.lm_eval_tasks import final_number, grade
+from andromeda.evaluate.tasks.reasoning import REASONING
 from andromeda.utils.errors import DataError, RequestError
 
 FORMS = [(name, form) for name in REASONING for form in (0, 1)]
@@ -60,7 +60,7 @@ def test_the_depth_of_dyck_is_what_is_left_open() -> None:
                 else:
                     assert stack.pop() == bracket
             assert not stack
-    assert closers(["(", "[", "]", "{"]) == "} )"
+    assert closing_brackets(["(", "[", "]", "{"]) == "} )"
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,39 @@
 from __future__ import annotations
 
 from random import Random
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.validation_errors import validate
-from andromeda.data.reasoning_tasks import ReasoningTask
+from andromeda.data.reasoning_tasks import Arithmetic, AssociativeRecall, DyckLanguage, Induction, MultiHop, Parity, ReasoningTask
 from andromeda.evaluate.loaded_model import LoadedModel
-from andromeda.evaluate.reasoning_problems import REASONING
 from andromeda.evaluate.request import EvalOptions, Measurement
 from andromeda.evaluate.token_loss import batch_size_for
 from andromeda.generate.engine import eval_mode
-from andromeda.train.callbacks.probes import AnswerBatch
+from andromeda.train.callbacks.probes import PROBE_TASKS, AnswerBatch
 from andromeda.train.precision import Precision
 from andromeda.utils.progress_callback import ProgressCallback
+
+
+class TaskVariants(NamedTuple):
+    """A task as training's probes have it, and larger, out of that distribution."""
+
+    usual: ReasoningTask[Any]
+    harder: ReasoningTask[Any]
+
+
+REASONING: dict[str, TaskVariants] = {
+    "digits": TaskVariants(PROBE_TASKS["arithmetic"], Arithmetic(first=10, count=90)),
+    "recall": TaskVariants(PROBE_TASKS["recall"], AssociativeRecall(pairs=32)),
+    "induction": TaskVariants(PROBE_TASKS["induction"], Induction(length=64)),
+    "multihop": TaskVariants(PROBE_TASKS["multihop"], MultiHop(aliases=2)),
+    "parity": TaskVariants(Parity(6), Parity(20)),
+    "dyck": TaskVariants(DyckLanguage(2), DyckLanguage(6)),
+}
+"""By name."""
 
 
 class ReasoningSettings(BaseConfig):
