@@ -116,7 +116,7 @@ def folder(material: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
 def provide(text: str, material: Path) -> None:
     """The runs and corpora that a command or snippet names, where nobody has made them yet; what it writes itself is taken away."""
-    written = re.findall(r'(?:--out[ =]|\.save\(")([\w./-]+)', text) if "--resume" not in text else []
+    written = re.findall(r'(?:--out[ =]|\.save\(")([\w./-]+)', text) if "--resume" not in text and "--append" not in text else []
     for name in set(re.findall(r"\b(?:runs|corpora)/[\w-]+|\bcorpus\b(?!=)", text)) - set(written):
         if not Path(name).exists():
             shutil.copytree(material / ("run" if name.startswith("runs/") else "corpus"), name)
@@ -148,6 +148,8 @@ def run(command: Command, material: Path) -> None:
     arguments = words(f"{text} {command.extra}")[1:]
     if "--resume" not in arguments:
         small = next((SMALL[verb] for verb in SMALL if " ".join(arguments).startswith(verb)), [])
+        if "--append" in arguments:  # the corpus keeps its vocabulary and its held-out documents
+            small = [change for change in small if not change.startswith(("--vocab-size", "--validation-fraction"))]
         arguments += [argument for argument in small if argument.split("=")[0] not in command.extra]
     code = call(*arguments)
     assert code == 0, f"{place} ended with {code}, as: andromeda {shlex.join(arguments)}"

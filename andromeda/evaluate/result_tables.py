@@ -23,7 +23,7 @@ Layout = Callable[[dict[str, Any]], tuple[list[str], list[list[str]]]]
 
 def _bits(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     row = [f"{found['bits_per_byte']:.4f}", f"{found['loss']:.4f}", f"{found['tokens']:,}", f"{found['bytes']:,}"]
-    return ["bits a byte", "loss", "tokens", "bytes"], [row]
+    return ["bits/byte", "loss", "tokens", "bytes"], [row]
 
 
 def _position(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
