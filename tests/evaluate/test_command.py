@@ -231,7 +231,7 @@ metric_list: [{{metric: acc}}]
         logs = [found.log for found in continuation_likelihoods(loaded.model, pairs)]
         right += logs.index(max(logs)) == row["a"]
     assert one.result == {"animals": {"acc": right / len(rows)}}
-    assert call("verify", "run", "--device", "cpu") == 0
+    assert call("verify", "run", "--device", "cpu", "--allow-code") == 0
     capsys.readouterr()
     assert call("eval", "run", "harness", "--harness-task", "lost", *options) == 2
     assert "lost cannot be run" in capsys.readouterr().err.splitlines()[-1]
