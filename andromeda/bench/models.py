@@ -19,7 +19,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
 
-GATED = ("swiglu", "geglu", "reglu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
 ANDROMEDA_UNFUSED = "Andromeda without flash attention"
 LLAMA, X_TRANSFORMERS, X_TRANSFORMERS_ALIBI = "transformers Llama", "x-transformers without ALiBi", "x-transformers"
 PEERS = {"llama": LLAMA, "x-transformers": X_TRANSFORMERS, "x-transformers-alibi": X_TRANSFORMERS_ALIBI}

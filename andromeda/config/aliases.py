@@ -48,7 +48,7 @@ HUGGING_FACE_DIRECT = {
 DIRECT = SPEC_DIRECT | HUGGING_FACE_DIRECT
 
 ACTIVATIONS = {
-    **{kind: kind for kind in ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "reglu", "moe")},
+    **{kind: kind for kind in ("gelu", "gelu_tanh", "relu", "relu2", "swiglu", "geglu", "geglu_tanh", "reglu", "moe")},
     # In the Hugging Face configurations that use these names, silu is the gate of a gated network.
     "silu": "swiglu",
     "swish": "swiglu",
@@ -212,6 +212,8 @@ ROPE_SCALING = {
     "original_max_position_embeddings": "original_max_seq_len",
     "beta_fast": "beta_fast",
     "beta_slow": "beta_slow",
+    "high_freq_factor": "beta_fast",
+    "low_freq_factor": "beta_slow",
 }
 
 
@@ -221,7 +223,7 @@ def _rope_scaling(given: FlatNames, model: AliasResolver) -> Assignments:
         if not isinstance(values, Mapping):
             raise ConfigError(f"{name} must be a table with rope_type and factor, not {format_value(values)}.")
         kind = values.get("rope_type", values.get("type", "default"))
-        kinds = ("default", "linear", "dynamic", "ntk", "yarn")
+        kinds = ("default", "linear", "dynamic", "ntk", "yarn", "llama3")
         if kind not in kinds:
             raise ConfigError(f"{name}.rope_type must be one of {', '.join(kinds)}, not {format_value(kind)}{nearest(str(kind), kinds)}.")
         yield "rotary.scaling.kind", "none" if kind == "default" else kind

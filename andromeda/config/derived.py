@@ -12,7 +12,7 @@ FOLDED_MAX_POSITIONS = 1 << 24
 """Positions that three base-256 digits tell apart."""
 XPOS_BITS = math.log2(1.4 / 0.4)
 """Powers of two by which xPos's fastest pair decays over `scale_base` tokens: zeta is 0.4 / 1.4 there."""
-GATED = ("swiglu", "geglu", "reglu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
 
 
 def in_steps(value: int | float, steps: int) -> int:

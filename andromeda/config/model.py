@@ -23,7 +23,7 @@ MIXERS = {
 FULL = ("full", "attention")
 """Names in `model.layers` of the mixer that `[model.attention]` describes."""
 
-QK_NORMS = ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms")
+QK_NORMS = ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms", "rms_dim_scale")
 VALUE_EMBEDDINGS = ("none", "layered")
 
 MAX_SIZE, MAX_LENGTH = 1_000_000, 2_000_000_000
@@ -72,16 +72,16 @@ class EmbeddingConfig(BaseConfig):
 class RopeScalingConfig(BaseConfig):
     """Frequency scaling that stretches rotary positions over a longer context."""
 
-    kind: Literal["none", "linear", "ntk", "dynamic", "yarn"] = "none"
-    """Linear (position interpolation), NTK-aware, NTK that follows the length, or YaRN."""
+    kind: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = "none"
+    """Linear (position interpolation), NTK-aware, NTK that follows the length, YaRN, or Llama 3's: YaRN's ramp over rotations alone."""
     factor: float = Field(1.0, ge=1.0)
     """New context length over the original one."""
     original_max_seq_len: int = Field(0, ge=0, le=MAX_LENGTH)
     """Context the model was trained at; 0 means `context / factor`."""
     beta_fast: PositiveFloat = 32.0
-    """YaRN: pairs that turn at least this often over the original context keep their frequency."""
+    """YaRN and llama3: pairs that turn at least this often over the original context keep their frequency (high_freq_factor)."""
     beta_slow: PositiveFloat = 1.0
-    """YaRN: pairs that turn at most this often are stretched by the whole factor."""
+    """YaRN and llama3: pairs that turn at most this often are stretched by the whole factor (low_freq_factor)."""
     ramp: Literal["index", "rotations"] = "index"
     """YaRN's ramp: over the dimension's index, as the released code and transformers do, or over its rotations, as the paper writes."""
 
@@ -130,7 +130,8 @@ class AttentionConfig(BaseConfig):
     """Biases in the query, key, value and output projections."""
     qk_norm: PartName = "none"
     """Queries and keys of unit length (l2), with a learned scale per head or per dimension (l2_head_scale, l2_dim_scale), of unit root
-    mean square (rms), or `package.module:Class` of a user's own, alone or as the `kind` of a table with keys of its own."""
+    mean square (rms), with a learned scale per dimension that all heads share (rms_dim_scale); or `package.module:Class` of a user's own,
+    alone or as the `kind` of a table with keys of its own."""
     scale: float = Field(0.0, ge=0.0)
     """Softmax scale; 0 takes the QK norm's own (10 for l2, 1/sqrt(D) otherwise)."""
     softcap: float = Field(0.0, ge=0.0)
@@ -163,8 +164,8 @@ class AttentionOverrides(BaseConfig):
 class FeedForwardConfig(BaseConfig):
     """The position-wise network."""
 
-    kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe"] = "gelu"
-    """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, reglu), or a mixture of experts."""
+    kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu", "moe"] = "gelu"
+    """Activation of a two-matrix network, gate of a three-matrix one (swiglu, geglu, geglu_tanh, reglu), or a mixture of experts."""
     intermediate_size: int = Field(0, ge=0, le=MAX_SIZE)
     """Inner width; 0 takes `mult` times the model's width (for gated kinds two thirds of that, to 64)."""
     mlp_ratio: PositiveFloat = 4.0
@@ -182,7 +183,7 @@ class ExpertsConfig(BaseConfig):
     """Experts that each token goes through, besides the shared ones."""
     num_shared_experts: int = Field(0, ge=0, le=MAX_SIZE)
     """Experts that every token passes through."""
-    kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu"] = "swiglu"
+    kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"] = "swiglu"
     """Network of each expert, as in `model.feedforward.kind`."""
     router_activation: Literal["sigmoid", "softmax"] = "sigmoid"
     """What turns the router's outputs into gates."""
@@ -201,8 +202,8 @@ class BlockConfig(BaseConfig):
 
     kind: Literal["serial", "parallel"] = "serial"
     """Attention then feed-forward, or both on the same input, summed (arXiv 2204.02311)."""
-    residual: Literal["pre", "deepnorm"] = "pre"
-    """Normalize before each branch, or after each sum with DeepNorm's scaling (arXiv 2203.00555)."""
+    residual: Literal["pre", "sandwich", "deepnorm"] = "pre"
+    """Normalize before each branch, before and after it (arXiv 2408.00118), or after each sum with DeepNorm's scaling (2203.00555)."""
     norm: Literal["rms", "layer", "rms_plain"] = "rms"
     """`rms_plain` has no learned gain."""
     eps: PositiveFloat = 1e-6

@@ -165,6 +165,11 @@ MODEL_RULES: tuple[Rule, ...] = (
         lambda m: m.feedforward.kind == "moe" and m.feedforward.bias,
         "model.feedforward.bias = true cannot be combined with model.feedforward.kind = 'moe': experts have no biases",
     ),
+    (
+        lambda m: m.block.residual == "sandwich" and m.block.kind == "parallel",
+        "model.block.residual = 'sandwich' normalizes each branch by itself, and model.block.kind = 'parallel' sums both first: "
+        "set model.block.kind = 'serial'",
+    ),
     # DeepNorm
     (
         lambda m: m.block.residual == "deepnorm" and m.init.kind == "zero_projections",

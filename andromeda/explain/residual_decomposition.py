@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.explain.trace import ForwardTrace, LayerTrace
-from andromeda.model.block import ParallelBlock, ParallelDeepNormBlock, SerialBlock, SerialDeepNormBlock
+from andromeda.model.block import ParallelBlock, ParallelDeepNormBlock, SandwichBlock, SerialBlock, SerialDeepNormBlock
 from andromeda.model.decoder_stack import EmbeddingMix, UNetDecoderStack
 from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
 from andromeda.model.transformer import Transformer
@@ -88,6 +88,8 @@ def apply_block(block: Any, stream: ResidualParts, attention: ResidualParts, net
         return middle.times(block.alpha).plus(network).normed(block.feedforward_norm)
     if isinstance(block, ParallelDeepNormBlock):
         return stream.times(block.alpha).plus(attention).plus(network).normed(block.norm)
+    if isinstance(block, SandwichBlock):
+        return stream.plus(attention.normed(block.attention_out_norm)).plus(network.normed(block.feedforward_out_norm))
     if isinstance(block, SerialBlock | ParallelBlock):
         return stream.plus(attention).plus(network)
     raise RequestError(f"Direct logit attribution knows no rule for the block {type(block).__name__}.")

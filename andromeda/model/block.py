@@ -2,6 +2,7 @@
 
 Serial, pre-norm:    x = x + A(N1 x);  x = x + F(N2 x)
 Parallel, pre-norm:  x = x + A(N x) + F(N x)                                     (arXiv 2204.02311)
+Sandwich, serial:    x = x + N2 A(N1 x);  x = x + N4 F(N3 x)                     (arXiv 2408.00118)
 DeepNorm, serial:    x = N1(a x + A(x));  x = N2(a x + F(x))                     (arXiv 2203.00555)
 DeepNorm, parallel:  x = N(a x + A(x) + F(x)), with the same constants: the bound counts branches, of which there are as many
 """
@@ -89,6 +90,25 @@ class SerialBlock(DecoderBlock):
         return x + self.feedforward(y)
 
 
+class SandwichBlock(SerialBlock):
+    """Serial, normalizing what each branch gives too, before it is added."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.attention_out_norm, self.feedforward_out_norm = build_norm(config), build_norm(config)
+
+    def fused_spec(self) -> BlockSpec | None:
+        """No kernel decodes it."""
+        return None
+
+    def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
+        """x (B, T, C) -> (B, T, C)."""
+        y, x = self.norm_attention(x, None, self.attention_norm, self.attention_shift, ctx)
+        branch = self.attention_out_norm(self.attention(y, ctx))
+        y, x = self.norm_feedforward(x, branch, self.feedforward_norm, self.feedforward_shift, ctx)
+        return x + self.feedforward_out_norm(self.feedforward(y))
+
+
 class SerialDeepNormBlock(SerialBlock):
     """Serial, normalizing after each sum."""
 
@@ -149,6 +169,7 @@ class ParallelDeepNormBlock(ParallelBlock):
 
 BLOCKS: dict[tuple[str, str], Callable[[ModelConfig, int], DecoderBlock]] = {
     ("serial", "pre"): SerialBlock,
+    ("serial", "sandwich"): SandwichBlock,
     ("serial", "deepnorm"): SerialDeepNormBlock,
     ("parallel", "pre"): ParallelBlock,
     ("parallel", "deepnorm"): ParallelDeepNormBlock,

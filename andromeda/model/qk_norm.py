@@ -80,6 +80,27 @@ class RMSQKNorm(NoQKNorm):
         return rms(q), rms(k)
 
 
+class RMSDimScaleQKNorm(NoQKNorm):
+    """Root mean square one and a learned scale for each dimension that all heads share, one at the start (as in Qwen3)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.eps = config.block.eps
+        self.query_scale = nn.Parameter(torch.ones(content_dim(config)))
+        self.key_scale = nn.Parameter(torch.ones(content_dim(config)))
+
+    def fused_spec(self) -> QKNormSpec | None:
+        """No kernel adds its eps."""
+        return None
+
+    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
+        """q (B, T, H, D), k (B, T, G, D) of root mean square one, times the scales."""
+        return self._scaled(q, self.query_scale), self._scaled(k, self.key_scale)
+
+    def _scaled(self, x: Tensor, scale: Tensor) -> Tensor:
+        return F.rms_norm(x, x.shape[-1:], scale.to(x.dtype), self.eps).to(x.dtype)
+
+
 class L2QKNorm(NoQKNorm):
     """Unit length and a fixed temperature: logits are cosines times 10, as in x-transformers."""
 
@@ -150,6 +171,7 @@ REGISTERED: dict[str, type[NoQKNorm]] = {
     "l2": L2QKNorm,
     "l2_head_scale": L2HeadScaleQKNorm,
     "l2_dim_scale": L2DimScaleQKNorm,
+    "rms_dim_scale": RMSDimScaleQKNorm,
 }
 
 

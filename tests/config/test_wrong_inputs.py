@@ -182,7 +182,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.attn_qk_norm=false | model.attn_qk_norm_dim_scale=true", ("attn_qk_norm_dim_scale", "attn_qk_norm")),
     ("model.embedding_provider=plane", ("embedding_provider", "did you mean plain?")),
     ("model.num_attention_heads=3", ("num_attention_heads = 3", "256")),
-    ("model.rope_scaling={rope_type='llama3'}", ("rope_scaling.rope_type", "yarn")),
+    ("model.rope_scaling={rope_type='longrope'}", ("rope_scaling.rope_type", "yarn")),
     ("model.rope_scaling={rope_type='yarn', facto=2.0}", ("rope_scaling.facto", "factor?")),
     ("model.rope_scaling=2", ("rope_scaling", "table")),
     # Overrides that are none

@@ -56,9 +56,10 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         "ntk": STRETCH | {"rotary.scaling.kind": "ntk"},
         "dynamic": STRETCH | {"rotary.scaling.kind": "dynamic"},
         "yarn": STRETCH | {"rotary.scaling.kind": "yarn"},
+        "llama3": STRETCH | {"rotary.scaling.kind": "llama3"},
         "yarn-rotations": STRETCH | {"rotary.scaling.kind": "yarn", "rotary.scaling.ramp": "rotations"},
     },
-    "qk_norm": {kind: {"attention.qk_norm": kind} for kind in ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms")},
+    "qk_norm": {kind: {"attention.qk_norm": kind} for kind in ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms", "rms_dim_scale")},
     "heads": {
         "mha": {"attention.num_heads": 4, "attention.num_kv_heads": 4},
         "gqa": {"attention.num_heads": 6, "attention.num_kv_heads": 3},
@@ -78,13 +79,15 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "block": {
         "serial": {},
+        "sandwich": {"block.residual": "sandwich"},
         "parallel": {"block.kind": "parallel"},
         "deepnorm": {"block.residual": "deepnorm", "init.kind": "deepnorm"},
         "parallel-deepnorm": {"block.kind": "parallel", "block.residual": "deepnorm"},
     },
     "norm": {kind: {"block.norm": kind} for kind in ("rms", "layer", "rms_plain")},
     "feedforward": {
-        **{kind: {"feedforward.kind": kind} for kind in ("gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu")},
+        **{kind: {"feedforward.kind": kind} for kind in ("gelu", "gelu_tanh", "relu", "relu2", "silu")},
+        **{kind: {"feedforward.kind": kind} for kind in ("swiglu", "geglu", "geglu_tanh", "reglu")},
         "gelu-bias": {"feedforward.bias": True},
         "moe": {"feedforward.kind": "moe"},
         "moe-shared": {

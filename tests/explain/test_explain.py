@@ -111,12 +111,13 @@ def test_a_mixture_keeps_all_views_but_one() -> None:
 @pytest.mark.parametrize(
     "changes",
     [
+        {"block": {"residual": "sandwich"}, "attention": {"num_heads": 2, "num_kv_heads": 1, "head_dim": 8, "qk_norm": "rms_dim_scale"}},
         {"block": {"residual": "deepnorm"}, "init": {"kind": "deepnorm"}},
         {"attention": CONFIG["attention"] | {"mixer": "sigmoid"}},
         {"head": {"softcap": 2.0, "bias": True}},
         {"skips": {"unet": True, "first": True}, "value_embedding": {"kind": "layered"}},
     ],
-    ids=["deepnorm", "sigmoid", "softcap", "speedrun"],
+    ids=["sandwich", "deepnorm", "sigmoid", "softcap", "speedrun"],
 )
 def test_other_architectures(changes: dict) -> None:
     found = explain(Path("run"), model(**changes), ExplainRequest("abc def"))

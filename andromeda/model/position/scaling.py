@@ -75,6 +75,13 @@ def yarn(rotary: RotaryConfig, span: Span) -> Scaled:
     return Scaled(inverse / factor * (1 - kept) + inverse * kept, factor, (0.1 * math.log(factor) + 1) ** 2)
 
 
+def llama3(rotary: RotaryConfig, span: Span) -> Scaled:
+    """Llama 3's rule: YaRN's ramp over rotations; logits stay (arXiv 2407.21783; the formula is that of the released code)."""
+    factor, inverse = rotary.scaling.factor, span.frequencies(rotary.theta)
+    kept = _rotation_ramp(rotary, span)
+    return Scaled(inverse / factor * (1 - kept) + inverse * kept, factor)
+
+
 def _larger_base(rotary: RotaryConfig, span: Span, factor: float) -> Scaled:
     # A single pair has frequency one whatever the base.
     exponent = span.dim / max(span.dim - 2, 1)
@@ -106,4 +113,5 @@ RULES: dict[str, Callable[[RotaryConfig, Span], Scaled]] = {
     "ntk": ntk,
     "dynamic": dynamic,
     "yarn": yarn,
+    "llama3": llama3,
 }
