@@ -53,9 +53,10 @@ def _folder(run: Path, to: Path, dtype: str, step: int | None, ema: bool) -> Non
 
     exported = export_run(run, to, dtype=dtype, step=step, average=ema, card=card)
     code = f" with its modeling file, for {exported.reason}" if exported.reason else ""
-    print(f"{to}: a {exported.config['architectures'][0]}{code}")
-    for name, text in measured:
-        print(f"{name}: {text}")
+    name = exported.config["architectures"][0]
+    print(f"{to}: {'an' if name[0] == 'A' else 'a'} {name}{code}")
+    for title, text in measured:
+        print(f"{title}: {text}")
     print(f"publish it: {push_command(to)}")
 
 

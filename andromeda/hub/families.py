@@ -32,7 +32,14 @@ ACTIVATIONS = {
     "silu": "silu",
     "swish": "silu",
 }
-GATES = {"silu": "swiglu", "swish": "swiglu", "gelu": "geglu", "relu": "reglu"}
+GATES = {
+    "silu": "swiglu",
+    "swish": "swiglu",
+    "gelu": "geglu",
+    "gelu_new": "geglu_tanh",
+    "gelu_pytorch_tanh": "geglu_tanh",
+    "relu": "reglu",
+}
 IGNORED = re.compile(r".*\.(?:rotary_emb\.inv_freq|attn\.(?:masked_)?bias|attention\.(?:masked_bias|bias|rotary_emb\.inv_freq))")
 """Tables that older versions of transformers wrote beside the weights, which follow from the configuration."""
 
@@ -123,10 +130,7 @@ def rope(s: ModelSettings, head_dim: int, context: int, theta: float = 10000.0, 
         if not math.isclose(own**2, yarn_factor(factor), rel_tol=1e-12):
             scale = usual * own**2 / yarn_factor(factor)
     elif kind == "llama3":
-        # YaRN's ramp over rotations, without its factor on the logits.
-        scaling |= {"kind": "yarn", "ramp": "rotations"}
         scaling |= {"beta_fast": given.number("high_freq_factor"), "beta_slow": given.number("low_freq_factor")}
-        scale = usual / yarn_factor(factor)
     else:
         raise ConfigError(f"config.json: rope_type = {kind[:60]!r} has no form here: there are default, linear, dynamic, yarn and llama3.")
     return rotary | {"scaling": scaling}, scale
@@ -167,6 +171,30 @@ def qwen2_values(s: ModelSettings) -> Values:
     values = common(s)
     values["attention"]["bias"] = True
     qwen_windows(s, values)
+    return values
+
+
+def qwen3_values(s: ModelSettings) -> Values:
+    """Qwen3: Llama with a norm of queries and keys."""
+    values = common(s)
+    values["attention"]["qk_norm"] = "rms_dim_scale"
+    qwen_windows(s, values)
+    return values
+
+
+def gemma2_values(s: ModelSettings) -> Values:
+    """Gemma 2: norms before and after each branch, soft caps, every other layer with a window; its scaled embedding unties the head."""
+    s.refuse("use_bidirectional_attention", False, "attention is causal")
+    values = common(s)
+    key = "hidden_activation" if s.has("hidden_activation") else "hidden_act"
+    values["feedforward"]["kind"] = activation(s, key, "gelu_pytorch_tanh", GATES)
+    values["block"]["residual"] = "sandwich"
+    values["attention"]["scale"] = s.number("query_pre_attn_scalar", 256) ** -0.5
+    values["attention"]["softcap"] = s.number("attn_logit_softcapping", 0.0)
+    values["head"] = {"tied": False, "softcap": s.number("final_logit_softcapping", 0.0)}
+    default = ["full_attention" if layer % 2 else "sliding_attention" for layer in range(values["num_layers"])]
+    if s.has("sliding_window"):
+        windows(values, s.words("layer_types") or default, s.count("sliding_window"))
     return values
 
 
@@ -263,6 +291,38 @@ def with_output_biases(tensors: Mapping[str, Tensor], values: Values) -> Named:
     yield from as_they_are(tensors, values)
     for layer in range(values["num_layers"]):
         yield f"model.layers.{layer}.self_attn.o_proj.bias", torch.zeros(values["hidden_size"])
+
+
+def qwen3_tensors(tensors: Mapping[str, Tensor], values: Values) -> Named:
+    """Llama's names; the norms' gains are ours under other names."""
+    for name, tensor in as_they_are(tensors, values):
+        name = name.replace(".self_attn.q_norm.weight", ".self_attn.qk_norm.query_scale")
+        yield name.replace(".self_attn.k_norm.weight", ".self_attn.qk_norm.key_scale"), tensor
+
+
+GEMMA_NORMS = {
+    "input_layernorm": "input_layernorm",
+    "post_attention_layernorm": "attention_out_norm",
+    "pre_feedforward_layernorm": "post_attention_layernorm",
+    "post_feedforward_layernorm": "feedforward_out_norm",
+}
+
+
+def gemma2_tensors(tensors: Mapping[str, Tensor], values: Values) -> Named:
+    """Gains are kept less one there. The embedding is multiplied by sqrt(width), which goes into a table apart from the head's."""
+    for name in tensors:
+        if IGNORED.fullmatch(name) or name == "lm_head.weight":
+            continue
+        part = name.split(".")
+        if name == "model.embed_tokens.weight":
+            table = tensors[name]
+            yield name, table * torch.tensor(values["hidden_size"] ** 0.5, dtype=table.dtype)
+            yield "lm_head.weight", tensors.get("lm_head.weight", table)
+        elif part[-1] == "weight" and (part[-2] in GEMMA_NORMS or name == "model.norm.weight"):
+            kept = ".".join([*part[:-2], GEMMA_NORMS.get(part[-2], part[-2]), "weight"])
+            yield kept, tensors[name].float() + 1.0
+        else:
+            yield name, tensors[name]
 
 
 def mixtral_tensors(tensors: Mapping[str, Tensor], values: Values) -> Named:
@@ -386,6 +446,8 @@ FAMILIES: dict[str, Family] = {
     "llama": Family(llama_values, as_they_are),
     "mistral": Family(mistral_values, as_they_are),
     "qwen2": Family(qwen2_values, with_output_biases),
+    "qwen3": Family(qwen3_values, qwen3_tensors),
+    "gemma2": Family(gemma2_values, gemma2_tensors),
     "mixtral": Family(mixtral_values, mixtral_tensors),
     "gpt2": Family(gpt2_values, gpt2_tensors),
     "gpt_neox": Family(neox_values, neox_tensors),

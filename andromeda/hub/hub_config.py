@@ -49,6 +49,10 @@ def refuse_unknown_parts(config: ModelConfig) -> None:
             f"model.attention.mixer = {config.attention.mixer!r} is code of your own, which the exported modeling file does not hold: "
             "only softmax and sigmoid attention can be exported."
         )
+    for key in ("attention.qk_norm", "value_embedding.kind"):
+        name = flatten(config.model_dump()).get(key)
+        if isinstance(name, str) and ":" in name:
+            raise ConfigError(f"model.{key} = {name!r} is code of your own, which the exported modeling file does not hold.")
     handled = {prefix + key for prefix, keys in HANDLED.items() for key in keys.split()}
     given, default = flatten(config.model_dump()), flatten(ModelConfig().model_dump())
     for key, value in given.items():
@@ -100,7 +104,7 @@ def llama_config(config: ModelConfig) -> dict[str, Any] | str:
             return reason
     rope = rope_parameters(config)
     if rope is None:
-        return "its softmax scale is its own"
+        return "its softmax scale or rotary scaling is none of Llama's"
     return {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],
@@ -127,24 +131,23 @@ def yarn_factor(factor: float) -> float:
 
 
 def rope_parameters(config: ModelConfig) -> dict[str, Any] | None:
-    """Llama's `rope_parameters`, or None where the softmax scale belongs to none of its kinds."""
+    """Llama's `rope_parameters`, or None where it has no such ramp, or where the softmax scale belongs to none of its kinds."""
     scaling, theta, dim = config.rotary.scaling, config.rotary.theta, content_dim(config)
     usual = 1 / math.sqrt(dim)
     scale = config.attention.scale or usual
     original = original_max_seq_len(config)
+    named = {"rope_theta": theta, "factor": scaling.factor, "original_max_position_embeddings": original}
     if scaling.kind == "yarn":
-        named = {"rope_theta": theta, "factor": scaling.factor, "original_max_position_embeddings": original}
         if scaling.ramp == "rotations":
-            # Llama 3's rule is YaRN's ramp over rotations without its factor on the logits.
-            plain = math.isclose(scale * yarn_factor(scaling.factor), usual, rel_tol=1e-9)
-            ends = {"low_freq_factor": scaling.beta_slow, "high_freq_factor": scaling.beta_fast}
-            return {"rope_type": "llama3", **named, **ends} if plain else None
+            return None
         ends = {"beta_fast": scaling.beta_fast, "beta_slow": scaling.beta_slow}
         factor = math.sqrt(scale * yarn_factor(scaling.factor) / usual)
         own = {} if scale == usual else {"attention_factor": factor}
         return {"rope_type": "yarn", **named, **ends, **own}
     if not math.isclose(scale, usual, rel_tol=1e-9):
         return None
+    if scaling.kind == "llama3":
+        return {"rope_type": "llama3", **named, "low_freq_factor": scaling.beta_slow, "high_freq_factor": scaling.beta_fast}
     if scaling.kind == "linear":
         return {"rope_type": "linear", "rope_theta": theta, "factor": scaling.factor}
     if scaling.kind == "ntk":

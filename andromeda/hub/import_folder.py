@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,9 @@ from andromeda.train.memory_check import check_weights_fit
 from andromeda.train.run_dir import RunDir
 from andromeda.train.state import model_tensors
 from andromeda.utils.errors import CheckpointError, ConfigError
+
+CODE = re.compile(r"[^:]+:[^:]+")
+"""How our configurations name a class of a user's own, package.module:Class."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +63,28 @@ def read_folder(path: str | Path, *, tokenizer: bool = True) -> ImportedModel:
 def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     """The configuration in a folder that `andromeda export` wrote; nothing of its modeling file is read."""
     names = {"num_hidden_layers": "num_layers", "max_position_embeddings": "max_seq_len"}
+    code = next((word for word in words_of(values) if CODE.fullmatch(word)), None)
+    if code is not None:
+        raise ConfigError(f"config.json names code of its own ({code[:80]}), which is never run here: import another model.")
     return {names.get(name, name): values[name] for name in (*TABLES, "vocab_size", "hidden_size", *names) if name in values}
 
 
+def words_of(values: Any) -> Iterator[str]:
+    """All words of a JSON value, except those of `auto_map`, which nothing here reads."""
+    if isinstance(values, str):
+        yield values
+    elif isinstance(values, Mapping):
+        for name, value in values.items():
+            if name != "auto_map":
+                yield from words_of(value)
+    elif isinstance(values, list):
+        for value in values:
+            yield from words_of(value)
+
+
 def checked(model: Mapping[str, Any]) -> ModelConfig:
-    """The typed configuration. Raises ConfigError in the words of our keys. Code of a user's own is none of it."""
-    config = from_values({"model": dict(model), "train": {"seq_len": 1}}).model
-    if config.embedding.kind == "custom" or ":" in config.attention.mixer:
-        raise ConfigError("config.json names code of its own (embedding.provider or attention.mixer), which is never run here.")
-    return config
+    """The typed configuration. Raises ConfigError in the words of our keys."""
+    return from_values({"model": dict(model), "train": {"seq_len": 1}}).model
 
 
 def placed(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -13,6 +13,7 @@ RULES: tuple[tuple[str, str], ...] = (
     (r"decoder\.mixes\.(\d+)\.weights", "model.layers.{}.first_mix"),
     (r"decoder\.blocks\.(\d+)\.(?:attention_norm|norm)\.weight", "model.layers.{}.input_layernorm.weight"),
     (r"decoder\.blocks\.(\d+)\.feedforward_norm\.weight", "model.layers.{}.post_attention_layernorm.weight"),
+    (r"decoder\.blocks\.(\d+)\.(attention_out_norm|feedforward_out_norm)\.weight", "model.layers.{}.{}.weight"),
     (r"decoder\.blocks\.(\d+)\.(?:attention_shift|shift)\.mix", "model.layers.{}.input_shift.mix"),
     (r"decoder\.blocks\.(\d+)\.feedforward_shift\.mix", "model.layers.{}.mlp_shift.mix"),
     (r"decoder\.blocks\.(\d+)\.attention\.query\.(weight|bias)", "model.layers.{}.self_attn.q_proj.{}"),

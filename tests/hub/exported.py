@@ -79,6 +79,7 @@ def _drawn(draw: random.Random) -> dict[str, Any]:
                     {"kind": "ntk", "factor": 2.0},
                     {"kind": "dynamic", "factor": 4.0},
                     {"kind": "yarn", "factor": 4.0, "ramp": pick(["index", "rotations"])},
+                    {"kind": "llama3", "factor": 4.0, "beta_fast": 4.0},
                 ]
             ),
         },
@@ -89,14 +90,14 @@ def _drawn(draw: random.Random) -> dict[str, Any]:
             "num_kv_heads": pick([1, 2, 4]),
             "head_dim": pick([12, 16]),
             "bias": pick([True, False]),
-            "qk_norm": pick(["none", "l2", "l2_head_scale", "l2_dim_scale", "rms"]),
+            "qk_norm": pick(["none", "l2", "l2_head_scale", "l2_dim_scale", "rms", "rms_dim_scale"]),
             "scale": pick([0.0, 0.3]),
             "softcap": pick([0.0, 0.0, 5.0]),
             "sliding_window": window,
             "full_attention_interval": pick([0, 2]) if window else 0,
         },
         "feedforward": {
-            "kind": pick(["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "reglu", "moe", "moe"]),
+            "kind": pick(["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu", "moe", "moe"]),
             "intermediate_size": 80,
             "bias": pick([True, False]),
         },
@@ -110,7 +111,7 @@ def _drawn(draw: random.Random) -> dict[str, Any]:
         },
         "block": {
             "kind": pick(["serial", "parallel"]),
-            "residual": pick(["pre", "pre", "deepnorm"]),
+            "residual": pick(["pre", "pre", "sandwich", "deepnorm"]),
             "norm": pick(["rms", "layer", "rms_plain"]),
         },
         "shift": {"kind": pick(["none", "chunks", "lerp", "smear"]), "tokens": pick([1, 2])},

@@ -121,7 +121,11 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "numbers that are not finite": (lambda f: tensors(f, lambda t: t[first(t)].fill_(float("nan"))), "not finite"),
     "code of its own in our own format": (
         lambda f: config(f, model_type="andromeda", embedding={"kind": "custom", "provider": "os:system"}),
-        "never run|cannot be imported|no class",
+        "never run",
+    ),
+    "a QK norm of its own": (
+        lambda f: config(f, model_type="andromeda", attention={"qk_norm": "os:system"}),
+        "never run",
     ),
 }
 

@@ -169,9 +169,6 @@ def llama(**changes: Any) -> ModelConfig:
     return from_values({"model": model, "train": {"seq_len": 64}}).model
 
 
-LLAMA_SCALE = 16**-0.5 / (0.1 * torch.log(torch.tensor(4.0, dtype=torch.float64)).item() + 1) ** 2
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -181,12 +178,10 @@ LLAMA_SCALE = 16**-0.5 / (0.1 * torch.log(torch.tensor(4.0, dtype=torch.float64)
         {"rotary": {"scaling": {"kind": "linear", "factor": 4.0}}},
         {"rotary": {"scaling": {"kind": "ntk", "factor": 4.0}}},
         {"rotary": {"scaling": {"kind": "yarn", "factor": 4.0}}},
-        {
-            "rotary": {"scaling": {"kind": "yarn", "factor": 4.0, "ramp": "rotations", "beta_fast": 4.0, "beta_slow": 1.0}},
-            "attention": {"scale": LLAMA_SCALE},
-        },
+        {"rotary": {"scaling": {"kind": "llama3", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0}}},
+        {"rotary": {"scaling": {"kind": "yarn", "factor": 4.0}}, "attention": {"scale": 0.3}},
     ],
-    ids=["plain", "biases-tied", "interleaved", "linear", "ntk", "yarn", "llama3"],
+    ids=["plain", "biases-tied", "interleaved", "linear", "ntk", "yarn", "llama3", "yarn-scale"],
 )
 @torch.no_grad()
 def test_llama_shapes_need_no_code(changes: dict[str, Any], tmp_path: Path) -> None:

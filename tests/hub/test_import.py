@@ -34,6 +34,15 @@ def qwen2(**rest: Any) -> Any:
     return transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GATED | rest))
 
 
+def qwen3(**rest: Any) -> Any:
+    return transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**GATED | {"head_dim": 20} | rest))
+
+
+def gemma2(**rest: Any) -> Any:
+    own = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 16, "attn_logit_softcapping": 5.0}
+    return transformers.Gemma2ForCausalLM(transformers.Gemma2Config(**GATED | own | rest))
+
+
 def mistral(**rest: Any) -> Any:
     return transformers.MistralForCausalLM(transformers.MistralConfig(**GATED | rest))
 
@@ -67,14 +76,16 @@ FAMILIES: dict[str, Callable[[], Any]] = {
     "qwen2-windows": lambda: qwen2(
         use_sliding_window=True, sliding_window=16, layer_types=["sliding_attention", "full_attention"] * 2, tie_word_embeddings=True
     ),
+    "qwen3": lambda: qwen3(rms_norm_eps=1e-3),
+    "qwen3-tied": lambda: qwen3(tie_word_embeddings=True, attention_bias=True),
+    "gemma2": gemma2,
+    "gemma2-no-caps": lambda: gemma2(attn_logit_softcapping=None, final_logit_softcapping=None),
     "mixtral": lambda: mixtral(sliding_window=None),
     "gpt2": gpt2,
     "gpt2-untied": lambda: gpt2(tie_word_embeddings=False, activation_function="relu", n_inner=64),
     "gpt-neox": neox,
     "gpt-neox-serial": lambda: neox(use_parallel_residual=False, attention_bias=False, hidden_act="gelu_new"),
 }
-FOLDED = ("gpt2", "gpt-neox", "qwen2")
-"""Families some of whose weights are folded into others, or joined by zeros."""
 
 
 def made(name: str) -> Any:
@@ -127,7 +138,7 @@ def test_through_a_run_and_back(imported: tuple[str, Any, ImportedModel, Path], 
         assert difference(theirs(tokens()).logits, back(tokens()).logits) <= TOLERANCE
     if name.startswith(("llama", "qwen2")) and "dynamic" not in name and "gelu" not in name and "windows" not in name:
         assert type(back).__name__ == "LlamaForCausalLM"
-    if not name.startswith(("gpt", "mixtral")):
+    if not name.startswith(("gpt", "mixtral", "gemma2", "qwen3")):
         original, again = theirs.state_dict(), back.state_dict()
         assert all(torch.equal(original[key], again[key]) for key in original)
     once_more = read_folder(tmp_path / "back", tokenizer=False)

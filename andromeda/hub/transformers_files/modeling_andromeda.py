@@ -134,7 +134,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu2": lambda x: F.relu(x) * F.relu(x),
     "silu": F.silu,
 }
-GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "reglu": F.relu}
+GATES: dict[str, Callable[[Tensor], Tensor]] = {"swiglu": F.silu, "geglu": F.gelu, "geglu_tanh": ACTIVATIONS["gelu_tanh"], "reglu": F.relu}
 
 
 class AndromedaQuantizedLinear(nn.Module):
@@ -211,14 +211,14 @@ class AndromedaRotary:
             grown = max(length / self.original, 1.0)
             factor = self.factor if self.scaling == "ntk" else self.factor * grown - (self.factor - 1)
             return (self.theta * factor ** (self.dim / max(self.dim - 2, 1))) ** (-pairs / self.dim), factor
-        if self.scaling == "yarn":
+        if self.scaling in ("yarn", "llama3"):
             kept = self._kept(inverse)
             return inverse / self.factor * (1 - kept) + inverse * kept, self.factor
         return inverse, 1.0
 
     def _kept(self, inverse: Tensor) -> Tensor:
-        """YaRN: share of each pair's frequency that stays (arXiv 2309.00071)."""
-        if self.ramp == "rotations":
+        """YaRN and Llama 3: share of each pair's frequency that stays (arXiv 2309.00071, 2407.21783)."""
+        if self.ramp == "rotations" or self.scaling == "llama3":
             rotations = self.original * inverse / (2 * math.pi)
             return ((rotations - self.slow) / (self.fast - self.slow)).clamp(0, 1)
 
@@ -323,6 +323,9 @@ class AndromedaQKNorm(nn.Module):
         self.scale = {"l2": 10.0, "l2_head_scale": 1.0}.get(self.kind, 1 / math.sqrt(D))
         if self.kind == "l2_head_scale":
             self.temperature = nn.Parameter(torch.full((a["num_heads"], 1), 10.0))
+        if self.kind == "rms_dim_scale":
+            self.eps = config.block["eps"]
+            self.query_scale, self.key_scale = nn.Parameter(torch.ones(D)), nn.Parameter(torch.ones(D))
         if self.kind == "l2_dim_scale":
             self.query_scale = nn.Parameter(torch.full((a["num_heads"], D), D**0.25))
             self.key_scale = nn.Parameter(torch.full((a["num_kv_heads"], D), D**0.25))
@@ -333,6 +336,9 @@ class AndromedaQKNorm(nn.Module):
             return q, k
         if self.kind == "rms":
             return F.rms_norm(q, q.shape[-1:], None, RMS_EPS), F.rms_norm(k, k.shape[-1:], None, RMS_EPS)
+        if self.kind == "rms_dim_scale":
+            scales = self.query_scale.to(q.dtype), self.key_scale.to(k.dtype)
+            return F.rms_norm(q, q.shape[-1:], scales[0], self.eps), F.rms_norm(k, k.shape[-1:], scales[1], self.eps)
         q, k = F.normalize(q, dim=-1).to(q.dtype), F.normalize(k, dim=-1).to(k.dtype)
         if self.kind == "l2_head_scale":
             q = q * self.temperature.to(q.dtype)
@@ -522,7 +528,7 @@ class AndromedaMoE(nn.Module):
 
 
 class AndromedaDecoderLayer(GradientCheckpointingLayer):
-    """Attention and feed-forward, one after the other or side by side; pre-norm, or DeepNorm (arXiv 2203.00555)."""
+    """Attention and feed-forward, one after the other or side by side; pre-norm, sandwich norms (arXiv 2408.00118), or DeepNorm."""
 
     def __init__(self, config: AndromedaConfig, layer: int) -> None:
         super().__init__()
@@ -535,6 +541,9 @@ class AndromedaDecoderLayer(GradientCheckpointingLayer):
         if not self.parallel:
             self.post_attention_layernorm = build_norm(config)
             self.mlp_shift = build_shift(config, f"{layer}.mlp")
+        sandwich = config.block["residual"] == "sandwich"
+        self.attention_out_norm = build_norm(config) if sandwich else nn.Identity()
+        self.feedforward_out_norm = build_norm(config) if sandwich else nn.Identity()
         self.mlp = AndromedaMoE(config) if ff["kind"] == "moe" else AndromedaMLP(config, ff["kind"], ff.get("bias", False))
         self.first_mix = nn.Parameter(torch.tensor([1.0, 0.0])) if config.skips["first"] else None
 
@@ -550,8 +559,9 @@ class AndromedaDecoderLayer(GradientCheckpointingLayer):
         if self.deepnorm:
             x = self.input_layernorm(self.alpha * x + self.self_attn(self.input_shift(x, ctx), embedded_values, ctx))
             return self.post_attention_layernorm(self.alpha * x + self.mlp(self.mlp_shift(x, ctx)))
-        x = x + self.self_attn(self.input_shift(self.input_layernorm(x), ctx), embedded_values, ctx)
-        return x + self.mlp(self.mlp_shift(self.post_attention_layernorm(x), ctx))
+        y = self.self_attn(self.input_shift(self.input_layernorm(x), ctx), embedded_values, ctx)
+        x = x + self.attention_out_norm(y)
+        return x + self.feedforward_out_norm(self.mlp(self.mlp_shift(self.post_attention_layernorm(x), ctx)))
 
 
 class AndromedaFactorizedEmbedding(nn.Module):
