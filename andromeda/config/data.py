@@ -41,11 +41,11 @@ class DataConfig(BaseConfig):
     sources: Annotated[tuple[SourceConfig, ...], BeforeValidator(as_tuple)] = ()
     """A mixture of corpora; all must share one tokenizer."""
     packing: Literal["stream", "documents"] = "stream"
-    """`stream` cuts one long token stream into rows; `documents` starts rows at document starts and never splits one that fits."""
+    """`stream` cuts one long token stream into sequences; `documents` starts them at document starts and splits none that fits."""
     document_mask: bool = True
     """Attention never crosses a document's boundary."""
     shuffle: bool = True
-    """Rows come in an order drawn from the seed; off is the order of the corpus."""
+    """Sequences come in an order drawn from the seed; off is the order of the corpus."""
     upsample: float = Field(1.0, ge=0.0, le=1.0)
     """With `by_size`: power of the sizes; 1 is in proportion to them, less upsamples small sources (arXiv 1907.05019)."""
     by_size: bool = False

@@ -1,7 +1,7 @@
 """`andromeda data build`: raw text to a corpus folder, in stages that each keep what they finished.
 
 The stages are list, read, tokenizer, encode, write. Each piece of work is one file in `.work/` that appears whole or not at
-all, so a build that was killed at any moment goes on from there. Documents are ordered by the sha256 of their text: the
+all, so that a build that was killed at any moment resumes there. Documents are ordered by the sha256 of their text: the
 result does not depend on the order or names of files, on the number of workers, or on interruptions.
 """
 
@@ -37,7 +37,7 @@ LAYOUT = 1
 """Raised when work is cut into other pieces, so that another version's pieces are never mixed with these."""
 SKIPPED = "skipped.jsonl"
 SAMPLE_BYTES = {"bpe": 32 << 20, "unigram": 8 << 20, "bytes": 0}
-"""Text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
+"""Bytes of text that a tokenizer is trained on: the first documents of the training split, which are a random sample of it."""
 
 
 def build(
@@ -146,23 +146,23 @@ def _begin(out: Path, plan: dict[str, Any], beside_others: bool = False) -> bool
 
 def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
     """One sentence when the folder was begun with other settings, or its sources have changed since."""
-    mend = "name another folder with --out, or replace this one with --force"
+    fix = "name another folder with --out, or replace this one with --force"
     try:
         old = json.loads(path.read_text("utf-8"))
     except ValueError as error:
-        raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
+        raise DataError(f"{path} is not JSON ({error}): {fix}.") from error
     if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
-        raise DataError(f"{out} holds a build of another version: {mend}.")
+        raise DataError(f"{out} holds a build of another version: {fix}.")
     defaults = BuildConfig().model_dump(mode="json")
     old["config"] = {key: translate_build_keys(old["config"]).get(key, default) for key, default in defaults.items()}
     settings = [k for k, v in plan["config"].items() if old["config"].get(k) != v]
     if plan["sources"] != old["sources"]:
         settings.insert(0, "sources")
     if settings:
-        raise DataError(f"{out} holds a build with other settings ({', '.join(settings)}): {mend}.")
+        raise DataError(f"{out} holds a build with other settings ({', '.join(settings)}): {fix}.")
     if plan != old:
         changed = [s for s, a, b in zip(plan["sources"], plan["inputs"], old["inputs"], strict=True) if a != b]
-        raise DataError(f"{out} was built from other content ({', '.join(changed) or 'the tokenizer'} changed since): {mend}.")
+        raise DataError(f"{out} was built from other content ({', '.join(changed) or 'the tokenizer'} changed since): {fix}.")
 
 
 class _CorpusBuilder:

@@ -1,4 +1,4 @@
-"""Tokenizers side by side on the very same held-out bytes."""
+"""Tokenizers compared on the same held-out bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a corpus is, in numbers: every document, byte and token accounted for, and the sha256 that names the data."""
+"""A corpus folder: its manifest, which accounts for every document, byte and token; opening one split; verifying all of it."""
 
 from __future__ import annotations
 
@@ -119,9 +119,9 @@ def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, str]]) ->
 
 def _parse(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
-    mend = "build it again with `andromeda data build`"
+    fix = "build it again with `andromeda data build`"
     if not path.is_file():
-        raise DataError(f"{folder} is no finished corpus (it has no {MANIFEST_NAME}): {mend}.")
+        raise DataError(f"{folder} is no finished corpus (it has no {MANIFEST_NAME}): {fix}.")
     try:
         value: dict[str, Any] = json.loads(path.read_text("utf-8"))
         if isinstance(value, dict) and isinstance(value.get("config"), dict):
@@ -130,11 +130,11 @@ def _parse(folder: Path) -> dict[str, Any]:
     except ValidationError as error:
         first = error.errors()[0]
         place = ".".join(map(str, first["loc"]))
-        raise DataError(f"{path} is damaged or of another version ({place}: {first['msg'].lower()}): {mend}.") from error
+        raise DataError(f"{path} is damaged or of another version ({place}: {first['msg'].lower()}): {fix}.") from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} is not JSON ({error}): {mend}.") from error
+        raise DataError(f"{path} is not JSON ({error}): {fix}.") from error
     if value["format"] != FORMAT:
-        raise DataError(f"{path} has format {value['format']}, this version reads {FORMAT}: {mend}.")
+        raise DataError(f"{path} has format {value['format']}, this version reads {FORMAT}: {fix}.")
     return value
 
 

@@ -289,7 +289,7 @@ def _read_dataset(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
         for number, row in enumerate(part):
             yield _from_row(f"{source}:{unit.start}:{number}", row, config)
     except Exception as error:  # a lost connection must not pass for the end of the data
-        raise DataError(f"The dataset {source} broke off ({_first_line(error)}): run the same command again to go on.") from error
+        raise DataError(f"The dataset {source} broke off ({_first_line(error)}): the same command resumes here.") from error
 
 
 READERS: dict[str, Callable[[ReadTask, BuildConfig], Iterator[Document]]] = {

@@ -222,7 +222,7 @@ def _too_few(count: int, sources: list[str], skipped: list[Counter[str]]) -> str
     reasons = sum(skipped, Counter())
     why = "; ".join(f"{reason} {n}" for reason, n in reasons.most_common(3))
     if count == 1:
-        mend = "split long texts with `--split-documents-at 20000` or add more"
-        return f"Only one document is left, so none could be held out ({why or 'one file'}): {mend}."
+        fix = "split long texts with `--split-documents-at 20000` or add more"
+        return f"Only one document is left, so none could be held out ({why or 'one file'}): {fix}."
     options = "--text-field, --min-document-bytes, --max-document-bytes"
     return f"No document is left of {', '.join(sources)} ({why or 'nothing was read'}): check the files and {options}."

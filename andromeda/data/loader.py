@@ -1,6 +1,6 @@
-"""The training stream: a pure function of (configuration, seed, row number).
+"""The training stream: a pure function of (configuration, seed, sequence number).
 
-So a run resumes from a row number, and any split into micro-batches or processes sees the same rows in the same order.
+So a run resumes from a sequence number, and any split into micro-batches or processes sees the same sequences in the same order.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ Split = Literal["train", "val"]
 
 @dataclass(frozen=True)
 class Batch:
-    """B rows of T tokens.
+    """B sequences of T tokens.
 
-    `targets` is -100 where there is nothing to predict. `documents` numbers the documents inside each row from 0 upwards;
+    `targets` is -100 where there is nothing to predict. `documents` numbers the documents inside each sequence from 0 upwards;
     padding has a number of its own.
     """
 
@@ -52,7 +52,7 @@ class Batch:
 
 
 class TokenStream:
-    """Rows of tokens by number; see `open_stream`."""
+    """Sequences of tokens by number; see `open_stream`."""
 
     def __init__(
         self,
@@ -64,36 +64,36 @@ class TokenStream:
     ) -> None:
         self._corpora, self._packings, self._schedule, self._stages = corpora, packings, schedule, stages
         self.fingerprint = fingerprint
-        """sha256 of everything that decides which tokens row r holds."""
+        """sha256 of everything that decides which tokens sequence r holds."""
         self.vocab_size = max(c.vocab_size for c in corpora)
         """Every id is below it."""
         self.tokenizer: Tokenizer | None = corpora[0].tokenizer
-        """None only for shards that were made elsewhere and lie beside no tokenizer."""
+        """None only for shards that were made elsewhere, without a tokenizer."""
         lengths = [p.num_sequences for p in packings]
         self.num_sequences = None if None in lengths else sum(n for n in lengths if n is not None)
-        """Rows of a held-out stream; None for training, which never ends."""
+        """Sequences of a held-out stream; None for training, which never ends."""
         known = self.tokenizer.byte_lengths() if self.tokenizer else np.zeros(0, dtype=np.int64)
         self._byte_lengths = np.pad(known, (0, self.vocab_size - len(known)))
 
     def batch(self, start: int, count: int) -> Batch:
-        """Rows `start` to `start + count - 1`; fewer where a held-out stream ends, at least one."""
+        """Sequences `start` to `start + count - 1`; fewer where a held-out stream ends, at least one."""
         if self.num_sequences is not None:
             count = min(count, self.num_sequences - start)
         if start < 0 or count < 1:
-            end = f"has rows 0 to {self.num_sequences - 1}" if self.num_sequences else "begins at row 0"
-            raise DataError(f"There are no {count} rows at row {start}: the stream {end}.")
+            end = f"has sequences 0 to {self.num_sequences - 1}" if self.num_sequences else "begins at sequence 0"
+            raise DataError(f"There are no {count} sequences from number {start} on: the stream {end}.")
         return self.gather(range(start, start + count))
 
     def gather(self, numbers: Sequence[int]) -> Batch:
-        """The rows with these numbers, in this order."""
-        rows = []
+        """The sequences with these numbers, in this order."""
+        sequences = []
         for number in numbers:
             source, inside = self._schedule.locate(number)
-            row = self._packings[source].sequence(inside)
+            sequence = self._packings[source].sequence(inside)
             for stage in self._stages:
-                row = stage(row, number)
-            rows.append(row)
-        ids, targets, documents = (np.stack(column) for column in zip(*rows, strict=True))
+                sequence = stage(sequence, number)
+            sequences.append(sequence)
+        ids, targets, documents = (np.stack(column) for column in zip(*sequences, strict=True))
         counted = targets[targets != IGNORE]
         return Batch(
             torch.from_numpy(ids),
@@ -103,20 +103,20 @@ class TokenStream:
             bytes=int(self._byte_lengths[counted].sum()),
         )
 
-    def epochs(self, row: int) -> tuple[float, ...]:
-        """How often each source has been gone through when `row` rows have been read."""
-        return tuple(self._schedule.count(s, row) / p.sequences_per_epoch for s, p in enumerate(self._packings))
+    def epochs(self, sequence: int) -> tuple[float, ...]:
+        """How many epochs of each source are complete when `sequence` sequences have been read."""
+        return tuple(self._schedule.count(s, sequence) / p.sequences_per_epoch for s, p in enumerate(self._packings))
 
 
 class PrefetchingTokenStream(TokenStream):
-    """A stream that reads ahead in threads; what a row holds, and so the order, stays the same.
+    """A stream that reads ahead in threads; what a sequence holds, and so the order, stays the same.
 
-    The next calls are expected at the distance of the last two; another call is answered as well, only without the gain.
+    The next calls are expected at the distance of the last two; another call is answered too, only without prefetching.
     """
 
     def __init__(self, *parts: Any, workers: int) -> None:
         super().__init__(*parts)
-        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="rows")
+        self._pool = ThreadPoolExecutor(workers, thread_name_prefix="sequences")
         self._workers = workers
         self._ahead: dict[tuple[int, int], Future[Batch]] = {}
         self._last: int | None = None
@@ -136,30 +136,30 @@ class PrefetchingTokenStream(TokenStream):
         return ready.result() if ready else super().batch(start, count)
 
 
-def open_stream(config: DataConfig, sequence: int, seed: int, split: Split = "train") -> TokenStream:
-    """Open the rows of `sequence` tokens that a run reads.
+def open_stream(config: DataConfig, seq_len: int, seed: int, split: Split = "train") -> TokenStream:
+    """Open the sequences of `seq_len` tokens that a run reads.
 
-    Training never ends: each source starts over when it is used up, reshuffled by (seed, epoch), and sources are mixed row by
-    row with exact shares. The held-out stream has a fixed order and ends; each of its tokens but the first of a source is a
+    Training never ends: each source restarts when it is exhausted, reshuffled by (seed, epoch), and sources are mixed sequence by
+    sequence with exact shares. The held-out stream has a fixed order and ends; each of its tokens but the first of a source is a
     target exactly once. Raises ConfigError or DataError when the corpora are missing, damaged, or of different tokenizers.
     """
     sources = _sources(config)
-    if sequence < 1:
-        raise ConfigError(f"A row must hold at least one token, not {sequence}: set train.seq_len.")
+    if seq_len < 1:
+        raise ConfigError(f"A sequence must hold at least one token, not {seq_len}: set train.seq_len.")
     corpora = [open_corpus(source.path, split) for source in sources]
     _refuse_different_tokenizers(sources, corpora)
     endless = split == "train"
     shuffle = config.shuffle and endless
     packings: list[Packing] = [
-        PACKINGS[config.packing](corpus.documents, sequence, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
+        PACKINGS[config.packing](corpus.documents, seq_len, (seed, i) if shuffle else None, endless) for i, corpus in enumerate(corpora)
     ]
     stages = build_transforms(config.augment, corpora[0].tokenizer, seed) if endless else []
     schedule = (
         MixtureSchedule(_weights(config, sources, corpora)) if endless else ProportionalSchedule([p.num_sequences or 0 for p in packings])
     )
     shares = [str(share) for share in schedule.shares] if isinstance(schedule, MixtureSchedule) else []
-    content: list[Any] = [split, [c.fingerprint for c in corpora], shares, config.packing, sequence, seed if shuffle else None]
-    if stages:  # absent when off, so that runs from before there were stages can go on
+    content: list[Any] = [split, [c.fingerprint for c in corpora], shares, config.packing, seq_len, seed if shuffle else None]
+    if stages:  # absent when off, so that runs of before augmentation existed can resume
         content.append([config.augment.model_dump(), seed])
     fingerprint = hashlib.sha256(json.dumps(content).encode()).hexdigest()
     if config.workers:

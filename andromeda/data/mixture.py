@@ -1,4 +1,4 @@
-"""Which source a row comes from: exact shares at every point of the stream, and any row found without the rows before it."""
+"""Which source a sequence comes from: exact shares at every point of the stream, and any sequence found without the sequences before it."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ MAX_PERIOD = 100_000
 class MixtureSchedule:
     """An endless schedule over sources, after Tijdeman, "The chairman assignment problem" (Discrete Math. 32, 1980).
 
-    After any number of rows n, the rows of a source with share p differ from n p by at most 1 - 1/(2k - 2), with k sources.
+    After any number of sequences n, the sequences of a source with share p differ from n p by at most 1 - 1/(2k - 2), with k sources.
     The schedule has a period, the sum of the weights as smallest integers, after which it is exact. Weights whose period would
-    exceed 100,000 rows are rounded to multiples of 1/100,000; `shares` are the ones in force.
+    exceed 100,000 sequences are rounded to multiples of 1/100,000; `shares` are the ones used.
     """
 
     def __init__(self, weights: Sequence[float]) -> None:
@@ -26,19 +26,19 @@ class MixtureSchedule:
         self._source = tijdeman(self.quotas)
         self._places = [np.flatnonzero(self._source == s) for s in range(len(self.quotas))]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """The source of a row and the row's number within that source."""
-        source = int(self._source[row % self.period])
-        return source, self.count(source, row)
+    def locate(self, sequence: int) -> tuple[int, int]:
+        """The source of a sequence and the sequence's number within that source."""
+        source = int(self._source[sequence % self.period])
+        return source, self.count(source, sequence)
 
-    def count(self, source: int, rows: int) -> int:
-        """How many of the first `rows` rows come from a source."""
-        whole, rest = divmod(rows, self.period)
+    def count(self, source: int, sequences: int) -> int:
+        """How many of the first `sequences` sequences come from a source."""
+        whole, rest = divmod(sequences, self.period)
         return whole * self.quotas[source] + int(np.searchsorted(self._places[source], rest))
 
 
 class ProportionalSchedule:
-    """A finite schedule that uses up sources of given lengths in proportion to their lengths (for held-out data)."""
+    """A finite schedule that exhausts sources of given lengths in proportion to their lengths (for held-out data)."""
 
     def __init__(self, lengths: Sequence[int]) -> None:
         source = np.repeat(np.arange(len(lengths)), lengths)
@@ -46,13 +46,13 @@ class ProportionalSchedule:
         order = np.argsort((inside + 0.5) / np.repeat(np.maximum(lengths, 1), lengths), kind="stable")
         self._source, self._inside = source[order], inside[order]
 
-    def locate(self, row: int) -> tuple[int, int]:
-        """The source of a row and the row's number within that source."""
-        return int(self._source[row]), int(self._inside[row])
+    def locate(self, sequence: int) -> tuple[int, int]:
+        """The source of a sequence and the sequence's number within that source."""
+        return int(self._source[sequence]), int(self._inside[sequence])
 
-    def count(self, source: int, rows: int) -> int:
-        """How many of the first `rows` rows come from a source."""
-        return int((self._source[:rows] == source).sum())
+    def count(self, source: int, sequences: int) -> int:
+        """How many of the first `sequences` sequences come from a source."""
+        return int((self._source[:sequences] == source).sum())
 
 
 def whole_quotas(weights: Sequence[float]) -> list[int]:
@@ -79,9 +79,9 @@ def _rounded(exact: Sequence[Fraction]) -> list[int]:
 
 
 def tijdeman(quotas: Sequence[int]) -> np.ndarray:
-    """One period of the schedule: source of each row, int16 (sum of quotas,).
+    """One period of the schedule: source of each sequence, int16 (sum of quotas,).
 
-    At step n a source may come if n p - x >= 1/(2k - 2), x being its rows so far; of those, the one that would be due first,
+    At step n a source may come if n p - x >= 1/(2k - 2), x being its sequences so far; of those, the one that would be due first,
     with the least (1 - 1/(2k - 2) - (n p - x)) / p. All in whole numbers, scaled by (2k - 2) and the period.
     """
     k, period = len(quotas), sum(quotas)

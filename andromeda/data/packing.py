@@ -1,4 +1,4 @@
-"""How documents become rows of T tokens: two packings, each a pure function from a row's number to its content.
+"""How documents become sequences of T tokens: two packings, each a pure function from a sequence's number to its content.
 
 A corpus is one array of tokens in which every document starts with the separator, so the target of a document's last token
 is the separator that would follow it.
@@ -17,13 +17,13 @@ from andromeda.data.shards import TokenArray
 IGNORE = -100
 """Target of a position that has nothing to predict."""
 SEQUENCE_ORDER = 1
-"""Keeps the order of rows apart from the order of documents under the same seed."""
+"""Keeps the order of sequences apart from the order of documents under the same seed."""
 OPEN_SEQUENCES = 64
-"""Unfinished rows that first-fit looks at."""
+"""Unfinished sequences that first-fit looks at."""
 
 
 class PackedSequence(NamedTuple):
-    """One row, each (T,) int64: token ids, targets, and the number of the document inside the row (0, 1, 2, ...)."""
+    """One sequence, each (T,) int64: token ids, targets, and the number of the document inside the sequence (0, 1, 2, ...)."""
 
     ids: np.ndarray
     targets: np.ndarray
@@ -39,47 +39,47 @@ class TokenizedDocuments(NamedTuple):
 
 
 class Packing(Protocol):
-    """Rows by number. `per_epoch` is the number of rows in which every document comes once."""
+    """Sequences by number. `sequences_per_epoch` is the number of sequences in which every document comes once."""
 
     sequences_per_epoch: float
     num_sequences: int | None
-    """Number of rows, or None when the packing goes on for ever."""
+    """Number of sequences, or None when the packing never ends."""
 
     def sequence(self, number: int) -> PackedSequence: ...
 
 
 class StreamPacking:
-    """Documents one after the other, cut every T tokens; each epoch has its own order of documents and of rows.
+    """Documents one after the other, cut every T tokens; each epoch has its own order of documents and of sequences.
 
-    Row c of an epoch's text holds tokens cT to cT + T, so each token but the first is a target exactly once; the last row is
-    padded. With a seed the rows are shuffled as well: neighbors in the text are mostly of one document, and a batch of them
+    Sequence c of an epoch's text holds tokens cT to cT + T, so each token but the first is a target exactly once; the last sequence is
+    padded. With a seed the sequences are shuffled as well: neighbors in the text are mostly of one document, and a batch of them
     would teach little more than one.
     """
 
-    def __init__(self, texts: TokenizedDocuments, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
-        self._texts, self._T, self._seed = texts, sequence, seed
+    def __init__(self, texts: TokenizedDocuments, seq_len: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+        self._texts, self._T, self._seed = texts, seq_len, seed
         self._lengths = np.diff(texts.offsets)
         self._size = texts.tokens.size
-        rows = -(-(self._size - 1) // sequence)
-        self.num_sequences = None if endless else rows
-        # A text of one token has nothing to predict; an endless stream of it is rows of padding.
-        self._count = max(1, rows)
+        sequences = -(-(self._size - 1) // seq_len)
+        self.num_sequences = None if endless else sequences
+        # A text of one token has nothing to predict; an endless stream of it is sequences of padding.
+        self._count = max(1, sequences)
         self.sequences_per_epoch = float(self._count)
         self._epoch = lru_cache(maxsize=3)(self._arrange)
 
     def _arrange(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Documents of an epoch in order (N,), where each ends in the epoch's text (N,), and its rows in order (count,)."""
+        """Documents of an epoch in order (N,), where each ends in the epoch's text (N,), and its sequences in order (count,)."""
         if self._seed is None:
-            order, rows = np.arange(len(self._lengths)), np.arange(self._count)
+            order, sequences = np.arange(len(self._lengths)), np.arange(self._count)
         else:
             order = shuffled(len(self._lengths), *self._seed, epoch)
-            rows = shuffled(self._count, *self._seed, epoch, SEQUENCE_ORDER)
-        return order, np.cumsum(self._lengths[order]), rows
+            sequences = shuffled(self._count, *self._seed, epoch, SEQUENCE_ORDER)
+        return order, np.cumsum(self._lengths[order]), sequences
 
     def sequence(self, number: int) -> PackedSequence:
         epoch, inside = divmod(number, self._count)
-        order, ends, rows = self._epoch(epoch)
-        at = int(rows[inside]) * self._T
+        order, ends, sequences = self._epoch(epoch)
+        at = int(sequences[inside]) * self._T
         stop = min(at + self._T + 1, self._size)
         parts: list[np.ndarray] = []
         while at < stop:
@@ -98,22 +98,22 @@ class StreamPacking:
 
 
 class DocumentPacking:
-    """Rows that start with a document's start: whole documents share a row, longer ones are cut into pieces of T.
+    """Sequences that start with a document's start: whole documents share a sequence, longer ones are cut into pieces of T.
 
-    Documents are taken in an order drawn by the seed and put into the first of up to 64 unfinished rows that has room
-    (first-fit). What shares a row is decided once; each epoch goes through the rows in its own order, so that a row is found
+    Documents are taken in an order drawn by the seed and put into the first of up to 64 unfinished sequences that has room
+    (first-fit). What shares a sequence is decided once; each epoch goes through the sequences in its own order, so that a sequence is found
     without packing the epochs before it.
     """
 
-    def __init__(self, texts: TokenizedDocuments, sequence: int, seed: tuple[int, ...] | None, endless: bool) -> None:
-        self._texts, self._T, self._seed = texts, sequence, seed
-        starts, lengths = _pieces(texts.offsets, sequence)
+    def __init__(self, texts: TokenizedDocuments, seq_len: int, seed: tuple[int, ...] | None, endless: bool) -> None:
+        self._texts, self._T, self._seed = texts, seq_len, seed
+        starts, lengths = _pieces(texts.offsets, seq_len)
         order = np.arange(len(starts)) if seed is None else shuffled(len(starts), *seed)
         starts, lengths = starts[order], lengths[order]
-        rows = first_fit(lengths, sequence)
-        by_row = np.argsort(rows, kind="stable")
+        sequences = first_fit(lengths, seq_len)
+        by_row = np.argsort(sequences, kind="stable")
         self._starts, self._stops = starts[by_row], starts[by_row] + lengths[by_row]
-        self._borders = np.concatenate([[0], np.cumsum(np.bincount(rows))])
+        self._borders = np.concatenate([[0], np.cumsum(np.bincount(sequences))])
         self._count = len(self._borders) - 1
         self.sequences_per_epoch = float(self._count)
         self.num_sequences = None if endless else self._count
@@ -124,8 +124,8 @@ class DocumentPacking:
 
     def sequence(self, number: int) -> PackedSequence:
         epoch, inside = divmod(number, self._count)
-        row = self._epoch(epoch)[inside]
-        first, last = self._borders[row], self._borders[row + 1]
+        sequence = self._epoch(epoch)[inside]
+        first, last = self._borders[sequence], self._borders[sequence + 1]
         ids, targets = [], []
         for start, stop in zip(self._starts[first:last].tolist(), self._stops[first:last].tolist(), strict=True):
             tokens = self._texts.tokens.read(start, min(stop + 1, self._texts.tokens.size))
@@ -139,7 +139,7 @@ PACKINGS: dict[str, type[StreamPacking] | type[DocumentPacking]] = {"stream": St
 
 
 def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, T: int, separator: int) -> PackedSequence:
-    """Fill a row up to T with separators that predict nothing and are a document of their own."""
+    """Fill a sequence up to T with separators that predict nothing and are a document of their own."""
     missing = T - len(ids)
     if not missing:
         return PackedSequence(ids, targets, documents)
@@ -162,8 +162,8 @@ def _pieces(offsets: np.ndarray, T: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def first_fit(lengths: np.ndarray, T: int) -> np.ndarray:
-    """Row of each piece (N,): the first of the open rows with room, else a new one; the fullest row closes when too many are open."""
-    rows = np.zeros(len(lengths), dtype=np.int64)
+    """Sequence of each piece (N,): the first open one with room, else a new one; the fullest one closes when too many are open."""
+    sequences = np.zeros(len(lengths), dtype=np.int64)
     room = np.zeros(OPEN_SEQUENCES, dtype=np.int64)
     name = np.zeros(OPEN_SEQUENCES, dtype=np.int64)
     used = 0
@@ -173,6 +173,6 @@ def first_fit(lengths: np.ndarray, T: int) -> np.ndarray:
             slot = int(room.argmin())
             room[slot], name[slot] = T, used
             used += 1
-        rows[i] = name[slot]
+        sequences[i] = name[slot]
         room[slot] -= length
-    return rows
+    return sequences

@@ -32,7 +32,7 @@ class SourceListing:
 
     tasks: list[ReadTask]
     not_read: dict[str, int]
-    """What a folder holds besides: numbers of files by extension, of linked folders, and of special files (named pipes, sockets and
+    """What a folder holds in addition: numbers of files by extension, of linked folders, and of special files (named pipes, sockets and
     devices, on which reading could wait for ever)."""
     inputs: str
     """sha256 of names, sizes and times: tells whether a source changed between two runs."""

@@ -1,6 +1,6 @@
 """Bits per byte of a text, every token scored once and with much context.
 
-Rows cut one after the other would leave the first tokens of each without any context. Windows that overlap by all but
+Consecutive sequences would leave the first tokens of each without context. Windows that overlap by all but
 `stride` tokens give every token (of all windows but the first) at least context - stride tokens before it.
 """
 
@@ -83,7 +83,7 @@ def text_nats(
 
 
 def held_out_bits(model: Transformer, stream: TokenStream, *, context: int, stride: int, batch: int = 0) -> BitsPerByte:
-    """Measure `model` on a whole held-out stream whose rows follow one another (data.packing `stream`).
+    """Measure `model` on a whole held-out stream whose sequences follow one another (data.packing `stream`).
 
     context: tokens of a window; stride: tokens that each window but the first scores, at most `context`.
     """

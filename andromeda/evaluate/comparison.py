@@ -1,4 +1,4 @@
-"""One figure that was said, beside the one that is found now, and when they agree."""
+"""A stored figure compared with the one measured now, and when the two agree."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ FRACTION_TOLERANCE = {"fp64": 0.0, "fp32": 0.02, "bf16": 0.05, "fp16": 0.05}
 """Absolute difference of shares: decisions between two nearly equal answers may fall otherwise."""
 
 MAX_THREADS = 1024
-"""More than any machine has: a number that was made up is not tried."""
+"""More than any machine has; a larger stored number is ignored."""
 
 
 class VerificationCheck(NamedTuple):
-    """One thing that was said, and what is found now."""
+    """One stored claim, and what is found now."""
 
     what: str
     stored: str
@@ -48,7 +48,7 @@ class VerificationCheck(NamedTuple):
 
 @dataclass(frozen=True)
 class DataLocations:
-    """Where things lie now, if not where they were."""
+    """Where corpora and files are now, if they were moved."""
 
     corpus: str = ""
     files: str = ""

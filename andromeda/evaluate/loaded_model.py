@@ -43,12 +43,12 @@ class LoadedModel:
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """Where its weights are."""
         return self.model.head.weight.device
 
     @property
     def precision(self) -> str:
-        """The type of its weights, and so of its products."""
+        """The dtype of its weights, and so of its matmuls."""
         return PRECISIONS[self.model.head.weight.dtype]
 
     def tokenizer(self, purpose: str) -> Tokenizer:

@@ -64,7 +64,7 @@ class Evaluation(Protocol):
     kind: str
 
     def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
-        """The settings that the wishes stand for, complete, so that they can be stored and repeated. Raises RequestError."""
+        """The complete settings that the options stand for, so that they can be stored and repeated. Raises RequestError."""
 
     def read(self, values: dict[str, Any]) -> BaseConfig:
         """Settings that were stored. Raises ConfigError when they are of another version."""
@@ -83,7 +83,7 @@ FLAGS = {name: "--" + name.replace("_", "-") for name in EvalOptions.model_field
 
 
 def check_options(**values: Any) -> EvalOptions:
-    """Checked wishes. Raises RequestError, one sentence that names the flags."""
+    """Checked options. Raises RequestError, one sentence that names the flags."""
     try:
         return validate(EvalOptions, values, given_names=FLAGS)
     except ConfigError as error:

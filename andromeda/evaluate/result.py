@@ -99,15 +99,15 @@ def safe_file_name(text: str) -> str:
 
 def load_result(path: Path) -> EvalResult:
     """One result. Raises CheckpointError, one sentence, when it is damaged."""
-    mend = "remove it and run `andromeda eval` again"
+    fix = "remove it and run `andromeda eval` again"
     try:
         return _SHAPE.validate_json(path.read_bytes())
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read ({error.strerror}): {mend}.") from None
+        raise CheckpointError(f"{path} cannot be read ({error.strerror}): {fix}.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"].lower()])
-        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version ({reason}): {mend}.") from None
+        raise CheckpointError(f"{path} is no result of an evaluation, or one of another version ({reason}): {fix}.") from None
 
 
 def load_results(run: Path | str) -> dict[str, EvalResult]:

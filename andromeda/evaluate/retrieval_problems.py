@@ -1,4 +1,8 @@
-"""A problem of retrieval before it has a length: lines to hide, a question, right answers and wrong ones."""
+"""Retrieval problems after RULER (arXiv 2404.06654, section 3), generated from invented words and numbers.
+
+A problem has lines to hide, a question, correct answers and wrong ones of the same kind. Every task has a solver that reads the answers
+off the prompt, and a known score of guessing. Each is worded in English and as Python source.
+"""
 
 from __future__ import annotations
 
@@ -224,7 +228,7 @@ def _facts(random: Random, style: PromptStyle, keys: set[str], values: set[str])
 
 
 class VariableTracking:
-    """`a = 1234567`, `b = a`, ... `e = d`: which variables hold 1234567? Beside it a chain of another number."""
+    """`a = 1234567`, `b = a`, ... `e = d`: which variables hold 1234567? A second chain holds another number."""
 
     name = "variables"
     HOPS = 4

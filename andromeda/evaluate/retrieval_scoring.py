@@ -1,4 +1,4 @@
-"""A problem as a prompt of exactly so many tokens, with any tokenizer.
+"""Retrieval problems as prompts of an exact number of tokens, and a model's scores on them.
 
 Lines are encoded one by one, so that lengths add up; the text that the tokens spell is the same. What is missing to the exact
 length is noise, of which the first line loses its beginning.
@@ -29,7 +29,7 @@ def build_prompt(
 ) -> Ids:
     """The prompt, `length` tokens: the separator, the text, the question. depth: where the evidence begins, 0 to 1.
 
-    Raises TooShort when it does not fit.
+    Raises PromptTooLong when it does not fit.
     """
     if isinstance(task, WordExtraction):
         return _list(task, problem, style, tokenizer, length, random)
@@ -181,7 +181,7 @@ def score_problems(model: Transformer, tokenizer: Tokenizer, problems: Sequence[
 
 
 def count_correct(prompts: PromptCache, slots: Sequence[tuple[list[int], list[list[int]], int]]) -> int:
-    """In how many problems the likeliest candidate is a right one."""
+    """In how many problems the most likely candidate is a right one."""
     losses = []
     for number in range(len(slots[0][1])):
         continuations = [before + candidates[number] for before, candidates, _ in slots]

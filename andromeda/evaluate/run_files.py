@@ -1,4 +1,4 @@
-"""The small files of a run folder, beside what its newest checkpoint remembers of them and the corpus says."""
+"""The files of a run folder compared with what its newest checkpoint and its corpus say of them, and its held-out loss measured again."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLoca
 
 
 def _remembered(folder: RunDir) -> dict[str, Any]:
-    """What the newest checkpoint that can be read keeps beside tensors; nothing where there is none."""
+    """What the newest checkpoint that can be read keeps besides tensors; empty where there is none."""
     for path in checkpoint.list_all(folder.checkpoints):
         try:
             values = checkpoint.read_metadata(path)
@@ -74,7 +74,7 @@ def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | Andromeda
 
 
 def _tokenizer(folder: RunDir, metrics: MetricsHistory, stream: TokenStream) -> Iterator[VerificationCheck]:
-    """The run's beside its corpus's; shards from elsewhere may have had none, and then no bytes were counted."""
+    """The run's compared with its corpus's; shards made elsewhere may have had none, and then no bytes were counted."""
     kept = folder.path / "tokenizer"
     if not (kept.exists() or metrics.latest("bits_per_byte")):
         return
@@ -157,7 +157,7 @@ def _held_out(folder: RunDir, line: dict[str, Any], kept: Path, locations: DataL
     try:
         state = checkpoint.read_metadata(kept)
         if state.get("validation") != ROW_SELECTION:
-            return VerificationCheck(what, shown, "not compared", None, 0.0, True, "an older version measured it on other rows")
+            return VerificationCheck(what, shown, "not compared", None, 0.0, True, "an older version measured it on other sequences")
         with use_threads(start.get("machine")):
             # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
             exact = repeats_exactly(start, device)

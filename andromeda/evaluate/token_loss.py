@@ -23,18 +23,18 @@ from andromeda.ops.cross_entropy import IGNORE_INDEX, linear_cross_entropy
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 CHUNK = {"cpu": 1024, "cuda": 8192}
-"""Tokens of a row that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""
+"""Tokens of a sequence that go through the model at once. On a CPU attention over earlier keys makes a mask of chunk x keys."""
 BATCH_TOKENS = {"cpu": 8192, "cuda": 65536}
-"""Tokens of all rows of a batch."""
+"""Tokens of all sequences of a batch."""
 
 
 def batch_size_for(model: Transformer, length: int) -> int:
-    """How many rows of `length` tokens make a batch."""
+    """How many sequences of `length` tokens make a batch."""
     return max(1, BATCH_TOKENS.get(model.head.weight.device.type, 8192) // max(1, length))
 
 
 def chunk_length(model: Transformer) -> int:
-    """Tokens of a row that go through the model at once."""
+    """Tokens of a sequence that go through the model at once."""
     return CHUNK.get(model.head.weight.device.type, 1024)
 
 
@@ -47,7 +47,7 @@ def span_of(model: Transformer, length: int) -> int:
 def token_losses(model: Transformer, ids: Tensor, targets: Tensor, *, documents: Tensor | None = None, chunk: int = 0) -> Tensor:
     """Loss of targets (B, T) after ids (B, T), each in nats, zero where a target is -100: float64 (B, T) on the CPU.
 
-    documents (B, T): as in `Transformer.hidden`. chunk: tokens of a row at once (0: what suits the device).
+    documents (B, T): as in `Transformer.hidden`. chunk: tokens of a sequence at once (0: what suits the device).
     """
     device, head = model.head.weight.device, model.head
     T, chunk = ids.shape[1], chunk or chunk_length(model)
@@ -95,7 +95,7 @@ class PromptCache:
 
     @torch.no_grad()
     def greedy(self, count: int, tokens: int) -> list[list[int]]:
-        """The likeliest next `count` tokens of each prompt, one after the other; ids from `tokens` on are never chosen."""
+        """The most likely next `count` tokens of each prompt, one after the other; ids from `tokens` on are never chosen."""
         hidden, chosen = self.last, []
         for step in range(count):
             chosen.append(self.model.head(hidden)[:, :, :tokens].argmax(-1))
@@ -106,7 +106,7 @@ class PromptCache:
 
 
 def pad_sequences(rows: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:
-    """Rows of different lengths as ids and targets (B, longest), padded at the right, where no earlier token sees it."""
+    """Sequences of different lengths as ids and targets (B, longest), padded at the right, where no earlier token sees it."""
     length = max(map(len, rows))
     ids, targets = torch.zeros(len(rows), length, dtype=torch.long), torch.full((len(rows), length), IGNORE_INDEX)
     for index, row in enumerate(rows):
@@ -124,7 +124,7 @@ class ContinuationLikelihood(NamedTuple):
     log: float
     """Sum of the log-probabilities of its tokens, in nats."""
     greedy: bool
-    """Whether every token is the likeliest one."""
+    """Whether every token is the most likely one."""
 
 
 def continuation_likelihoods(

@@ -280,7 +280,7 @@ def test_mistakes_are_one_sentence(corpus: Path, tmp_path: Path) -> None:
             open_stream(config, sequence, 0)
     stream = open_stream(DataConfig(corpus=str(corpus)), 16, 0, "val")
     for start, count in [(-1, 1), (stream.num_sequences, 1), (0, 0)]:
-        with pytest.raises(DataError, match="rows at row"):
+        with pytest.raises(DataError, match="sequences from number"):
             stream.batch(start, count)
     assert stream.batch(stream.num_sequences - 1, 50).ids.shape[0] == 1
     with pytest.raises(ConfigError):

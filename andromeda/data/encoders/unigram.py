@@ -62,7 +62,7 @@ class UnigramEncoder:
 
 
 def train(texts: Iterable[str], config: BuildConfig) -> UnigramEncoder:
-    """Learn `config.vocab_size` pieces: special tokens, the 256 bytes, then the pieces of the likeliest segmentations."""
+    """Learn `config.vocab_size` pieces: special tokens, the 256 bytes, then the pieces of the most likely segmentations."""
     from sentencepiece import SentencePieceTrainer
 
     model = io.BytesIO()

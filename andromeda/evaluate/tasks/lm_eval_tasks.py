@@ -159,9 +159,9 @@ def _ask(
     try:
         found = _simple_evaluate(model, [config], TaskManager(include_defaults=False), shots=None, samples=None, seed=0)
     except ContextOverflow as error:
-        what, mend = ("with its examples ", "give a lower --num-fewshot") if examples else ("", "leave out what is longer")
+        what, fix = ("with its examples ", "give a lower --num-fewshot") if examples else ("", "leave out what is longer")
         raise RequestError(
-            f"A question {what}has {error.tokens} tokens, more than this model's context of {loaded.context}: {mend}."
+            f"A question {what}has {error.tokens} tokens, more than this model's context of {loaded.context}: {fix}."
         ) from None
     metrics: dict[str, Any] = found["results"][task["task"]]
     return metrics
