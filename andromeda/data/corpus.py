@@ -135,7 +135,8 @@ def _parse(folder: Path) -> dict[str, Any]:
         raise DataError(f"{path} is not JSON ({error}): {fix}.") from error
     if value["format"] != FORMAT:
         raise DataError(f"{path} has format {value['format']}, this version reads {FORMAT}: {fix}.")
-    return value
+    checked: dict[str, Any] = value
+    return checked
 
 
 @dataclass(frozen=True)
