@@ -25,11 +25,13 @@ from andromeda.hub.tokenizer_files import padding_id, tokenizer_files
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
+from andromeda.utils.untrusted import MalformedFile, read_text
 
 log = logging.getLogger("andromeda")
 
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MAX_TEMPLATE = 1 << 20
 OWN_FILES = ("configuration_andromeda.py", "modeling_andromeda.py")
 
 
@@ -191,7 +193,10 @@ def usage(to: Path, remote_code: bool) -> str:
 def chat_template_of(run: Path) -> str:
     """The chat template that a run keeps, or nothing."""
     path = run / "tokenizer" / "chat_template.jinja"
-    return path.read_text("utf-8") if path.is_file() else ""
+    try:
+        return read_text(path, MAX_TEMPLATE) if path.exists() else ""
+    except (MalformedFile, OSError) as error:
+        raise CheckpointError(f"{path} {error}: restore it, or remove it.") from None
 
 
 def push_command(folder: Path) -> str:

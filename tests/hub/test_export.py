@@ -70,7 +70,7 @@ def test_generation_with_and_without_a_cache(pair: tuple[Any, Any, Path]) -> Non
     ids[0, :5] = 0
     mask = torch.ones_like(ids)
     mask[0, :5] = 0
-    settings = {"attention_mask": mask, "max_new_tokens": 24, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY + 1}
+    settings = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False, "pad_token_id": 0, "eos_token_id": VOCABULARY + 1}
     for beams in (1, 2):
         cached = theirs.generate(ids, use_cache=True, num_beams=beams, **settings)
         assert torch.equal(cached, theirs.generate(ids, use_cache=False, num_beams=beams, **settings))
