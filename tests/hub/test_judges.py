@@ -137,3 +137,40 @@ def test_peft_adapts_it(shared: tuple[Transformer, Tokenizer, Path]) -> None:
         with adapted.disable_adapter():
             assert not torch.allclose(adapted(ids).logits, before, atol=1e-3)
         assert torch.allclose(adapted.merge_and_unload()(ids).logits, before, atol=1e-4)
+
+
+def test_trl_prefers_and_rewards(tmp_path: Path) -> None:
+    """DPO, whose reference is loaded again and whose first loss is ln 2, and GRPO, which generates."""
+    trl = pytest.importorskip("trl", reason="trl is not installed: pip install trl")
+    from datasets import Dataset
+
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 20, BuildConfig(vocab_size=290))
+    model = stirred(small_preset("nano"))
+    write_folder(tmp_path / "model", convert(model.config, model_tensors(model)), tokenizer)
+    common = {
+        "output_dir": str(tmp_path / "out"),
+        "max_steps": 2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "use_cpu": True,
+        "bf16": False,
+        "model_init_kwargs": {"trust_remote_code": True},
+    }
+    reader = transformers.AutoTokenizer.from_pretrained(tmp_path / "model")
+    pairs = {"prompt": sentences(8, 1), "chosen": sentences(8, 2), "rejected": sentences(8, 3)}
+    settings = trl.DPOConfig(**common, per_device_train_batch_size=2)
+    trainer = trl.DPOTrainer(str(tmp_path / "model"), args=settings, train_dataset=Dataset.from_dict(pairs), processing_class=reader)
+    trainer.train()
+    first = next(entry["loss"] for entry in trainer.state.log_history if "loss" in entry)
+    assert first == pytest.approx(math.log(2), abs=1e-5)
+    settings = trl.GRPOConfig(**common, per_device_train_batch_size=4, num_generations=4, max_completion_length=8, beta=0.04)
+    grpo = trl.GRPOTrainer(
+        str(tmp_path / "model"),
+        reward_funcs=lambda completions, **_: [float(len(text)) for text in completions],
+        args=settings,
+        train_dataset=Dataset.from_dict({"prompt": sentences(8, 1)}),
+        processing_class=reader,
+    )
+    grpo.train()
+    assert any("reward" in entry for entry in grpo.state.log_history)
