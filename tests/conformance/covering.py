@@ -7,13 +7,21 @@ refuses are left out, and only those.
 from __future__ import annotations
 
 import random
+from contextlib import ExitStack
 from functools import cache
 from itertools import combinations
 from typing import Any
 
 from andromeda.config.model import ModelConfig
+from andromeda.config.own_code import allow_code
+from andromeda.config.parts import check_own_parts
 from andromeda.config.rules import check_model
 from andromeda.utils.errors import ConfigError
+
+LINEAR = "examples.add_a_mixer:GatedLinearAttention"
+# Whoever builds these configurations imports this module: one consent, to this class alone, for all of them.
+CONSENT = ExitStack()
+CONSENT.enter_context(allow_code([LINEAR]))
 
 Choice = tuple[str, str]
 """A slot and the name of its value."""
@@ -71,7 +79,7 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
         "local-full": {"layers": ["local", "full"], "mixers.local.kind": "softmax", "mixers.local.sliding_window": 5},
         "linear-full": {
             "layers": ["linear", "full"],
-            "mixers.linear.kind": "examples.add_a_mixer:GatedLinearAttention",
+            "mixers.linear.kind": LINEAR,
             "mixers.linear.num_heads": 2,
             "mixers.linear.head_dim": 8,
             "mixers.linear.chunk": 5,
@@ -147,6 +155,7 @@ def model_config(choices: dict[str, str]) -> ModelConfig:
         table[last] = setting
     config = ModelConfig.model_validate(values)
     check_model(config)
+    check_own_parts(config)
     return config
 
 

@@ -17,6 +17,7 @@ REFUSED = [
     ({"block": "deepnorm", "init": "zero"}, "zero_projections"),
     ({"embedding": "factorized", "head": "tied"}, "tied"),
     ({"head": "tied", "init": "zero"}, "tied"),
+    ({"layers": "linear-full", "values": "embedded"}, "value_embedding"),
 ]
 
 
@@ -24,7 +25,8 @@ def test_every_value_occurs_and_few_pairs_are_refused() -> None:
     found = {choice for pair in legal_pairs() for choice in pair}
     assert found == set(CHOICES)
     all_pairs = (len(CHOICES) ** 2 - sum(len(values) ** 2 for values in SLOTS.values())) // 2
-    assert all_pairs - len(legal_pairs()) < 40
+    # One of them since mixers differ by layer: the linear attention of the examples takes no value embeddings.
+    assert all_pairs - len(legal_pairs()) <= 40
 
 
 @pytest.mark.parametrize(("choices", "word"), REFUSED)
