@@ -27,6 +27,7 @@ from andromeda.bench.record import record, save
 from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
+from andromeda.utils.untrusted import open_for_writing, read_json_object
 
 OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
 """Files that a call writes; no plot if no variant has an effect."""
@@ -89,7 +90,7 @@ def ablate(source: str, changes: Sequence[str], grid: AblationGrid, settings: Ab
     finally:
         folder.unlock()
     finished = sum(len(of) for of in runs.values())
-    return AblationResult(json.loads((out / "results.json").read_text()), finished, len(jobs), slots.failures, slots.slots.stopped)
+    return AblationResult(read_json_object(out / "results.json"), finished, len(jobs), slots.failures, slots.slots.stopped)
 
 
 def _claim(out: Path) -> RunDir:
@@ -152,7 +153,7 @@ def _costs(planned: Sequence[PlannedVariant], settings: AblationSettings, began:
 def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
     """The costs that were measured before. Raises ConfigError if they cannot be read."""
     try:
-        kept = json.loads(path.read_text()) if path.exists() else {}
+        kept = read_json_object(path) if path.exists() else {}
         for of in kept.values():
             if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(StepCost)):
                 raise ValueError(of)
@@ -171,7 +172,7 @@ def _measure_costs(
 ) -> None:
     """Measure the missing costs; each is written as soon as it is known."""
     place = environments(planned[0].config.train.device, 1)[0]
-    with open(settings.out / "workers.log", "ab") as log:
+    with open_for_writing(settings.out, settings.out / "workers.log", append=True) as log:
         worker = WorkerProcess(place, log)
         for number, plan in enumerate(planned):
             name = plan.variant.name

@@ -36,6 +36,7 @@ from andromeda.train.step import StepBatch, TrainStep
 from andromeda.train.trainer import TrainingFailed, resolve_seq_len, train
 from andromeda.utils.errors import AndromedaError, CheckpointError
 from andromeda.utils.files import write_whole
+from andromeda.utils.untrusted import read_json_object
 
 WARMUP = 3
 
@@ -142,9 +143,9 @@ def load_result(folder: Path) -> RunResult | None:
     if not path.exists():
         return None
     try:
-        values = json.loads(path.read_text("utf-8"))
+        values = read_json_object(path)
         return RunResult(**{**values, "curve": [(step, loss) for step, loss in values["curve"]]})
-    except (ValueError, TypeError, LookupError):
+    except (OSError, ValueError, TypeError, LookupError):
         raise CheckpointError(f"{path} is damaged: remove it, and the run is counted again from its metrics.") from None
 
 

@@ -24,6 +24,7 @@ import torch
 from andromeda.ablate.jobs import AblationJob
 from andromeda.config.own_code import FLAG, code_allowed
 from andromeda.train.signals import SIGNALS
+from andromeda.utils.untrusted import open_for_writing
 
 GRACE_SECONDS = 60.0
 """Seconds that a stopped run has to write its checkpoint."""
@@ -134,7 +135,7 @@ class WorkerPool:
         waiting: queue.SimpleQueue[AblationJob] = queue.SimpleQueue()
         for job in jobs:
             waiting.put(job)
-        with open(self.log, "ab") as log, self._signals():
+        with open_for_writing(self.log.parent, self.log, append=True) as log, self._signals():
             self._workers = [WorkerProcess(env, log) for env in self.environments[: max(1, len(jobs))]]
             threads = [threading.Thread(target=self._work, args=(worker, waiting, on_answer), daemon=True) for worker in self._workers]
             for thread in threads:

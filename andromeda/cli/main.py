@@ -32,6 +32,7 @@ from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
 from andromeda.cli.verify import verify
 from andromeda.utils.errors import AndromedaError, DataError, Interrupted
+from andromeda.utils.untrusted import MalformedFile, printable
 
 UsageError = cast(type[Exception], typer.BadParameter.__mro__[1])
 """What typer raises for every call that it cannot read, and does not export."""
@@ -49,6 +50,8 @@ class CommandGroup(TyperGroup):
                 return super().invoke(ctx)
         except KeyboardInterrupt:
             raise Interrupted("interrupted.") from None
+        except MalformedFile as error:  # what no reader gave a sentence of its own
+            raise DataError(f"A file of the folder {error}: restore it.") from None
         except EOFError as error:
             raise DataError(f"A file ends too early ({error}): restore it.") from None
 
@@ -109,7 +112,7 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except AndromedaError as error:
-        print(f"andromeda: {error}", file=sys.stderr)
+        print(f"andromeda: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):
@@ -124,7 +127,10 @@ def main() -> None:
     except OSError as error:
         # A full disk, a read-only folder: files written before are complete, because each is renamed into place.
         place = f"{error.filename}: " if error.filename else ""
-        print(f"andromeda: {place}{error.strerror or error}: free some space or give another path, and call again.", file=sys.stderr)
+        print(
+            f"andromeda: {printable(f'{place}{error.strerror or error}')}: free some space or give another path, and call again.",
+            file=sys.stderr,
+        )
         try:
             sys.stdout.flush()
         except OSError:
@@ -153,7 +159,7 @@ def _refuse_call(error: Any) -> None:
         sentence = explain_unknown(error) or sentence
     if sentence:
         command = error.ctx.command_path if error.ctx else "andromeda"
-        print(f"andromeda: {sentence}: see `{command} --help`.", file=sys.stderr)
+        print(f"andromeda: {printable(sentence)}: see `{command} --help`.", file=sys.stderr)
     sys.exit(error.exit_code)
 
 

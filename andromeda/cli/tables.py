@@ -13,13 +13,15 @@ def show(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]], righ
     from rich.table import Table
     from rich.text import Text
 
-    terminal = sys.stdout.isatty()
+    from andromeda.utils.untrusted import printable
+
+    title, terminal = printable(title), sys.stdout.isatty()
     table = Table(box=box.SIMPLE_HEAD if terminal else None, pad_edge=False)
     table.show_header = any(columns)
     for index, column in enumerate(columns):
-        table.add_column(column, justify="right" if index in right else "left", overflow="fold")
+        table.add_column(Text(printable(column)), justify="right" if index in right else "left", overflow="fold")
     for row in rows:
-        table.add_row(*(Text(cell) for cell in row))
+        table.add_row(*(Text(printable(cell)) for cell in row))
     if terminal:
         Console().print(Text(title, "bold"), table)
         return

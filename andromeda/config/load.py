@@ -27,8 +27,11 @@ from andromeda.config.run import RunConfig
 from andromeda.config.validation_errors import check_magnitude, validate
 from andromeda.config.vocabulary import VOCAB_SIZE_NAMES, corpus_vocab_size, padded
 from andromeda.utils.errors import ConfigError, nearest
+from andromeda.utils.untrusted import MalformedFile, parse_toml, read_text
 
 Values = Mapping[str, Any]
+MAX_BYTES = 1 << 20
+"""Of a configuration file; a whole one has 8 KiB."""
 
 
 class ConfigLayer(NamedTuple):
@@ -150,13 +153,11 @@ def _read(source: str) -> Values:
         return _preset(source)
     try:
         path = _file(source)
-        return tomllib.loads(path.read_text("utf-8"))
+        return parse_toml(read_text(path, MAX_BYTES))
     except OSError as error:
         raise ConfigError(f"{source[:200]} cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise ConfigError(f"{path} is not a text file in UTF-8.") from None
-    except (ValueError, RecursionError) as error:  # also numbers of thousands of digits and unbounded nesting
-        raise ConfigError(f"{path} is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}.") from None
+    except MalformedFile as error:
+        raise ConfigError(f"{path} {error}.") from None
 
 
 def _file(source: str) -> Path:

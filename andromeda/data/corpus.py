@@ -19,6 +19,7 @@ from andromeda.data.shards import TokenArray, open_shard
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import DataError
 from andromeda.utils.files import sha256_of, write_whole
+from andromeda.utils.untrusted import is_plain_name, open_regular, read_json_object
 
 MANIFEST_NAME = "manifest.json"
 HELD_OUT_TEXT = "val.txt"
@@ -123,7 +124,7 @@ def _parse(folder: Path) -> dict[str, Any]:
     if not path.is_file():
         raise DataError(f"{folder} is no finished corpus (it has no {MANIFEST_NAME}): {fix}.")
     try:
-        value: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        value = read_json_object(path)
         if isinstance(value, dict) and isinstance(value.get("config"), dict):
             value["config"] = translate_build_keys(value["config"])
         CorpusManifest.model_validate(value)
@@ -169,7 +170,11 @@ def open_corpus(path: Path | str, split: str) -> Corpus:
 def _open_built(folder: Path, split: str) -> Corpus:
     """A folder made by `andromeda data build`; sizes are checked here, hashes by `andromeda data show --verify`."""
     manifest = CorpusManifest.load(folder)
+    if split not in manifest.splits:
+        raise DataError(f"The manifest of {folder} names no {split} split: build the corpus again.")
     report = manifest.splits[split]
+    if not all(is_plain_name(s.file) for s in report.shards):
+        raise DataError(f"The manifest of {folder} names a shard outside of it: build the corpus again.")
     shards = [open_shard(folder / s.file) for s in report.shards]
     for shard, expected in zip(shards, report.shards, strict=True):
         if shard.tokens != expected.tokens:
@@ -178,10 +183,11 @@ def _open_built(folder: Path, split: str) -> Corpus:
             )
     tokens = TokenArray(shards)
     try:
+        open_regular(folder / f"{split}-documents.npy").close()  # before numpy opens it, which would wait for a named pipe
         offsets = np.load(folder / f"{split}-documents.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
         raise DataError(f"The document offsets of {folder} cannot be read ({error}): build the corpus again.") from error
-    if len(offsets) != report.documents + 1 or offsets[-1] != tokens.size:
+    if not _cuts(offsets, report.documents, tokens.size):
         raise DataError(f"The document offsets of {folder} do not match its shards: build the corpus again.")
     tokenizer = Tokenizer.load(folder)
     if tokenizer.fingerprint != manifest.tokenizer.fingerprint:
@@ -189,6 +195,13 @@ def _open_built(folder: Path, split: str) -> Corpus:
             f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
         )
     return Corpus(TokenizedDocuments(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
+
+
+def _cuts(offsets: Any, documents: int, tokens: int) -> bool:
+    """Whether these are the borders of so many documents in so many tokens: integers that rise from 0."""
+    if not (isinstance(offsets, np.ndarray) and offsets.ndim == 1 and offsets.dtype.kind in "iu" and len(offsets) == documents + 1):
+        return False
+    return bool(offsets[0] == 0 and offsets[-1] == tokens and (offsets[1:] >= offsets[:-1]).all())
 
 
 def _open_foreign(paths: list[Path]) -> Corpus:

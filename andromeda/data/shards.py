@@ -14,6 +14,7 @@ import numpy as np
 
 from andromeda.utils.errors import DataError
 from andromeda.utils.files import whole_file
+from andromeda.utils.untrusted import MalformedFile, open_regular
 
 HEADER = 256
 FORMATS: dict[int, tuple[int, np.dtype]] = {20240520: (1, np.dtype("<u2")), 20240801: (7, np.dtype("<u4"))}
@@ -60,7 +61,11 @@ def open_shard(path: Path) -> Shard:
     """Check a shard's header against its size. Raises DataError with the cause when it is no whole shard."""
     try:
         status = path.stat()
-        header = np.fromfile(path, dtype="<i4", count=HEADER)
+        with open_regular(path) as file:
+            content = file.read(4 * HEADER)
+        header = np.frombuffer(content[: len(content) // 4 * 4], dtype="<i4")
+    except MalformedFile as error:
+        raise DataError(f"The shard {path} {error}: check the path or build the corpus again.") from None
     except OSError as error:
         raise DataError(f"The shard {path} cannot be read ({error.strerror}): check the path or build the corpus again.") from error
     if len(header) < HEADER or int(header[0]) not in FORMATS:

@@ -15,8 +15,11 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, unigram
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
+from andromeda.utils.untrusted import MalformedFile, is_plain_name, read_json_object, read_regular
 
 META = "andromeda.json"
+MAX_BYTES = 256 << 20
+"""Of a tokenizer file; the largest in use have 20 MB."""
 LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
@@ -151,11 +154,13 @@ def train_tokenizer(texts: Iterable[str], config: BuildConfig) -> Tokenizer:
 
 def _load_own(folder: Path) -> Tokenizer:
     try:
-        meta = json.loads((folder / META).read_text())
-        encoder = LOADERS[meta["kind"]]((folder / meta["file"]).read_bytes())
+        meta = read_json_object(folder / META)
+        if not is_plain_name(meta["file"]) or type(meta["eos"]) is not int:
+            raise ValueError(f"{META} has values of other types")
+        encoder = LOADERS[meta["kind"]](read_regular(folder / meta["file"], MAX_BYTES))
         tokenizer = Tokenizer(encoder, meta["eos"])
         expected = meta["sha256"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"The tokenizer in {folder} cannot be read ({error}): build the corpus again.") from error
     if tokenizer.fingerprint != expected:
         raise DataError(f"The tokenizer in {folder} does not match its sha256: it was changed or damaged; build the corpus again.")
@@ -169,7 +174,11 @@ def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
         raise DataError(f"There is no tokenizer at {path}: name a corpus folder, a tokenizer.json or a .model file.")
     if path.suffix not in kinds:
         raise DataError(f"{path.name} is no tokenizer file{nearest(path.suffix, kinds)}: name a tokenizer.json or a SentencePiece .model.")
-    tokenizer = Tokenizer(kinds[path.suffix](path.read_bytes()), eos)
+    try:
+        content = read_regular(path, MAX_BYTES)
+    except MalformedFile as error:
+        raise DataError(f"{path} {error}: name a tokenizer file.") from None
+    tokenizer = Tokenizer(kinds[path.suffix](content), eos)
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
         raise DataError(f"The tokenizer {path.name} changes text (it normalizes or drops characters): use a byte-level one.")
     return tokenizer

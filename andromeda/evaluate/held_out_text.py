@@ -16,6 +16,7 @@ from andromeda.data.corpus import Corpus, open_corpus
 from andromeda.data.formats import UTF8
 from andromeda.evaluate.loaded_model import LoadedModel, file_sha256
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError
+from andromeda.utils.untrusted import open_regular
 
 HELD_OUT = "held-out"
 
@@ -67,7 +68,8 @@ def _from_file(loaded: LoadedModel, path: Path) -> EvalText:
     tokenizer = loaded.tokenizer("Text from a file")
     fingerprint = file_sha256(path)
     try:
-        content = path.read_bytes().decode(UTF8)
+        with open_regular(path) as file:
+            content = file.read().decode(UTF8)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): convert it first.") from None
     ids = torch.tensor([tokenizer.eos, *tokenizer.encode(content)])

@@ -18,6 +18,7 @@ from andromeda.train.manifest import code_state, device_name, machine, versions
 from andromeda.train.run_dir import RunDir
 from andromeda.train.weights import resolve_checkpoint
 from andromeda.utils.errors import RequestError
+from andromeda.utils.untrusted import MalformedFile, open_regular
 
 log = logging.getLogger("andromeda")
 
@@ -75,7 +76,9 @@ def load_model(run: Path, *, step: int | None = None, average: bool = False, dev
 def file_sha256(path: Path) -> str:
     """sha256 of a file, as `sha256sum` prints it. Raises RequestError when it cannot be read."""
     try:
-        with open(path, "rb") as file:
+        with open_regular(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
+    except MalformedFile as error:
+        raise RequestError(f"{os.fspath(path)} {error}: give a file.") from None
     except OSError as error:
         raise RequestError(f"{os.fspath(path)} cannot be read ({error.strerror}): give a file that exists.") from None

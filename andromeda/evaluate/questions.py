@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from andromeda.data.formats import UTF8
 from andromeda.utils.errors import DataError, RequestError
+from andromeda.utils.untrusted import MalformedFile, open_regular
 
 PROMPTS = ("question", "prompt", "context", "query")
 ANSWERS = ("answer", "label", "gold")
@@ -32,7 +33,10 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The objects of a file. Raises DataError, naming the line."""
     found = []
     try:
-        lines = path.read_bytes().decode(UTF8).split("\n")
+        with open_regular(path) as file:
+            lines = file.read().decode(UTF8).split("\n")
+    except MalformedFile as error:
+        raise DataError(f"{path} {error}: give a file.") from None
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): convert it first.") from None
     for number, line in enumerate(lines, 1):

@@ -19,6 +19,7 @@ from pydantic import AfterValidator, ConfigDict, TypeAdapter, ValidationError
 
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import takes_files, write_whole
+from andromeda.utils.untrusted import MalformedFile, parse_json, read_regular, refuse_links
 
 FOLDER = "evaluations"
 KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness")
@@ -69,8 +70,11 @@ class EvalResult:
         """Write it, whole, in the place of an older one of the same name. Raises ConfigError when the folder cannot be written."""
         path = result_path(run, self.name)
         try:
+            refuse_links(run, path)
             path.parent.mkdir(parents=True, exist_ok=True)
             write_whole(path, (json.dumps(to_json_values(asdict(self)), indent=1, allow_nan=False) + "\n").encode())
+        except MalformedFile as error:
+            raise ConfigError(f"{run} {error}: give another place with --out.") from None
         except OSError as error:
             raise ConfigError(f"{path} cannot be written ({error.strerror}): make room or give another place with --out.") from None
         return path
@@ -101,13 +105,20 @@ def load_result(path: Path) -> EvalResult:
     """One result. Raises CheckpointError, one sentence, when it is damaged."""
     fix = "remove it and run `andromeda eval` again"
     try:
-        return _SHAPE.validate_json(path.read_bytes())
+        content = read_regular(path)
+        parse_json(content)  # within limits of depth and of numbers, which the next line does not have
+        found = _SHAPE.validate_json(content)
+    except MalformedFile as error:
+        raise CheckpointError(f"{path} is no result of an evaluation (it {error}): {fix}.") from None
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read ({error.strerror}): {fix}.") from None
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         reason = ": ".join([*map(str, first["loc"]), first["msg"].lower()])
         raise CheckpointError(f"{path} is no result of an evaluation, or one of another version ({reason}): {fix}.") from None
+    if result_path(Path(), found.name).name != path.name:
+        raise CheckpointError(f"{path} holds a result of another name, {found.name!r}: {fix}.")
+    return found
 
 
 def load_results(run: Path | str) -> dict[str, EvalResult]:

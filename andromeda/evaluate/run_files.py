@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,10 @@ from andromeda.train.objective import NextTokenObjective
 from andromeda.train.precision import build_precision
 from andromeda.train.run_dir import RunDir
 from andromeda.train.state import resolve_device
-from andromeda.train.trainer import build_validation, may_change_on_resume, resolve_seq_len
+from andromeda.train.trainer import METRICS_LOST, build_validation, changed_since, resolve_seq_len
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError
+from andromeda.utils.untrusted import open_regular
 
 
 def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLocations) -> Iterator[VerificationCheck]:
@@ -37,6 +38,9 @@ def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLoca
     if not isinstance(stream, AndromedaError):
         yield from _tokenizer(folder, metrics, stream)
     yield _checkpoints(folder)
+    if metrics.records and "cursor" not in state and checkpoint.list_all(folder.checkpoints):
+        note = "the newest checkpoint holds no state of the training that metrics.jsonl tells of"
+        yield VerificationCheck("state of training", "", "missing", None, 0.0, False, note)
     if "config" in state:
         yield _config(config, state)
     yield from _metrics(folder, metrics, state)
@@ -92,24 +96,37 @@ def _tokenizer(folder: RunDir, metrics: MetricsHistory, stream: TokenStream) -> 
 def _checkpoints(folder: RunDir) -> VerificationCheck:
     """Whether each file of each checkpoint still has the hash that it was written with."""
     kept = checkpoint.list_all(folder.checkpoints)
-    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := checkpoint.find_damage(path)) and path.exists()]
+    reasons = [f"step {int(path.name[5:])}: {reason}" for path in kept if (reason := _damage(path)) and path.exists()]
     note = "; ".join(reasons) or ("" if kept else "there are no weights that could be checked")
     return VerificationCheck(
         "checkpoints", f"{len(kept)} kept", f"{len(kept) - len(reasons)} intact", None, 0.0, bool(kept) and not reasons, note
     )
 
 
+def _damage(path: Path) -> str | None:
+    """What is wrong with the files of a checkpoint, or with the values in its state.json."""
+    try:
+        reason = checkpoint.find_damage(path)
+        if reason is None:
+            checkpoint.read_metadata(path)
+        return reason
+    except AndromedaError as error:
+        return str(error)
+
+
 def _config(config: RunConfig, state: dict[str, Any]) -> VerificationCheck:
     """Whatever decides what is learned is as it was at the newest checkpoint."""
-    old, new = flatten(state["config"]), flatten(json.loads(json.dumps(config.model_dump())))
-    apart = [key for key in sorted(old.keys() & new.keys()) if old[key] != new[key] and not may_change_on_resume(key)]
-    note = f"{apart[0]} is {new[apart[0]]!r} and was {old[apart[0]]!r} in the newest checkpoint" if apart else ""
-    return VerificationCheck("config.toml", f"{len(old)} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
+    apart = changed_since(config, state["config"])
+    note = f"at the newest checkpoint {apart[0]}" if apart else ""
+    return VerificationCheck("config.toml", f"{len(flatten(state['config']))} keys", f"{len(apart)} differ", None, 0.0, not apart, note)
 
 
 def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> Iterator[VerificationCheck]:
     """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
     size = state.get("metrics_bytes", 0)
+    for record in metrics.records:
+        if str(record.get("event", "")).startswith(METRICS_LOST):
+            yield VerificationCheck("metrics.jsonl", "", "", None, 0.0, False, f"step {record['step']}: {record['event']}")
     if metrics.num_unreadable and not _unfinished(folder.metrics_file, metrics):
         told = "1 line cannot be read" if metrics.num_unreadable == 1 else f"{metrics.num_unreadable} lines cannot be read"
         yield VerificationCheck(
@@ -128,6 +145,7 @@ def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> 
 def _written(path: Path, size: int, sha256: str | None) -> VerificationCheck:
     """That so many bytes are as they were; older checkpoints keep their number alone."""
     there = path.stat().st_size if path.is_file() else 0
+    size = max(size, 0)
     changed = there >= size and sha256 is not None and sha256_prefix(path, size) != sha256
     note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
     return VerificationCheck("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
@@ -135,7 +153,11 @@ def _written(path: Path, size: int, sha256: str | None) -> VerificationCheck:
 
 def _unfinished(path: Path, metrics: MetricsHistory) -> bool:
     """Whether the one line that cannot be read is the last one, cut off by a kill."""
-    return metrics.num_unreadable == 1 and not path.read_bytes().endswith(b"\n")
+    if metrics.num_unreadable != 1:
+        return False
+    with open_regular(path) as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - 1))
+        return file.read(1) != b"\n"
 
 
 HELD_OUT, AVERAGE = "validation/", "_average"

@@ -61,6 +61,10 @@ def _result(run: Path, stored: EvalResult, locations: DataLocations, device: str
     except AndromedaError as error:
         yield VerificationCheck(stored.name, "", "", None, 0.0, False, f"cannot be repeated: {error}")
         return
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:  # settings of other types than ours
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        yield VerificationCheck(stored.name, "", "", None, 0.0, False, f"cannot be repeated: its settings are not valid ({reason})")
+        return
     yield VerificationCheck(f"{stored.name}: weights", stored.weights[:12], found.weights[:12], None, 0.0, found.weights == stored.weights)
     if stored.data or found.data:
         yield VerificationCheck(f"{stored.name}: data", str(stored.data)[:12], str(found.data)[:12], None, 0.0, found.data == stored.data)

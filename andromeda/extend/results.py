@@ -11,6 +11,7 @@ from typing import Any
 
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
+from andromeda.utils.untrusted import MalformedFile, read_json_object
 
 RESULTS_FILE = "extension.json"
 ORIGINAL = "before"
@@ -54,10 +55,11 @@ class ExtensionResults:
 def read(path: Path) -> dict[str, Any]:
     """Contents of extension.json. Raises CheckpointError if it is damaged."""
     try:
-        values: dict[str, Any] = json.loads(path.read_text("utf-8"))
-        if values["format"] == FORMAT:
+        values = read_json_object(path)
+        methods = values.get("methods")
+        if values.get("format") == FORMAT and isinstance(methods, dict) and all(isinstance(stages, dict) for stages in methods.values()):
             return values
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, MalformedFile):
         pass
     raise CheckpointError(f"{path} is damaged or of another version: remove it to measure everything again.")
 

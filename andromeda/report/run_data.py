@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from andromeda.train import checkpoint
 from andromeda.train.metrics import MetricsHistory, is_number, read_metrics
 from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import AndromedaError, CheckpointError
+from andromeda.utils.untrusted import MalformedFile, open_regular, parse_json, read_json_object
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
 """What is told of how a sample was written."""
@@ -84,8 +84,12 @@ def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[Gene
     """Texts of .jsonl files (as `andromeda generate --json` prints them) and of .txt files, the newest files first."""
     found: list[GeneratedSample] = []
     files = [p for p in folder.glob("*") if p.suffix in (".jsonl", ".txt")] if folder.is_dir() else []
-    for path in sorted(files, key=lambda p: (-p.stat().st_mtime, p.name)):
-        text = path.read_bytes()[: 1 << 20].decode("utf-8", "replace")
+    for path in sorted(files, key=lambda p: (-p.lstat().st_mtime, p.name)):
+        try:
+            with open_regular(path) as file:
+                text = file.read(1 << 20).decode("utf-8", "replace")
+        except (OSError, MalformedFile):
+            continue
         found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [GeneratedSample(path.name, "", text.strip("\n"))]
     return [GeneratedSample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
 
@@ -94,7 +98,7 @@ def _lines_of(file: str, text: str) -> list[GeneratedSample]:
     samples_section = []
     for line in text.splitlines():
         try:
-            values = json.loads(line)
+            values = parse_json(line)
             prompt, answer = values["prompt"], str(values["text"])
         except (ValueError, TypeError, KeyError, RecursionError):
             continue
@@ -125,7 +129,7 @@ def _corpora(config: RunConfig) -> dict[str, CorpusManifest]:
 
 def _compressors(path: Path) -> dict[str, float]:
     try:
-        kept = json.loads(path.read_text("utf-8"))
+        kept = read_json_object(path)
         return {name: float(kept[name]) for name in ("xz", "zlib") if is_number(kept.get(name))}
     except (OSError, ValueError, AttributeError):
         return {}
@@ -141,4 +145,5 @@ def training_status(record: RunData) -> str:
 
 def held_out_bits(record: RunData) -> float | None:
     """Bits per byte of the held-out text, by the newest evaluation."""
-    return next((r.result.get("bits_per_byte") for r in record.of_kind("bits") if r.name == r.kind), None)
+    found = next((r.result.get("bits_per_byte") for r in record.of_kind("bits") if r.name == r.kind), None)
+    return found if is_number(found) else None

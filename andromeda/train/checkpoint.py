@@ -24,8 +24,26 @@ from torch import Tensor
 
 from andromeda.utils.errors import CheckpointError
 from andromeda.utils.files import sync_folder, write_whole
+from andromeda.utils.untrusted import MalformedFile, is_plain_name, open_regular, printable, read_json_object
 
 FORMAT = 1
+NEEDED = ("model.safetensors", "state.json")
+"""Files that every checkpoint has."""
+STATE_TYPES: dict[str, tuple[type, str]] = {
+    "step": (int, "a whole number"),
+    "healthy": (bool, "true or false"),
+    "cursor": (dict, "a table"),
+    "config": (dict, "a table"),
+    "data": (str, "a text"),
+    "guard": (dict, "a table"),
+    "meter": (dict, "a table"),
+    "optimizer": (dict, "a table"),
+    "precision": (dict, "a table"),
+    "random": (dict, "a table"),
+    "metrics_bytes": (int, "a whole number"),
+    "metrics_sha256": (str, "a text"),
+}
+"""What state.json holds under names that are used without loading the state."""
 Warn = Callable[[str], None]
 Tensors = dict[str, dict[str, Tensor]]
 """Tensors of each part (model, optimizer, ema, random) by name."""
@@ -101,8 +119,8 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _fingerprint(path: Path) -> dict[str, Any]:
-    with open(path, "rb") as file:
-        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+    with open_regular(path) as file:
+        return {"bytes": os.fstat(file.fileno()).st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
 def list_all(folder: Path) -> list[Path]:
@@ -114,18 +132,22 @@ def list_all(folder: Path) -> list[Path]:
 def find_damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
     """What is wrong with a checkpoint, or None. parts: check only these (and the state); none is all."""
     try:
-        index = json.loads((path / "index.json").read_text("utf-8"))
-        wanted = [*(f"{part}.safetensors" for part in parts), "state.json"] if parts else list(index)
+        index = read_json_object(path / "index.json")
+        there = {file.name for file in path.glob("*.safetensors")}
+        for name in sorted(there | index.keys()):
+            if not is_plain_name(name) or name not in index:
+                return f"{printable(name)} does not belong to index.json" if name in there else "index.json cannot be read"
+        wanted = [*(f"{part}.safetensors" for part in parts), "state.json"] if parts else [*NEEDED, *(index.keys() - set(NEEDED))]
         for name in wanted:
             file = path / name
             if name not in index or not file.exists():
-                return f"{name} is missing"
-            if file.stat().st_size != index[name]["bytes"]:
-                return f"{name} has {file.stat().st_size} bytes instead of {index[name]['bytes']}"
+                return f"{printable(name)} is missing"
+            if file.stat().st_size != int(index[name]["bytes"]):
+                return f"{printable(name)} has {file.stat().st_size} bytes instead of {int(index[name]['bytes'])}"
             if _fingerprint(file)["sha256"] != index[name]["sha256"]:
-                return f"{name} was changed after it was written"
+                return f"{printable(name)} was changed after it was written"
     except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
+        return f"{printable(Path(error.filename).name)} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "index.json cannot be read"
     return None
@@ -159,21 +181,37 @@ def read(path: Path) -> Snapshot:
 def read_metadata(path: Path) -> dict[str, Any]:
     """The part of a checkpoint that is not tensors."""
     try:
-        values: dict[str, Any] = json.loads((path / "state.json").read_text("utf-8"))
-    except (OSError, ValueError):
+        values = read_json_object(path / "state.json")
+    except OSError:
         raise CheckpointError(f"{path / 'state.json'} cannot be read: use an older checkpoint.") from None
-    found = values.get("format") if isinstance(values, dict) else None
+    except MalformedFile as error:
+        raise CheckpointError(f"{path / 'state.json'} cannot be read (it {error}): use an older checkpoint.") from None
+    found = values.get("format")
     if found != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {found} and this version reads {FORMAT}: use the version that wrote it.")
+        raise CheckpointError(f"{path} has checkpoint format {found!r} and this version reads {FORMAT}: use the version that wrote it.")
+    for name, (kind, what) in STATE_TYPES.items():
+        if name in values and type(values[name]) is not kind:
+            raise CheckpointError(f"{name} in {path / 'state.json'} is not {what}: use an older checkpoint.")
+    if "step" not in values or dir_name(values["step"]) != path.name:
+        raise CheckpointError(f"{path / 'state.json'} is not of the step that its folder names: use an older checkpoint.")
+    counts = values.get("cursor", {}).values()
+    states = values.get("random", {}).get("python", [])
+    if (
+        not all(type(count) in (int, float) and count >= 0 for count in [*counts, values.get("metrics_bytes", 0)])
+        or type(states) is not list
+    ):
+        raise CheckpointError(f"{path / 'state.json'} holds counts or random states of other types: use an older checkpoint.")
     return values
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
     """The tensors of one file, on the CPU."""
     try:
+        open_regular(path).close()  # before safetensors opens it, which would wait for a named pipe
         return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path} cannot be read ({error}): use an older checkpoint.") from None
+    except (OSError, SafetensorError, MalformedFile, LookupError, ValueError, RuntimeError) as error:
+        reason = printable(" ".join(str(error).split()))[:200]
+        raise CheckpointError(f"{path} cannot be read ({reason}): use an older checkpoint.") from None
 
 
 def set_aside(path: Path) -> None:
@@ -204,6 +242,6 @@ def prune(folder: Path, keep: int) -> None:
 
 def _healthy(path: Path) -> bool:
     try:
-        return bool(read_metadata(path)["healthy"])
+        return read_metadata(path).get("healthy") is True
     except CheckpointError:
         return False

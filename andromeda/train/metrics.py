@@ -25,7 +25,8 @@ from andromeda.model.flops import peak_flops, training_flops_per_token
 from andromeda.train.precision import Precision
 from andromeda.train.progress import MetricValues, Progress
 from andromeda.train.run_dir import RunDir
-from andromeda.utils.errors import MissingExtra
+from andromeda.utils.errors import CheckpointError, MissingExtra
+from andromeda.utils.untrusted import MalformedFile, open_for_writing, open_regular, parse_json, read_lines
 
 TIMING_METRICS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
 """Metrics that depend on the state of the machine: all others are reproducible."""
@@ -59,18 +60,36 @@ class MetricsHistory:
 
 def read_metrics(path: Path) -> MetricsHistory:
     """The readable lines of a file, which may be missing or still being written."""
+    records: list[dict[str, Any]] = []
+    num_unreadable = 0
     try:
-        raw = path.read_bytes()
+        for text in read_lines(path):
+            if (record := _record(text)) is not None:
+                records.append(record)
+            else:
+                num_unreadable += bool(text.strip(b"\0 "))
+    except MalformedFile as error:
+        raise CheckpointError(f"{path} {error}: restore it, or remove it.") from None
     except OSError:
         return MetricsHistory([])
-    records, num_unreadable = [], 0
-    for text in raw.splitlines():
-        try:
-            record = json.loads(text)
-            records.append(record | {"step": int(record["step"])})
-        except (ValueError, TypeError, KeyError):
-            num_unreadable += bool(text.strip(b"\0 "))
     return MetricsHistory(records, num_unreadable)
+
+
+def _record(text: bytes) -> dict[str, Any] | None:
+    """One line of metrics.jsonl: its step, and numbers, texts or lists by name; None for anything else."""
+    try:
+        record = parse_json(text)
+    except MalformedFile:
+        return None
+    step = record.get("step") if isinstance(record, dict) else None
+    if (
+        not isinstance(step, int | float)
+        or not is_number(step)
+        or not 0 <= step < 2**53
+        or any(isinstance(value, dict) for value in record.values())
+    ):
+        return None
+    return {**record, "step": int(step)}
 
 
 def is_number(value: Any) -> bool:
@@ -173,7 +192,10 @@ class MetricsFile:
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 - open for the life of the run
+        try:
+            self._file = open_for_writing(path.parent, path, append=True)
+        except MalformedFile as error:
+            raise CheckpointError(f"{path} {error}: remove it.") from None
 
     def log(self, step: int, metrics: MetricValues) -> None:
         """Append a line; a value that is not finite becomes null, since JSON has no NaN."""
@@ -203,8 +225,12 @@ class MetricsFile:
 
 def sha256_prefix(path: Path, size: int) -> str:
     """sha256 of a file's first `size` bytes, or of the whole file if it is shorter."""
-    with open(path, "rb") as file:
-        return hashlib.sha256(file.read(size)).hexdigest()
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while size > 0 and (piece := file.read(min(size, 1 << 20))):
+            digest.update(piece)
+            size -= len(piece)
+    return digest.hexdigest()
 
 
 class TensorBoardLogger:

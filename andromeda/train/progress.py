@@ -12,6 +12,8 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from andromeda.utils.untrusted import printable
+
 MetricValues = dict[str, Any]
 """Metrics of a step by name; text and lists may be among them."""
 
@@ -58,7 +60,7 @@ class JsonLinesReporter(NullReporter):
         print(json.dumps({"step": step} | metrics), flush=True)
 
     def message(self, text: str) -> None:
-        print(f"andromeda: {text}", file=sys.stderr, flush=True)
+        print(f"andromeda: {printable(text)}", file=sys.stderr, flush=True)
 
 
 class PlainTextReporter(NullReporter):
@@ -72,7 +74,7 @@ class PlainTextReporter(NullReporter):
             print(f"step {step}/{self._steps}  {text}", flush=True)
 
     def message(self, text: str) -> None:
-        print(text, flush=True)
+        print(printable(text), flush=True)
 
 
 class ConsoleReporter(NullReporter):
@@ -100,7 +102,7 @@ class ConsoleReporter(NullReporter):
             self.message(f"step {step}/{self._steps}  {text}")
 
     def message(self, text: str) -> None:
-        self._live.console.print(text, highlight=False)
+        self._live.console.print(printable(text), highlight=False, markup=False)
 
     def close(self) -> None:
         """Stop the bar and leave it on the screen."""

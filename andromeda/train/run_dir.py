@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +21,10 @@ from andromeda.config.load import dumps, load
 from andromeda.config.run import RunConfig
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import PART, write_whole
+from andromeda.utils.untrusted import MalformedFile, open_for_writing, read_json_object, refuse_links
+
+WRITTEN = ("config.toml", "manifest.json", "metrics.jsonl", ".lock", "checkpoints", "samples", "tokenizer", "evaluations", "tensorboard")
+"""What commands write in a run folder."""
 
 
 class RunDir:
@@ -33,7 +38,7 @@ class RunDir:
         self.lock_file = self.path / ".lock"
         self.checkpoints = self.path / "checkpoints"
         self.samples = self.path / "samples"
-        self._lock: IO[str] | None = None
+        self._lock: IO[bytes] | None = None
 
     @property
     def exists(self) -> bool:
@@ -50,11 +55,20 @@ class RunDir:
 
     def create(self) -> None:
         """Make the folders. Raises ConfigError when that is impossible."""
+        self.refuse_links()
         try:
             for folder in (self.path, self.checkpoints, self.samples):
                 folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"The run folder {self.path} cannot be made ({error.strerror}): give another one with --out.") from None
+
+    def refuse_links(self) -> None:
+        """Raises CheckpointError where a file or folder of the run that is written into is a symbolic link."""
+        try:
+            for name in WRITTEN:
+                refuse_links(self.path, self.path / name)
+        except MalformedFile as error:
+            raise CheckpointError(f"{self.path} {error}: replace it by a file or folder of its own.") from None
 
     def lock(self) -> None:
         """Claim the folder until this process ends, however it ends, and clear up after a killed one.
@@ -62,22 +76,26 @@ class RunDir:
         Raises CheckpointError when another process holds it.
         """
         # flock belongs to the open file, not to its name: the system drops it with the process, so that no kill leaves it behind.
-        self._lock = open(self.lock_file, "a+")  # noqa: SIM115 - stays open for the life of the run
+        try:
+            self._lock = open_for_writing(self.path, self.lock_file, append=True)
+        except MalformedFile as error:
+            raise CheckpointError(f"{self.lock_file} {error}: remove it.") from None
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "unknown"
+            owner = os.pread(self._lock.fileno(), 20, 0).decode("ascii", "replace").strip()
+            owner = owner if owner.isdecimal() else "unknown"
             self._lock.close()
             self._lock = None
             raise CheckpointError(
                 f"Another process (id {owner}) is training in {self.path}: wait for it, stop it, or give another folder with --out."
             ) from None
         self._lock.truncate(0)
-        self._lock.write(str(os.getpid()))
+        self._lock.write(str(os.getpid()).encode())
         self._lock.flush()
         for leftover in self.path.glob(f"*{PART}"):
-            leftover.unlink()
+            with suppress(OSError):  # such as a folder of that name, which is none of ours
+                leftover.unlink()
 
     def unlock(self) -> None:
         """Give the folder back."""
@@ -96,15 +114,23 @@ class RunDir:
     def manifest(self) -> dict[str, Any]:
         """The manifest, or an empty one."""
         try:
-            found = json.loads(self.manifest_file.read_text("utf-8"))
+            found = read_json_object(self.manifest_file)
         except FileNotFoundError:
             return {}
-        except (ValueError, RecursionError, OSError):
-            found = None
-        if not (isinstance(found, dict) and isinstance(found.get("starts"), list)):
+        except (MalformedFile, OSError):
+            found = {}
+        texts = all(isinstance(found.get(name, ""), str) for name in ("identity", "data"))
+        starts = found.get("starts")
+        if not (texts and isinstance(starts, list) and all(map(_is_start, starts))):
             raise CheckpointError(f"{self.manifest_file} is no manifest of a run: restore it, or remove it to have it written anew.")
         return found
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
         """Write manifest.json."""
         write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
+
+
+def _is_start(value: Any) -> bool:
+    """Whether a manifest's entry of a start holds values of the types that are written."""
+    kinds: dict[str, tuple[type, ...]] = {"step": (int,), "command": (str,), "changes": (list,), "machine": (dict,), "versions": (dict,)}
+    return isinstance(value, dict) and all(type(value[name]) in kind for name, kind in kinds.items() if name in value)

@@ -134,16 +134,30 @@ class TrainState:
     def restore(self, snapshot: Snapshot) -> None:
         """Restore a whole state. Raises CheckpointError, one sentence, when it is of another model, optimizer or corpus."""
         metadata = snapshot.metadata
+        if not isinstance(metadata.get("data"), str) or not isinstance(metadata.get("precision"), dict):
+            raise CheckpointError(
+                f"The checkpoint of step {snapshot.step} holds weights without the state of a training: it cannot be resumed."
+            )
         if metadata["data"] != self.data_fingerprint:
             raise CheckpointError(
                 f"The data has changed since the checkpoint (training stream {self.data_fingerprint[:12]}, then {metadata['data'][:12]}): "
                 "give the run its old corpus, or train in another folder."
             )
-        if metadata["precision"]["name"] != self.precision.name:
+        if metadata["precision"].get("name") != self.precision.name:
             raise CheckpointError(
-                f"The checkpoint was trained in {metadata['precision']['name']} and this start would use {self.precision.name}: "
-                f"add train.precision={metadata['precision']['name']}."
+                f"The checkpoint was trained in {metadata['precision'].get('name')} and this start would use {self.precision.name}: "
+                f"add train.precision={metadata['precision'].get('name')}."
             )
+        try:
+            self._restore(snapshot)
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:200] or type(error).__name__
+            raise CheckpointError(
+                f"The checkpoint of step {snapshot.step} does not hold the state of a run ({reason}): use an older checkpoint."
+            ) from None
+
+    def _restore(self, snapshot: Snapshot) -> None:
+        metadata = snapshot.metadata
         load_model(self.model, snapshot.tensors["model"])
         self.optimizer.load_state(snapshot.tensors.get("optimizer", {}), metadata["optimizer"])
         if self.ema is not None:
@@ -153,6 +167,8 @@ class TrainState:
         self.metrics.load_state_dict(metadata["meter"])
         load_rng(snapshot.tensors["random"], metadata["random"])
         self.progress = Progress(**metadata["cursor"])
+        if not all(type(value) in (int, float) and value >= 0 for value in metadata["cursor"].values()):
+            raise ValueError("its counts are no numbers")
 
 
 def build_train_state(config: RunConfig, device: torch.device, data_fingerprint: str) -> TrainState:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -22,14 +24,22 @@ from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
 from andromeda.train.callbacks.validation import Validation
 from andromeda.train.manifest import start_entry
-from andromeda.train.metrics import MetricsFile, MetricsLogger, ThroughputMonitor, build_loggers, check_loggers_installed
+from andromeda.train.metrics import (
+    MetricsFile,
+    MetricsLogger,
+    ThroughputMonitor,
+    build_loggers,
+    check_loggers_installed,
+    sha256_prefix,
+)
 from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.progress import MetricValues, NullReporter, Reporter
 from andromeda.train.run_dir import RunDir
 from andromeda.train.signals import SignalHandler
 from andromeda.train.state import TrainState, build_train_state, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
-from andromeda.utils.errors import AndromedaError, ConfigError
+from andromeda.utils.errors import AndromedaError, CheckpointError, ConfigError
+from andromeda.utils.untrusted import MalformedFile
 
 
 class TrainingFailed(AndromedaError):
@@ -227,14 +237,18 @@ def _train(config: RunConfig, out: str | Path, resume: bool, reporter: Reporter)
     try:
         with signals.installed():
             _changed_keys(run_dir, config, resume)  # again, now that no other process can start a run here
-            metrics_bytes = _resume_latest(state, run_dir, reporter)
+            snapshot = _resume_latest(state, run_dir, reporter)
+            lost = set_aside_changed_metrics(run_dir, snapshot.metadata) if snapshot else ""
             metrics_file = MetricsFile(run_dir.metrics_file)  # before the start is recorded: opening it may fail
             identity = _record_start(config, run_dir, state, changes)
             if stream.tokenizer:
                 # So that the run generates text without its corpus.
                 stream.tokenizer.save(run_dir.path / "tokenizer")
             loggers = build_loggers(config, run_dir, state.progress.step, identity)
-            metrics_file.truncate(metrics_bytes)
+            metrics_file.truncate(snapshot.metadata.get("metrics_bytes", 0) if snapshot and not lost else 0)
+            if lost:
+                reporter.message(lost)
+                metrics_file.log(state.progress.step, {"event": f"{METRICS_LOST}: {lost}"})
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision)
             io = RunIO(run_dir, stream, validation, probes, metrics_file, loggers, reporter, signals, throughput)
             try:
@@ -291,6 +305,52 @@ def _changed_keys(run_dir: RunDir, config: RunConfig, resume: bool) -> list[str]
     return sorted(changed)
 
 
+def changed_since(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
+    """Differences between a configuration and the one that a checkpoint holds which a resumed run may not have, each in words."""
+    old, new = flatten(saved), flatten(json.loads(json.dumps(config.model_dump())))
+    default = flatten(json.loads(json.dumps(RunConfig().model_dump())))
+    # A key that only one of them has is of another version of Andromeda, unless it is of a part with keys of its own or was set.
+    own = {key for key in old.keys() - new.keys() if key.startswith(OWN_TABLES)}
+    added = {key for key in new.keys() - old.keys() if new[key] != default.get(key)}
+    apart = {key for key in old.keys() & new.keys() if old[key] != new[key]} | own | added
+    return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in sorted(apart) if not may_change_on_resume(key)]
+
+
+def refuse_other_config(run_dir: RunDir, config: RunConfig, snapshot: checkpoint.Snapshot) -> None:
+    """Raises CheckpointError where config.toml was edited since the checkpoint in keys that decide what is learned."""
+    changed = changed_since(config, snapshot.metadata.get("config") or {}) if "config" in snapshot.metadata else []
+    if changed:
+        raise CheckpointError(
+            f"{run_dir.config_file} was changed since the checkpoint of step {snapshot.step} ({'; '.join(changed[:5])}): "
+            "restore the old values, or train in another folder."
+        )
+
+
+METRICS_LOST = "metrics lost"
+"""How the event begins that a resumed run records in place of metrics that were deleted or changed."""
+
+
+def set_aside_changed_metrics(run_dir: RunDir, metadata: Mapping[str, Any]) -> str:
+    """Set metrics.jsonl aside where it does not begin with what the checkpoint recorded; returns what is wrong with it, or nothing."""
+    path, size = run_dir.metrics_file, metadata.get("metrics_bytes", 0)
+    try:
+        found = path.stat().st_size
+        if found >= size and metadata.get("metrics_sha256") in (None, sha256_prefix(path, size)):
+            return ""
+        reason = "was changed" if found >= size else f"has {found} bytes instead of {size}"
+    except FileNotFoundError:
+        return f"{path.name} is missing; a new one begins" if size else ""
+    except MalformedFile as error:
+        reason = str(error)
+    aside = path.with_name(f"damaged-{path.name}")
+    os.rename(path, aside)
+    return f"{path.name} {reason} since the checkpoint; it is now {aside.name}, and a new one begins"
+
+
+OWN_TABLES = ("model.mixers", "model.attention.qk_norm", "model.value_embedding", "train.optim.options")
+"""Tables that may have keys of a user's own part."""
+
+
 def may_change_on_resume(key: str) -> bool:
     """Whether a resumed run may change a key."""
     return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
@@ -304,17 +364,17 @@ def build_validation(config: RunConfig) -> Validation:
     return Validation(held_out, train.eval_tokens, seq_len, train.micro_batch_size or train.batch_size, config.data.document_mask)
 
 
-def _resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> int:
-    """Restore the newest intact checkpoint, if there is one, setting damaged ones aside; returns the size of its metrics.jsonl."""
+def _resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> checkpoint.Snapshot | None:
+    """Restore the newest intact checkpoint, if there is one, and return it, setting damaged ones aside."""
     newest = checkpoint.latest(run_dir.checkpoints, reporter.message)
     if newest is None:
-        return 0
+        return None
     snapshot = checkpoint.read(newest)
+    refuse_other_config(run_dir, state.config, snapshot)
     state.restore(snapshot)
     checkpoint.set_aside_newer(newest)
     reporter.message(f"resuming from step {snapshot.step}")
-    metrics_bytes: int = snapshot.metadata["metrics_bytes"]
-    return metrics_bytes
+    return snapshot
 
 
 def _record_start(config: RunConfig, run_dir: RunDir, state: TrainState, changes: list[str]) -> str:

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import IO
 from uuid import uuid4
 
+from andromeda.utils.untrusted import open_regular
+
 PART = ".part"
 
 
@@ -57,5 +59,5 @@ def sync_folder(folder: Path) -> None:
 
 def sha256_of(path: Path) -> str:
     """sha256 of a file's content."""
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

@@ -11,8 +11,10 @@ import json
 import math
 import os
 import stat
+import tomllib
 import unicodedata
 from collections.abc import Iterator
+from io import BufferedReader
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
@@ -22,6 +24,8 @@ MAX_LINE_BYTES = 4 << 20
 """Of a file of one JSON document a line."""
 MAX_DEPTH = 64
 """Of nested JSON tables and lists. Far below Python's recursion limit, so that whoever walks the values cannot exceed it."""
+MAX_DOTS = 4096
+"""In a line of TOML."""
 MAX_INTEGER = 2**128
 """Of JSON integers: random states and hashes fit, and every one still converts to a float."""
 
@@ -42,7 +46,7 @@ def read_regular(path: str | Path, max_bytes: int = MAX_JSON_BYTES) -> bytes:
     return content
 
 
-def open_regular(path: str | Path) -> IO[bytes]:
+def open_regular(path: str | Path) -> BufferedReader:
     """A regular file opened for reading. Raises MalformedFile for anything else, OSError where it cannot be opened."""
     # Without O_NONBLOCK, opening a named pipe waits for somebody to write into it.
     handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -100,6 +104,27 @@ def parse_json(content: str | bytes) -> Any:
     if _deeper_than(value, MAX_DEPTH):
         raise MalformedFile(f"nests deeper than {MAX_DEPTH} levels")
     return value
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """A TOML document of bounded depth. Raises MalformedFile."""
+    if any(line.count(".") > MAX_DOTS for line in text.splitlines()):
+        # Python's parser takes quadratic time for a key of very many parts.
+        raise MalformedFile(f"has a line with more than {MAX_DOTS:,} points")
+    try:
+        values = tomllib.loads(text)
+    except RecursionError:
+        raise MalformedFile(f"nests deeper than {MAX_DEPTH} levels") from None
+    except ValueError as error:  # also numbers of thousands of digits
+        raise MalformedFile(f"is not valid TOML: {str(error)[:1].lower()}{str(error)[1:]}") from None
+    if _deeper_than(values, MAX_DEPTH):
+        raise MalformedFile(f"nests deeper than {MAX_DEPTH} levels")
+    return values
+
+
+def is_plain_name(name: Any) -> bool:
+    """Whether a name from a file stays in its folder: a text without separators, and no special entry."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not any(c in name for c in "/\\\0")
 
 
 def printable(text: str) -> str:

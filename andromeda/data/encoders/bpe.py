@@ -10,7 +10,10 @@ from andromeda.data.encoders import SEPARATOR
 from andromeda.data.encoders.split_patterns import SPLIT_PATTERNS, WHOLE_WORDS
 from andromeda.data.encoders.tiktoken_bpe import TiktokenBPE, convert
 from andromeda.utils.errors import ConfigError, DataError
+from andromeda.utils.untrusted import parse_json, printable
 
+MAX_VOCABULARY = 1 << 24
+"""Ids of a tokenizer file; the largest in use have a quarter of a million."""
 MAX_TRAINING_WORD = 256
 """Characters of a word that merges are learned from. The trainer's time grows with the square of a word's length, and an unbroken
 run of millions of letters (a genome, an encoded picture) would keep it busy for days."""
@@ -59,9 +62,13 @@ class BPEEncoder:
 
         self.model_file = blob
         try:
+            parse_json(blob)
             self._model = Tokenizer.from_str(blob.decode())
-        except Exception as error:  # the library raises bare Exception
-            raise DataError(f"The tokenizer file cannot be read ({str(error).splitlines()[0]}): build or export it again.") from error
+        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+                raise
+            reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+            raise DataError(f"The tokenizer file cannot be read ({reason}): build or export it again.") from None
         self._model.encode_special_tokens = True
         self._model.no_truncation()
         self._model.no_padding()
@@ -76,7 +83,9 @@ class BPEEncoder:
         """Bytes of every id, from the vocabulary's stand-in characters; ids that no token has stay empty."""
         byte = byte_of_character()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        table = [b""] * (max(vocabulary.values()) + 1)
+        if not 0 < (size := max(vocabulary.values(), default=-1) + 1) <= MAX_VOCABULARY:
+            raise DataError(f"The tokenizer file has a vocabulary of {size:,} ids: build or export it again.")
+        table = [b""] * size
         special = set(self.special_tokens.values())
         for word, i in vocabulary.items():
             if i in plain:

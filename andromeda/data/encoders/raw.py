@@ -6,6 +6,10 @@ import json
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR
+from andromeda.utils.untrusted import parse_json
+
+MAX_SPECIAL = 1 << 16
+"""Special tokens of a tokenizer file."""
 
 
 class ByteEncoder:
@@ -29,4 +33,7 @@ def create(config: BuildConfig) -> ByteEncoder:
 
 
 def load(blob: bytes) -> ByteEncoder:
-    return ByteEncoder(json.loads(blob))
+    specials = parse_json(blob)
+    if not (isinstance(specials, list) and len(specials) <= MAX_SPECIAL and all(isinstance(name, str) for name in specials)):
+        raise ValueError("its special tokens are no list of texts")
+    return ByteEncoder(specials)
