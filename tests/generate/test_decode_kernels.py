@@ -22,7 +22,7 @@ from tests.generate.test_fused_block import KINDS, model
 from tests.ops import interpreted
 
 PROMPT, WRITTEN = 9, 2
-SMALL = ["width=32", "depth=1", "attention.num_heads=2", "attention.head_dim=16", "feedforward.mlp_ratio=1.5"]
+SMALL = ["hidden_size=32", "num_layers=1", "attention.num_heads=2", "attention.head_dim=16", "feedforward.mlp_ratio=1.5"]
 """What an interpreter can do in a second."""
 MORE = {
     "value embeddings": ["model.value_embedding.kind=layered"],

@@ -42,11 +42,11 @@ def close(actual: Tensor, wanted: Tensor, bits: int = 8) -> bool:
 @pytest.mark.parametrize(("T", "C", "moved"), [(1, 64, (32, 64)), (19, 96, (48, 96)), (8, 40, (20, 33)), (17, 64, (0, 0))])
 def test_sum_norm_and_shift(T: int, C: int, moved: tuple[int, int], layer: bool) -> None:
     x, delta, weight, bias, past = inputs(T, C)
-    made = add_norm_shift(x, delta, weight, bias, past if moved[1] else None, layer=layer, eps=EPS, moved=moved)
+    made = add_norm_shift(x, delta, weight, bias, past if moved[1] else None, layer_norm=layer, eps=EPS, shift_channels=moved)
     summed = (x.double() + delta.double()).to(DTYPE)
     y, last = reference(summed, weight, past, layer, moved)
     assert close(made.y, y)
-    assert close(made.total, x.double() + delta.double() + bias.double())
+    assert close(made.residual, x.double() + delta.double() + bias.double())
     assert close(made.last, last) if moved[1] else not made.last.numel()
     assert not made.scale.numel()
 
@@ -54,19 +54,19 @@ def test_sum_norm_and_shift(T: int, C: int, moved: tuple[int, int], layer: bool)
 @pytest.mark.gpu
 def test_nothing_is_added_and_no_gain() -> None:
     x, _, _, _, past = inputs(13, 48)
-    made = add_norm_shift(x, None, None, None, past, layer=False, eps=EPS, moved=(24, 48))
+    made = add_norm_shift(x, None, None, None, past, layer_norm=False, eps=EPS, shift_channels=(24, 48))
     assert close(made.y, reference(x, None, past, False, (24, 48))[0])
-    assert made.total is x
+    assert made.residual is x
 
 
 @pytest.mark.gpu
 def test_eight_bits_are_those_of_the_shifted_rows() -> None:
     x, delta, weight, _, past = inputs(11, 64)
-    plain = add_norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64))
-    eight = add_norm_shift(x, delta, weight, None, past, layer=True, eps=EPS, moved=(32, 64), eight_bits=True)
+    plain = add_norm_shift(x, delta, weight, None, past, layer_norm=True, eps=EPS, shift_channels=(32, 64))
+    eight = add_norm_shift(x, delta, weight, None, past, layer_norm=True, eps=EPS, shift_channels=(32, 64), fp8=True)
     rows, scale = float8_inference.quantize(plain.y.flatten(0, 1))
     assert torch.equal(eight.scale, scale)
-    assert torch.equal(eight.total, plain.total)
+    assert torch.equal(eight.residual, plain.residual)
     if not interpreted.INTERPRETED:  # whose rounding to 8 bits loses carries
         assert torch.equal(eight.y.flatten(0, 1).view(torch.uint8), rows.view(torch.uint8))
 
@@ -76,7 +76,7 @@ def test_a_sequence_in_two_passes_is_that_in_one() -> None:
     x, _, weight, _, past = inputs(20, 64)
 
     def read(x: Tensor, past: Tensor) -> AddNormShiftOutput:
-        return add_norm_shift(x, None, weight, None, past, layer=True, eps=EPS, moved=(32, 64))
+        return add_norm_shift(x, None, weight, None, past, layer_norm=True, eps=EPS, shift_channels=(32, 64))
 
     whole, first = read(x, past), read(x[:, :9].contiguous(), past)
     second = read(x[:, 9:].contiguous(), first.last)
@@ -103,10 +103,10 @@ def test_gradients(T: int, C: int, moved: tuple[int, int], packed: bool, layer: 
     past = torch.zeros_like(past)
     documents = (torch.arange(T, device=x.device) // 3).clamp(max=9).expand(2, -1).contiguous() if packed else None
     leaves = [t.requires_grad_() for t in (x, delta, weight)]
-    made = add_norm_shift(*leaves, None, past if moved[1] else None, documents, layer=layer, eps=EPS, moved=moved)
+    made = add_norm_shift(*leaves, None, past if moved[1] else None, documents, layer_norm=layer, eps=EPS, shift_channels=moved)
     g = torch.Generator().manual_seed(7)
     dy, dtotal = (torch.randn(2, T, C, generator=g).to(x) for _ in range(2))
-    grads = torch.autograd.grad((made.y, made.total), leaves, (dy, dtotal))
+    grads = torch.autograd.grad((made.y, made.residual), leaves, (dy, dtotal))
     exact = [t.detach().double().requires_grad_() for t in leaves]
     summed = exact[0] + exact[1]
     # As rounded as the kernel had it.
@@ -126,8 +126,8 @@ def test_gradients_of_x_where_nothing_is_added(compiled: bool) -> None:
     past, moved, leaves = torch.zeros_like(past), (32, 64), [t.requires_grad_() for t in (x, weight)]
 
     def read(x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        made = add_norm_shift(x, None, weight, None, past, layer=True, eps=EPS, moved=moved)
-        return made.y, made.total * 2
+        made = add_norm_shift(x, None, weight, None, past, layer_norm=True, eps=EPS, shift_channels=moved)
+        return made.y, made.residual * 2
 
     function = torch.compile(read, fullgraph=True, backend="aot_eager" if interpreted.INTERPRETED else "inductor") if compiled else read
     g = torch.Generator().manual_seed(7)

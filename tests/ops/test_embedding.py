@@ -13,7 +13,7 @@ from torch import Tensor
 
 from andromeda.config.model import AttentionConfig, ModelConfig
 from andromeda.config.model import ValueEmbeddingConfig as ValueConfig
-from andromeda.model.value_embedding import ValueEmbedding
+from andromeda.model.value_embedding import LayeredValueEmbedding
 from andromeda.ops import embedding
 from andromeda.ops.embedding import embed, embed_split
 from tests.ops import interpreted
@@ -179,7 +179,7 @@ def test_value_embeddings_are_of_the_layers_type() -> None:
         attention=AttentionConfig(num_heads=4, num_kv_heads=2, head_dim=4),
         value_embedding=ValueConfig(kind="layered"),
     )
-    part = ValueEmbedding(config)
+    part = LayeredValueEmbedding(config)
     torch.nn.init.normal_(part.table.weight)
     ids = torch.tensor([[1, 10, 1]])
     plain = part(ids)
