@@ -1,6 +1,6 @@
 """A token mixer of your own: gated linear attention, with keys of its own, in one file.
 
-    S_t = g_t S_(t-1) + k_t v_t^T        o_t = S_t^T q_t        for each head
+    S_t = g_t S_(t-1) + f(k_t) v_t^T        o_t = S_t^T f(q_t)        f(x) = elu(x) + 1, for each head
 
 with a decay g_t in (0, 1) that each token computes for each head (arXiv 2312.06635 with one decay a head, as Mamba-2 has it,
 arXiv 2405.21060). A pass computes it in chunks: within a chunk by matmuls over pairs of tokens, between chunks by the state S. So the
@@ -72,7 +72,8 @@ class GatedLinearAttention(nn.Module):
         """x (B, T, C) -> (B, T, C); the state is in the slot `linear` of the layer's decode state."""
         wide = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).to(wide) for linear in (self.query, self.key, self.value))
-        q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        # Positive features, so that all weights of values are (arXiv 2006.16236): what is normalized below is then never a small difference.
+        q, k = F.elu(q) + 1, F.elu(k) + 1
         log_decay = F.logsigmoid(self.decay(x).to(wide)) / self.slowness
         # 1 where a token begins a document: nothing of before reaches it.
         begins = 1 - ctx.within_document(torch.ones_like(x[..., :1]), 1)[..., 0].round().long()

@@ -98,7 +98,7 @@ def recurrence(part: Any, x: Tensor, documents: Tensor) -> Tensor:
     """Token by token, as the formula has it."""
     outputs = []
     heads = [linear(x).unflatten(-1, (part.heads, -1)) for linear in (part.query, part.key, part.value)]
-    q, k = (t / t.norm(dim=-1, keepdim=True) for t in heads[:2])
+    q, k = (torch.where(t > 0, t + 1, t.exp()) for t in heads[:2])
     decay = torch.sigmoid(part.decay(x)) ** (1 / part.slowness)
     state = x.new_zeros(2, part.heads, part.dim, part.dim)
     for t in range(x.shape[1]):
