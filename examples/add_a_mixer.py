@@ -72,7 +72,7 @@ class GatedLinearAttention(nn.Module):
         """x (B, T, C) -> (B, T, C); the state is in the slot `linear` of the layer's decode state."""
         wide = torch.promote_types(x.dtype, torch.float32)
         q, k, v = (linear(x).unflatten(-1, (self.heads, -1)).to(wide) for linear in (self.query, self.key, self.value))
-        # Positive features, so that all weights of values are (arXiv 2006.16236): what is normalized below is then never a small difference.
+        # Positive features (arXiv 2006.16236): values add up with positive weights, so that the norm below is well conditioned.
         q, k = F.elu(q) + 1, F.elu(k) + 1
         log_decay = F.logsigmoid(self.decay(x).to(wide)) / self.slowness
         # 1 where a token begins a document: nothing of before reaches it.
