@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import AllowCode
+from andromeda.cli.arguments import AllowCode, check_exists
 from andromeda.utils.errors import ConfigError
 
 DTYPES = ("fp32", "bf16", "fp16", "int8", "fp8")
@@ -27,6 +27,7 @@ def export(
         raise ConfigError(f"--dtype must be one of {', '.join(DTYPES)}, not {dtype!r}.")
     if gguf and dtype != "fp32":
         raise ConfigError("--dtype is of a Hugging Face folder: leave it out with --gguf, which names the file's type.")
+    check_exists(run)
     if gguf:
         _gguf(run, to, gguf, step, ema)
     else:

@@ -333,6 +333,8 @@ METRICS_LOST = "metrics lost"
 def set_aside_changed_metrics(run_dir: RunDir, metadata: Mapping[str, Any]) -> str:
     """Set metrics.jsonl aside where it does not begin with what the checkpoint recorded; returns what is wrong with it, or nothing."""
     path, size = run_dir.metrics_file, metadata.get("metrics_bytes", 0)
+    if path.is_dir() and not path.is_symlink():
+        return ""  # not a log that was changed: opening it says what to do
     try:
         found = path.stat().st_size
         if found >= size and metadata.get("metrics_sha256") in (None, sha256_prefix(path, size)):

@@ -169,7 +169,7 @@ CASES: list[tuple[str, Callable[[Path], None], list[str], str]] = [
     ("batch that does not divide", nothing, [*TRAIN, "train.batch_size=3", "train.micro_batch_size=2"], "micro_batch"),
     ("cooldown longer than the run", nothing, [*TRAIN, "train.schedule.cooldown=50"], "cooldown"),
     ("fp8 on a CPU", nothing, [*TRAIN, "train.precision=fp8"], "fp8"),
-    ("rows beyond any memory", nothing, [*TRAIN, "train.batch_size=1000000000"], "1,000,000,000 rows"),
+    ("rows beyond any memory", nothing, [*TRAIN, "train.batch_size=1000000000"], "1,000,000,000 sequences"),
     ("name that leads elsewhere", nothing, ["train", "nano", *RUN, "data.corpus=corpus", "name=../../x"], "name="),
     ("no name", nothing, ["train", "nano", *RUN, "data.corpus=corpus", "name="], "name="),
     ("demo of nothing", nothing, ["demo", "foo", "--corpus", "corpus", "--out", "new"], "'foo'"),
