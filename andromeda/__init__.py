@@ -1,4 +1,4 @@
-"""Andromeda: a long-context language model that you train, stretch, measure and serve yourself.
+"""Andromeda: a long-context language model that you train, extend, measure and share yourself.
 
 `from andromeda import Andromeda` is the model; importing the package alone loads no torch, so that the command line
 starts at once.

@@ -244,10 +244,10 @@ def test_a_file_without_permission_is_one_sentence(tmp_path: Path, monkeypatch: 
     path = tmp_path / "run.toml"
     path.write_text("")
 
-    def refuse(self: Path, *args: Any) -> str:
+    def refuse(*args: Any) -> str:
         raise PermissionError(13, "Permission denied")
 
-    monkeypatch.setattr(Path, "read_text", refuse)
+    monkeypatch.setattr("andromeda.config.load.read_text", refuse)
     with pytest.raises(ConfigError, match="cannot be read \\(Permission denied\\)"):
         load(str(path))
 

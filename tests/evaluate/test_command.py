@@ -112,7 +112,7 @@ def test_a_model_without_a_corpus_is_measured_on_a_file(place: Path) -> None:
         (["run", "bits", "--lengths", "999"], "more than this model's context of 256"),
         (["run", "bits", "--stride", "300"], "--stride 300"),
         (["run", "bits", "--text", "none.txt"], "none.txt cannot be read"),
-        (["run", "bits", "--text", "run"], "run cannot be read"),
+        (["run", "bits", "--text", "run"], "run is not a regular file"),
         (["run", "bits", "--text", "run/checkpoints/step-00000002/model.safetensors"], "is not text in UTF-8"),
         (["run", "bits", "--corpus", "none"], "none"),
         (["run", "position", "--text", "short.txt"], "too few for windows of 256"),
