@@ -21,7 +21,7 @@ PURPOSES = {
     "eightbit": "8-bit optimizer states",
     "data": "datasets and Parquet as sources of text",
     "wandb": "logging to Weights & Biases",
-    "bench": "benchmarks beside other implementations",
+    "bench": "benchmarks compared with other implementations",
     "flash": "FlashAttention-4 on Hopper and newer GPUs",
     "test": "running the tests",
 }

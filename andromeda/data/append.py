@@ -24,23 +24,23 @@ def append(
     Its documents stay in their splits, since a document is held out by its content alone. The enlarged corpus is built beside the
     folder and takes its place when it is whole; an interrupted call is resumed by the same one. Raises DataError or ConfigError.
     """
-    beside, replaced = (corpus.with_name(f".{corpus.name}.{what}") for what in ("append", "replaced"))
-    _finish_replacing(corpus, beside, replaced)
+    temporary, replaced = (corpus.with_name(f".{corpus.name}.{what}") for what in ("append", "replaced"))
+    _finish_replacing(corpus, temporary, replaced)
     manifest = CorpusManifest.load(corpus)
     if given := sorted(config.model_fields_set & {*FIXED, "max_bytes"}):
         raise ConfigError(f"A corpus that is appended to keeps its settings, and new sources are read whole: leave out {', '.join(given)}.")
     kept = {"validation_fraction": manifest.config.validation_fraction, "shard_tokens": manifest.config.shard_tokens}
     settings = config.model_copy(update=kept | {"tokenizer": str(corpus)})
-    new = build([str(corpus), *sources], beside, settings, workers=workers, report=report, extend=True)
+    new = build([str(corpus), *sources], temporary, settings, workers=workers, report=report, extend=True)
     documents = sum(split.documents for split in manifest.splits.values())
     if sum(split.documents for split in new.splits.values()) < documents:
         raise DataError(f"{corpus} does not hold the documents of its manifest: run `andromeda data show {corpus} --verify`.")
     if new.config.tokenizer == str(corpus):  # not yet joined by a call that was interrupted since
-        _join_logs(corpus / SKIPPED, beside / SKIPPED)
+        _join_logs(corpus / SKIPPED, temporary / SKIPPED)
         new = new.model_copy(update={"sources": (*manifest.sources, *new.sources[1:]), "config": manifest.config})
-        new.save(beside)
+        new.save(temporary)
     corpus.rename(replaced)
-    _finish_replacing(corpus, beside, replaced)
+    _finish_replacing(corpus, temporary, replaced)
     return new
 
 
@@ -51,9 +51,9 @@ def _join_logs(old: Path, new: Path) -> None:
         write_whole(new, before + now)
 
 
-def _finish_replacing(corpus: Path, beside: Path, replaced: Path) -> None:
+def _finish_replacing(corpus: Path, temporary: Path, replaced: Path) -> None:
     """Put the enlarged corpus into the place of the old one, which was moved away; does nothing where none was."""
     if replaced.is_dir():
         if not corpus.exists():
-            beside.rename(corpus)
+            temporary.rename(corpus)
         shutil.rmtree(replaced)

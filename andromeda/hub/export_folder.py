@@ -93,27 +93,27 @@ def write_folder(
     """
     if to.exists() and (not to.is_dir() or any(to.iterdir())):
         raise CheckpointError(f"{to} already holds files: export to a folder of its own.")
-    beside = to.with_name(f".{to.name}.new")
-    shutil.rmtree(beside, ignore_errors=True)
+    temporary = to.with_name(f".{to.name}.new")
+    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        beside.mkdir(parents=True)
+        temporary.mkdir(parents=True)
         config = exported.config | special_ids(tokenizer) | {"dtype": str(DTYPES[dtype]).removeprefix("torch.")} | dict(extra_config or {})
-        write_json(beside / "config.json", config)
-        write_json(beside / "generation_config.json", special_ids(tokenizer))
+        write_json(temporary / "config.json", config)
+        write_json(temporary / "generation_config.json", special_ids(tokenizer))
         if exported.reason:
             for name in OWN_FILES:
-                write_whole(beside / name, files("andromeda.hub").joinpath("transformers_files", name).read_bytes())
+                write_whole(temporary / name, files("andromeda.hub").joinpath("transformers_files", name).read_bytes())
         if tokenizer:
             for name, content in tokenizer_files(tokenizer, config["max_position_embeddings"], chat_template).items():
-                write_whole(beside / name, content)
+                write_whole(temporary / name, content)
         if card:
-            write_whole(beside / "README.md", card.encode())
-        write_tensors(beside, {name: cast(tensor, DTYPES[dtype]) for name, tensor in exported.tensors.items()}, shard_bytes)
+            write_whole(temporary / "README.md", card.encode())
+        write_tensors(temporary, {name: cast(tensor, DTYPES[dtype]) for name, tensor in exported.tensors.items()}, shard_bytes)
         if to.exists():
             to.rmdir()
-        beside.rename(to)
+        temporary.rename(to)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -59,10 +59,10 @@ def write_gguf(
         raise ConfigError(f"A GGUF file's type must be one of {', '.join(FORMATS)}, not {kind!r}.")
     tensors = gguf_tensors(config, weights)
     vocabulary = None if tokenizer is None else vocabulary_of(tokenizer, config.vocab_size)
-    beside = to.with_name(f"{to.name}.{uuid4().hex}{PART}")
+    temporary = to.with_name(f"{to.name}.{uuid4().hex}{PART}")
     to.parent.mkdir(parents=True, exist_ok=True)
     try:
-        writer = gguf.GGUFWriter(beside, "llama")
+        writer = gguf.GGUFWriter(temporary, "llama")
         _add_model(writer, gguf, config, kind, name)
         if vocabulary and tokenizer:
             _add_vocabulary(writer, vocabulary, tokenizer)
@@ -74,10 +74,10 @@ def write_gguf(
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
         writer.close()
-        beside.replace(to)
+        temporary.replace(to)
         sync_folder(to.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def export_gguf(run: Path, to: Path, kind: str, *, step: int | None = None, average: bool = False) -> None:

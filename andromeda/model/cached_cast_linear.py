@@ -1,7 +1,7 @@
-"""Linear layers with the same parameters whose weights are cast once for a step, not once for a product.
+"""Linear layers with the same parameters whose weights are cast once for a step instead of once for a matmul.
 
-What was cast lies in buffers fused_with the parameters, which are filled outside of what is compiled and are not saved. It is made anew
-when a parameter has changed, which its version counter tells: whatever writes into a parameter in place must count there.
+The cast weights lie in buffers beside the parameters. They are filled outside of the compiled region and are not saved. They are cast
+again when a parameter has changed, which its version counter tells: whatever writes into a parameter in place must increment it.
 """
 
 from __future__ import annotations

@@ -101,14 +101,14 @@ class FusableModule(nn.Module):
         raise NotImplementedError
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Set an attribute; a part that takes the place of another is matched anew."""
+        """Set an attribute; a part that takes the place of another is matched again."""
         exchanged = isinstance(value, nn.Module) and name in self.__dict__.get("_modules", ())
         super().__setattr__(name, value)
         if exchanged:
             self.match_kernels()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
-        """Add a child module; one that takes the place of another is matched anew."""
+        """Add a child module; one that takes the place of another is matched again."""
         exchanged = name in self._modules
         super().add_module(name, module)
         if exchanged:

@@ -81,8 +81,8 @@ def key_figures(record: RunData, counted: ParameterCount | None) -> Markup:
     tokens, seconds, loss = metrics.latest("tokens"), metrics.latest("seconds"), metrics.latest("loss")
     shown: list[tuple[str, Child, Child]] = []
     if held_out is not None:
-        beside = ", ".join(f"{name} -9 {format_number(v, 3)}" for name, v in record.compressors.items())
-        shown.append(("Held-out text", format_number(held_out), "bits per byte" + (f"; {beside}" if beside else "")))
+        compressed_sizes = ", ".join(f"{name} -9 {format_number(v, 3)}" for name, v in record.compressors.items())
+        shown.append(("Held-out text", format_number(held_out), "bits per byte" + (f"; {compressed_sizes}" if compressed_sizes else "")))
     elif bits := metrics.latest("validation/bits_per_byte"):
         shown.append(("Validation", format_number(bits), "bits per byte"))
     if loss is not None:

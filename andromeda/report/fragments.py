@@ -19,7 +19,7 @@ def code(text: str) -> Markup:
 
 
 def missing_section(why: str, *commands: str) -> Markup:
-    """Says that nothing is known yet, and which commands mend that."""
+    """Says that nothing is known yet, and which commands provide it."""
     shown: list[Child] = [part for text in commands for part in (el("br"), code(text))]
     return el("p", why, shown, class_="empty")
 

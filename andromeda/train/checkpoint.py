@@ -67,18 +67,18 @@ def dir_name(step: int) -> str:
 def save(folder: Path, snapshot: Snapshot) -> Path:
     """Write `snapshot` into `folder` (a run's checkpoints/) and return its path. Raises CheckpointError when the disk fails."""
     final = folder / dir_name(snapshot.step)
-    beside = folder / f".{final.name}.new"
+    temporary = folder / f".{final.name}.new"
     try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
         for part, tensors in snapshot.tensors.items():
-            _write_tensors(beside / f"{part}.safetensors", tensors)
-        write_whole(beside / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.metadata}).encode())
-        index = {file.name: _fingerprint(file) for file in sorted(beside.iterdir())}
-        write_whole(beside / "index.json", json.dumps(index, indent=1).encode())
-        _publish(beside, final)
+            _write_tensors(temporary / f"{part}.safetensors", tensors)
+        write_whole(temporary / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.metadata}).encode())
+        index = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
+        write_whole(temporary / "index.json", json.dumps(index, indent=1).encode())
+        _publish(temporary, final)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
             f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
             "make room there and resume with --resume; the older checkpoints are untouched."
@@ -86,10 +86,10 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
     return final
 
 
-def _publish(beside: Path, final: Path) -> None:
+def _publish(temporary: Path, final: Path) -> None:
     if final.exists():  # after a rollback; the older checkpoint that was restored is still there
         _remove(final)
-    os.rename(beside, final)
+    os.rename(temporary, final)
     sync_folder(final.parent)
 
 

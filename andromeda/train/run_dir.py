@@ -122,7 +122,7 @@ class RunDir:
         texts = all(isinstance(found.get(name, ""), str) for name in ("identity", "data"))
         starts = found.get("starts")
         if not (texts and isinstance(starts, list) and all(map(_is_start, starts))):
-            raise CheckpointError(f"{self.manifest_file} is no manifest of a run: restore it, or remove it to have it written anew.")
+            raise CheckpointError(f"{self.manifest_file} is no manifest of a run: restore it, or remove it to have it written again.")
         return found
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:

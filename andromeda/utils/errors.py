@@ -1,6 +1,6 @@
 """The one family of errors that a user is meant to read.
 
-Every error that bad input can cause is an `AndromedaError` whose message is one sentence: what is wrong and how to mend
+Every error that bad input can cause is an `AndromedaError` whose message is one sentence: what is wrong and how to fix
 it. The command line prints that sentence and exits with 2; a traceback means a defect of ours, never of the input.
 """
 

@@ -30,16 +30,16 @@ def whole_file(path: Path) -> Iterator[IO[bytes]]:
     """
     if not path.name:  # "" or ".", of which pathlib makes an error that is no OSError
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
-    beside = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
+    temporary = path.with_name(f"{path.name}.{uuid4().hex}{PART}")
     try:
-        with beside.open("wb") as file:
+        with temporary.open("wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        beside.replace(path)
+        temporary.replace(path)
         sync_folder(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, content: bytes) -> None:
