@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from andromeda.ablate.ablation_tables import DASH, UNITS, cells, evenness, legend, lines, mean, verdicts
+from andromeda.ablate.ablation_tables import HEAD as TABLE_HEAD
 from andromeda.extend.results import ORIGINAL, table
 from andromeda.extend.results import verdicts as extension_verdicts
 from andromeda.utils.errors import ConfigError
@@ -41,20 +42,7 @@ TITLES = {
 }
 """Techniques in the order of the page, by the label that older results give to their variants; newer ones give the title itself."""
 READING = Path("benchmarks/evidence/reading.md")
-HEAD = (
-    "variant",
-    "compared with",
-    "{metric} (runs)",
-    "effect",
-    "95 % interval",
-    "spread",
-    "p",
-    "p (Holm)",
-    "time",
-    "memory",
-    "weights",
-    "verdict",
-)
+HEAD = tuple(title.replace("{metric}", "{metric} (runs)") for title in TABLE_HEAD)
 
 
 def page(every: Sequence[dict[str, Any]], reading: str, extended: Sequence[str] = ()) -> str:

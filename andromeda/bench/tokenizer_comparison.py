@@ -32,6 +32,7 @@ from andromeda.train.weights import load_weights
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
 from andromeda.utils.progress_callback import ProgressCallback
+from andromeda.utils.untrusted import read_json_object
 
 KINDS = ("bpe", "unigram", "bytes")
 NAME = "tokenizers.json"
@@ -238,7 +239,7 @@ def _begin(plan: TokenizerComparison, out: Path) -> dict[str, Any]:
     if not path.exists():
         return {"plan": plan.values(), "tokenizers": {}}
     try:
-        found: dict[str, Any] = json.loads(path.read_text("utf-8"))
+        found = read_json_object(path)
         same = found["plan"] == plan.values()
     except (OSError, ValueError, KeyError, TypeError):
         raise DataError(f"{path} is damaged: remove it to measure everything again.") from None

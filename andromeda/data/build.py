@@ -30,6 +30,7 @@ from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError, nearest
 from andromeda.utils.files import PART, write_whole
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
+from andromeda.utils.untrusted import MalformedFile, read_json
 
 WORK = ".work"
 PLAN = "plan.json"
@@ -148,8 +149,8 @@ def _refuse_other(out: Path, plan: dict[str, Any], path: Path) -> None:
     """One sentence when the folder was begun with other settings, or its sources have changed since."""
     fix = "name another folder with --out, or replace this one with --force"
     try:
-        old = json.loads(path.read_text("utf-8"))
-    except ValueError as error:
+        old = read_json(path)
+    except MalformedFile as error:
         raise DataError(f"{path} is not JSON ({error}): {fix}.") from error
     if not isinstance(old, dict) or old.keys() != plan.keys() or old["layout"] != LAYOUT:
         raise DataError(f"{out} holds a build of another version: {fix}.")
