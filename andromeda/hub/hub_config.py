@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from andromeda.config.derived import content_dim, intermediate_size, original_max_seq_len
+from andromeda.config.derived import content_dim, intermediate_size, layer_window, original_max_seq_len
 from andromeda.config.keys import flatten
 from andromeda.config.model import ModelConfig
+from andromeda.config.parts import mixer_of, named_mixer, own_classes, qk_norm_name
 from andromeda.utils.errors import ConfigError
 
 CLASSES = {
@@ -17,8 +18,10 @@ CLASSES = {
 }
 TABLES = ("attention", "rotary", "alibi", "embedding", "feedforward", "experts", "block", "shift", "value_embedding", "skips", "head")
 """Tables of the model's configuration that the modeling file reads."""
+BY_LAYER = ("layers", "mixers")
+"""Keys of a model whose token mixers differ by layer."""
 HANDLED: dict[str, str] = {
-    "": "vocab_size max_seq_len hidden_size num_layers",
+    "": "vocab_size max_seq_len hidden_size num_layers layers",
     "embedding.": "kind rank provider absolute norm",
     "rotary.": "kind theta fraction layout scale_base heads",
     "rotary.scaling.": "kind factor original_max_seq_len beta_fast beta_slow ramp",
@@ -39,24 +42,21 @@ NO_CACHE_SCALING = "dynamic"
 
 def refuse_unknown_parts(config: ModelConfig) -> None:
     """Raises ConfigError, one sentence, where a part of the model has no form in the exported modeling file."""
-    if config.embedding.kind == "custom":
+    for key, path in own_classes(config).items():
         raise ConfigError(
-            f"model.embedding.provider = {config.embedding.provider!r} is code of your own, which the exported modeling file does not "
-            "hold: train with embedding.kind plain or factorized to export."
+            f"{key} = {path!r} is code of your own, which the exported modeling file does not hold: "
+            "export a model whose parts are all Andromeda's."
         )
-    if config.attention.mixer not in ("softmax", "sigmoid"):
+    windows = {window for layer in range(config.num_layers) if (window := layer_window(mixer_of(config, layer).model, layer))}
+    if len(windows) > 1:
         raise ConfigError(
-            f"model.attention.mixer = {config.attention.mixer!r} is code of your own, which the exported modeling file does not hold: "
-            "only softmax and sigmoid attention can be exported."
+            f"model.mixers have sliding windows of {' and '.join(map(str, sorted(windows)))} tokens, and transformers knows one window "
+            "for all layers: export a model whose windows are equal."
         )
-    for key in ("attention.qk_norm", "value_embedding.kind"):
-        name = flatten(config.model_dump()).get(key)
-        if isinstance(name, str) and ":" in name:
-            raise ConfigError(f"model.{key} = {name!r} is code of your own, which the exported modeling file does not hold.")
     handled = {prefix + key for prefix, keys in HANDLED.items() for key in keys.split()}
     given, default = flatten(config.model_dump()), flatten(ModelConfig().model_dump())
     for key, value in given.items():
-        if key not in handled and value != default.get(key):
+        if key not in handled and not key.startswith("mixers.") and value != default.get(key):
             raise ConfigError(f"model.{key} = {value!r} has no form in the exported modeling file: export a model without it.")
 
 
@@ -78,8 +78,19 @@ def remote_config(config: ModelConfig, quantization: str = "") -> dict[str, Any]
             "quantization": quantization,
         }
         | {name: values[name] for name in TABLES}
+        | ({"layers": list(config.layers), "mixers": mixer_tables(config)} if config.layers else {})
         | {"feedforward": feedforward, "attention": attention}
     )
+
+
+def mixer_tables(config: ModelConfig) -> dict[str, Any]:
+    """`[model.mixers]` with the keys that each gives. They stand in place of those of `attention` in the layers that name the mixer."""
+    tables: dict[str, Any] = {}
+    for name, table in config.mixers.items():
+        model = named_mixer(config, name).model
+        given = model.attention.model_dump(mode="json") | {"qk_norm": qk_norm_name(model)}
+        tables[name] = {"kind": table.kind} | {key: given[key] for key in table.own if key != "backend"}
+    return tables
 
 
 def llama_config(config: ModelConfig) -> dict[str, Any] | str:
@@ -89,6 +100,7 @@ def llama_config(config: ModelConfig) -> dict[str, Any] | str:
         "its embedding is not a plain table": c.embedding.kind != "plain" or c.embedding.absolute or c.embedding.norm,
         "its positions are not rotary alone": r.kind != "rope" or r.fraction != 1.0 or c.alibi.num_heads,
         "its rotary scaling follows the length": r.scaling.kind == NO_CACHE_SCALING,
+        "its token mixers differ by layer": c.layers,
         "its attention is not plain softmax": a.mixer != "softmax" or a.qk_norm != "none" or a.softcap or a.sliding_window,
         "its feed-forward is not SwiGLU": c.feedforward.kind != "swiglu",
         "its blocks are not serial and pre-norm with RMS norms": (c.block.kind, c.block.residual, c.block.norm) != ("serial", "pre", "rms"),

@@ -16,7 +16,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.hub.families import family_of
-from andromeda.hub.hub_config import TABLES
+from andromeda.hub.hub_config import BY_LAYER, TABLES
 from andromeda.hub.hub_folder import HubFolder, ModelSettings
 from andromeda.hub.import_tokenizer import read_tokenizer
 from andromeda.hub.parameter_names import COUNTERS, hub_name
@@ -66,7 +66,7 @@ def own_values(values: Mapping[str, Any]) -> dict[str, Any]:
     code = next((word for word in words_of(values) if CODE.fullmatch(word)), None)
     if code is not None:
         raise ConfigError(f"config.json names code of its own ({code[:80]}), which is never run here: import another model.")
-    return {names.get(name, name): values[name] for name in (*TABLES, "vocab_size", "hidden_size", *names) if name in values}
+    return {names.get(name, name): values[name] for name in (*TABLES, *BY_LAYER, "vocab_size", "hidden_size", *names) if name in values}
 
 
 def words_of(values: Any) -> Iterator[str]:

@@ -9,13 +9,15 @@ import torch
 from torch import Tensor
 
 KINDS = ("int8", "fp8")
-MATRIX = re.compile(r"model\.layers\.\d+\.(?:self_attn\.[qkvo]_proj|mlp\.(?:shared_experts\.\d+\.)?(?:gate|up|down)_proj)\.weight")
-"""What is quantized, by its name in the modeling file. The embedding, the head, routers and routed experts stay."""
+LINEAR = r"(?:self_attn\.[qkvo]_proj|mlp\.(?:shared_experts\.\d+\.)?(?:gate|up|down)_proj)\.weight"
+EXPERTS = r"mlp\.experts\.(?:gate|up|down)_proj"
+MATRIX = re.compile(rf"model\.layers\.\d+\.(?:{LINEAR}|{EXPERTS})")
+"""What is quantized, by its name in the modeling file. The embedding, the head and routers stay."""
 INT8_MAX, FP8_MAX = 127.0, torch.finfo(torch.float8_e4m3fn).max
 
 
 def quantize_rows(weight: Tensor, kind: str) -> tuple[Tensor, Tensor]:
-    """weight (N, K) as int8, or as the bytes of float8 (e4m3) in uint8, and the scale of each row (N, 1) in float32."""
+    """weight (..., N, K) as int8, or as the bytes of float8 (e4m3) in uint8, and the scale of each row (..., N, 1) in float32."""
     weight = weight.float()
     limit = INT8_MAX if kind == "int8" else FP8_MAX
     scale = weight.abs().amax(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny) / limit
@@ -32,11 +34,12 @@ def dequantize_rows(stored: Tensor, scale: Tensor) -> Tensor:
 
 
 def quantize_tensors(tensors: Mapping[str, Tensor], kind: str) -> dict[str, Tensor]:
-    """Tensors of an exported model with its matrices quantized: `NAME.weight` and `NAME.scale`."""
+    """Tensors of an exported model with its matrices quantized, and their scales: NAME.weight with NAME.scale, NAME with NAME_scale."""
     found: dict[str, Tensor] = {}
     for name, tensor in tensors.items():
         if MATRIX.fullmatch(name):
-            found[name], found[name.removesuffix("weight") + "scale"] = quantize_rows(tensor, kind)
+            scale = name.removesuffix("weight") + "scale" if name.endswith(".weight") else f"{name}_scale"
+            found[name], found[scale] = quantize_rows(tensor, kind)
         else:
             found[name] = tensor
     return found

@@ -15,8 +15,10 @@ from torch import Tensor
 from andromeda.config.load import from_values
 from andromeda.config.model import ModelConfig
 from andromeda.hub.export_folder import convert, write_folder
+from andromeda.hub.parameter_names import hub_name
+from andromeda.hub.quantize import rounding
 from andromeda.model.meta_model import meta_model
-from andromeda.train.state import model_tensors
+from andromeda.train.state import load_model, model_tensors
 from andromeda.utils.errors import AndromedaError
 from tests.hub.exported import CONTEXT, NAMES, VOCABULARY, exported, random_config, small_preset, stirred
 
@@ -24,6 +26,19 @@ pytest.importorskip("transformers")
 MODELS = [(name, lambda name=name: small_preset(name)) for name in NAMES]
 MODELS += [(f"random-{seed}", lambda seed=seed: random_config(seed)) for seed in range(20)]
 TOLERANCE = 1e-5
+
+
+def by_layer() -> ModelConfig:
+    """Three token mixers in turn, two of which change keys of [model.attention], one with a window."""
+    mixers = {
+        "local": {"kind": "softmax", "sliding_window": 16, "softcap": 5.0, "bias": True},
+        "sigmoid": {"kind": "sigmoid", "qk_norm": "l2_head_scale", "scale": 0.7},
+    }
+    values = small_preset("nano").model_dump() | {"layers": ("full", "local", "sigmoid"), "mixers": mixers, "num_layers": 4}
+    return from_values({"model": values, "train": {"seq_len": 64}}).model
+
+
+MODELS.append(("by-layer", by_layer))
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=[name for name, _ in MODELS])
@@ -205,6 +220,15 @@ def test_the_modeling_file_needs_transformers_alone() -> None:
     [
         ({"embedding": {"kind": "custom", "provider": "torch.nn:Identity"}}, "model.embedding.provider"),
         ({"attention": {"mixer": "andromeda.model.attention:Attention"}}, "model.attention.mixer"),
+        ({"attention": {"qk_norm": {"kind": "andromeda.model.qk_norm:L2Norm"}}}, "model.attention.qk_norm"),
+        ({"layers": ["full", "mine"], "mixers": {"mine": {"kind": "andromeda.model.attention:Attention"}}}, "model.mixers.mine.kind"),
+        (
+            {
+                "layers": ["near", "far"],
+                "mixers": {"near": {"kind": "softmax", "sliding_window": 8}, "far": {"kind": "softmax", "sliding_window": 64}},
+            },
+            "windows of 8 and 64",
+        ),
     ],
 )
 def test_code_of_a_users_own_has_no_form(changes: dict[str, Any], words: str) -> None:
@@ -212,6 +236,35 @@ def test_code_of_a_users_own_has_no_form(changes: dict[str, Any], words: str) ->
     with pytest.raises(AndromedaError, match=words) as error:
         convert(config, {})
     assert str(error.value).count(". ") == 0
+
+
+def test_mixers_by_layer_come_back(tmp_path: Path) -> None:
+    from andromeda.hub.import_folder import read_folder
+
+    model = stirred(by_layer())
+    write_folder(tmp_path / "x", convert(model.config, model_tensors(model)), None)
+    read = read_folder(tmp_path / "x", tokenizer=False)
+    assert (read.config.layers, read.config.mixers) == (model.config.layers, model.config.mixers)
+    assert all(torch.equal(tensor, read.weights[name]) for name, tensor in model_tensors(model).items())
+
+
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@torch.no_grad()
+def test_experts_in_8_bits(kind: str, tmp_path: Path) -> None:
+    """Routed and shared experts are stored in 8 bits, and compute what a model with the rounded weights does."""
+    from transformers import AutoModelForCausalLM
+
+    parts = {"feedforward": {"kind": "moe", "intermediate_size": 40}, "experts": {"num_experts": 4, "num_shared_experts": 1}}
+    model = stirred(from_values({"model": small_preset("nano").model_dump() | parts, "train": {"seq_len": 64}}).model)
+    write_folder(tmp_path / "x", convert(model.config, model_tensors(model), kind), None)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "x", trust_remote_code=True).eval()
+    stacks = {name: tensor for name, tensor in load_file(tmp_path / "x" / "model.safetensors").items() if ".experts." in name}
+    assert {tensor.element_size() for name, tensor in stacks.items() if not name.endswith("scale")} == {1}
+    before = model(tokens())
+    rounded = rounding(kind, hub_name)
+    load_model(model, {name: rounded(name, tensor) for name, tensor in model_tensors(model).items()})
+    assert difference(before, model(tokens())) > 10 * TOLERANCE
+    assert difference(model(tokens()), theirs(tokens()).logits) <= TOLERANCE
 
 
 def test_every_key_of_the_model_has_a_form_or_a_reason() -> None:

@@ -30,6 +30,8 @@ class AndromedaConfig(PretrainedConfig):
         value_embedding: dict[str, Any] | None = None,
         skips: dict[str, Any] | None = None,
         head: dict[str, Any] | None = None,
+        layers: list[str] | None = None,
+        mixers: dict[str, dict[str, Any]] | None = None,
         quantization: str = "",
         use_cache: bool = True,
         **kwargs: Any,
@@ -48,16 +50,14 @@ class AndromedaConfig(PretrainedConfig):
         self.value_embedding = {"kind": "none"} | (value_embedding or {})
         self.skips = {"first": False, "unet": False} | (skips or {})
         self.head = {"softcap": 0.0, "bias": False} | (head or {})
+        self.layers, self.mixers = layers or [], mixers or {}
         # What libraries around transformers look for.
         self.num_attention_heads, self.num_key_value_heads = self.attention["num_heads"], self.attention["num_kv_heads"]
         self.head_dim, self.intermediate_size = self.attention["head_dim"], self.feedforward["intermediate_size"]
         self.final_logit_softcapping = self.head["softcap"] or None
-        window, every = self.attention.get("sliding_window", 0), self.attention.get("full_attention_interval", 0)
-        self.sliding_window = window or None
-        self.layer_types = [
-            "sliding_attention" if window and not (every and (layer + 1) % every == 0) else "full_attention"
-            for layer in range(num_hidden_layers)
-        ]
+        windows = [self.window_of(layer) for layer in range(num_hidden_layers)]
+        self.sliding_window = max(windows, default=0) or None
+        self.layer_types = ["sliding_attention" if window else "full_attention" for window in windows]
         for derived in (
             "num_attention_heads",
             "num_key_value_heads",
@@ -70,3 +70,18 @@ class AndromedaConfig(PretrainedConfig):
             kwargs.pop(derived, None)
         kwargs.setdefault("tie_word_embeddings", False)
         super().__init__(**kwargs)
+
+    def attention_of(self, layer: int) -> dict[str, Any]:
+        """The table `attention` as a layer has it: a mixer of its own (`layers` names it, `mixers` has its keys) changes some of them."""
+        name = self.layers[layer % len(self.layers)] if self.layers else ""
+        given = self.mixers.get(name)
+        if given is None:
+            return self.attention
+        every = {"full_attention_interval": 0} if "sliding_window" in given else {}
+        return self.attention | {"mixer": given["kind"]} | {key: value for key, value in given.items() if key != "kind"} | every
+
+    def window_of(self, layer: int) -> int:
+        """Tokens that a layer's queries see, 0 for all."""
+        a = self.attention_of(layer)
+        every = a.get("full_attention_interval", 0)
+        return 0 if every and (layer + 1) % every == 0 else a.get("sliding_window", 0)

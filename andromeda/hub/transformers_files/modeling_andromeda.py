@@ -150,8 +150,13 @@ class AndromedaQuantizedLinear(nn.Module):
         self.bias = nn.Parameter(torch.zeros(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        weight = self.weight if self.weight.dtype == torch.int8 else self.weight.view(torch.float8_e4m3fn)
-        return F.linear(x, weight.to(x.dtype) * self.scale.to(x.dtype), self.bias)
+        return F.linear(x, dequantized(self.weight, self.scale, x.dtype), self.bias)
+
+
+def dequantized(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix (N, K) in 8 bits times the scale of each row (N, 1)."""
+    values = weight if weight.dtype == torch.int8 else weight.view(torch.float8_e4m3fn)
+    return values.to(dtype) * scale.to(dtype)
 
 
 def build_linear(config: AndromedaConfig, inputs: int, outputs: int, bias: bool) -> nn.Module:
@@ -316,9 +321,9 @@ def build_shift(config: AndromedaConfig, slot: str) -> nn.Module:
 class AndromedaQKNorm(nn.Module):
     """Normalization of queries and keys before they are rotated, and the softmax scale that belongs to it."""
 
-    def __init__(self, config: AndromedaConfig) -> None:
+    def __init__(self, config: AndromedaConfig, a: dict[str, Any]) -> None:
         super().__init__()
-        a, D = config.attention, content_dim(config)
+        D = content_dim(config)
         self.kind = a.get("qk_norm", "none")
         self.scale = {"l2": 10.0, "l2_head_scale": 1.0}.get(self.kind, 1 / math.sqrt(D))
         if self.kind == "l2_head_scale":
@@ -352,7 +357,7 @@ class AndromedaAttention(nn.Module):
 
     def __init__(self, config: AndromedaConfig, layer: int) -> None:
         super().__init__()
-        a, C, D = config.attention, config.hidden_size, content_dim(config)
+        a, C, D = config.attention_of(layer), config.hidden_size, content_dim(config)
         self.config, self.layer, self.layer_type = config, layer, config.layer_types[layer]
         self.heads, self.kv_heads, self.head_dim = a["num_heads"], a["num_kv_heads"], a["head_dim"]
         self.num_key_value_groups, self.is_causal = self.heads // self.kv_heads, True
@@ -361,9 +366,10 @@ class AndromedaAttention(nn.Module):
         self.k_proj = build_linear(config, C, self.kv_heads * D, bias)
         self.v_proj = build_linear(config, C, self.kv_heads * self.head_dim, bias)
         self.o_proj = build_linear(config, self.heads * self.head_dim, C, bias)
-        self.qk_norm, self.rotary = AndromedaQKNorm(config), AndromedaRotary(config)
+        self.qk_norm, self.rotary = AndromedaQKNorm(config, a), AndromedaRotary(config)
         self.scaling = (a.get("scale", 0.0) or self.qk_norm.scale) * self.rotary.logit_factor
         self.softcap, self.sigmoid = a.get("softcap", 0.0), a.get("mixer", "softmax") == "sigmoid"
+        self.explicit = explicit_logits(config, layer)
         mixed = config.value_embedding["kind"] != "none"
         self.value_mix = nn.Parameter(torch.tensor(config.value_embedding.get("init", 0.5))) if mixed else None
 
@@ -389,7 +395,7 @@ class AndromedaAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, ctx: AndromedaPass) -> Tensor:
         """q (B, H, T, D), k and v (B, G, S, D) -> (B, T, H, D): by transformers' kernels, or with explicit logits where those cannot."""
         mask = ctx.masks[self.layer_type]
-        if explicit_logits(self.config):
+        if self.explicit:
             return self.attend_explicitly(q, k, v, mask)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
         window = self.config.sliding_window if self.layer_type == "sliding_attention" else None
@@ -422,9 +428,9 @@ class AndromedaAttention(nn.Module):
         return slopes.to(torch.promote_types(q.dtype, torch.float32))
 
 
-def explicit_logits(config: AndromedaConfig) -> bool:
-    """Whether attention needs what the kernels behind `attn_implementation` cannot compute."""
-    a = config.attention
+def explicit_logits(config: AndromedaConfig, layer: int) -> bool:
+    """Whether a layer's attention needs what the kernels behind `attn_implementation` cannot compute."""
+    a = config.attention_of(layer)
     return bool(config.alibi["num_heads"] or a.get("softcap") or a.get("mixer", "softmax") == "sigmoid")
 
 
@@ -483,26 +489,39 @@ class AndromedaRouter(nn.Module):
 
 
 class AndromedaExperts(nn.Module):
-    """The experts' weights, stacked: (E, inner, C) in, (E, C, inner) out."""
+    """The experts' weights, stacked: (E, inner, C) in, (E, C, inner) out; in 8 bits with the scale of each row where quantized."""
 
     def __init__(self, config: AndromedaConfig) -> None:
         super().__init__()
         e, C, inner = config.experts, config.hidden_size, config.intermediate_size
-        gated = e["kind"] in GATES
-        self.gate_proj = nn.Parameter(torch.empty(e["num_experts"], inner, C)) if gated else None
-        self.up_proj = nn.Parameter(torch.empty(e["num_experts"], inner, C))
-        self.down_proj = nn.Parameter(torch.empty(e["num_experts"], C, inner))
+        self.num_experts, self.gated, self.quantization = e["num_experts"], e["kind"] in GATES, config.quantization
+        if self.gated:
+            self.add_stack("gate_proj", inner, C)
+        self.add_stack("up_proj", inner, C)
+        self.add_stack("down_proj", C, inner)
         self.activation = (ACTIVATIONS | GATES)[e["kind"]]
+
+    def add_stack(self, name: str, outputs: int, inputs: int) -> None:
+        shape = self.num_experts, outputs, inputs
+        if not self.quantization:
+            self.register_parameter(name, nn.Parameter(torch.empty(shape)))
+            return
+        self.register_buffer(name, torch.zeros(shape, dtype=torch.int8 if self.quantization == "int8" else torch.uint8))
+        self.register_buffer(f"{name}_scale", torch.ones(*shape[:2], 1))
+
+    def linear(self, name: str, expert: int, x: Tensor) -> Tensor:
+        """x (N, K) through one matrix of an expert."""
+        weight = getattr(self, name)[expert]
+        return F.linear(x, dequantized(weight, getattr(self, f"{name}_scale")[expert], x.dtype) if self.quantization else weight)
 
     def forward(self, x: Tensor, gates: Tensor, chosen: Tensor) -> Tensor:
         """x (N, C) through the experts `chosen` (N, k), weighted by `gates` (N, k)."""
         total = torch.zeros_like(x)
-        for expert in range(len(self.up_proj)):
+        for expert in range(self.num_experts):
             token, place = torch.where(chosen == expert)
-            inner = F.linear(x[token], self.up_proj[expert])
-            gate = None if self.gate_proj is None else F.linear(x[token], self.gate_proj[expert])
-            inner = self.activation(inner) if gate is None else self.activation(gate) * inner
-            y = F.linear(inner, self.down_proj[expert]) * gates[token, place, None].to(x.dtype)
+            inner = self.linear("up_proj", expert, x[token])
+            inner = self.activation(self.linear("gate_proj", expert, x[token])) * inner if self.gated else self.activation(inner)
+            y = self.linear("down_proj", expert, inner) * gates[token, place, None].to(x.dtype)
             total = total.index_add(0, token, y)
         return total
 
@@ -603,7 +622,8 @@ class AndromedaModel(AndromedaPreTrainedModel):
 
     def __init__(self, config: AndromedaConfig) -> None:
         super().__init__(config)
-        if explicit_logits(config) and config._attn_implementation not in ("eager", "sdpa"):
+        self.explicit = any(explicit_logits(config, layer) for layer in range(config.num_hidden_layers))
+        if self.explicit and config._attn_implementation not in ("eager", "sdpa"):
             raise ValueError("ALiBi, soft-capped logits and sigmoid attention are computed here: use attn_implementation eager or sdpa.")
         e, v, C = config.embedding, config.value_embedding, config.hidden_size
         plain = e["kind"] == "plain"
@@ -706,7 +726,7 @@ class AndromedaModel(AndromedaPreTrainedModel):
             "past_key_values": cache,
             "position_ids": position_ids,
         }
-        if explicit_logits(self.config):
+        if self.explicit:
             # Never left out, as it may be where a kernel is causal by itself.
             given["and_mask_function"] = lambda batch, head, query, key: key >= 0
         return {kind: makers[kind](**given) for kind in set(self.config.layer_types)}
