@@ -25,6 +25,7 @@ from andromeda.config.derived import (
     smallest_scale_base,
 )
 from andromeda.config.model import BACKENDS, FULL, MIXERS, QK_NORMS, VALUE_EMBEDDINGS, ModelConfig
+from andromeda.config.parallel import SIZES
 from andromeda.config.parts import qk_norm_name, used_mixers, with_overrides
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OPTIMIZERS
@@ -254,6 +255,11 @@ RUN_RULES: tuple[Rule, ...] = (
     (
         lambda c: not all(0 <= beta < 1 for beta in c.train.optim.betas),
         "train.optim.betas = {c.train.optim.betas} must both be at least 0 and below 1",
+    ),
+    # Mesh
+    (
+        lambda c: not all(getattr(c.parallel, size) for size in SIZES),
+        "a size in [parallel] is 0: give 1 or more, or -1 for the processes that are left",
     ),
     # Window warm-up
     (

@@ -7,11 +7,12 @@ from pydantic import NonNegativeInt
 from andromeda.config.base import BaseConfig
 from andromeda.config.data import DataConfig
 from andromeda.config.model import ModelConfig
+from andromeda.config.parallel import ParallelConfig
 from andromeda.config.train import TrainConfig
 
 
 class RunConfig(BaseConfig):
-    """Model, data and training, with the seed that all random numbers derive from."""
+    """Model, data, training and mesh, with the seed that all random numbers derive from."""
 
     name: str = "run"
     """Title of the run, in its folder's reports."""
@@ -20,3 +21,4 @@ class RunConfig(BaseConfig):
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     train: TrainConfig = TrainConfig()
+    parallel: ParallelConfig = ParallelConfig()

@@ -197,6 +197,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.checkpoints",
     "train.probes",
     "train.log",
+    "parallel",
 )
 """Keys and tables that a resumed run may change: none of them affects what is learned. The data's fingerprint guards its path."""
 

@@ -1,0 +1,95 @@
+"""The device mesh of a run, and what a process is in it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from andromeda.config.parallel import ParallelConfig
+from andromeda.parallel.layout import DIMENSIONS, Layout, resolve_layout
+
+
+@dataclass(frozen=True)
+class ParallelMesh:
+    """All processes of a run, arranged as `layout` says."""
+
+    layout: Layout
+    device: torch.device
+    mesh: DeviceMesh
+    """Dimensions replicate, shard, context, tensor, all of them also where the size is one."""
+    expert_mesh: DeviceMesh | None
+    """The same processes with `shard` split into `expert_shard` and `expert`; None without expert parallelism."""
+    batch_group: dist.ProcessGroup
+    """Processes that hold different tokens (replicate x shard x context): losses and counts are summed over it."""
+    host_group: dist.ProcessGroup
+    """All processes, for numbers in main memory (gloo)."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this process among all."""
+        return dist.get_rank()
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes the run folder."""
+        return self.rank == 0
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a step's sequences this process reads, below `layout.data`."""
+        at = self.layout.coordinates(self.rank)
+        return at["replicate"] * self.layout.shard + at["shard"]
+
+    def dim(self, *names: str) -> DeviceMesh:
+        """The mesh of one or more dimensions that this process is in."""
+        return self.mesh[names if len(names) > 1 else names[0]]
+
+
+def is_distributed() -> bool:
+    """Whether this process was started as one of several (or one) by torchrun or `--nproc`."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def world_size() -> int:
+    """Number of processes of the run; 1 where it was not started by torchrun."""
+    return int(os.environ["WORLD_SIZE"]) if is_distributed() else 1
+
+
+def local_device(kind: str) -> torch.device:
+    """The device of this process: `kind` is cpu or cuda, of which it takes the one with its number on the host."""
+    if kind == "cpu":
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+
+
+def init_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
+    """Join the other processes and arrange them; call once, on all of them. Raises ConfigError for sizes that do not fit their number.
+
+    Needs the environment of torchrun (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), unless a process group exists already.
+    """
+    layout = resolve_layout(config, dist.get_world_size() if dist.is_initialized() else world_size())
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        bound = device if device.type == "cuda" else None
+        dist.init_process_group(backend, timeout=timedelta(seconds=config.timeout), device_id=bound)
+    return build_mesh(layout, device)
+
+
+def build_mesh(layout: Layout, device: torch.device) -> ParallelMesh:
+    """The mesh over the processes of the default process group."""
+    mesh = init_device_mesh(device.type, layout.sizes(), mesh_dim_names=DIMENSIONS)
+    # One-dimensional groups of several dimensions, for reductions.
+    batch = mesh["replicate", "shard", "context"]._flatten("batch")
+    expert = None
+    if layout.expert > 1:
+        sizes = (layout.replicate, layout.shard // layout.expert, layout.expert, layout.context, layout.tensor)
+        expert = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "expert_shard", "expert", "context", "tensor"))
+    host = dist.new_group(backend="gloo")
+    return ParallelMesh(layout, device, mesh, expert, batch.get_group(), host)
