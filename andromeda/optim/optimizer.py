@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class OptimizerContainer:
         """Description of the state tensors, for JSON."""
         return {"kind": self.kind_name, **optimizer_state.metadata(self._kind, self.optimizers, self._names)}
 
-    def load_state(self, tensors: dict[str, Tensor], metadata: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
         """Restore what `state_tensors` and `state_metadata` returned, by parameter name and in any order; the tensors are copied.
 
         Learning rates are not part of it: they follow from the configuration and the step. Raises CheckpointError, before

@@ -6,7 +6,7 @@ An entry of a parameter is one tensor `<parameter>/<entry>` (`blocks.0.w/exp_avg
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ def check_kind(kind_name: str, described: dict[str, Any]) -> None:
         )
 
 
-def load(kind: type[OptimizerKind], optimizers: Optimizers, names: Names, saved: dict[str, Tensor], described: dict[str, Any]) -> None:
+def load(kind: type[OptimizerKind], optimizers: Optimizers, names: Names, saved: Mapping[str, Tensor], described: dict[str, Any]) -> None:
     """Replace all state by a saved one; checks everything first. Raises CheckpointError."""
     if differing := sorted(set(described["parameters"]) ^ set(names.values())):
         raise CheckpointError(
@@ -71,7 +71,7 @@ def _key(name: str, entry: str, piece: str) -> str:
 
 
 def _restore(
-    kind: type[OptimizerKind], name: str, parameter: nn.Parameter, saved: dict[str, Tensor], entries: dict[str, dict[str, Any]]
+    kind: type[OptimizerKind], name: str, parameter: nn.Parameter, saved: Mapping[str, Tensor], entries: dict[str, dict[str, Any]]
 ) -> dict[str, Tensor]:
     """The state of one parameter, copied onto its device."""
     restored: dict[str, Tensor] = {}

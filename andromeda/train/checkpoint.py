@@ -1,8 +1,9 @@
 """Checkpoints on disk: safetensors and JSON, nothing that could run code when it is read.
 
-A checkpoint is a folder. It is written under a hidden name, flushed to the disk, read back and compared, and only then renamed; older
-ones are deleted after that. So every folder with a checkpoint's name is complete, whenever the process is killed. Against damage on the
-disk, `index.json` holds the size and SHA-256 of every file, and a checkpoint that does not match is skipped.
+A checkpoint is a folder, which one process or all ranks of a job write together. It is written under a hidden name, flushed to the
+disk, read back and compared, and only then renamed; older ones are deleted after that. So every folder with a checkpoint's name is
+complete, whenever a process is killed. Against damage on the disk, `index.json` holds the size and SHA-256 of every file, and a
+checkpoint that does not match is skipped.
 """
 
 from __future__ import annotations
@@ -19,16 +20,18 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
+from andromeda.train.checkpoint_chunks import LocalTensors, local_chunks
+from andromeda.train.checkpoint_ranks import ONE, RankFailed, Ranks, ShardPlan, blocks_of
+from andromeda.train.checkpoint_reader import SHARDS, part_of_file, read_part
 from andromeda.utils.errors import CheckpointError
 from andromeda.utils.files import sync_folder, write_whole
 from andromeda.utils.untrusted import MalformedFile, is_plain_name, open_regular, printable, read_json_object
 
-FORMAT = 1
-NEEDED = ("model.safetensors", "state.json")
-"""Files that every checkpoint has."""
+FORMAT, SHARDED_FORMAT = 1, 2
+"""Of state.json: with one file for each part, and with one for each rank that holds a block of it (checkpoint_reader.py)."""
 STATE_TYPES: dict[str, tuple[type, str]] = {
     "step": (int, "a whole number"),
     "healthy": (bool, "true or false"),
@@ -45,8 +48,8 @@ STATE_TYPES: dict[str, tuple[type, str]] = {
 }
 """What state.json holds under names that are used without loading the state."""
 Warn = Callable[[str], None]
-Tensors = dict[str, dict[str, Tensor]]
-"""Tensors of each part (model, optimizer, ema, random) by name."""
+Tensors = Mapping[str, Mapping[str, Tensor]]
+"""Tensors of each part (model, optimizer, average, random) by name; DTensors where they are sharded over ranks."""
 
 
 @dataclass(frozen=True)
@@ -64,26 +67,63 @@ def dir_name(step: int) -> str:
     return f"step-{step:08d}"
 
 
-def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Write `snapshot` into `folder` (a run's checkpoints/) and return its path. Raises CheckpointError when the disk fails."""
-    final = folder / dir_name(snapshot.step)
+def save(folder: Path, snapshot: Snapshot, ranks: Ranks = ONE) -> Path:
+    """Write `snapshot` into `folder` (a run's checkpoints/) and return its path; every one of `ranks` calls this with its own blocks.
+
+    Raises CheckpointError, on every rank, when the disk fails on one.
+    """
+    return write(folder, snapshot.step, snapshot.metadata, local_chunks(snapshot.tensors, copy=False), ranks)
+
+
+def write(folder: Path, step: int, metadata: Mapping[str, Any], tensors: LocalTensors, ranks: Ranks) -> Path:
+    """What `save` does, with what each rank holds of every tensor. Rank 0's metadata counts."""
+    final = folder / dir_name(step)
     temporary = folder / f".{final.name}.new"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        for part, tensors in snapshot.tensors.items():
-            _write_tensors(temporary / f"{part}.safetensors", tensors)
-        write_whole(temporary / "state.json", json.dumps({"format": FORMAT, "step": snapshot.step, **snapshot.metadata}).encode())
-        index = {file.name: _fingerprint(file) for file in sorted(temporary.iterdir())}
-        write_whole(temporary / "index.json", json.dumps(index, indent=1).encode())
-        _publish(temporary, final)
-    except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        plan = ShardPlan(ranks.all_gather(blocks_of(tensors)))
+        ranks.on_first(lambda: _make_empty(temporary))
+        written = ranks.agree(lambda: _write_parts(temporary, tensors, plan, ranks.rank))
+        files = {name: fingerprint for of_rank in written for name, fingerprint in of_rank.items()}
+        ranks.on_first(lambda: _complete(temporary, {"step": step, **metadata}, plan, files))
+        ranks.on_first(lambda: _publish(temporary, final))
+    except (OSError, SafetensorError, RankFailed) as error:
+        if ranks.rank == 0:
+            shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(
-            f"The checkpoint of step {snapshot.step} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
+            f"The checkpoint of step {step} cannot be written to {folder} ({getattr(error, 'strerror', None) or error}): "
             "make room there and resume with --resume; the older checkpoints are untouched."
         ) from None
     return final
+
+
+def _make_empty(folder: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+
+
+def _write_parts(folder: Path, tensors: LocalTensors, plan: ShardPlan, rank: int) -> dict[str, dict[str, Any]]:
+    """Write the files of one rank; returns size and hash of each by name."""
+    written = {}
+    for part in plan.parts:
+        if names := plan.names(part, rank):
+            path = folder / plan.file(part, rank)
+            _write_tensors(path, {name: tensors[part][name].values for name in names})
+            written[path.name] = _fingerprint(path)
+    return written
+
+
+def _complete(folder: Path, state: dict[str, Any], plan: ShardPlan, written: dict[str, dict[str, Any]]) -> None:
+    """Write the small files of a checkpoint once every rank has written its own."""
+    values = {"state.json": {"format": SHARDED_FORMAT if plan.sharded else FORMAT, **state}}
+    if plan.sharded:
+        values[SHARDS] = plan.describe()
+    for name, value in values.items():
+        write_whole(folder / name, json.dumps(value).encode())
+        written[name] = _fingerprint(folder / name)
+    unseen = [name for name in written if not (folder / name).exists()]
+    if unseen:
+        raise OSError(f"{unseen[0]}, which another rank has written, is not seen by rank 0: --out must be a folder that all hosts share")
+    write_whole(folder / "index.json", json.dumps(dict(sorted(written.items())), indent=1).encode())
 
 
 def _publish(temporary: Path, final: Path) -> None:
@@ -137,8 +177,7 @@ def find_damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
         for name in sorted(there | index.keys()):
             if not is_plain_name(name) or name not in index:
                 return f"{printable(name)} does not belong to index.json" if name in there else "index.json cannot be read"
-        wanted = [*(f"{part}.safetensors" for part in parts), "state.json"] if parts else [*NEEDED, *(index.keys() - set(NEEDED))]
-        for name in wanted:
+        for name in _wanted_files(index, parts):
             file = path / name
             if name not in index or not file.exists():
                 return f"{printable(name)} is missing"
@@ -151,6 +190,18 @@ def find_damage(path: Path, parts: tuple[str, ...] = ()) -> str | None:
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return "index.json cannot be read"
     return None
+
+
+def _wanted_files(index: Mapping[str, Any], parts: tuple[str, ...]) -> list[str]:
+    """The files of some parts and of the state, or, of no parts, all."""
+    files: dict[str, list[str]] = {}
+    for name in index:
+        if name.endswith(".safetensors"):
+            files.setdefault(part_of_file(name), []).append(name)
+    wanted = [name for part in parts or ("model",) for name in files.get(part, [f"{part}.safetensors"])]
+    sharded = any(name != f"{part_of_file(name)}.safetensors" for name in wanted)
+    small = ["state.json", *([SHARDS] if sharded else [])]
+    return list(dict.fromkeys([*wanted, *small, *(() if parts else index)]))
 
 
 def iter_intact(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Iterator[Path]:
@@ -171,11 +222,15 @@ def latest(folder: Path, warn: Warn, parts: tuple[str, ...] = ()) -> Path | None
     return newest
 
 
-def read(path: Path) -> Snapshot:
-    """A checkpoint whose files are intact."""
+def read(path: Path, like: Mapping[str, Tensor] | None = None) -> Snapshot:
+    """A checkpoint whose files are intact; a tensor is read from the disk when it is asked for.
+
+    like: the live weights by name; where they are DTensors, so are weights, optimizer state and averages of the same shape that are
+    read, and each rank reads its own blocks alone.
+    """
     values = read_metadata(path)
-    tensors = {file.stem: read_tensors(file) for file in sorted(path.glob("*.safetensors"))}
-    return Snapshot(values["step"], tensors, values)
+    parts = sorted({part_of_file(file.name) for file in path.glob("*.safetensors")})
+    return Snapshot(values["step"], {part: read_part(path, part, like) for part in parts}, values)
 
 
 def read_metadata(path: Path) -> dict[str, Any]:
@@ -187,8 +242,8 @@ def read_metadata(path: Path) -> dict[str, Any]:
     except MalformedFile as error:
         raise CheckpointError(f"{path / 'state.json'} cannot be read (it {error}): use an older checkpoint.") from None
     found = values.get("format")
-    if found != FORMAT:
-        raise CheckpointError(f"{path} has checkpoint format {found!r} and this version reads {FORMAT}: use the version that wrote it.")
+    if found not in (FORMAT, SHARDED_FORMAT):
+        raise CheckpointError(f"{path} has checkpoint format {found!r} and this version reads 1 and 2: use the version that wrote it.")
     for name, (kind, what) in STATE_TYPES.items():
         if name in values and type(values[name]) is not kind:
             raise CheckpointError(f"{name} in {path / 'state.json'} is not {what}: use an older checkpoint.")
@@ -202,16 +257,6 @@ def read_metadata(path: Path) -> dict[str, Any]:
     ):
         raise CheckpointError(f"{path / 'state.json'} holds counts or random states of other types: use an older checkpoint.")
     return values
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """The tensors of one file, on the CPU."""
-    try:
-        open_regular(path).close()  # before safetensors opens it, which would wait for a named pipe
-        return load_file(path)
-    except (OSError, SafetensorError, MalformedFile, LookupError, ValueError, RuntimeError) as error:
-        reason = printable(" ".join(str(error).split()))[:200]
-        raise CheckpointError(f"{path} cannot be read ({reason}): use an older checkpoint.") from None
 
 
 def set_aside(path: Path) -> None:

@@ -21,6 +21,7 @@ from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
 from andromeda.train.callbacks.spike_guard import LossSpikeGuard
 from andromeda.train.callbacks.validation import ROW_SELECTION
 from andromeda.train.checkpoint import Snapshot
+from andromeda.train.checkpoint_reader import shape_of
 from andromeda.train.compile import compile_blocks
 from andromeda.train.memory_check import check_activations_fit, check_state_fits
 from andromeda.train.metrics import MetricAccumulator
@@ -82,7 +83,7 @@ def rng_values() -> dict[str, Any]:
     return {"python": [version, list(state), gauss], "numpy": [int(position), int(has_gauss), float(cached)]}
 
 
-def load_rng(tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+def load_rng(tensors: Mapping[str, Tensor], values: dict[str, Any]) -> None:
     """Restore what `rng_tensors` and `rng_values` returned. States of devices that this machine does not have are ignored."""
     version, state, gauss = values["python"]
     random.setstate((version, tuple(state), gauss))
@@ -206,14 +207,15 @@ def model_tensors(model: nn.Module) -> dict[str, Tensor]:
     return kept
 
 
-def load_model(model: nn.Module, saved: dict[str, Tensor]) -> None:
+def load_model(model: nn.Module, saved: Mapping[str, Tensor]) -> None:
     """Copy saved tensors into a model. Raises CheckpointError, before anything changes, when names or shapes differ."""
     live = model_tensors(model)
     different = [f"{name} is only in the {'model' if name in live else 'checkpoint'}" for name in sorted(live.keys() ^ saved.keys())]
+    shapes = {name: shape_of(saved, name) for name in live.keys() & saved.keys()}
     different += [
-        f"{name} has the shape {tuple(saved[name].shape)} in the checkpoint and {tuple(tensor.shape)} in the model"
+        f"{name} has the shape {shapes[name]} in the checkpoint and {tuple(tensor.shape)} in the model"
         for name, tensor in live.items()
-        if name in saved and saved[name].shape != tensor.shape
+        if name in shapes and shapes[name] != tuple(tensor.shape)
     ]
     if different:
         more = f" (and {len(different) - 1} more differences)" if len(different) > 1 else ""

@@ -10,6 +10,7 @@ from torch import Tensor
 from andromeda.config.model import ModelConfig
 from andromeda.model.transformer import Transformer
 from andromeda.train import checkpoint
+from andromeda.train.checkpoint_reader import has_part, read_part
 from andromeda.train.run_dir import RunDir
 from andromeda.train.state import load_model
 from andromeda.utils.errors import CheckpointError
@@ -34,9 +35,9 @@ def read_weights(
     Raises CheckpointError, one sentence, when there is none.
     """
     path = resolve_checkpoint(run, average=average, step=step, warn=warn)
-    weights = checkpoint.read_tensors(path / "model.safetensors")
+    weights = dict(read_part(path, "model"))
     if average:
-        weights |= checkpoint.read_tensors(path / "average.safetensors")
+        weights |= dict(read_part(path, "average"))
     return RunDir(run).config().model, weights
 
 
@@ -48,7 +49,7 @@ def resolve_checkpoint(run: str | Path, *, average: bool = False, step: int | No
     there = checkpoint.list_all(folder.checkpoints)
     if not there:
         raise CheckpointError(f"{folder.path} holds no checkpoint yet: wait for the first one.")
-    if "average" in parts and not (there[0] / "average.safetensors").exists():
+    if "average" in parts and not has_part(there[0], "average"):
         raise CheckpointError(f"{folder.path} keeps no moving average: train with train.ema=0.999, or use the weights themselves.")
     if step is None:
         path = checkpoint.latest(folder.checkpoints, warn, parts)

@@ -9,7 +9,7 @@ the original's weights, and its first update copies the weights where this one a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ class ExponentialMovingAverage:
         """The averages by parameter name; live, not copied."""
         return self._averages
 
-    def load_state(self, tensors: dict[str, Tensor], updates: int) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], updates: int) -> None:
         """Restore what `state_tensors` returned after `updates` updates."""
         self.updates = updates
         for name, average in self._averages.items():
