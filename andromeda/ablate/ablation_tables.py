@@ -192,7 +192,7 @@ def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
 
 
 def _title(row: dict[str, Any]) -> str:
-    return row["name"] if row["compared_with"] in ("", "baseline") else f"{row['name']} (on {row['on']})"
+    return row["name"] if row["compared_with"] in ("", "baseline") else f"{row['name']} (compared with {row['compared_with']})"
 
 
 def _reach(rows: list[dict[str, Any]]) -> float:

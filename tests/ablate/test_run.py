@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,7 +17,7 @@ import psutil
 import pytest
 
 from andromeda.ablate.ablation import _kept_costs
-from andromeda.ablate.ablation_tables import evenness
+from andromeda.ablate.ablation_tables import draw, evenness
 from andromeda.ablate.grid import AblationGrid, Variant, grid_from_values, split, variants_of
 from andromeda.ablate.jobs import amount_of, flops_per_token, jobs_of, plan_variants, steps_for, tokens_per_step, with_budget, with_steps
 from andromeda.ablate.worker import RunResult, load_result
@@ -128,6 +129,14 @@ def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -
     ]
     assert {job.config.seed for job in jobs} == {3, 5}
     assert len({job.folder for job in jobs}) == len(jobs)
+
+
+def test_the_plot_names_what_a_variant_is_compared_with(tmp_path: Path) -> None:
+    rows = [row("baseline", [3.0, 3.0], **NO_EFFECT), row("lerp", [2.5, 2.5]), row("folded", [2.4, 2.4], compared_with="lerp")]
+    draw({"variants": rows, "metric": "loss", "budget": "tokens", "seeds": [0, 1]}, tmp_path)
+    texts = re.findall(r"<text[^>]*>([^<]*)</text>", (tmp_path / "plot.svg").read_text())
+    assert [text for text in texts if "lerp" in text] == ["lerp", "folded (compared with lerp)"]
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_values_are_divided_at_commas_outside_brackets() -> None:

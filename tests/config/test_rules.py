@@ -69,20 +69,23 @@ def test_interpolation_reaches_past_the_model_it_stretches() -> None:
     assert any("never interpolated" in note for note in notes(config))
 
 
+BY_SLOPES = ["model.alibi.fold_into_qk=false"]  # all dimensions of a head hold content
+
+
 def test_notes_quote_the_reach_of_alibi_under_a_qk_norm() -> None:
     # Logits within ±10 and a slope of 1/2: 20 / (1/2) tokens; slope 2^-8, of the only head: 20 * 256.
-    steep = load("andromeda", ["model.attention.qk_norm=l2", "model.alibi.num_heads=8"])
+    steep = load("andromeda", [*BY_SLOPES, "model.attention.qk_norm=l2", "model.alibi.num_heads=8"])
     assert any("bounds attention logits at 10" in note and "about 40 tokens" in note for note in notes(steep))
-    gentle = load("andromeda", ["model.attention.qk_norm=l2", "model.alibi.num_heads=1", "model.max_seq_len=65536"])
+    gentle = load("andromeda", [*BY_SLOPES, "model.attention.qk_norm=l2", "model.alibi.num_heads=1", "model.max_seq_len=65536"])
     assert any("about 5120 tokens" in note for note in notes(gentle))
-    rms = load("andromeda", ["model.attention.qk_norm=rms"])
+    rms = load("andromeda", [*BY_SLOPES, "model.attention.qk_norm=rms"])
     assert any(f"bounds attention logits at {math.sqrt(128):.6g}," in note for note in notes(rms))
 
 
 @pytest.mark.parametrize(("context", "percent"), [(8192, "7.5%"), (16384, "3.5%"), (32768, "1.5%")])
 def test_notes_quote_what_xpos_leaves_over(context: int, percent: str) -> None:
     # Mean of zeta^(context / 512) over the 64 pairs of whole heads of 128.
-    found = notes(load("andromeda", [f"model.max_seq_len={context}", "model.rotary.fraction=1.0"]))
+    found = notes(load("andromeda", [*BY_SLOPES, f"model.max_seq_len={context}", "model.rotary.fraction=1.0"]))
     assert any(f"leaves {percent}" in note for note in found)
 
 
