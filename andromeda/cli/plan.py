@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from andromeda.config.run import RunConfig
     from andromeda.plan import HardwareSetup, RunPlan
 
+UNCERTAIN = (0.6, 1.7)
+"""Shares of a device's memory between which an estimate does not decide whether a run fits."""
+
 
 def plan(
     sources: Annotated[
@@ -33,7 +36,7 @@ def plan(
     tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9; 0 takes the configuration's.")] = 0.0,
     price: Annotated[float, typer.Option(help="Dollars per GPU-hour.")] = 0.0,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization to assume for training.")] = 0.4,
-    details: Annotated[bool, typer.Option("--details", help="All tables, with exact memory of compiled runs (some seconds more).")] = False,
+    details: Annotated[bool, typer.Option("--details", help="All tables, and exact memory (some seconds more).")] = False,
     allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -92,13 +95,13 @@ def _load(source: str, changes: list[str], seq_len: int | None, batch_size: int 
 
 
 def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int, quick: bool) -> RunPlan:
-    """The plan of one configuration; quick: with a bound on memory, unless that bound does not fit."""
+    """The plan of one configuration; quick: with an estimate of memory, unless that is near what the device has."""
     from andromeda.plan import plan
 
     if sys.stderr.isatty():
         print(f"planning {name} ...", end="\r", file=sys.stderr)
     planned = plan(name, config, place, tokens, quick)
-    if planned.memory_is_bound and planned.memory.peak > place.hardware.memory:
+    if planned.memory_is_estimate and UNCERTAIN[0] < planned.memory.peak / place.hardware.memory < UNCERTAIN[1]:
         return plan(name, config, place, tokens)
     return planned
 
@@ -115,8 +118,8 @@ def _print(plans: list[RunPlan], place: HardwareSetup, details: bool) -> None:
     for plan in plans:
         print(f"{plan.name}: {_verdict(plan, device.memory)} of the memory of one {device.name}.")
     if not details:
-        bound = "; peak memory is an upper bound, that of a run without torch.compile" * any(plan.memory_is_bound for plan in plans)
-        print(f"--details: parameters, FLOPs and memory by part, roofline times, serving{bound}.")
+        exact = ", exact peak memory" * any(plan.memory_is_estimate for plan in plans)
+        print(f"--details: parameters, FLOPs and memory by part{exact}, roofline times, serving.")
         return
     rates = ", ".join(f"{rate / 1e12:,.0f} in {kind}" for kind in ("fp32", "bf16", "fp8") if (rate := device.rate(kind)))
     print(f"Roofline: {rates} TFLOP/s and {device.bandwidth / 1e12:.2f} TB/s ({device.source}).")
@@ -124,6 +127,5 @@ def _print(plans: list[RunPlan], place: HardwareSetup, details: bool) -> None:
 
 def _verdict(plan: RunPlan, memory: float) -> str:
     share = plan.memory.peak / memory
-    if share > 1:
-        return f"does not fit, needs {share:.0%}"
-    return f"fits, needs {'at most ' if plan.memory_is_bound else ''}{max(share, 0.01):.0%}"
+    about = "about " if plan.memory_is_estimate else ""
+    return f"{'fits' if share <= 1 else 'does not fit'}, needs {about}{max(share, 0.01):.0%}"

@@ -68,7 +68,8 @@ class LerpShift(nn.Module):
     def __init__(self, config: ModelConfig, slot: str) -> None:
         super().__init__()
         self.slot = slot
-        self.mix = nn.Parameter(torch.linspace(0, 1, config.hidden_size))
+        # Made on the CPU: on the meta device linspace would import sympy.
+        self.mix = nn.Parameter(torch.empty(config.hidden_size).copy_(torch.linspace(0, 1, config.hidden_size, device="cpu")))
 
     def cache_bytes(self, dtype: torch.dtype) -> CacheBytes:
         """The last vector."""

@@ -63,7 +63,7 @@ def linear_cross_entropy(
     size for the device. Gradients, of the sum only, are of first order.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    options = (softcap, z_loss, chunk or _chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x))
+    options = (softcap, z_loss, chunk or chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x))
     tokens = (labels != IGNORE_INDEX).sum()
     if reduction == "sum" and torch.is_grad_enabled():
         total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, options)
@@ -217,7 +217,7 @@ def _scale_grad(gradient: Tensor, factor: Tensor, dtype: torch.dtype, last: bool
     return out
 
 
-def _chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
+def chunk_tokens(device: str, tokens: int, vocabulary: int) -> int:
     """Tokens of a chunk, a multiple of the tile: chunks as equal as possible, within the device's number of logits."""
     given = _CHUNK_LOGITS.get(device, _CHUNK_LOGITS["cuda"]) / vocabulary
     most = max(_CHUNK_TOKENS, round(given / _TILE) * _TILE)

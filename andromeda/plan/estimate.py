@@ -13,7 +13,8 @@ from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.plan.device_mesh import CommunicationVolume, DeviceMeshShape, communication_volume, local_batch_sizes
 from andromeda.plan.dry_run import step_memory
-from andromeda.plan.memory import CheckpointSize, TrainingMemory, checkpoint_size, decode_state, state_bytes, training_memory
+from andromeda.plan.memory import CheckpointSize, TrainingMemory, checkpoint_size, decode_state, state_bytes, training_memory, update_bytes
+from andromeda.plan.memory_estimate import estimate_step_memory, estimate_update_bytes
 from andromeda.plan.roofline import ServingRoofline, seconds_per_step, serving_roofline
 from andromeda.train.compile import should_compile
 from andromeda.train.precision import build_precision
@@ -146,15 +147,15 @@ class RunPlan:
     serving: ServingRoofline | None
     traffic: CommunicationVolume
     budget: RunCost
-    memory_is_bound: bool = False
-    """Whether `memory` is an upper bound: that of the same run without torch.compile."""
+    memory_is_estimate: bool = False
+    """Whether `memory` is that of `estimate_step_memory` instead of the dry run's."""
 
 
 def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, quick: bool = False) -> RunPlan:
     """The plan of one run.
 
-    tokens: of the whole run (0: as configured). quick: memory of a run that would be compiled is bounded by that of eager execution,
-    which takes a fraction of the time to find; its plan has `memory_is_bound`. Raises ConfigError.
+    tokens: of the whole run (0: as configured). quick: activation memory is estimated in closed form instead of by a dry run, which
+    takes seconds; such a plan has `memory_is_estimate`. Raises ConfigError.
     """
     train, mesh = config.train, place.mesh
     sequence = train.seq_len or config.model.max_seq_len
@@ -163,8 +164,12 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
     compiled = train.compile != "off" if place.gpu else should_compile(config, torch.device("cpu"))
     model = meta_model(config.model)
     parameters, state = count_parameters(model), state_bytes(model, train)
-    bound = quick and compiled
-    held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled and not bound)
+    if quick:
+        held = estimate_step_memory(config, model, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
+        updating = estimate_update_bytes(model, train.optim)
+    else:
+        held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
+        updating = update_bytes(model, train.optim, place.gpu)
     cached = decode_state(config.model)
     floor = seconds_per_step(config, sequence, place.hardware, precision, mesh.gpus)
     return RunPlan(
@@ -178,7 +183,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
         optimizer=train.optim.kind,
         parameters=parameters,
         flops=_flops(config, sequence),
-        memory=training_memory(config, mesh, model, held, state, place.gpu),
+        memory=training_memory(config, mesh, model, held, state, updating),
         checkpoint=checkpoint_size(state, train.checkpoints.keep),
         cache_per_token=cached.per_token,
         cache_full=cached.per_token * config.model.max_seq_len + cached.per_sequence,
@@ -186,7 +191,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
         step_floor=floor,
         serving=serving_roofline(config.model, parameters.active, place.hardware, precision),
         traffic=communication_volume(config, mesh, parameters.total, sequence),
-        memory_is_bound=bound,
+        memory_is_estimate=quick,
         budget=_budget(config, sequence, place, precision, floor, tokens),
     )
 

@@ -90,15 +90,15 @@ class CheckpointSize:
 
 
 def training_memory(
-    config: RunConfig, mesh: DeviceMeshShape, model: Transformer, passing: StepMemory, state: TrainStateBytes, gpu: bool
+    config: RunConfig, mesh: DeviceMeshShape, model: Transformer, passing: StepMemory, state: TrainStateBytes, updating: int
 ) -> TrainingMemory:
-    """Divide the memory of one device over a mesh, and compute the peak."""
+    """Divide the memory of one device over a mesh, and compute the peak. updating: temporaries of the optimizer, in bytes."""
     sharded = mesh.fsdp * mesh.tp
     own = TrainStateBytes(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
     moving = _divided(passing, mesh)
     block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
     gathered = 2 * block * WEIGHT_BYTES // mesh.tp if mesh.fsdp > 1 else 0
-    updating = update_bytes(model, config.train.optim, gpu) // sharded
+    updating //= sharded
     accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.data_ranks
     kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)

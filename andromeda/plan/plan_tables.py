@@ -115,7 +115,7 @@ SUMMARY: dict[str, Reader] = {
     "training FLOPs per token": lambda p: flops(p.flops.training),
     "KV cache per token, bf16": lambda p: size(p.cache_per_token),
     "training state per GPU": lambda p: size(p.memory.state.total),
-    "peak memory per GPU": lambda p: f"{'at most ' if p.memory_is_bound else ''}{size(p.memory.peak)}",
+    "peak memory per GPU": lambda p: f"{'about ' if p.memory_is_estimate else ''}{size(p.memory.peak)}",
     "tokens": lambda p: f"{count(p.budget.tokens)} in {p.budget.steps:,} steps",
 }
 

@@ -8,6 +8,7 @@ import torch
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import meta_model
+from andromeda.model.transformer import Transformer
 from andromeda.optim import optimizer_state_bytes
 from andromeda.utils.errors import ConfigError
 
@@ -61,9 +62,14 @@ def min_saved_bytes_per_token(config: RunConfig, precision: str) -> int:
     """
     numbers = config.model.num_layers * config.model.hidden_size
     if config.train.activation_checkpointing == "none":
-        parts = [part for block in meta_model(config.model).decoder.blocks for part in block.children()]
-        numbers += sum(part.saved_per_token() for part in parts if hasattr(part, "saved_per_token"))  # type: ignore[operator]
+        numbers += saved_numbers_per_token(meta_model(config.model))
     return numbers * COMPUTE_ITEMSIZE[precision]
+
+
+def saved_numbers_per_token(model: Transformer) -> int:
+    """Numbers per token that the parts of all blocks say that the backward pass keeps at least."""
+    parts = [part for block in model.decoder.blocks for part in block.children()]
+    return sum(part.saved_per_token() for part in parts if hasattr(part, "saved_per_token"))  # type: ignore[operator]
 
 
 def device_memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from andromeda.ops.cross_entropy import CrossEntropy, _chunk_tokens, linear_cross_entropy, reference
+from andromeda.ops.cross_entropy import CrossEntropy, chunk_tokens, linear_cross_entropy, reference
 
 OPTIONS: list[dict[str, Any]] = [{}, {"softcap": 3.0}, {"z_loss": 0.1}, {"softcap": 3.0, "z_loss": 0.1}]
 
@@ -202,7 +202,7 @@ def test_no_chunk_is_ever_larger_than_asked_for(monkeypatch: pytest.MonkeyPatch)
 
 @given(device=st.sampled_from(["cpu", "cuda"]), tokens=st.integers(0, 200_000), vocabulary=st.integers(1, 300_000))
 def test_chunks_are_whole_tiles_and_as_few_as_fit(device: str, tokens: int, vocabulary: int) -> None:
-    chunk = _chunk_tokens(device, tokens, vocabulary)
+    chunk = chunk_tokens(device, tokens, vocabulary)
     given = {"cpu": 2**20, "cuda": 5 * 2**25}[device]
     assert chunk % 128 == 0
     assert chunk <= 256 or (chunk - 64) * vocabulary <= given

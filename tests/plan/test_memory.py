@@ -214,8 +214,8 @@ def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: boo
     assert planned.saved_copies < planned.casts / 100
     assert step_memory(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
     state, model = TrainStateBytes(1000, 1000, 2000, 0), Transformer(run.model)
-    alone, sharded = (training_memory(run, DeviceMeshShape(fsdp=fsdp), model, planned, state, gpu=True) for fsdp in (1, 2))
-    without = training_memory(run, DeviceMeshShape(), model, replace(planned, casts=0), state, gpu=True)
+    alone, sharded = (training_memory(run, DeviceMeshShape(fsdp=fsdp), model, planned, state, 0) for fsdp in (1, 2))
+    without = training_memory(run, DeviceMeshShape(), model, replace(planned, casts=0), state, 0)
     assert alone.peak - without.peak == planned.casts
     assert sharded.passing.casts == 0
 

@@ -181,8 +181,8 @@ class MoE(nn.Module):
         return {"router": self.router.project.flops(), "experts": self.router.active * self.experts.flops(), "shared experts": shared}
 
     def saved_per_token(self) -> int:
-        """Numbers that the backward pass keeps at least: the inner activations of one expert."""
-        return self.experts.inner.shape[1]
+        """Numbers that the backward pass keeps at least: the inner activations of the experts that a token passes through."""
+        return self.router.active * self.experts.inner.shape[1] + sum(expert.saved_per_token() for expert in self.shared)  # type: ignore[operator]
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""

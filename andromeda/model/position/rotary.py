@@ -130,7 +130,8 @@ class RoPE(NoRotary):
         self.rotate = ROTATIONS[config.rotary.layout]
         a, biased = config.attention, config.alibi.num_heads
         self.unrotated = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
-        self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original)).logit_factor
+        # On the CPU also where the model is built on the meta device: there arithmetic would import the compiler, for a second.
+        self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original, torch.device("cpu"))).logit_factor
 
     def fused_spec(self) -> RotarySpec | None:
         """Layout of the pairs; None where only heads without ALiBi are rotated."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
 
-import torch
 from torch import Tensor
 
 from andromeda.ops.attention import cudnn, decode, eager, fa4, flash, flex, sdpa
 from andromeda.ops.attention.spec import AttentionSpec
+from andromeda.ops.constant_result import assume_constant_result
 from andromeda.utils.errors import ConfigError, nearest
 
 _BACKENDS = {module.name: module for module in (sdpa, decode, flash, cudnn, flex, fa4, eager)}
@@ -96,7 +96,7 @@ def _first_supported(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor) -> Mo
     raise AssertionError("eager supports every call")
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _log_fallback(name: str, fastest: str, reason: str) -> None:
     """Log that a slower backend was selected, also while torch.compile traces."""
     _log_once(name, fastest, reason)

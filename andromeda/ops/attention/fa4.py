@@ -23,6 +23,7 @@ from andromeda.ops.attention.requirements import (
 )
 from andromeda.ops.attention.spec import AttentionSpec
 from andromeda.ops.attention.tensor_cache import TensorCache
+from andromeda.ops.constant_result import assume_constant_result
 from andromeda.utils.errors import DataError
 
 name = "fa4"
@@ -52,7 +53,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
     return torch.ops.andromeda.fa4(q, k, v, documents, spec.scale, spec.window, spec.softcap)[0]
 
 
-@torch.compiler.assume_constant_result
+@assume_constant_result
 def _is_installed_constant() -> bool:
     return _is_installed()
 
