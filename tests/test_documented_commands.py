@@ -150,6 +150,8 @@ def run(command: Command, material: Path) -> None:
         small = next((SMALL[verb] for verb in SMALL if " ".join(arguments).startswith(verb)), [])
         if "--append" in arguments:  # the corpus keeps its vocabulary and its held-out documents
             small = [change for change in small if not change.startswith(("--vocab-size", "--validation-fraction"))]
+        if "--tokenizer runs/" in text:  # that of a run has its size
+            small = [change for change in small if not change.startswith("--vocab-size")]
         arguments += [argument for argument in small if argument.split("=")[0] not in command.extra]
     code = call(*arguments)
     assert code == 0, f"{place} ended with {code}, as: andromeda {shlex.join(arguments)}"

@@ -38,7 +38,7 @@ VERBS: dict[str, list[str]] = {
     "eval": ["eval", "run", "bits", "--device", "cpu"],
     "explain": ["explain", "run", "the"],
     "resume": ["train", "--resume", "--out", "run"],
-    "train": ["train", "run", "--out", "new"],
+    "train": ["train", "run", "--init-from", "run", "--out", "new"],
     "extend": ["extend", "run", "--to", "64", "--steps", "0", "--samples", "1", "--device", "cpu", "--out", "longer"],
     "export": ["export", "run", "--to", "exported"],
     "plan": ["plan", "run"],

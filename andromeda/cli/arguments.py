@@ -47,12 +47,18 @@ def load_config(source: str, overrides: Sequence[str] | None) -> RunConfig:
     return config
 
 
+def is_run(path: Path) -> bool:
+    """Whether a path is a run folder."""
+    from andromeda.train.run_dir import RunDir
+
+    return RunDir(path).exists
+
+
 def check_exists(run: Path) -> None:
     """Raise CheckpointError, before anything slow is imported, for a path that is not a run folder."""
-    from andromeda.train.run_dir import RunDir
     from andromeda.utils.errors import CheckpointError
 
-    if not RunDir(run).exists:
+    if not is_run(run):
         raise CheckpointError(f"{run} is not a run folder (it holds no config.toml): give the --out of `andromeda train`.")
 
 

@@ -2,24 +2,33 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import AllowCode, Overrides, load_config
+from andromeda.cli.arguments import AllowCode, Overrides, check_exists, is_run, load_config
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 
 def train(
     config: Annotated[
         str,
-        typer.Argument(metavar="PRESET|FILE|RUN", help="A preset, a TOML file or a run folder; with --resume the run's own by default."),
+        typer.Argument(
+            metavar="PRESET|FILE|RUN", help="A preset, a TOML file or a run folder; with --resume or --init-from that run's own by default."
+        ),
     ] = "",
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option(help="The run folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Resume the run in --out from its last checkpoint.")] = False,
+    init_from: Annotated[
+        str, typer.Option(metavar="RUN[@STEP]", help="Begin a new run with the weights of another one (its newest checkpoint, or of STEP).")
+    ] = "",
+    keep_optimizer: Annotated[
+        bool, typer.Option("--keep-optimizer", help="With --init-from: begin with the optimizer's state of that checkpoint too.")
+    ] = False,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; the same as train.device=.")] = "",
     allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each line of metrics.jsonl as it is written.")] = False,
@@ -30,22 +39,54 @@ def train(
         config, changes = "", [config, *changes]
     if device:
         changes.append(f"train.device={device}")
-    if not config and not (resume and out):
+    if resume and config and not out and is_run(Path(config)):
+        out = Path(config)
+    source = config or (_parent(init_from) if init_from else str(out) if resume and out else "")
+    if not source:
         raise ConfigError("Name a preset or a TOML file to train, or give --out RUN --resume to resume a run.")
+    if not (resume or init_from):
+        _refuse_run(config)
 
     from andromeda.config.rules import check_training
 
-    settings = load_config(config or str(out), changes)
+    settings = load_config(source, changes)
     check_training(settings)
 
     from andromeda.train.progress import build_reporter
     from andromeda.train.trainer import train as run
 
     with closing(build_reporter(settings.train.steps, as_json)) as reporter:
-        result = run(settings, out or _named(settings.name), resume=resume, reporter=reporter)
+        result = run(
+            settings,
+            out or _named(settings.name),
+            resume=resume,
+            init_from=init_from or None,
+            keep_optimizer=keep_optimizer,
+            reporter=reporter,
+        )
         if result.signal:
             raise typer.Exit(128 + result.signal)
         reporter.message(_report(result.run_dir))
+
+
+def _parent(init_from: str) -> str:
+    """The run folder that `--init-from` names."""
+    from andromeda.train.run_dir import split_step
+
+    run = split_step(init_from)[0]
+    check_exists(run)
+    return str(run)
+
+
+def _refuse_run(config: str) -> None:
+    """Raise ConfigError for a run folder alone, of which everybody would expect that its weights are used."""
+    if is_run(Path(config)):
+        run = shlex.quote(config.rstrip("/"))
+        raise ConfigError(
+            f"{config} is a run, and training its configuration alone would begin with random weights: resume it with "
+            f"`andromeda train --out {run} --resume`, start a new run with its weights with `andromeda train {run} --init-from {run} "
+            f"--out NEW`, or name the file {run}/config.toml to begin with random weights."
+        )
 
 
 def _named(name: str) -> Path:

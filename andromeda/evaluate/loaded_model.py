@@ -10,15 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 
 from andromeda.api import Andromeda
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
-from andromeda.train.checkpoint_reader import read_part
 from andromeda.train.manifest import code_state, device_name, machine, versions
 from andromeda.train.run_dir import RunDir
-from andromeda.train.weights import resolve_checkpoint
+from andromeda.train.weights import resolve_checkpoint, weights_sha256
 from andromeda.utils.errors import RequestError
 from andromeda.utils.untrusted import MalformedFile, open_regular
 
@@ -71,15 +69,7 @@ def load_model(run: Path, *, step: int | None = None, average: bool = False, dev
     path = resolve_checkpoint(run, average=average, step=step, warn=log.warning)
     number = int(path.name.removeprefix("step-"))
     model = Andromeda.from_run(run, device=device, dtype=dtype, ema=average, step=number)
-    return LoadedModel(run, RunDir(run).config(), model, number, _weights_sha256(path, "average" if average else "model"), average)
-
-
-def _weights_sha256(checkpoint: Path, part: str) -> str:
-    """sha256 of the file of a part; of one that several ranks wrote, of the file that one process would have written."""
-    file = checkpoint / f"{part}.safetensors"
-    if file.exists():
-        return file_sha256(file)
-    return hashlib.sha256(save(dict(read_part(checkpoint, part)))).hexdigest()
+    return LoadedModel(run, RunDir(run).config(), model, number, weights_sha256(path, "average" if average else "model"), average)
 
 
 def file_sha256(path: Path) -> str:

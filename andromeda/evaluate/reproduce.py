@@ -16,6 +16,7 @@ from andromeda.evaluate.comparison import DataLocations, VerificationCheck, rela
 from andromeda.evaluate.run_files import last_start, repeats_exactly
 from andromeda.train.metrics import TIMING_METRICS, MetricsHistory, read_metrics
 from andromeda.train.progress import MetricValues, NullReporter
+from andromeda.train.resume import LENGTH
 from andromeda.train.run_dir import RunDir
 from andromeda.train.trainer import train
 from andromeda.train.weights import read_weights
@@ -41,8 +42,13 @@ def retrain_and_compare(run: Path, place: Path, locations: DataLocations, report
     """Train the run again on the CPU, in the new folder `place`, and compare. Raises RequestError for a run that cannot be repeated."""
     folder = RunDir(run)
     config, start, old = folder.config(), last_start(folder), read_metrics(folder.metrics_file)
-    if (run / "extension.json").exists():
+    manifest = folder.manifest()
+    if (run / "extension.json").exists() or manifest.get("parent"):
         raise RequestError(f"{run} began with the weights of another run, which its configuration does not give: repeat that one.")
+    if any(set(LENGTH) & set(begun.get("changes", [])) for begun in manifest.get("starts", [])):
+        raise RequestError(
+            f"{run} was given another length when it was resumed, which its configuration does not tell: it cannot be repeated."
+        )
     if old.step < config.train.steps:
         raise RequestError(f"{run} stands at step {old.step} of {config.train.steps}: finish it before it is repeated.")
     update = {"train": config.train.model_copy(update={"device": "cpu"}), "data": locations.data(config.data)}

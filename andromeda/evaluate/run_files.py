@@ -19,9 +19,10 @@ from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.metrics import MetricsHistory, is_number, sha256_prefix
 from andromeda.train.objective import NextTokenObjective
 from andromeda.train.precision import build_precision
+from andromeda.train.resume import METRICS_LOST, changed_since
 from andromeda.train.run_dir import RunDir
 from andromeda.train.state import resolve_device
-from andromeda.train.trainer import METRICS_LOST, build_validation, changed_since, resolve_seq_len
+from andromeda.train.trainer import build_validation, resolve_seq_len
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.untrusted import open_regular

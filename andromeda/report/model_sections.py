@@ -130,6 +130,7 @@ def manifest_section(record: RunData) -> Section:
         [
             ("Identity", manifest.get("identity")),
             ("Seed", str(config.seed)),
+            ("Weights from", parent_text(record) or None),
             ("Training stream", code(manifest["data"]) if manifest.get("data") else None),
             ("Command", code(last["command"]) if last.get("command") else None),
             ("Code", _code(last.get("code"))),
@@ -207,12 +208,22 @@ def model_card_facts(record: RunData, counted: ParameterCount | None) -> list[tu
     return [
         ("Model", f"{record.config.name}: {size}; {architecture(record.config.model)}"),
         ("Made with", f"Andromeda {_start(record, 'versions').get('andromeda', '')}, {training_status(record)}"),
+        *([("Initialized from", parent)] if (parent := parent_text(record)) else []),
         ("Training data", _data(record)),
         ("Training", _training(record)),
         ("Measured", _measured(record)),
         ("Use", INTENDED_USE),
         ("Limits", LIMITATIONS),
     ]
+
+
+def parent_text(record: RunData) -> str:
+    """The run that this one began with the weights of, as its manifest names it; empty where it began with random ones."""
+    parent = record.manifest.get("parent")
+    if not parent:
+        return ""
+    optimizer = "the optimizer's state kept" if parent["keep_optimizer"] else "a fresh optimizer"
+    return f"{parent['run']}, step {parent['step']:,} (sha256 of the weights {parent['weights_sha256']}), with {optimizer}."
 
 
 def _start(record: RunData, name: str) -> dict[str, Any]:

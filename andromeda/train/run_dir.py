@@ -121,7 +121,7 @@ class RunDir:
             found = {}
         texts = all(isinstance(found.get(name, ""), str) for name in ("identity", "data"))
         starts = found.get("starts")
-        if not (texts and isinstance(starts, list) and all(map(_is_start, starts))):
+        if not (texts and isinstance(starts, list) and all(map(_is_start, starts)) and _is_parent(found.get("parent"))):
             raise CheckpointError(f"{self.manifest_file} is no manifest of a run: restore it, or remove it to have it written again.")
         return found
 
@@ -130,7 +130,21 @@ class RunDir:
         write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
+def split_step(source: str | Path) -> tuple[Path, int | None]:
+    """RUN or RUN@STEP as folder and step; None is the newest checkpoint. A folder of that whole name comes first."""
+    run, at, step = str(source).rpartition("@")
+    if at and run and step.isdecimal() and not Path(source).exists():
+        return Path(run), int(step)
+    return Path(source), None
+
+
 def _is_start(value: Any) -> bool:
     """Whether a manifest's entry of a start holds values of the types that are written."""
     kinds: dict[str, tuple[type, ...]] = {"step": (int,), "command": (str,), "changes": (list,), "machine": (dict,), "versions": (dict,)}
     return isinstance(value, dict) and all(type(value[name]) in kind for name, kind in kinds.items() if name in value)
+
+
+def _is_parent(value: Any) -> bool:
+    """Whether a manifest's entry of the run that the weights come from is as it is written, or missing."""
+    kinds = {"run": str, "step": int, "weights_sha256": str, "keep_optimizer": bool}
+    return value is None or (isinstance(value, dict) and all(type(value.get(name)) is kind for name, kind in kinds.items()))

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import json
-import os
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from andromeda.config.keys import flatten
 from andromeda.config.own_code import allow_code as consent
 from andromeda.config.parts import check_code_allowed
 from andromeda.config.run import RunConfig
@@ -23,6 +20,7 @@ from andromeda.train import checkpoint
 from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
 from andromeda.train.callbacks.validation import Validation
+from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import (
     MetricsFile,
@@ -30,16 +28,15 @@ from andromeda.train.metrics import (
     ThroughputMonitor,
     build_loggers,
     check_loggers_installed,
-    sha256_prefix,
 )
 from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.progress import MetricValues, NullReporter, Reporter
+from andromeda.train.resume import LENGTH, METRICS_LOST, changed_keys, rest_of_schedule, resume_latest, set_aside_changed_metrics
 from andromeda.train.run_dir import RunDir
 from andromeda.train.signals import SignalHandler
 from andromeda.train.state import TrainState, build_train_state, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
-from andromeda.utils.errors import AndromedaError, CheckpointError, ConfigError
-from andromeda.utils.untrusted import MalformedFile
+from andromeda.utils.errors import AndromedaError, ConfigError
 
 
 class TrainingFailed(AndromedaError):
@@ -184,24 +181,6 @@ class Trainer:
         )
 
 
-MAY_CHANGE_ON_RESUME = (
-    "name",
-    "data.corpus",
-    "data.workers",
-    "train.device",
-    "train.compile",
-    "train.activation_checkpointing",
-    "train.micro_batch_size",
-    "train.eval_every",
-    "train.eval_tokens",
-    "train.checkpoints",
-    "train.probes",
-    "train.log",
-    "parallel",
-)
-"""Keys and tables that a resumed run may change: none of them affects what is learned. The data's fingerprint guards its path."""
-
-
 @dataclass(frozen=True)
 class TrainResult:
     """How a call of `train` ended."""
@@ -214,42 +193,57 @@ class TrainResult:
 
 
 def train(
-    config: RunConfig, out: str | Path, *, resume: bool = False, reporter: Reporter | None = None, allow_code: bool = False
+    config: RunConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    init_from: str | Path | None = None,
+    keep_optimizer: bool = False,
+    reporter: Reporter | None = None,
+    allow_code: bool = False,
 ) -> TrainResult:
     """Train `config` in the run folder `out`, or resume the run that is there.
 
-    allow_code: import the classes of a user's own that the configuration names. Raises an AndromedaError, one sentence, for anything
-    that cannot work; a new folder is created only after all checks have passed.
+    init_from: RUN or RUN@STEP, another run whose weights the new one begins with. keep_optimizer: begin with its optimizer's state
+    too. allow_code: import the classes of a user's own that the configuration names. Raises an AndromedaError, one sentence, for
+    anything that cannot work; a new folder is created only after all checks have passed.
     """
+    reporter = reporter or NullReporter()
     with consent(allow_code):
-        return _train(config, out, resume, reporter or NullReporter())
+        if keep_optimizer and init_from is None:
+            raise ConfigError("--keep-optimizer keeps the state of the run that --init-from names: give that too.")
+        if resume and init_from is not None:
+            raise ConfigError("A run that is resumed has its own weights: leave out --init-from, or leave out --resume to start a new run.")
+        run_dir = RunDir(out)
+        parent = None if init_from is None else find_parent(init_from, run_dir, keep_optimizer, reporter.message)
+        return _train(config, run_dir, resume, parent, reporter)
 
 
-def _train(config: RunConfig, out: str | Path, resume: bool, reporter: Reporter) -> TrainResult:
-    run_dir, signals = RunDir(out), SignalHandler()
+def _train(config: RunConfig, run_dir: RunDir, resume: bool, parent: ParentCheckpoint | None, reporter: Reporter) -> TrainResult:
+    signals = SignalHandler()
     check_code_allowed(config)
-    changes = _changed_keys(run_dir, config, resume)
+    changed_keys(run_dir, config, resume)
     check_loggers_installed(config)
     stream, validation = open_streams(config)
+    if parent:
+        check_fits(parent, config, stream.tokenizer)
     state = build_train_state(config, resolve_device(config.train.device), stream.fingerprint)
     probes = build_probes(config, stream)
     run_dir.create()
     run_dir.lock()
     try:
         with signals.installed():
-            _changed_keys(run_dir, config, resume)  # again, now that no other process can start a run here
-            snapshot = _resume_latest(state, run_dir, reporter)
-            lost = set_aside_changed_metrics(run_dir, snapshot.metadata) if snapshot else ""
+            start = _begin(config, run_dir, state, resume, parent, reporter)
             metrics_file = MetricsFile(run_dir.metrics_file)  # before the start is recorded: opening it may fail
-            identity = _record_start(config, run_dir, state, changes)
+            identity = _record_start(config, run_dir, state, start)
             if stream.tokenizer:
                 # So that the run generates text without its corpus.
                 stream.tokenizer.save(run_dir.path / "tokenizer")
             loggers = build_loggers(config, run_dir, state.progress.step, identity)
-            metrics_file.truncate(snapshot.metadata.get("metrics_bytes", 0) if snapshot and not lost else 0)
-            if lost:
-                reporter.message(lost)
-                metrics_file.log(state.progress.step, {"event": f"{METRICS_LOST}: {lost}"})
+            metrics_file.truncate(start.metrics_bytes)
+            if start.metrics_lost:
+                reporter.message(start.metrics_lost)
+                metrics_file.log(state.progress.step, {"event": f"{METRICS_LOST}: {start.metrics_lost}"})
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision)
             io = RunIO(run_dir, stream, validation, probes, metrics_file, loggers, reporter, signals, throughput)
             try:
@@ -263,6 +257,41 @@ def _train(config: RunConfig, out: str | Path, resume: bool, reporter: Reporter)
         name = SignalHandler.signal_name(signals.received)
         reporter.message(f"stopped by {name} after step {state.progress.step}, which is saved: resume with --resume --out {run_dir.path}")
     return TrainResult(run_dir.path, state.progress.step, config.train.steps, signals.received)
+
+
+@dataclass(frozen=True)
+class RunStart:
+    """What one start of a run begins with."""
+
+    changes: list[str]
+    """Keys that differ from the start before."""
+    parent: dict[str, Any] | None = None
+    """The run that a new run's weights come from, as its manifest names it."""
+    schedule: str = ""
+    """What becomes of the schedule of a resumed run whose length changes."""
+    metrics_bytes: int = 0
+    """How much of metrics.jsonl is kept."""
+    metrics_lost: str = ""
+    """What is wrong with metrics.jsonl."""
+
+
+def _begin(
+    config: RunConfig, run_dir: RunDir, state: TrainState, resume: bool, parent: ParentCheckpoint | None, reporter: Reporter
+) -> RunStart:
+    """Bring `state` to where the run begins: the newest checkpoint, another run's weights, or as it is."""
+    changes = changed_keys(run_dir, config, resume)  # again, now that no other process can start a run here
+    if parent:
+        start_from(parent, state, run_dir)
+        reporter.message(f"starting from the weights of {parent.run} at step {parent.step}")
+        return RunStart(changes, parent.record())
+    snapshot = resume_latest(state, run_dir, reporter)
+    if snapshot is None:
+        return RunStart(changes)
+    schedule = rest_of_schedule(run_dir.config().train, config.train, snapshot.step) if set(changes) & set(LENGTH) else ""
+    if schedule:
+        reporter.message(schedule)
+    lost = set_aside_changed_metrics(run_dir, snapshot.metadata)
+    return RunStart(changes, None, schedule, 0 if lost else snapshot.metadata.get("metrics_bytes", 0), lost)
 
 
 def resolve_seq_len(config: RunConfig) -> int:
@@ -284,81 +313,6 @@ def open_streams(config: RunConfig) -> tuple[TokenStream, Validation | None]:
     return stream, build_validation(config) if config.train.eval_every else None
 
 
-def _changed_keys(run_dir: RunDir, config: RunConfig, resume: bool) -> list[str]:
-    """Keys that differ from the run in `run_dir`. Raises ConfigError where a run may not be started or resumed."""
-    if not run_dir.exists:
-        if resume and run_dir.path.exists():
-            raise ConfigError(f"There is no run in {run_dir.path} to resume: leave out --resume to start one.")
-        if resume:
-            raise ConfigError(f"There is no run folder {run_dir.path}: give the right one with --out, or leave out --resume to start one.")
-        run_dir.refuse_foreign_files()
-        return []
-    if not resume:
-        raise ConfigError(f"{run_dir.path} already holds a run: add --resume to continue it, or give another folder with --out.")
-    old, new = flatten(run_dir.config().model_dump()), flatten(config.model_dump())
-    changed = [key for key in old.keys() | new.keys() if old.get(key) != new.get(key)]
-    refused = sorted(key for key in changed if not may_change_on_resume(key))
-    if refused:
-        details = "; ".join(f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in refused[:5])
-        raise ConfigError(
-            f"The run in {run_dir.path} was started with another configuration ({details}): give the old values, or another --out."
-        )
-    return sorted(changed)
-
-
-def changed_since(config: RunConfig, saved: Mapping[str, Any]) -> list[str]:
-    """Differences between a configuration and the one that a checkpoint holds which a resumed run may not have, each in words."""
-    old, new = flatten(saved), flatten(json.loads(json.dumps(config.model_dump())))
-    default = flatten(json.loads(json.dumps(RunConfig().model_dump())))
-    # A key that only one of them has is of another version of Andromeda, unless it is of a part with keys of its own or was set.
-    own = {key for key in old.keys() - new.keys() if key.startswith(OWN_TABLES)}
-    added = {key for key in new.keys() - old.keys() if new[key] != default.get(key)}
-    apart = {key for key in old.keys() & new.keys() if old[key] != new[key]} | own | added
-    return [f"{key} was {old.get(key)!r} and is now {new.get(key)!r}" for key in sorted(apart) if not may_change_on_resume(key)]
-
-
-def refuse_other_config(run_dir: RunDir, config: RunConfig, snapshot: checkpoint.Snapshot) -> None:
-    """Raises CheckpointError where config.toml was edited since the checkpoint in keys that decide what is learned."""
-    changed = changed_since(config, snapshot.metadata.get("config") or {}) if "config" in snapshot.metadata else []
-    if changed:
-        raise CheckpointError(
-            f"{run_dir.config_file} was changed since the checkpoint of step {snapshot.step} ({'; '.join(changed[:5])}): "
-            "restore the old values, or train in another folder."
-        )
-
-
-METRICS_LOST = "metrics lost"
-"""How the event begins that a resumed run records in place of metrics that were deleted or changed."""
-
-
-def set_aside_changed_metrics(run_dir: RunDir, metadata: Mapping[str, Any]) -> str:
-    """Set metrics.jsonl aside where it does not begin with what the checkpoint recorded; returns what is wrong with it, or nothing."""
-    path, size = run_dir.metrics_file, metadata.get("metrics_bytes", 0)
-    if path.is_dir() and not path.is_symlink():
-        return ""  # not a log that was changed: opening it says what to do
-    try:
-        found = path.stat().st_size
-        if found >= size and metadata.get("metrics_sha256") in (None, sha256_prefix(path, size)):
-            return ""
-        reason = "was changed" if found >= size else f"has {found} bytes instead of {size}"
-    except FileNotFoundError:
-        return f"{path.name} is missing; a new one begins" if size else ""
-    except MalformedFile as error:
-        reason = str(error)
-    aside = path.with_name(f"damaged-{path.name}")
-    os.rename(path, aside)
-    return f"{path.name} {reason} since the checkpoint; it is now {aside.name}, and a new one begins"
-
-
-OWN_TABLES = ("model.mixers", "model.attention.qk_norm", "model.value_embedding", "train.optim.options")
-"""Tables that may have keys of a user's own part."""
-
-
-def may_change_on_resume(key: str) -> bool:
-    """Whether a resumed run may change a key."""
-    return any(key == free or key.startswith(free + ".") for free in MAY_CHANGE_ON_RESUME)
-
-
 def build_validation(config: RunConfig) -> Validation:
     """The validation that a run of this configuration uses."""
     train, seq_len = config.train, resolve_seq_len(config)
@@ -367,28 +321,20 @@ def build_validation(config: RunConfig) -> Validation:
     return Validation(held_out, train.eval_tokens, seq_len, train.micro_batch_size or train.batch_size, config.data.document_mask)
 
 
-def _resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> checkpoint.Snapshot | None:
-    """Restore the newest intact checkpoint, if there is one, and return it, setting damaged ones aside."""
-    newest = checkpoint.latest(run_dir.checkpoints, reporter.message)
-    if newest is None:
-        return None
-    snapshot = checkpoint.read(newest)
-    refuse_other_config(run_dir, state.config, snapshot)
-    state.restore(snapshot)
-    checkpoint.set_aside_newer(newest)
-    reporter.message(f"resuming from step {snapshot.step}")
-    return snapshot
-
-
-def _record_start(config: RunConfig, run_dir: RunDir, state: TrainState, changes: list[str]) -> str:
+def _record_start(config: RunConfig, run_dir: RunDir, state: TrainState, start: RunStart) -> str:
     """Write the configuration and this start into the run folder; returns the run's identity."""
-    manifest: dict[str, Any] = run_dir.manifest() or {
+    # A manifest without a run was left by a start that was killed before the run began.
+    manifest: dict[str, Any] = (run_dir.manifest() if run_dir.exists else {}) or {
         "identity": uuid.uuid4().hex[:12],
         "seed": config.seed,
         "data": state.data_fingerprint,
         "starts": [],
     }
-    run_dir.write_config(config)
-    manifest["starts"].append(start_entry(state.progress.step, state.precision.device, changes))
+    if start.parent:
+        manifest["parent"] = start.parent
+    entry = start_entry(state.progress.step, state.precision.device, start.changes)
+    manifest["starts"].append(entry | ({"schedule": start.schedule} if start.schedule else {}))
+    # The configuration last: it makes the folder a run, which then has its manifest.
     run_dir.write_manifest(manifest)
+    run_dir.write_config(config)
     return str(manifest["identity"])

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
@@ -14,6 +16,7 @@ from andromeda.train.checkpoint_reader import has_part, read_part
 from andromeda.train.run_dir import RunDir
 from andromeda.train.state import load_model
 from andromeda.utils.errors import CheckpointError
+from andromeda.utils.untrusted import open_regular
 
 
 def load_weights(
@@ -61,3 +64,12 @@ def resolve_checkpoint(run: str | Path, *, average: bool = False, step: int | No
         steps = ", ".join(str(int(other.name[5:])) for other in there)
         raise CheckpointError(f"The checkpoint of step {step} in {folder.path} cannot be used ({reason}): there are steps {steps}.")
     return path
+
+
+def weights_sha256(path: Path, part: str = "model") -> str:
+    """sha256 of the file of a checkpoint's part; of one that several ranks wrote, of the file that one process would have written."""
+    file = path / f"{part}.safetensors"
+    if not file.exists():
+        return hashlib.sha256(save(dict(read_part(path, part)))).hexdigest()
+    with open_regular(file) as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()

@@ -242,7 +242,7 @@ def test_several_sources_are_found_where_they_lie_now(place: Path, capsys: pytes
     shutil.copytree(place / "corpus", place / "here/one")
     shutil.copytree(place / "corpus", place / "there/two")
     sources = 'data.sources=[{path="here/one"}, {path="there/two", weight=2}]'
-    assert call("train", "run", "data.corpus=", sources, "--out", "mixed") == 0
+    assert call("train", "run/config.toml", "data.corpus=", sources, "--out", "mixed") == 0
     assert said(capsys, run="mixed")[0] == 0
     shutil.move(place / "here", place / "now")
     shutil.move(place / "there/two", place / "now/two")

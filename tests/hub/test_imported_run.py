@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from andromeda import Andromeda
 from andromeda.config.data import BuildConfig
@@ -124,3 +125,20 @@ def test_another_beginning_of_text_is_told(folder: Path, tmp_path: Path) -> None
     config = json.loads((tmp_path / "config.json").read_text()) | {"bos_token_id": 5}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert any("begin" in note for note in read_folder(tmp_path).notes)
+
+
+def test_training_begins_with_the_imported_weights(run: Path, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Bit for bit before the first step; afterwards only what a gradient reached has moved, which is everything."""
+    new = tmp_path / "tuned"
+    settings = ["train.steps=2", "train.seq_len=32", "train.batch_size=2", "train.compile=off", "train.precision=fp32"]
+    kept = ["train.checkpoints.every=1", "train.checkpoints.keep=9"]
+    assert call("train", "--init-from", str(run), f"data.corpus={corpus}", *settings, *kept, "--device", "cpu", "--out", str(new)) == 0
+    theirs, first, last = (
+        load_file(folder / "checkpoints" / f"step-{step:08}" / "model.safetensors") for folder, step in ((run, 0), (new, 0), (new, 2))
+    )
+    assert theirs.keys() == first.keys()
+    assert all(torch.equal(theirs[name], first[name]) for name in theirs)
+    assert not any(torch.equal(theirs[name], last[name]) for name in theirs)
+    capsys.readouterr()
+    assert call("train", "--init-from", str(run), f"data.corpus={corpus}", "--keep-optimizer", "--out", str(tmp_path / "kept")) == 2
+    assert "optimizer.safetensors is missing" in capsys.readouterr().err
