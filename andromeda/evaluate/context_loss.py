@@ -168,7 +168,9 @@ def window_losses(model: Transformer, ids: Tensor, targets: Tensor, precision: P
     with precision.autocast():
         hidden = model.hidden(ids.to(precision.device))[:, -tail:]
         wanted = targets[:, -tail:].to(precision.device)
-        found = linear_cross_entropy(hidden, model.head.weight, wanted, bias=model.head.bias, softcap=model.head.softcap, reduction="none")
+        found = linear_cross_entropy(
+            hidden, model.head.weight, wanted, bias=model.head.bias, softcap=model.head.softcap, reduction="none", shard=model.head.shard
+        )
     return found.nll.double().cpu()
 
 

@@ -58,7 +58,9 @@ def token_losses(model: Transformer, ids: Tensor, targets: Tensor, *, documents:
         numbers = None if documents is None else documents[:, part].to(device)
         hidden = model.hidden(ids[:, part].to(device), documents=numbers, cache=cache, span=span_of(model, T))
         wanted = targets[:, part].to(device)
-        nll = linear_cross_entropy(hidden, head.weight, wanted, bias=head.bias, softcap=head.softcap, reduction="none").nll
+        nll = linear_cross_entropy(
+            hidden, head.weight, wanted, bias=head.bias, softcap=head.softcap, reduction="none", shard=head.shard
+        ).nll
         found.append(nll.double().cpu())
     return torch.cat(found, 1)
 
@@ -90,7 +92,9 @@ class PromptCache:
             hidden = torch.cat([hidden, more], 1)
             self.cache.rollback(self._checkpoint)
         head = self.model.head
-        found = linear_cross_entropy(hidden, head.weight, targets.to(self.device), bias=head.bias, softcap=head.softcap, reduction="none")
+        found = linear_cross_entropy(
+            hidden, head.weight, targets.to(self.device), bias=head.bias, softcap=head.softcap, reduction="none", shard=head.shard
+        )
         return found.nll.double().sum(1).cpu()
 
     @torch.no_grad()

@@ -17,7 +17,10 @@ from andromeda.utils.errors import ConfigError, nearest
 
 
 class LossHead(Protocol):
-    """A linear map from hidden states to logits, as a loss sees it: its parts, so that the logits are never all held."""
+    """A linear map from hidden states to logits, as a loss sees it: its parts, so that the logits are never all held.
+
+    One that is split over processes also has `shard`, a `VocabularyShard`; its weight and bias are then those of its share.
+    """
 
     @property
     def weight(self) -> Tensor:
@@ -84,7 +87,8 @@ class Categorical:
 
     def __call__(self, head: LossHead, hidden: Tensor, target: Tensor) -> LossSums:
         """Cross entropy plus z-loss of every target that counts."""
-        out = linear_cross_entropy(hidden, head.weight, target, bias=head.bias, softcap=head.softcap, z_loss=self.z_loss)
+        shard = getattr(head, "shard", None)
+        out = linear_cross_entropy(hidden, head.weight, target, bias=head.bias, softcap=head.softcap, z_loss=self.z_loss, shard=shard)
         return LossSums(out.total, out.nll, out.tokens)
 
 

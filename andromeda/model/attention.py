@@ -19,6 +19,7 @@ from andromeda.model.layers import Linear
 from andromeda.model.position import build_rotary
 from andromeda.model.qk_norm import build_qk_norm
 from andromeda.model.specs import FusableModule, MixerSpec, spec_of
+from andromeda.model.tensor_plan import TensorPlan, check_divides, plan_of, splits_kv_heads
 from andromeda.model.value_embedding import build_value_mix
 from andromeda.ops.attention import AttentionSpec, attend
 from andromeda.ops.qk_preprocess import QKVLayout
@@ -58,6 +59,20 @@ class Attention(FusableModule):
     def fused_spec(self) -> MixerSpec | None:
         """Softmax attention."""
         return MixerSpec("softmax_attention")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each process has its query heads, and their keys and values; a single key/value head is whole on all."""
+        check_divides(count, self.heads, "model.attention.num_heads")
+        split = {"query.weight": 0, "query.bias": 0, "out.weight": 1}
+        if splits_kv_heads(count, self.kv_heads):
+            split |= {f"{name}.{kind}": 0 for name in ("key", "value") for kind in ("weight", "bias")}
+        plan = TensorPlan(split, ("out.bias",)) | plan_of(self.qk_norm, count, "attention").below("qk_norm")
+        return plan if self.value_mix is None else plan | plan_of(self.value_mix, count, "attention").below("value_mix")
+
+    def keep_heads(self, heads: range, kv_heads: range) -> None:
+        """Compute only these query heads and key/value heads from now on; the parameters are theirs."""
+        self.heads, self.kv_heads = len(heads), len(kv_heads)
+        self.sizes = self.sizes._replace(heads=len(heads), kv_heads=len(kv_heads))
 
     def input_layers(self) -> tuple[Linear, ...]:
         """Layers that read the input of the part itself."""

@@ -12,6 +12,7 @@ from andromeda.config.own_code import find_class
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import Embedding, Linear
 from andromeda.model.norm import RMSNormNoGain
+from andromeda.model.tensor_plan import TensorPlan, check_divides
 from andromeda.model.token_shift import build_smear
 from andromeda.ops.compute_dtype import residual_dtype
 from andromeda.ops.embedding import embed
@@ -25,6 +26,11 @@ class TokenEmbedding(Embedding):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config.vocab_size, config.hidden_size)
 
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """By rows, as a head that shares the table is."""
+        check_divides(count, self.num_embeddings, "model.vocab_size")
+        return TensorPlan({"weight": 0})
+
 
 class FactorizedEmbedding(nn.Module):
     """A table V x r and a projection r x C (arXiv 1909.11942): fewer parameters for a large vocabulary."""
@@ -35,6 +41,11 @@ class FactorizedEmbedding(nn.Module):
         super().__init__()
         self.table = Embedding(config.vocab_size, config.embedding.rank)
         self.project = Linear(config.embedding.rank, config.hidden_size, bias=False, init="unit_gain")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """The table by rows."""
+        check_divides(count, self.table.num_embeddings, "model.vocab_size")
+        return TensorPlan({"table.weight": 0})
 
     def flops(self) -> dict[str, float]:
         """Of one token: the projection."""

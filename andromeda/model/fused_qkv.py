@@ -49,7 +49,7 @@ def should_fuse(x: Tensor, linears: Sequence[nn.Module]) -> bool:
     """Whether all matrices are plain parameters (not sharded) that are trained on a GPU."""
     if not (x.is_cuda and torch.is_grad_enabled()):
         return False
-    return all(type(linear.weight) is nn.Parameter and all(p.requires_grad for p in linear.parameters()) for linear in linears)
+    return all(type(linear.weight) in (Tensor, nn.Parameter) and all(p.requires_grad for p in linear.parameters()) for linear in linears)
 
 
 def split(whole: Tensor, linears: Sequence[nn.Linear]) -> tuple[Tensor, ...]:

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.init import InitScheme
+from andromeda.model.tensor_plan import TensorPlan, check_divides
+from andromeda.ops.cross_entropy import VocabularyShard
 from andromeda.utils.errors import ConfigError
 
 
@@ -17,6 +19,8 @@ class LMHead(nn.Module):
     """logits = cap * tanh((x W^T + b) / cap), or the matmul alone when the cap is 0 (arXiv 2408.00118 for the cap)."""
 
     role = "head"
+    shard: VocabularyShard | None = None
+    """Which logits this head gives, where several processes give a share each; None is all of them."""
 
     def __init__(self, config: ModelConfig, embedding: nn.Module) -> None:
         super().__init__()
@@ -29,6 +33,11 @@ class LMHead(nn.Module):
         """Draw the matrix, unless it is the embedding's table."""
         if not self.tied:
             scheme.fill(self.weight, "head")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each process gives the logits of its share of the vocabulary."""
+        check_divides(count, self.weight.shape[0], "model.vocab_size")
+        return TensorPlan({"weight": 0, "bias": 0})
 
     def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
         """Of one token whose logits are computed."""

@@ -19,6 +19,7 @@ from andromeda.config.derived import content_dim
 from andromeda.config.model import ModelConfig
 from andromeda.config.parts import own_qk_norm, qk_norm_name
 from andromeda.model.specs import QKNormSpec
+from andromeda.model.tensor_plan import TensorPlan, splits_kv_heads
 
 RMS_EPS = torch.finfo(torch.float32).eps
 """As PyTorch's default for float32 and bfloat16, but the same in float64, so that all precisions compute one function."""
@@ -63,6 +64,10 @@ class NoQKNorm(nn.Module):
         """No normalization."""
         return QKNormSpec("none")
 
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """No parameters."""
+        return TensorPlan()
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D) as they are."""
         return q, k
@@ -74,6 +79,10 @@ class RMSQKNorm(NoQKNorm):
     def fused_spec(self) -> QKNormSpec | None:
         """RMS norm."""
         return QKNormSpec("rms")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """No parameters."""
+        return TensorPlan()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D) of root mean square one."""
@@ -93,6 +102,10 @@ class RMSDimScaleQKNorm(NoQKNorm):
         """No kernel adds its eps."""
         return None
 
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """All heads share the scales."""
+        return TensorPlan()
+
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D) of root mean square one, times the scales."""
         return self._scaled(q, self.query_scale), self._scaled(k, self.key_scale)
@@ -111,6 +124,10 @@ class L2QKNorm(NoQKNorm):
     def fused_spec(self) -> QKNormSpec | None:
         """Unit length."""
         return QKNormSpec("l2")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """No parameters."""
+        return TensorPlan()
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D) of unit length."""
@@ -133,6 +150,10 @@ class L2HeadScaleQKNorm(NoQKNorm):
     def fused_spec(self) -> QKNormSpec | None:
         """Unit length, times the scales."""
         return QKNormSpec("l2")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each head has its own."""
+        return TensorPlan({"temperature": 0})
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D) of the heads' temperatures, k (B, T, G, D) of unit length."""
@@ -159,6 +180,10 @@ class L2DimScaleQKNorm(NoQKNorm):
     def fused_spec(self) -> QKNormSpec | None:
         """Unit length, times the scales."""
         return QKNormSpec("l2")
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each head has its own."""
+        return TensorPlan({"query_scale": 0} | ({"key_scale": 0} if splits_kv_heads(count, len(self.key_scale)) else {}))
 
     def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
         """q (B, T, H, D), k (B, T, G, D) of unit length, times the scales."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.attention import Attention
+from andromeda.model.tensor_plan import TensorPlan
 from andromeda.ops.attention import AttentionSpec
 from andromeda.ops.attention.eager import attention_logits, weighted_values
 
@@ -27,6 +28,10 @@ class SigmoidAttention(Attention):
 
     def fused_spec(self) -> None:
         """No kernel of whole layers is for it."""
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """As softmax attention: heads are computed apart."""
+        return super().tensor_plan(count)
 
     def core_attention(self, q: Tensor, k: Tensor, v: Tensor, pattern: AttentionSpec) -> Tensor:
         """q (B, T, H, D), k (B, S, G, D), v (B, S, G, Dv) -> (B, T, H, Dv), with T x S memory, in at least float32."""

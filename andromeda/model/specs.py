@@ -70,7 +70,18 @@ class BlockSpec(NamedTuple):
     kind: Literal["serial_prenorm"]
 
 
-NEUTRAL = {"__init__", "describe", "flops", "cache_bytes", "init_weights", "extra_repr", "idle_parameters", "saved_per_token"}
+NEUTRAL = {
+    "__init__",
+    "describe",
+    "flops",
+    "cache_bytes",
+    "init_weights",
+    "extra_repr",
+    "idle_parameters",
+    "saved_per_token",
+    "fused_spec",
+    "tensor_plan",
+}
 """Methods that a subclass may override without computing something else."""
 
 
@@ -80,14 +91,19 @@ def spec_of(part: Any) -> Any:
     A subclass that overrides `forward`, or any method besides NEUTRAL, and inherits `fused_spec` computes something that the
     inherited spec does not describe: it gets no kernel until it states a spec of its own.
     """
-    if not hasattr(part, "fused_spec") or "forward" in vars(part):
-        return None
+    return part.fused_spec() if states(part, "fused_spec") else None
+
+
+def states(part: Any, method: str) -> bool:
+    """Whether `method`, by which a part says something of what it computes, was stated for this class or one that computes the same."""
+    if not hasattr(part, method) or "forward" in vars(part):
+        return False
     for kind in type(part).__mro__:
-        if "fused_spec" in vars(kind):
-            return part.fused_spec()
+        if method in vars(kind):
+            return True
         if any(isinstance(value, FunctionType | property) and name not in NEUTRAL for name, value in vars(kind).items()):
-            return None
-    return None
+            return False
+    return False
 
 
 class FusableModule(nn.Module):

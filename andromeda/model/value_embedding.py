@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from andromeda.config.model import ModelConfig
 from andromeda.config.parts import own_value_embedding
 from andromeda.model.layers import Embedding
+from andromeda.model.tensor_plan import TensorPlan, check_divides
 from andromeda.ops.compute_dtype import compute_dtype
 from andromeda.ops.embedding import embed_split
 
@@ -58,6 +59,15 @@ class LayeredValueEmbedding(nn.Module):
         self.depth, self.shape = config.num_layers, (a.num_kv_heads, a.head_dim)
         self.table = Embedding(config.vocab_size, config.num_layers * a.num_kv_heads * a.head_dim)
 
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each process looks up the values of its layers, all heads."""
+        check_divides(count, self.depth, "model.num_layers, whose value embeddings are split by layers")
+        return TensorPlan({"table.weight": 1})
+
+    def keep_layers(self, layers: range) -> None:
+        """Look up the values of these layers only from now on; the table is theirs."""
+        self.depth = len(layers)
+
     def forward(self, ids: Tensor) -> tuple[Tensor, ...]:
         """ids (B, T) -> for each layer (B, T, G, D)."""
         # In the compute dtype, and split: the gradients of all layers together are the largest of a step.
@@ -71,6 +81,10 @@ class ValueMix(nn.Module):
     def __init__(self, init: float) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.tensor(init))
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """All heads share the weight."""
+        return TensorPlan()
 
     def forward(self, v: Tensor, embedded: Tensor) -> Tensor:
         """v and embedded (B, T, G, D) -> (B, T, G, D)."""

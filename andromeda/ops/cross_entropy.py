@@ -4,6 +4,9 @@ The logits of a long batch are the largest tensor of a training step: 65,536 tok
 and their gradient as much again. Here the head is applied to a chunk of tokens at a time. The loss of a token depends on no
 other token, so that the gradient is computed in the forward pass too, and only its sums are kept, as in Cut Cross-Entropy (arXiv
 2411.09009) and Liger (arXiv 2410.10989), in plain torch operations.
+
+With the vocabulary split over processes, each computes its columns of the logits of a chunk, and the processes exchange three numbers a
+token: the largest logit, the sum of exponentials and the logit of the target (as in Megatron-LM, arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -16,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from andromeda.ops import collectives
 from andromeda.ops.compute_dtype import compute_dtype
 
 IGNORE_INDEX = -100
@@ -44,6 +48,12 @@ class CrossEntropy(NamedTuple):
     """Number of targets that are not ignored, shape (), int64."""
 
 
+class VocabularyShard(NamedTuple):
+    """Which rows of the head's matrix a process has, where `group` splits the vocabulary into equal pieces in the order of the ranks."""
+
+    group: collectives.Group
+
+
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,
@@ -54,16 +64,19 @@ def linear_cross_entropy(
     z_loss: float = 0.0,
     chunk: int = 0,
     reduction: Literal["sum", "none"] = "sum",
+    shard: VocabularyShard | None = None,
 ) -> CrossEntropy:
     """Cross entropy of softmax(cap(x W^T + b)) against `targets`, `chunk` tokens at a time.
 
     x (..., C); weight (V, C); bias (V,); targets (...) of token ids, -100 where a token is ignored. cap(z) = softcap
     tanh(z / softcap), or z when softcap is 0 (arXiv 2408.00118). z_loss adds z_loss log(Z)^2 per token (PaLM, arXiv
     2204.02311, section 5). Softmax and sums are in float32 at least, matmuls in the compute dtype of x. chunk: 0 selects a
-    size for the device. Gradients, of the sum only, are of first order.
+    size for the device. Gradients, of the sum only, are of first order. shard: weight and bias are this piece of the vocabulary; all
+    processes call this together with equal x and targets, and get equal losses and gradients of x.
     """
     flat, labels = x.reshape(-1, x.shape[-1]), targets.reshape(-1)
-    options = (softcap, z_loss, chunk or chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x))
+    group = None if shard is None else shard.group
+    options = (softcap, z_loss, chunk or chunk_tokens(x.device.type, len(flat), weight.shape[0]), compute_dtype(x), group)
     tokens = (labels != IGNORE_INDEX).sum()
     if reduction == "sum" and torch.is_grad_enabled():
         total, nll = _LinearCrossEntropy.apply(flat, weight, bias, labels, options)
@@ -88,8 +101,9 @@ def reference(
     return CrossEntropy(nll + z_loss * logits.logsumexp(-1)[valid].square().sum(), nll.detach(), valid.sum())
 
 
-LossOptions = tuple[float, float, int, torch.dtype]
-"""softcap, z_loss, tokens of a chunk, compute dtype: plain values, so that torch.compile can trace them."""
+LossOptions = tuple[float, float, int, torch.dtype, collectives.Group | None]
+"""softcap, z_loss, tokens of a chunk, compute dtype, processes that split the vocabulary: plain values, so that torch.compile can trace
+them."""
 Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
@@ -117,7 +131,7 @@ def _chunked_loss(
     x: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: LossOptions, needs_grad: tuple[bool, bool, bool]
 ) -> tuple[Tensor, Tensor, Gradients]:
     """Losses of x (N, C), each (N,), and those gradients of their sum that are needed: that of x in its dtype, the others as summed."""
-    softcap, z_loss, chunk, dtype = options
+    softcap, z_loss, chunk, dtype, group = options
     accumulate_dtype, head = _accumulate_dtype(dtype), weight.to(dtype)
     totals, nlls = [], []
     d_x = torch.empty_like(x) if needs_grad[0] else None
@@ -126,7 +140,7 @@ def _chunked_loss(
     for start in range(0, max(1, len(x)), chunk):
         tokens = slice(start, start + chunk)
         x_n = x[tokens].to(dtype)
-        total, nll, d_logits = _logits_loss(_logits(x_n, head, bias), labels[tokens], softcap, z_loss, any(needs_grad))
+        total, nll, d_logits = _logits_loss(_logits(x_n, head, bias), labels[tokens], softcap, z_loss, any(needs_grad), group)
         totals.append(total)
         nlls.append(nll)
         if d_bias is not None:
@@ -138,6 +152,8 @@ def _chunked_loss(
             d_weight = _accumulate_weight_grad(d_weight, d_logits, x_n, accumulate_dtype)
         # Freed before the next chunk allocates its own.
         del d_logits
+    if d_x is not None and group is not None:
+        d_x = collectives.all_reduce(d_x, group)
     return torch.cat(totals), torch.cat(nlls), (d_x, d_weight, d_bias)
 
 
@@ -145,8 +161,12 @@ def _logits(x: Tensor, head: Tensor, bias: Tensor | None) -> Tensor:
     return x @ head.T if bias is None else torch.addmm(bias.to(x.dtype), x, head.T)
 
 
-def _logits_loss(logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _logits_loss(
+    logits: Tensor, labels: Tensor, softcap: float, z_loss: float, gradient: bool, group: collectives.Group | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """`_logits_loss_reference`, on a GPU by a kernel that reads the logits in their own dtype and overwrites them with the gradient."""
+    if group is not None:
+        return _logits_loss_sharded(logits.to(_accumulate_dtype(logits.dtype)), labels, softcap, z_loss, group)
     if TRITON and logits.is_cuda and logits.dtype != torch.float64:
         from andromeda.ops.triton import cross_entropy as kernels
 
@@ -175,6 +195,27 @@ def _logits_loss_reference(logits: Tensor, labels: Tensor, softcap: float, z_los
             p = p.mul_(1.0 - (z / softcap).square())
         p = p.masked_fill_(~valid[:, None], 0.0)
     return torch.where(valid, total, 0.0), torch.where(valid, nll, 0.0), p
+
+
+def _logits_loss_sharded(
+    logits: Tensor, labels: Tensor, softcap: float, z_loss: float, group: collectives.Group
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The same with the columns (n, V / processes) of this process: losses are equal everywhere, the gradient is of these columns."""
+    z = softcap * torch.tanh(logits / softcap) if softcap else logits
+    valid, column = labels != IGNORE_INDEX, labels - group.rank * logits.shape[1]
+    here = valid & (column >= 0) & (column < logits.shape[1])
+    index, one = torch.where(here, column, 0)[:, None], here.to(z.dtype)
+    largest = collectives.all_reduce(z.amax(-1), group, "max")
+    sums = torch.stack([(z - largest[:, None]).exp_().sum(-1), z.gather(1, index)[:, 0] * one])
+    exponentials, target = collectives.all_reduce(sums, group)
+    log_z = largest + exponentials.log()
+    nll = log_z - target
+    p = (z - log_z[:, None]).exp_().mul_((1.0 + 2.0 * z_loss * log_z)[:, None])
+    p = p.scatter_add_(1, index, -one[:, None])
+    if softcap:
+        p = p.mul_(1.0 - (z / softcap).square())
+    total = nll + z_loss * log_z.square()
+    return torch.where(valid, total, 0.0), torch.where(valid, nll, 0.0), p.masked_fill_(~valid[:, None], 0.0)
 
 
 def _matmul_into(out: Tensor, a: Tensor, b: Tensor) -> None:

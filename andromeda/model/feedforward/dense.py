@@ -17,6 +17,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.model import fused_qkv
 from andromeda.model.layers import Linear
 from andromeda.model.specs import FusableModule, MLPSpec, spec_of
+from andromeda.model.tensor_plan import TensorPlan, check_divides
 from andromeda.ops import mlp
 from andromeda.ops.mlp import gelu_mlp_fp8
 
@@ -64,6 +65,12 @@ KERNELS: dict[str, Callable[[Any, Tensor], Tensor]] = {"plain": gelu_16bit, "mas
 """For GELU with biases, by how both linear layers compute (LinearSpec)."""
 
 
+def split_inner(out: Linear, count: int, *readers: str) -> TensorPlan:
+    """The plan of a network whose layers `readers` give the features that `out` reads."""
+    check_divides(count, out.in_features, "the inner features of the feed-forward network")
+    return TensorPlan({f"{name}.{kind}": 0 for name in readers for kind in ("weight", "bias")} | {"out.weight": 1}, ("out.bias",))
+
+
 class MLP(FusableModule):
     """W_out act(W_in x)."""
 
@@ -86,6 +93,10 @@ class MLP(FusableModule):
     def fused_spec(self) -> MLPSpec | None:
         """Two linear layers with an activation between them."""
         return MLPSpec(self.kind)
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """By inner features."""
+        return split_inner(self.out, count, "inner")
 
     def input_layers(self) -> tuple[Linear, ...]:
         """Layers that read the input of the part itself."""
@@ -120,6 +131,10 @@ class GatedMLP(FusableModule):
     def match_kernels(self) -> None:
         """Whether both inner matrices are one matmul: those that were cast as one; others would have to be copied."""
         self.project_pair = fused_qkv.match((self.gate, self.inner), concat=False)
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """By inner features."""
+        return split_inner(self.out, count, "gate", "inner")
 
     def input_layers(self) -> tuple[Linear, ...]:
         """Layers that read the input of the part itself."""

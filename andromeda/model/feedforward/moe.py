@@ -19,6 +19,7 @@ from andromeda.model.feedforward.dense import ACTIVATIONS, GATES, build_mlp
 from andromeda.model.flops_of import flops_of
 from andromeda.model.init import InitScheme
 from andromeda.model.layers import Linear
+from andromeda.model.tensor_plan import TensorPlan, check_divides
 
 ALIGNMENT = 16
 """Bytes to which PyTorch's grouped matmul wants rows aligned."""
@@ -179,6 +180,14 @@ class MoE(nn.Module):
         """Of one token: the router, the experts that it passes through, and the shared ones."""
         shared = sum(flops for expert in self.shared for flops in flops_of(expert, keys).values())
         return {"router": self.router.project.flops(), "experts": self.router.active * self.experts.flops(), "shared experts": shared}
+
+    def tensor_plan(self, count: int) -> TensorPlan:
+        """Each process has a share of every expert's inner features, so that all have the same work whatever the router chooses."""
+        check_divides(count, self.experts.inner.shape[1], "the inner features of an expert")
+        plan = TensorPlan({"experts.inner": 1, "experts.gate": 1, "experts.out": 2}, ("router.aux_loss_coef",))
+        for index, expert in enumerate(self.shared):
+            plan |= expert.tensor_plan(count).below(f"shared.{index}")  # type: ignore[operator]
+        return plan
 
     def saved_per_token(self) -> int:
         """Numbers that the backward pass keeps at least: the inner activations of the experts that a token passes through."""

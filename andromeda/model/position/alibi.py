@@ -103,6 +103,9 @@ class FoldedBias(NoPositionBias):
 class NoAlibi(nn.Module):
     """No bias."""
 
+    def keep_heads(self, heads: range) -> None:
+        """Nothing: no head has a bias."""
+
     def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
         """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
         return NoPositionBias()
@@ -118,10 +121,15 @@ class Alibi(NoAlibi):
             config.attention.num_heads - config.alibi.num_heads,
             config.alibi.scale,
         )
+        self.kept = slice(None)
+
+    def keep_heads(self, heads: range) -> None:
+        """Give the slopes of these query heads only from now on."""
+        self.kept = slice(heads.start, heads.stop)
 
     def head_slopes(self, device: torch.device) -> Tensor:
-        """Slope of every query head (H,) in float64, zero where there is no bias."""
-        return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))
+        """Slope of every query head that is computed (H,) in float64, zero where there is no bias."""
+        return nn.functional.pad(slopes(self.biased, device) / self.scale, (0, self.plain))[self.kept]
 
     def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
         """Slopes for the kernel."""

@@ -113,6 +113,9 @@ class NoRotary(nn.Module):
         """No rotation."""
         return RotarySpec("none")
 
+    def keep_heads(self, heads: range, kv_heads: range) -> None:
+        """Nothing: all heads are alike."""
+
     def forward(self, positions: Tensor, span: int, dtype: torch.dtype) -> Rotation:
         """The identity."""
         nothing = (positions, positions)
@@ -136,6 +139,13 @@ class RoPE(NoRotary):
     def fused_spec(self) -> RotarySpec | None:
         """Layout of the pairs; None where only heads without ALiBi are rotated."""
         return LAYOUTS[self.rotate] if self.unrotated is None else None
+
+    def keep_heads(self, heads: range, kv_heads: range) -> None:
+        """Rotate only these query heads and key/value heads from now on."""
+        if self.unrotated is not None:
+            kept = zip(self.unrotated, (heads, kv_heads), strict=True)
+            query, key = (min(max(0, count - held.start), len(held)) for count, held in kept)
+            self.unrotated = query, key
 
     def scaled(self, span: int, device: torch.device) -> Scaled:
         """Frequencies for a sequence of `span` tokens in all."""

@@ -1,0 +1,106 @@
+"""Collectives that autograd and torch.compile pass through, between the processes of one dimension of a device mesh.
+
+The pairs are those of Megatron-LM (arXiv 1909.08053, section 3): where every process holds the same tensor and each computes a share from
+it, the gradient is the sum over the processes (`sum_gradients`); where each holds a share, the sum is taken in the forward pass, and its
+gradient is every share's (`sum_shares`). All results are plain tensors, equal on every process.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+
+
+class Group(NamedTuple):
+    """Processes that compute together, as plain values, which torch.compile takes as constants."""
+
+    name: str
+    """Under which torch finds the process group."""
+    size: int
+    rank: int
+    """Number of this process among them."""
+
+    @classmethod
+    def of(cls, mesh: DeviceMesh) -> Group:
+        """The processes of a one-dimensional mesh."""
+        return cls.of_process_group(mesh.get_group())
+
+    @classmethod
+    def of_process_group(cls, group: dist.ProcessGroup) -> Group:
+        """The processes of a process group."""
+        return cls(group.group_name, dist.get_world_size(group), dist.get_rank(group))
+
+
+def all_reduce(x: Tensor, group: Group, operation: str = "sum") -> Tensor:
+    """Sum (or `max`) of x over the processes; without gradients."""
+    ops = torch.ops._c10d_functional
+    out: Tensor = ops.wait_tensor(ops.all_reduce(x.contiguous(), operation, group.name))
+    return out
+
+
+def all_gather(x: Tensor, group: Group) -> Tensor:
+    """x (...) of every process, in their order (size, ...); without gradients."""
+    ops = torch.ops._c10d_functional
+    out: Tensor = ops.wait_tensor(ops.all_gather_into_tensor(x.contiguous()[None], group.size, group.name))
+    return out
+
+
+def reduce_scatter(x: Tensor, group: Group) -> Tensor:
+    """The share (...) of this process in the sum of x (size, ...) over the processes; without gradients."""
+    ops = torch.ops._c10d_functional
+    out: Tensor = ops.wait_tensor(ops.reduce_scatter_tensor(x.contiguous(), "sum", group.size, group.name))
+    return out[0]
+
+
+def sum_shares(x: Tensor, group: Group) -> Tensor:
+    """Sum of x over the processes, each of which holds a share; the gradient of every share is that of the sum."""
+    out: Tensor = _SumShares.apply(x, group)
+    return out
+
+
+def sum_gradients(x: Tensor, group: Group) -> Tensor:
+    """x, which all processes hold alike; the gradient is the sum over what each of them computed from it."""
+    out: Tensor = _SumGradients.apply(x, group)
+    return out
+
+
+def gather(x: Tensor, group: Group) -> Tensor:
+    """x (...) of every process, in their order (size, ...); the gradient is the sum of what all processes computed from it."""
+    out: Tensor = _Gather.apply(x, group)
+    return out
+
+
+class _SumShares(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        return all_reduce(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return grads[0], None
+
+
+class _SumGradients(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grads[0], ctx.group), None
+
+
+class _Gather(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        return all_gather(x, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return reduce_scatter(grads[0], ctx.group), None
