@@ -12,6 +12,7 @@ from torch import Tensor
 from andromeda.data.loader import Batch
 from andromeda.loss import Nebula, next_token
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import fa4
 
 
 class ObjectiveSums(NamedTuple):
@@ -39,8 +40,13 @@ class MicroBatch(NamedTuple):
         return cls(batch.ids, batch.targets, batch.documents if document_mask else None)
 
     def to(self, device: torch.device) -> MicroBatch:
-        """Copied to a device asynchronously."""
-        return self._map(lambda x: x.to(device, non_blocking=True))
+        """Copied to a device. A copy to a GPU goes through pinned memory, and does not wait for earlier kernels."""
+        if device.type != "cuda" or self.ids.is_cuda:
+            return self._map(lambda x: x.to(device, non_blocking=True))
+        copied = self._map(lambda x: x.pin_memory().to(device, non_blocking=True))
+        if self.documents is not None and copied.documents is not None:
+            fa4.cache_document_bounds(copied.documents, self.documents)
+        return copied
 
     def split(self, size: int) -> Iterator[MicroBatch]:
         """Micro-batches of `size` sequences each; the last may be smaller."""

@@ -147,6 +147,16 @@ def test_document_bounds_are_found_once_for_all_layers(library: Library, monkeyp
     assert len(made) == 1
 
 
+def test_bounds_found_on_the_host_are_those_of_the_device(library: Library, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = NUMBERS.clone()
+    fa4.cache_document_bounds(numbers, NUMBERS)
+    monkeypatch.setattr(fa4, "_cu_seqlens", lambda numbers: pytest.fail("the bounds are known"))
+    check(fa4.attend, AttentionSpec(0.3, documents=(numbers, numbers)), 7)
+    assert library.bounds == [BOUNDS] * 2
+    with pytest.raises(pytest.fail.Exception):
+        fa4.attend(*call(), AttentionSpec(0.3, documents=(NUMBERS.clone(),) * 2))
+
+
 def test_the_first_document_of_a_row_never_joins_the_last_of_the_row_before(library: Library) -> None:
     numbers = torch.zeros(2, 7, dtype=torch.int32)
     fa4.attend(*call(), AttentionSpec(0.3, documents=(numbers, numbers)))

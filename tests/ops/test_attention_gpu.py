@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from andromeda.ops.attention import AttentionSpec, attend, eager
+from andromeda.train.objective import MicroBatch
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 CUDA = torch.device("cuda")
@@ -57,6 +58,18 @@ def test_documents_of_fa4_are_waited_for_once_a_pass(no_waiting: Callable[[], An
     attend(*leaves, pattern, available("fa4")).sum().backward()
     no_waiting()
     attend(*leaves, pattern, "fa4").sum().backward()
+
+
+def test_a_micro_batch_and_its_documents_reach_the_device_without_waiting(no_waiting: Callable[[], Any]) -> None:
+    on_host = numbers(1, 512).cpu()
+    batch = MicroBatch(on_host.long(), on_host.long(), on_host)
+    leaves = inputs(512, gradients=True)
+    attend(*leaves, AttentionSpec(0.125, 200, (on_host.to(CUDA),) * 2), available("fa4")).sum().backward()
+    batch.to(CUDA)  # the first pinned buffers are allocated, which waits
+    no_waiting()
+    documents = batch.to(CUDA).documents
+    assert documents is not None
+    attend(*leaves, AttentionSpec(0.125, 200, (documents, documents)), "fa4").sum().backward()
 
 
 @pytest.mark.parametrize("name", ["flex", "fa4"])

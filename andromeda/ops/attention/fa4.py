@@ -1,7 +1,8 @@
 """FlashAttention-4 (`flash-attn-4`, written in CuTe DSL): the fastest kernels on Hopper and Blackwell, with window, soft cap and documents.
 
 The library's functions are wrapped as one PyTorch operator, which torch.compile does not trace into. Documents become sequences
-of variable length, which costs one synchronization with the device per new tensor of document numbers, not per layer.
+of variable length. Their bounds are found once per tensor of document numbers, not per layer: on the host where the caller
+has the numbers there too (`cache_document_bounds`), otherwise with one synchronization with the device.
 """
 
 from __future__ import annotations
@@ -163,6 +164,17 @@ def _varlen_arguments(documents: Tensor) -> dict[str, Any]:
     """The bounds of all documents, as arguments of the library."""
     bounds = _cu_seqlens_cache.get((documents,), None, lambda: _cu_seqlens(documents))
     return {"cu_seqlens_q": bounds, "cu_seqlens_k": bounds, "max_seqlen_q": documents.shape[1], "max_seqlen_k": documents.shape[1]}
+
+
+def cache_document_bounds(documents: Tensor, on_host: Tensor) -> None:
+    """Find the bounds of `documents` (B, T) from their copy in host memory, without waiting for the device.
+
+    Raises DataError where document numbers decrease along a sequence.
+    """
+    bounds = _cu_seqlens(on_host)
+    if documents.is_cuda:
+        bounds = bounds.pin_memory().to(documents.device, non_blocking=True)
+    _cu_seqlens_cache.put((documents,), None, bounds)
 
 
 def _cu_seqlens(documents: Tensor) -> Tensor:

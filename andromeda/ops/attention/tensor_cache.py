@@ -26,17 +26,30 @@ class TensorCache(Generic[Value]):
 
     def get(self, tensors: tuple[Tensor, ...], key: Hashable, make: Callable[[], Value]) -> Value:
         """The cached value for these very tensors and this key, or the result of `make()`, which is then cached."""
-        # Inference tensors have no version counter, so that a cached value could be outdated.
-        if torch.compiler.is_compiling() or _is_capturing() or any(t.is_inference() for t in tensors):
+        if not _is_cacheable(tensors):
             return make()
-        # A tensor created in inference mode cannot be saved for backward, so that training needs its own entry.
-        key = (len(tensors), torch.is_inference_mode_enabled(), key)
+        full_key = _full_key(tensors, key)
         for marks, known, value in self._entries:
-            if known == key and all(r() is t and n == t._version for (r, n), t in zip(marks, tensors, strict=True)):
+            if known == full_key and all(r() is t and n == t._version for (r, n), t in zip(marks, tensors, strict=True)):
                 return value
         value = make()
-        self._entries.append((tuple((ref(t), t._version) for t in tensors), key, value))
+        self.put(tensors, key, value)
         return value
+
+    def put(self, tensors: tuple[Tensor, ...], key: Hashable, value: Value) -> None:
+        """Cache a value that the caller knows already, so that `get` need not compute it."""
+        if _is_cacheable(tensors):
+            self._entries.append((tuple((ref(t), t._version) for t in tensors), _full_key(tensors, key), value))
+
+
+def _is_cacheable(tensors: tuple[Tensor, ...]) -> bool:
+    """Inference tensors have no version counter, so that a cached value could be outdated."""
+    return not (torch.compiler.is_compiling() or _is_capturing() or any(t.is_inference() for t in tensors))
+
+
+def _full_key(tensors: tuple[Tensor, ...], key: Hashable) -> Hashable:
+    """A tensor created in inference mode cannot be saved for backward, so that training needs its own entry."""
+    return len(tensors), torch.is_inference_mode_enabled(), key
 
 
 def _is_capturing() -> bool:
