@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
+
+import numpy as np
 
 from andromeda.evaluate.result import EvalResult
 from andromeda.report.fragments import MALFORMED, code, malformed_result, missing_section, provenance_notes, shell_quote
 from andromeda.report.run_data import RunData, held_out_bits
+from andromeda.train.metrics import is_number
 from andromeda.utils.formatting import format_number, format_percent, format_si
-from andromeda.utils.html import Axis, Child, Markup, Section, Series, details, el, grid, heat_map, join, line_chart, table
+from andromeda.utils.html import Axis, Child, Markup, ReferenceLine, Section, Series, details, el, grid, heat_map, join, line_chart, table
 
 COMMANDS = ("bits", "reasoning", "context")
 """Kinds that `andromeda eval` measures quickly on any machine."""
@@ -93,13 +97,65 @@ def _harness(result: EvalResult) -> Markup:
 def _context(result: EvalResult) -> Markup:
     r = result.result
     lengths, nats, errors = r["context"], r["nats"], r.get("error") or [0.0] * len(r["nats"])
-    points = [(float(n), v) for n, v in zip(lengths, nats, strict=True) if v is not None]
-    band = [(float(n), v - 2 * (e or 0.0), v + 2 * (e or 0.0)) for n, v, e in zip(lengths, nats, errors, strict=True) if v is not None]
-    note = f"The same {r['tokens']:,} targets at every length; the band is two standard errors wide to each side."
-    series = [Series("loss", points, dots=True, band=band)]
-    chart = line_chart("Loss by the context given", series, Axis("tokens of context", log=True), Axis("nats per token"), note=note)
-    rows = [[f"{n:,}", format_number(v), format_number(e, 2)] for n, v, e in zip(lengths, nats, errors, strict=True)]
-    return join(grid(chart), details("As a table", table(["context", "nats per token", "standard error"], rows)))
+    gains = _gains(r)
+    chart = _loss_by_context(r, errors) if gains is None else _gain_chart(r, *gains)
+    head, rows = ["context", "nats per token", "standard error"], [[f"{n:,}"] for n in lengths]
+    for row, value, error in zip(rows, nats, errors, strict=True):
+        row += [format_number(value), format_number(error, 2)]
+    if gains is not None:
+        head += ["gain", "its standard error"]
+        for row, value, error in zip(rows, *gains, strict=True):
+            row += [format_number(value), format_number(error, 2)]
+    return join(grid(chart), details("As a table", table(head, rows)))
+
+
+def _gains(r: dict[str, Any]) -> tuple[list[float], list[float]] | None:
+    """What each context gains over the shortest, and the standard error of that difference; None where the result does not tell it.
+
+    It is paired: the targets are the same, and most of what makes them easy or hard is common to all lengths.
+    """
+    if r.get("gain") and r.get("gain_error"):
+        return r["gain"], r["gain_error"]
+    windows = r.get("windows")
+    if not windows or len(windows[0]) < 2:
+        return None
+    apart = np.asarray(windows[0], float) - np.asarray(windows, float)
+    return apart.mean(1).tolist(), (apart.std(1, ddof=1) / math.sqrt(apart.shape[1])).tolist()
+
+
+def _gain_chart(r: dict[str, Any], gains: list[float], errors: list[float]) -> Markup:
+    lengths = r["context"]
+    points = [(float(n), v) for n, v in zip(lengths, gains, strict=True)]
+    band = [(float(n), v - 2 * e, v + 2 * e) for n, v, e in zip(lengths, gains, errors, strict=True)]
+    last = f"With {lengths[-1]:,} tokens it is {format_number(gains[-1], 3)} nats lower"
+    sure = f", {abs(gains[-1]) / errors[-1]:.1f} standard errors" if errors[-1] else ""
+    note = (
+        f"The loss of the same {r['tokens']:,} targets after a longer context, compared with {lengths[0]:,} tokens. {last}{sure}. The "
+        "band is two standard errors of that difference to each side."
+    )
+    series = [Series("gain", points, dots=True, band=band)]
+    axis = Axis(f"nats per token less than after {lengths[0]:,} tokens", zero=True)
+    return line_chart("Gain from context", series, _context_axis(lengths), axis, rules=[ReferenceLine("", 0.0)], note=note)
+
+
+def _loss_by_context(r: dict[str, Any], errors: list[float]) -> Markup:
+    """For results that do not tell how the lengths differ target by target."""
+    known = [(float(n), v, e or 0.0) for n, v, e in zip(r["context"], r["nats"], errors, strict=True) if v is not None]
+    note = (
+        f"The same {r['tokens']:,} targets at every length; the band is two standard errors to each side. Differences between lengths are "
+        "known better than that."
+    )
+    series = [Series("loss", [(n, v) for n, v, _ in known], dots=True, band=[(n, v - 2 * e, v + 2 * e) for n, v, e in known])]
+    return line_chart("Loss by the context given", series, _context_axis(r["context"]), Axis("nats per token"), note=note)
+
+
+def _context_axis(lengths: list[int]) -> Axis:
+    """With the lengths themselves as its figures, those that stand far enough apart."""
+    ticks: list[float] = []
+    for length in sorted(lengths, reverse=True):
+        if not ticks or length * 1.4 <= ticks[-1]:
+            ticks.append(float(length))
+    return Axis("tokens of context", log=True, show=lambda n: f"{n:,.0f}", ticks=ticks if len(ticks) < 9 else ())
 
 
 def _plain(value: Any) -> str:
@@ -184,11 +240,20 @@ def _retrieval(result: EvalResult) -> Markup:
         rows = ["anywhere"] if r.get("everywhere") else [ENDS.get(depth, format_percent(depth)) for depth in r["depths"]]
         # The file has a row for each length; a reader looks from the top of the text to its end.
         values = [[row[i] for row in r["accuracy"]] for i in range(len(r["depths"]))]
-        chance = f"Guessing: {format_percent(r.get('chance'))}; {r.get('samples', 0):,} problems per cell."
+        guessed = float(r["chance"]) if is_number(r.get("chance")) and 0 <= r["chance"] < 1 else 0.0
+        shade = "Shaded from guessing" if guessed else "Guessing"
+        chance = f"{shade}: {format_percent(guessed)}; {r.get('samples', 0):,} problems per cell."
         note = f"{TASK_DESCRIPTIONS.get(str(r.get('task')), '')} {chance}".strip().replace(" %", "\u00a0%")  # no line ends before the sign
         columns = [f"{length:,}" for length in r["lengths"]]
         drawn = heat_map(
-            str(r.get("task", result.name)), rows, columns, values, corner="depth", across="columns: tokens of the text", note=note
+            str(r.get("task", result.name)),
+            rows,
+            columns,
+            values,
+            corner="depth",
+            across="columns: tokens of the text",
+            low=guessed,
+            note=note,
         )
     except MALFORMED:
         return malformed_result(result)

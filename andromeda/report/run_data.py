@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,8 @@ from andromeda.utils.untrusted import MalformedFile, open_regular, parse_json, r
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
 """What is told of how a sample was written."""
+SAMPLE_BYTES = 4 << 20
+"""Read of each file of samples."""
 
 
 @dataclass(frozen=True)
@@ -27,6 +29,8 @@ class GeneratedSample:
     prompt: str
     text: str
     about: str = ""
+    step: int | None = None
+    """Of training, where the model was still trained."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +54,8 @@ class RunData:
 
     @property
     def finished(self) -> bool:
-        """Whether the last step is behind it."""
-        return self.metrics.step >= self.config.train.steps
+        """Whether the last step is behind it, by its metrics or, where it has none, by its checkpoint."""
+        return (self.metrics.step or self.newest or 0) >= self.config.train.steps
 
     def of_kind(self, kind: str) -> list[EvalResult]:
         """Evaluations of a kind, the newest weights first."""
@@ -81,30 +85,49 @@ def read_run(path: str | Path) -> RunData:
 
 
 def read_samples(folder: Path, most: int = 24, longest: int = 6000) -> list[GeneratedSample]:
-    """Texts of .jsonl files (as `andromeda generate --json` prints them) and of .txt files, the newest files first."""
+    """Texts of .jsonl files (as `andromeda generate --json` prints them, or with a `step`) and of .txt files, the newest files first.
+
+    At most `most` texts of a file and of all. Of a file with more, those of some of its steps, always with the newest.
+    """
     found: list[GeneratedSample] = []
     files = [p for p in folder.glob("*") if p.suffix in (".jsonl", ".txt")] if folder.is_dir() else []
     for path in sorted(files, key=lambda p: (-p.lstat().st_mtime, p.name)):
         try:
             with open_regular(path) as file:
-                text = file.read(1 << 20).decode("utf-8", "replace")
+                text = file.read(SAMPLE_BYTES).decode("utf-8", "replace")
         except (OSError, MalformedFile):
             continue
-        found += _lines_of(path.name, text) if path.suffix == ".jsonl" else [GeneratedSample(path.name, "", text.strip("\n"))]
-    return [GeneratedSample(s.file, s.prompt[-longest:], s.text[:longest], s.about) for s in found[:most]]
+        if len(found) >= most:
+            break
+        found += (
+            _some_steps(_lines_of(path.name, text), most) if path.suffix == ".jsonl" else [GeneratedSample(path.name, "", text.strip("\n"))]
+        )
+    return [replace(s, prompt=s.prompt[-longest:], text=s.text[:longest]) for s in found[:most]]
 
 
 def _lines_of(file: str, text: str) -> list[GeneratedSample]:
-    samples_section = []
+    found = []
     for line in text.splitlines():
         try:
             values = parse_json(line)
             prompt, answer = values["prompt"], str(values["text"])
-        except (ValueError, TypeError, KeyError, RecursionError):
+            about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SAMPLING_KEYS if values.get(name) is not None)
+        except (ValueError, TypeError, KeyError, AttributeError):
             continue
-        about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SAMPLING_KEYS if values.get(name) is not None)
-        samples_section.append(GeneratedSample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about))
-    return samples_section
+        step = values.get("step")
+        step = step if isinstance(step, int) and is_number(step) and step >= 0 else None
+        found.append(GeneratedSample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about, step))
+    return found
+
+
+def _some_steps(samples: list[GeneratedSample], most: int) -> list[GeneratedSample]:
+    """The samples of as many steps, evenly spread, as fit into `most`: those of the newest step first."""
+    steps = sorted({s.step for s in samples if s.step is not None}, reverse=True)
+    if not steps or len(samples) <= most:
+        return sorted(samples, key=lambda s: -(s.step or 0))
+    count = max(1, min(len(steps), most * len(steps) // len(samples)))
+    kept = {steps[i * (len(steps) - 1) // max(1, count - 1)] for i in range(count)}
+    return sorted((s for s in samples if s.step in kept), key=lambda s: -(s.step or 0))
 
 
 def _or_nothing(read: Any, problems: list[str]) -> Any:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from itertools import groupby
 
 from andromeda.report.fragments import code, missing_section, shell_quote
+from andromeda.report.progress_axis import ProgressAxis, axis_choice, drawn_over, progress_axes
 from andromeda.report.run_data import GeneratedSample, RunData
 from andromeda.train.metrics import MetricsHistory
 from andromeda.utils.formatting import format_number, format_percent, format_si
 from andromeda.utils.html import Axis, Markup, ReferenceLine, Section, Series, details, el, grid, join, line_chart, table
 
-STEP = "step"
 MOST_EVENTS = 200
 """The newest ones are drawn and listed."""
 
@@ -21,8 +22,10 @@ def curves_section(record: RunData) -> Section:
     metrics = record.metrics
     lead = "Means over the steps since the previous log line; hover for values."
     if not metrics.series("loss"):
-        nothing = missing_section("Nothing is logged yet.", f"andromeda train --out {record.path} --resume")
+        commands = [] if record.finished else [f"andromeda train --out {shell_quote(record.path)} --resume"]
+        nothing = missing_section("The run has no metrics of its training." if record.finished else "Nothing is logged yet.", *commands)
         return Section("curves", "Curves", lead, nothing)
+    axes = progress_axes(metrics)
     notes = (
         [f"{metrics.num_unreadable} line{'s' * (metrics.num_unreadable > 1)} of metrics.jsonl cannot be read and is left out."]
         if metrics.num_unreadable
@@ -33,9 +36,10 @@ def curves_section(record: RunData) -> Section:
         "Curves",
         lead,
         join(
-            _loss(metrics),
-            grid(*_others(record)),
-            _health(record),
+            axis_choice(axes),
+            drawn_over(axes, lambda over: _loss(metrics, over)),
+            grid(*(drawn_over(axes, draw) for draw in _others(record))),
+            _health(record, axes),
             _events(metrics),
             [el("p", n, class_="note") for n in notes],
             _table(metrics),
@@ -43,77 +47,72 @@ def curves_section(record: RunData) -> Section:
     )
 
 
-def _loss(metrics: MetricsHistory) -> Markup:
+def _loss(metrics: MetricsHistory, over: ProgressAxis) -> Markup:
     series = [
-        Series("training", metrics.series("loss")),
-        Series("validation", metrics.series("validation/loss"), 2, dots=True),
-        Series("validation of the moving average", metrics.series("validation/loss_average"), 3, dots=True),
+        Series("training", over.points(metrics.series("loss"))),
+        Series("validation", over.points(metrics.series("validation/loss")), 2, dots=True),
+        Series("validation of the moving average", over.points(metrics.series("validation/loss_average")), 3, dots=True),
     ]
-    bad = [float(line["step"]) for line in metrics.records if "event" in line]
-    return line_chart("Loss", series, Axis(STEP), Axis("nats per token"), marks=bad[-MOST_EVENTS:], wide=True)
+    bad = [over.at(line["step"]) for line in metrics.records if "event" in line]
+    return line_chart("Loss", series, over.axis, Axis("nats per token"), marks=bad[-MOST_EVENTS:], wide=True)
 
 
-def _others(record: RunData) -> list[Markup]:
+def _others(record: RunData) -> list[Callable[[ProgressAxis], Markup]]:
+    """The smaller charts, each drawn over any axis."""
     metrics = record.metrics
-    bits = [
-        Series("training", metrics.series("bits_per_byte")),
-        Series("validation", metrics.series("validation/bits_per_byte"), 2, dots=True),
-    ]
-    rules = [ReferenceLine({"xz": "xz -9", "zlib": "zlib -9"}[name], value) for name, value in record.compressors.items()]
-    drawn = [line_chart("Bits per byte", bits, Axis(STEP), Axis("of UTF-8 text"), rules=rules)] if bits[0].points else []
+    drawn: list[Callable[[ProgressAxis], Markup]] = []
+    if metrics.series("bits_per_byte"):
+        drawn.append(partial(_bits_per_byte, record))
     if rates := metrics.names("lr/"):
-        drawn.append(_rates(metrics, rates))
-    drawn.append(_one(metrics, "gradient_norm", "Gradient norm", "before clipping", log=True))
-    drawn.append(_one(metrics, "tokens_per_second", "Speed", "tokens/s", zero=True))
+        drawn.append(partial(_rates, metrics, rates))
+    drawn.append(partial(_one, metrics, "gradient_norm", "Gradient norm", Axis("before clipping", log=True)))
+    drawn.append(partial(_one, metrics, "tokens_per_second", "Speed", Axis("tokens/s", zero=True)))
     if metrics.series("mfu"):
-        drawn.append(_one(metrics, "mfu", "MFU", "model FLOPs over the device's peak", zero=True, show=format_percent))
+        drawn.append(partial(_one, metrics, "mfu", "MFU", Axis("model FLOPs over the device's peak", zero=True, show=format_percent)))
     if metrics.series("memory_gib"):
-        drawn.append(_one(metrics, "memory_gib", "Memory", "most so far, GiB", zero=True))
+        drawn.append(partial(_one, metrics, "memory_gib", "Memory", Axis("most so far, GiB", zero=True)))
     return drawn
 
 
-def _rates(metrics: MetricsHistory, names: list[str]) -> Markup:
+def _bits_per_byte(record: RunData, over: ProgressAxis) -> Markup:
+    series = [
+        Series("training", over.points(record.metrics.series("bits_per_byte"))),
+        Series("validation", over.points(record.metrics.series("validation/bits_per_byte")), 2, dots=True),
+    ]
+    rules = [ReferenceLine({"xz": "xz -9", "zlib": "zlib -9"}[name], value) for name, value in record.compressors.items()]
+    return line_chart("Bits per byte", series, over.axis, Axis("of UTF-8 text"), rules=rules)
+
+
+def _rates(metrics: MetricsHistory, names: list[str], over: ProgressAxis) -> Markup:
     peaks = {name: max(value for _, value in metrics.series(name)) for name in names if metrics.series(name)}
     note = "Peaks: " + ", ".join(f"{name[3:]} {format_number(peak, 3)}" for name, peak in peaks.items()) + "."
     first = next(iter(peaks), names[0])
     points = [(step, value / (peaks.get(first) or 1)) for step, value in metrics.series(first)]
-    return line_chart(
-        "Learning rate",
-        [Series("share of its peak", points)],
-        Axis(STEP),
-        Axis("share of its peak", zero=True, show=format_percent),
-        note=note,
-    )
+    shares = Axis("share of its peak", zero=True, show=format_percent)
+    return line_chart("Learning rate", [Series("share of its peak", over.points(points))], over.axis, shares, note=note)
 
 
-def _one(
-    metrics: MetricsHistory,
-    name: str,
-    title: str,
-    unit: str,
-    *,
-    log: bool = False,
-    zero: bool = False,
-    show: Callable[[float], str] = format_si,
-) -> Markup:
-    return line_chart(title, [Series(title.lower(), metrics.series(name))], Axis(STEP), Axis(unit, log=log, zero=zero, show=show))
+def _one(metrics: MetricsHistory, name: str, title: str, values: Axis, over: ProgressAxis) -> Markup:
+    return line_chart(title, [Series(title.lower(), over.points(metrics.series(name)))], over.axis, values)
 
 
-def _health(record: RunData) -> Markup:
+def _health(record: RunData, axes: list[ProgressAxis]) -> Markup:
     metrics = record.metrics
     ratios = metrics.names("update_ratio/")
     if not ratios:
         text = "Health of updates, activations and attention logits was not measured; to measure it while training, set"
         return el("p", text, " ", code("train.log.diagnostics_every=100"), ".", class_="note")
-    series = [Series(name.partition("/")[2], metrics.series(name), i % 6 + 1, dots=True) for i, name in enumerate(ratios)]
-    return join(
-        el("h3", "Health"),
-        grid(
-            line_chart("Update over weight", series, Axis(STEP), Axis("one step, by role", log=True)),
-            _one(metrics, "activation_max", "Largest activation", "after any block", log=True),
-            _one(metrics, "attention_logit_bound", "Largest attention logit", "bound by norms of queries and keys", zero=True),
-        ),
-    )
+    drawn: list[Callable[[ProgressAxis], Markup]] = [
+        partial(_update_ratios, metrics, ratios),
+        partial(_one, metrics, "activation_max", "Largest activation", Axis("after any block", log=True)),
+        partial(_one, metrics, "attention_logit_bound", "Largest attention logit", Axis("bound by norms of queries and keys", zero=True)),
+    ]
+    return join(el("h3", "Health"), grid(*(drawn_over(axes, draw) for draw in drawn)))
+
+
+def _update_ratios(metrics: MetricsHistory, names: list[str], over: ProgressAxis) -> Markup:
+    series = [Series(name.partition("/")[2], over.points(metrics.series(name)), i % 6 + 1, dots=True) for i, name in enumerate(names)]
+    return line_chart("Update over weight", series, over.axis, Axis("one step, by role", log=True))
 
 
 def _events(metrics: MetricsHistory) -> Markup | None:
@@ -163,21 +162,9 @@ def probes_section(record: RunData) -> Section:
     metrics = record.metrics
     names = [name for name in metrics.names("probe/") if not name.endswith("/chance") and metrics.series(name)]
     if not names:
-        resume = f"andromeda train --out {shell_quote(record.path)} --resume train.probes.every=100"
-        return Section(
-            "probes", "Probes", lead, missing_section("No probes were scored. To score them while training, or when resuming:", resume)
-        )
-    drawn = []
-    for i, name in enumerate(names):
-        task, chance = name.partition("/")[2], metrics.latest(name + "/chance")
-        rules = [ReferenceLine("guessing", chance)] if chance is not None else []
-        # Half of the chart at least, so that small differences near guessing look small.
-        top = max([0.5, *(value for _, value in metrics.series(name))])
-        axis = Axis("", show=format_percent, ends=(0.0, 1.0 if top > 0.5 else 0.5))
-        series = [Series("solved", metrics.series(name), i % 6 + 1, dots=True)]
-        drawn.append(
-            line_chart(task.capitalize(), series, Axis("step"), axis, rules=rules, note=PROBE_DESCRIPTIONS.get(task, ""), narrow=True)
-        )
+        return Section("probes", "Probes", lead, _no_probes(record))
+    axes = progress_axes(metrics)
+    drawn = [drawn_over(axes, partial(_probe, metrics, name, i % 6 + 1)) for i, name in enumerate(names)]
     steps = sorted({step for name in names for step, _ in metrics.series(name)})
     values = {name: dict(metrics.series(name)) for name in names}
     rows = [[f"{step:,.0f}", *(format_percent(values[name].get(step)) for name in names)] for step in steps[-12:]]
@@ -186,19 +173,47 @@ def probes_section(record: RunData) -> Section:
     return Section("probes", "Probes", lead, join(grid(*drawn, kind="four"), details("The probes as a table", body)))
 
 
+def _no_probes(record: RunData) -> Markup:
+    """What scores the tasks of the probes: of a training that goes on while it trains, of a finished one afterwards."""
+    path = shell_quote(record.path)
+    if record.finished:
+        why = "No probes were scored while training. To score such tasks on the trained weights:"
+        return missing_section(why, f"andromeda eval {path} reasoning")
+    resume = f"andromeda train --out {path} --resume train.probes.every=100"
+    return missing_section("No probes were scored. To score them while training, or when resuming:", resume)
+
+
+def _probe(metrics: MetricsHistory, name: str, color: int, over: ProgressAxis) -> Markup:
+    task, chance = name.partition("/")[2], metrics.latest(name + "/chance")
+    rules = [ReferenceLine("guessing", chance)] if chance is not None else []
+    # Half of the chart at least, so that small differences near guessing look small.
+    top = max([0.5, *(value for _, value in metrics.series(name))])
+    solved = Axis("", show=format_percent, ends=(0.0, 1.0 if top > 0.5 else 0.5))
+    series = [Series("solved", over.points(metrics.series(name)), color, dots=True)]
+    return line_chart(task.capitalize(), series, over.axis, solved, rules=rules, note=PROBE_DESCRIPTIONS.get(task, ""), narrow=True)
+
+
 def samples_section(record: RunData) -> Section:
     """The section."""
     lead = "Unselected; prompts are in color."
     if not record.samples:
         fill = f'andromeda generate {shell_quote(record.path)} "Once" --json > {shell_quote(record.path / "samples" / "mine.jsonl")}'
         return Section("samples", "Samples", lead, missing_section("No samples are kept. To add some:", fill))
-    parts = []
+    parts: list[Markup] = []
     for file, group in groupby(record.samples, key=lambda s: s.file):
-        parts += [el("h3", el("code", f"samples/{file}")), *(_sample(s) for s in group)]
+        parts += [el("h3", el("code", f"samples/{file}")), *_of_file(list(group))]
     return Section("samples", "Samples", lead, parts)
 
 
+def _of_file(samples: list[GeneratedSample]) -> list[Markup]:
+    """Samples of one file; of those that were written during training, the newest are open."""
+    steps = sorted({s.step for s in samples if s.step is not None}, reverse=True)
+    shown = [_sample(s) for s in samples if s.step is None or s.step == steps[0]]
+    return shown + [details(f"Step {step:,}", *(_sample(s) for s in samples if s.step == step)) for step in steps[1:]]
+
+
 def _sample(sample: GeneratedSample) -> Markup:
-    note = el("figcaption", el("span", sample.about, class_="unit")) if sample.about else None
+    about = ", ".join(filter(None, ["" if sample.step is None else f"step {sample.step:,}", sample.about]))
+    note = el("figcaption", el("span", about, class_="unit")) if about else None
     text = el("pre", el("span", sample.prompt, class_="prompt") if sample.prompt else None, sample.text)
     return el("figure", note, text, class_="sample")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import json
 import math
+import re
 import shutil
 import zlib
 from pathlib import Path
@@ -133,6 +135,78 @@ def test_all_sections_of_an_empty_run(run: Path) -> None:
     assert text.count('class="empty"') >= 6
 
 
+def chart_of(text: str, title: str) -> dict:
+    """What the first drawing of a figure tells the script: its scales, and its points."""
+    figure = text.split(f"<b>{title}</b>", 1)[1].split("</figure>", 1)[0]
+    return json.loads(html.unescape(re.findall(r'data-chart="([^"]*)"', figure)[0]))
+
+
+def context_result(run: Path, **result: object) -> str:
+    values = {"context": [32, 64], "nats": [3.0, 2.9], "error": [0.5, 0.5], "tokens": 64, **result}
+    EvalResult("context", "context", 6, "0" * 64, None, {}, values).save(run)
+    return build_report(run)
+
+
+def test_the_gain_from_context_is_that_of_the_same_targets(run: Path) -> None:
+    """Losses of 3.0 and 2.9, each known to 0.5, differ by 0.1 for sure where all targets gain nearly alike."""
+    text = context_result(run, gain=[0.0, 0.1], gain_error=[0.0, 0.025])
+    assert "it is 0.100 nats lower, 4.0 standard errors" in text
+    assert chart_of(text, "Gain from context")["series"][0]["points"] == [[32, 0], [64, 0.1]]
+
+
+def test_a_gain_is_computed_from_the_windows_where_they_are_kept(run: Path) -> None:
+    """As `andromeda extend` keeps them: differences 0.2, 0.1, 0.0 have the mean 0.1 and the standard error 0.1 / sqrt(3)."""
+    text = context_result(run, windows=[[5.0, 3.0, 1.0], [4.8, 2.9, 1.0]])
+    assert "it is 0.100 nats lower, 1.7 standard errors" in text
+    assert chart_of(context_result(run), "Loss by the context given")["series"][0]["points"] == [[32, 3], [64, 2.9]]
+
+
+def test_a_retrieval_is_shaded_from_guessing(run: Path) -> None:
+    """Of 0.1 by guessing, 0.1 has no color and 0.55 half of it."""
+    grid = {"task": "needles", "lengths": [64, 128], "depths": [0.5], "accuracy": [[0.1], [0.55]], "chance": 0.1, "samples": 8}
+    EvalResult("retrieval", "retrieval", 6, "0" * 64, None, {}, grid).save(run)
+    cells = re.findall(r'--s:([0-9.]+)" data-tip="50 %, (64|128)', build_report(run))
+    assert cells == [("0.000", "64"), ("0.500", "128")]
+
+
+def test_curves_over_steps_tokens_and_time(run: Path) -> None:
+    """Two sequences of 128 tokens a step; a step without a line is between its neighbors."""
+    lines = [{"step": s, "loss": 5.0 - s, "tokens": 256 * s, "seconds": 7.0 * s} for s in (1, 2, 4)] + [{"step": 3, "validation/loss": 1.5}]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    text = build_report(run)
+    assert [value for tag, value in parse(text).tags if tag == "input" and value["name"] == "over"]
+    for axis, places in (("step", [1, 2, 4]), ("tokens", [256, 512, 1024]), ("time", [7, 14, 28])):
+        chart = chart_of(text.split(f'class="over over-{axis}"', 1)[1], "Loss")
+        assert [[x, y] for x, y in chart["series"][0]["points"]] == [[x, y] for x, y in zip(places, (4, 3, 1), strict=True)]
+        assert chart["series"][1]["points"] == [[(places[1] + places[2]) / 2, 1.5]]
+
+
+@pytest.mark.parametrize("steps", [6, 600])
+def test_only_a_run_that_goes_on_is_told_to_resume(run: Path, steps: int) -> None:
+    """Resuming a finished run would do nothing."""
+    config = run / "config.toml"
+    config.write_text(re.sub(r"(?m)^steps = 6$", f"steps = {steps}", config.read_text()))
+    for name in ("metrics.jsonl", "samples/mine.jsonl"):
+        (run / name).unlink(missing_ok=True)
+    text = build_report(run)
+    assert ("--resume" in text.split('<section id="probes">')[0]) == (steps == 600)
+    (run / "metrics.jsonl").write_text('{"step": 6, "loss": 1.0}\n')
+    probes = build_report(run).split('<section id="probes">')[1].split("</section>")[0]
+    assert ("--resume train.probes.every" in probes) == (steps == 600)
+    assert ("andromeda eval" in probes) == (steps == 6)
+
+
+def test_samples_of_training_are_grouped_by_step(run: Path) -> None:
+    lines = [{"step": step, "prompt": f"p{k}", "text": f"written at {step}"} for step in range(10, 1010, 10) for k in range(2)]
+    (run / "samples" / "train.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    found = read_run(run).samples
+    assert [s.step for s in found[:2]] == [1000, 1000]
+    assert len(found) <= 24
+    assert found[-1].step == 10
+    section = build_report(run).split('<section id="samples">')[1].split("</section>")[0]
+    assert section.index("written at 1000") < section.index("<details><summary>Step ") < section.index("written at 10<")
+
+
 def test_what_a_run_says_is_never_markup(run: Path) -> None:
     fill(run)
     text = build_report(run)
@@ -155,7 +229,7 @@ def test_a_task_that_is_everywhere_has_no_depth(run: Path) -> None:
     EvalResult("retrieval", "retrieval-common", 6, "0" * 64, None, {}, shape, command="x").save(run)
     text = build_report(run)
     assert ">anywhere</th>" in text
-    assert "The five words that come most often. Guessing: 35\u00a0%; 8 problems per cell." in text
+    assert "The five words that come most often. Shaded from guessing: 35\u00a0%; 8 problems per cell." in text
 
 
 def test_a_run_that_is_going_on(run: Path) -> None:

@@ -70,11 +70,16 @@ def linear_ticks(low: float, high: float, count: int) -> list[float]:
 
 
 def log_ticks(low: float, high: float, count: int) -> list[float]:
-    """Powers of ten (or of a power of ten, where they are many); between few of them also some multiples."""
+    """Powers of ten (or of a power of ten, where they are many); between few of them also some multiples.
+
+    Over less than a power of ten, where that leaves fewer than three, those of a linear axis.
+    """
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     found = [[f * 10.0**p for p in range(first, last + 1) for f in factors if low <= f * 10.0**p <= high] for factors in FACTORS]
     # The finest that is not too many; the coarsest of all is thinned where a scale spans very many powers.
     ticks = next((ticks for ticks in found if len(ticks) <= count + 1), found[-1])
+    if len(ticks) < 3 and high < 10 * low:
+        return linear_ticks(low, high, count)
     return ticks if len(ticks) <= count + 1 else ticks[:: math.ceil(len(ticks) / count)]
 
 
