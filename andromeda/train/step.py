@@ -65,6 +65,7 @@ class TrainStep:
                 state.ema.update()
         for router in self._routers:
             router.step() if skip_reason is None else router.load.zero_()
+            router.step_load.zero_()
         state.optimizer.zero_grad()
         return StepResult(nll, grad_norm, skip_reason)
 
@@ -73,6 +74,10 @@ class TrainStep:
         precision, num_targets = self._state.precision, max(1, batch.num_targets)
         loss, nll = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
         several = len(batch.data.ids) > self._micro_batch_size
+        for router in self._routers:
+            router.loss_scale.copy_(precision.loss_scale)
+        if several:
+            self._count_expert_load(batch)
         # With one micro-batch, each gradient is allocated when the backward pass reaches its layer, as activations are freed: less memory.
         with precision.accumulate_grads() if several else contextlib.nullcontext():
             for micro_batch in batch.data.split(self._micro_batch_size):
@@ -81,12 +86,29 @@ class TrainStep:
                 nll += means.nll
         return loss, nll
 
+    @torch.no_grad()
+    def _count_expert_load(self, batch: StepBatch) -> None:
+        """Count how often the whole step chooses each expert, which the balance loss multiplies every token's scores with.
+
+        The gradient of a micro-batch passes through all layers, so the counts of the others must be known before its backward pass: one
+        more forward pass without gradients or head, and only with `balance = "loss"`. Ranks that share a step would add up `step_load`
+        here, and count with a single micro-batch too.
+        """
+        routers = [router for router in self._routers if router.balance == "loss"]
+        if not routers:
+            return
+        precision, model = self._state.precision, self._state.model
+        for micro_batch in batch.data.split(self._micro_batch_size):
+            data = micro_batch.to(precision.device)
+            with precision.autocast():
+                model.hidden(data.ids, documents=data.documents, window=batch.window)
+        for router in routers:
+            router.step_load.copy_(router.load)
+            router.load.zero_()
+
     def _backward(self, micro_batch: MicroBatch, batch: StepBatch, num_targets: int) -> ObjectiveSums:
         """Forward and backward pass of one micro-batch of `batch`; returns its share of the means over all targets."""
         precision = self._state.precision
-        for router in self._routers:
-            # The balance loss is a mean over a micro-batch, which has this share in the step.
-            router.loss_scale.copy_(precision.loss_scale * (len(micro_batch.ids) / len(batch.data.ids)))
         with precision.autocast():
             sums = self._objective(micro_batch.to(precision.device), batch.window)
         mean = sums.total / num_targets

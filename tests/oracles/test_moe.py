@@ -93,10 +93,10 @@ def test_identical_experts_with_normalized_gates_are_one_dense_network() -> None
 
 @pytest.mark.parametrize(("E", "k"), [(8, 2), (16, 1), (6, 3)])
 def test_the_balance_loss_is_one_when_balanced_and_e_over_k_collapsed(E: int, k: int) -> None:
-    balanced = balance_loss(torch.ones(40, E), torch.full((E,), k / E), k)
+    balanced = balance_loss(torch.ones(40, E), torch.full((E,), 40 * k / E), k)
     one_hot = torch.zeros(40, E)
     one_hot[:, :k] = 1.0
-    collapsed = balance_loss(one_hot, one_hot[0], k)
+    collapsed = balance_loss(one_hot, one_hot.sum(0), k)
     assert (float(balanced), float(collapsed)) == pytest.approx((1.0, E / k))
 
 

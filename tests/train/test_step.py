@@ -118,37 +118,63 @@ class Scaled(Precision):
                 p.grad /= self.FACTOR
 
 
+def experts(tiny: Callable[..., RunConfig], **changes: object) -> RunConfig:
+    return tiny(
+        train__batch_size=6,
+        train__clip={"kind": "none"},
+        model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
+        **{"model__experts": {"num_experts": 4, "top_k": 2, "balance": "loss", "aux_loss_coef": 0.5}} | changes,
+    )
+
+
 @pytest.mark.parametrize("precision", [Precision, Scaled])
-def test_router_loss_has_its_weight(tiny: Callable[..., RunConfig], precision: type[Precision]) -> None:
-    """The balance loss (E/k sum f P, a mean over the tokens of a micro-batch) enters with `rate`, whatever the loss scale."""
-
-    def config(rate: float) -> RunConfig:
-        return tiny(
-            train__batch_size=6,
-            train__micro_batch_size=2,
-            train__clip={"kind": "none"},
-            model__feedforward={"kind": "moe", "mlp_ratio": 1.0},
-            model__experts={"num_experts": 4, "top_k": 2, "balance": "loss", "aux_loss_coef": rate},
-        )
-
-    step = Kept(config(0.5))
+@pytest.mark.parametrize("micro_batch", [0, 1, 2, 3])
+def test_balance_loss_is_that_of_the_whole_step(tiny: Callable[..., RunConfig], precision: type[Precision], micro_batch: int) -> None:
+    """E/k sum f P with f and P over all tokens of the step, by PyTorch's own functions: for any split, and whatever the loss scale."""
+    step = Kept(experts(tiny, train__micro_batch_size=micro_batch))
     step.session.precision = precision(CPU)
     step(batch())
 
-    plain = Kept(config(0.0)).session.model
+    plain = Kept(experts(tiny, model__experts={"num_experts": 4, "top_k": 2, "balance": "none"})).session.model
     projected: list[Tensor] = []
     for module in plain.modules():
         if isinstance(module, Router):
             module.register_forward_pre_hook(lambda router, given: projected.append(F.linear(given[0], router.project.weight)))
     total = F.cross_entropy(plain(batch().ids, documents=batch().documents).flatten(0, 1), batch().targets.flatten(), ignore_index=-100)
     for logits in projected:
-        for micro in logits.chunk(3):  # two rows each, a third of the step
-            scores = micro.sigmoid()
-            chosen = F.one_hot(scores.topk(2).indices, 4).sum((0, 1)) / len(scores)
-            total = total + 0.5 / 3 * (4 / 2) * (chosen * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
+        scores = logits.sigmoid()
+        chosen = F.one_hot(scores.topk(2).indices, 4).sum((0, 1)).double() / len(scores)
+        total = total + 0.5 * (4 / 2) * (chosen * (scores / scores.sum(-1, keepdim=True)).mean(0)).sum()
     gradients = torch.autograd.grad(total, list(plain.parameters()))
     for (name, _), gradient in zip(plain.named_parameters(), gradients, strict=True):
-        torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-6, atol=1e-7)  # the share is a float32
+        torch.testing.assert_close(step.gradients[name], gradient, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("activation_checkpointing", ["none", "full"])
+def test_balance_loss_does_not_depend_on_the_split(tiny: Callable[..., RunConfig], activation_checkpointing: str) -> None:
+    """Six sequences whole, one by one and by three: gradients in float64 to 1e-12 of their norm, in two steps after each other."""
+    found = {}
+    for micro_batch in (0, 1, 3):
+        changes = {"train__micro_batch_size": micro_batch, "train__activation_checkpointing": activation_checkpointing}
+        step = Kept(experts(tiny, **changes))
+        for _ in range(2):
+            step(batch())
+        found[micro_batch] = step.gradients
+        assert all(not router.step_load.any() and not router.load.any() for router in step.stepper._routers)
+    norm = float(torch.cat([gradient.flatten() for gradient in found[0].values()]).norm())
+    for other in (1, 3):
+        gaps = [found[0][name] - found[other][name] for name in found[0]]
+        assert float(torch.cat([gap.flatten() for gap in gaps]).norm()) < 1e-12 * norm
+
+
+def test_counting_costs_nothing_without_the_balance_loss(tiny: Callable[..., RunConfig]) -> None:
+    """The passes of the model: one more for each micro-batch with `balance = "loss"` and several of them, and only there."""
+    for balance, micro_batch, passes in (("loss", 2, 6), ("loss", 0, 1), ("bias", 2, 3), ("none", 2, 3)):
+        settings = {"num_experts": 4, "top_k": 2, "balance": balance}
+        step, seen = Kept(experts(tiny, train__micro_batch_size=micro_batch, model__experts=settings)), []
+        step.session.model.norm.register_forward_hook(lambda *_, seen=seen: seen.append(True))
+        step(batch())
+        assert len(seen) == passes, (balance, micro_batch)
 
 
 class Poisoned:

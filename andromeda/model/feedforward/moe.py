@@ -73,6 +73,9 @@ class Router(nn.Module):
     """(token, expert) pairs since the last `step` (E,)."""
     loss_scale: Tensor
     """What the trainer multiplies this pass's loss with; the auxiliary loss is multiplied alike."""
+    step_load: Tensor
+    """(token, expert) pairs of the whole optimizer step (E,), which the trainer counts beforehand where this pass sees only a part
+    of its tokens; zeros where it sees them all. The sum of `load` over micro-batches, and over ranks where each has its own."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -85,6 +88,7 @@ class Router(nn.Module):
         self.register_buffer("votes", torch.zeros(e.num_experts, dtype=torch.int64))
         self.register_buffer("load", torch.zeros(e.num_experts, dtype=torch.int64))
         self.register_buffer("loss_scale", torch.ones(()), persistent=False)
+        self.register_buffer("step_load", torch.zeros(e.num_experts, dtype=torch.int64), persistent=False)
 
     @property
     def bias(self) -> Tensor:
@@ -113,7 +117,7 @@ class Router(nn.Module):
         self.load.add_(load)
         if self.balance != "loss":
             return gates
-        loss = self.aux_loss_coef * balance_loss(scores, load.to(scores.dtype) / chosen.shape[0], self.active)
+        loss = self.aux_loss_coef * balance_loss(scores, torch.where(self.step_load.any(), self.step_load, load), self.active)
         return AttachLoss.apply(gates, loss, self.loss_scale.to(loss.dtype))
 
     @torch.no_grad()
@@ -124,9 +128,16 @@ class Router(nn.Module):
         self.load.zero_()
 
 
-def balance_loss(scores: Tensor, fraction: Tensor, active: int) -> Tensor:
-    """(E/k) sum_i f_i P_i for scores (N, E) and the fraction of tokens (E,) that chose each expert: 1 when balanced, E/k collapsed."""
-    probability = (scores / scores.sum(-1, keepdim=True)).mean(0)
+def balance_loss(scores: Tensor, load: Tensor, active: int) -> Tensor:
+    """The share that these tokens have in (E/k) sum_i f_i P_i (arXiv 2101.03961): 1 when balanced, E/k collapsed.
+
+    scores (N, E): of these tokens, all of a step or some. load (E,): how often each expert was chosen by all tokens of the step, k times
+    for each. f is the fraction of the step's tokens that chose an expert, P its mean normalized score over them. So the shares add up to
+    the loss of the step, however its tokens are split.
+    """
+    fraction = load.to(scores.dtype)
+    fraction = fraction / (num_tokens := fraction.sum() / active)
+    probability = (scores / scores.sum(-1, keepdim=True)).sum(0) / num_tokens
     return scores.shape[-1] / active * (fraction * probability).sum()
 
 
