@@ -68,7 +68,7 @@ def _encode(block: EncodeTask) -> None:
         return
     tokenizer, lengths = _tokenizer(block.tokenizer, block.fingerprint)
     dtype = token_dtype(tokenizer.vocab_size)
-    separator = np.array([tokenizer.eos], dtype=dtype)
+    separator = np.array(tokenizer.separator, dtype=dtype)
     parts, counts = list[np.ndarray](), list[int]()
     texts = [content.decode() for content in block.documents.contents(block.work)]
     for start in range(0, len(texts), 256):
@@ -77,7 +77,7 @@ def _encode(block: EncodeTask) -> None:
         for text in chunks:
             ids = [np.array(next(encoded), dtype=dtype) for _ in text]
             parts += [separator, *ids]
-            counts.append(1 + sum(map(len, ids)))
+            counts.append(len(separator) + sum(map(len, ids)))
     tokens = np.concatenate(parts)
     if int(lengths[tokens].sum()) != int(block.documents.size.sum()):
         raise DataError("The tokenizer does not keep every byte of these documents: use a byte-level one.")

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, unigram
+from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, sentencepiece_bpe, unigram
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
 from andromeda.utils.untrusted import MalformedFile, is_plain_name, read_json_object, read_regular
@@ -20,7 +20,12 @@ from andromeda.utils.untrusted import MalformedFile, is_plain_name, read_json_ob
 META = "andromeda.json"
 MAX_BYTES = 256 << 20
 """Of a tokenizer file; the largest in use have 20 MB."""
-LOADERS: dict[str, Callable[[bytes], Encoder]] = {"bpe": bpe.load, "unigram": unigram.load, "bytes": raw.load}
+LOADERS: dict[str, Callable[[bytes], Encoder]] = {
+    "bpe": bpe.load,
+    "sentencepiece_bpe": sentencepiece_bpe.load,
+    "unigram": unigram.load,
+    "bytes": raw.load,
+}
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
 ROUND_TRIP_TEXT = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # A\ufb01 <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
@@ -31,18 +36,22 @@ class Tokenizer:
     """Text to token ids and back without loss.
 
     `eos` is the document separator. It is placed before every document, so it begins a text (BOS) and ends it (EOS).
+    A model from elsewhere may begin a text with another token, `bos`; its corpora place both before every document.
     The text of a special token is ordinary text: only code places special ids.
     """
 
-    def __init__(self, encoder: Encoder, eos: int | None = None) -> None:
+    def __init__(self, encoder: Encoder, eos: int | None = None, bos: int | None = None) -> None:
         self._encoder = encoder
         self.kind = encoder.kind
         self.special_tokens = dict(encoder.special_tokens)
         self._table = list(encoder.token_bytes)
         known = [self.special_tokens[name] for name in SEPARATORS if name in self.special_tokens]
         self.eos = eos if eos is not None else known[0] if known else len(self._table)
+        self.bos = self.eos if bos is None else bos
         self._table += [b""] * (self.eos + 1 - len(self._table))
         self.special_tokens.setdefault(SEPARATOR, self.eos)
+        if bos is not None and bos not in self.special_tokens.values():
+            raise DataError(f"The token {self.bos} cannot begin a text, for it is no special token of this tokenizer: name one that is.")
 
     @property
     def vocab_size(self) -> int:
@@ -51,9 +60,18 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """sha256 over the model file, its kind and the separator."""
-        head = json.dumps([self.kind, self.eos, self.vocab_size]).encode()
+        """sha256 over the model file, its kind, the separator, and the token that begins a text where that is another one."""
+        head = json.dumps([self.kind, self.eos, self.vocab_size, *self._own_bos]).encode()
         return hashlib.sha256(head + b"\0" + self._encoder.model_file).hexdigest()
+
+    @property
+    def _own_bos(self) -> list[int]:
+        return [] if self.bos == self.eos else [self.bos]
+
+    @property
+    def separator(self) -> list[int]:
+        """What stands before every document of a corpus: `eos`, and `bos` where that is another token."""
+        return [self.eos, *self._own_bos]
 
     @property
     def model_file(self) -> bytes:
@@ -61,16 +79,17 @@ class Tokenizer:
         return self._encoder.model_file
 
     def encode(self, text: str) -> list[int]:
-        """Token ids of a text, without separator."""
+        """Token ids of a text or of a part of one, without separator."""
         return self.encode_batch([text])[0]
+
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of a text from its beginning, without separator: some tokenizers put a space first (see `encoders`)."""
+        _refuse_surrogates([text])
+        return self._encoder.encode_start(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of several texts. Raises DataError for text that has no UTF-8 spelling (a lone surrogate)."""
-        try:
-            for text in texts:
-                text.isascii() or text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"The text cannot be encoded as UTF-8 (character {error.start} is half of a pair): remove it.") from None
+        _refuse_surrogates(texts)
         return self._encoder.encode_batch(list(texts))
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -105,13 +124,16 @@ class Tokenizer:
             "vocab_size": self.vocab_size,
             "sha256": self.fingerprint,
         }
+        if self.bos != self.eos:
+            meta["bos"] = self.bos
         write_whole(folder / META, (json.dumps(meta, indent=2) + "\n").encode())
 
     @classmethod
-    def load(cls, path: Path | str, eos: int | None = None) -> Tokenizer:
+    def load(cls, path: Path | str, eos: int | None = None, bos: int | None = None) -> Tokenizer:
         """Read a folder that `save` wrote, a corpus folder, or another project's tokenizer.json or SentencePiece .model.
 
-        `eos` names the separator of another project's tokenizer; without it, it is found by its usual names or appended.
+        `eos` names the separator of another project's tokenizer; without it, it is found by its usual names or appended. `bos` names
+        the token that begins a text, the separator by default.
         """
         path = Path(path)
         for folder in (path, path / "tokenizer"):
@@ -119,7 +141,7 @@ class Tokenizer:
                 return _load_own(folder)
         if (path / "tokenizer.json").is_file():
             path = path / "tokenizer.json"
-        return _load_foreign(path, eos)
+        return _load_foreign(path, eos, bos)
 
 
 class DecodeStream:
@@ -155,10 +177,11 @@ def train_tokenizer(texts: Iterable[str], config: BuildConfig) -> Tokenizer:
 def _load_own(folder: Path) -> Tokenizer:
     try:
         meta = read_json_object(folder / META)
-        if not is_plain_name(meta["file"]) or type(meta["eos"]) is not int:
+        bos = meta.get("bos")
+        if not is_plain_name(meta["file"]) or type(meta["eos"]) is not int or not (bos is None or type(bos) is int):
             raise ValueError(f"{META} has values of other types")
         encoder = LOADERS[meta["kind"]](read_regular(folder / meta["file"], MAX_BYTES))
-        tokenizer = Tokenizer(encoder, meta["eos"])
+        tokenizer = Tokenizer(encoder, meta["eos"], bos)
         expected = meta["sha256"]
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise DataError(f"The tokenizer in {folder} cannot be read ({error}): build the corpus again.") from error
@@ -167,9 +190,24 @@ def _load_own(folder: Path) -> Tokenizer:
     return tokenizer
 
 
-def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
+def _refuse_surrogates(texts: Iterable[str]) -> None:
+    try:
+        for text in texts:
+            text.isascii() or text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"The text cannot be encoded as UTF-8 (character {error.start} is half of a pair): remove it.") from None
+
+
+def _load_json(content: bytes) -> Encoder:
+    """A tokenizer.json: SentencePiece's kind of BPE where unknown characters are spelled in bytes, else a byte-level one."""
+    model = bpe.parse_tokenizer_file(content).get("model")
+    spelled = isinstance(model, dict) and model.get("byte_fallback") is True
+    return sentencepiece_bpe.load(content) if spelled else bpe.load(content)
+
+
+def _load_foreign(path: Path, eos: int | None, bos: int | None) -> Tokenizer:
     """A tokenizer of another project, accepted only if it gives every character back."""
-    kinds: dict[str, Callable[[bytes], Encoder]] = {".json": bpe.load, ".model": unigram.load}
+    kinds: dict[str, Callable[[bytes], Encoder]] = {".json": _load_json, ".model": unigram.load}
     if not path.is_file():
         raise DataError(f"There is no tokenizer at {path}: name a corpus folder, a tokenizer.json or a .model file.")
     if path.suffix not in kinds:
@@ -178,7 +216,7 @@ def _load_foreign(path: Path, eos: int | None) -> Tokenizer:
         content = read_regular(path, MAX_BYTES)
     except MalformedFile as error:
         raise DataError(f"{path} {error}: name a tokenizer file.") from None
-    tokenizer = Tokenizer(kinds[path.suffix](content), eos)
+    tokenizer = Tokenizer(kinds[path.suffix](content), eos, bos)
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
         raise DataError(f"The tokenizer {path.name} changes text (it normalizes or drops characters): use a byte-level one.")
     return tokenizer

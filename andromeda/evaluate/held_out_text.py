@@ -72,7 +72,7 @@ def _from_file(loaded: LoadedModel, path: Path) -> EvalText:
             content = file.read().decode(UTF8)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not text in UTF-8 (byte {error.start}): convert it first.") from None
-    ids = torch.tensor([tokenizer.eos, *tokenizer.encode(content)])
+    ids = torch.tensor([tokenizer.bos, *tokenizer.encode_start(content)])
     if len(ids) < 2:
         raise DataError(f"{path} is empty: give a file with text.")
     return EvalText(path.stem, ids, (0, len(ids)), torch.from_numpy(tokenizer.byte_lengths()), fingerprint, False)

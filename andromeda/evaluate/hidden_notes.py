@@ -66,7 +66,7 @@ def note_sequence(
     if space < notes:
         raise DataError(f"{notes} notes and their questions do not fit into {length} tokens: ask for fewer notes or longer sequences.")
     places = np.round(depths * space).astype(int)
-    parts, at = [np.array([tokenizer.eos])], 0
+    parts, at = [np.array([tokenizer.bos])], 0
     for which in np.argsort(places, kind="stable"):
         parts += [text[at : places[which]], lines[which % notes]]
         at = places[which]
@@ -124,7 +124,7 @@ def question_sequences(tokenizer: Tokenizer, text: np.ndarray, length: int, note
 
 def _plain(text: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
     """Separators inside the text become line ends: a sequence is one document."""
-    return np.where(text == tokenizer.eos, tokenizer.encode("\n")[0], text)
+    return np.where(np.isin(text, tokenizer.separator), tokenizer.encode("\n")[0], text)
 
 
 @torch.inference_mode()

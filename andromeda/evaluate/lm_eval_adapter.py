@@ -69,14 +69,19 @@ class AndromedaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return self._tokenizer.eos
 
     @property
+    def prefix_token_id(self) -> int:
+        """The token that begins a text."""
+        return self._tokenizer.bos
+
+    @property
     def max_length(self) -> int:
         """The model's context in tokens."""
         return self.model.config.max_seq_len
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **kwargs: Any) -> list[int]:
-        """Token ids of a text, after a separator by default if the model was made with `begin`."""
+        """Token ids of a text, after the token that begins one by default if the adapter was made with `begin`."""
         begin = self._begin if add_special_tokens is None else add_special_tokens
-        return [self.eot_token_id] * begin + self._tokenizer.encode(string)
+        return [self.prefix_token_id] * begin + self._tokenizer.encode_start(string)
 
     def _encode_pair(self, context: str, continuation: str) -> tuple[list[int], list[int]]:
         """Token ids of a context and of its continuation, which spell both exactly.
@@ -91,7 +96,7 @@ class AndromedaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
             raise RequestError("A task asks for the likelihood of an empty continuation: give every choice at least one character.")
         before, whole = self.tok_encode(context), self.tok_encode(context + continuation)
         after = whole[len(before) :] if whole[: len(before)] == before else self._tokenizer.encode(continuation)
-        return before or [self.eot_token_id], after
+        return before or [self.prefix_token_id], after
 
     def loglikelihood(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood in nats of each (context, continuation), and whether the continuation is the greedy one."""
@@ -125,8 +130,8 @@ class AndromedaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         return [utils.make_disjoint_window(window) for window in rolling]
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
-        """Log-likelihood in nats of each whole text after one separator, in windows that do not overlap."""
-        windows = [self._windows(self._tokenizer.encode(one.args[0]), self.eot_token_id) for one in requests]
+        """Log-likelihood in nats of each whole text after the token that begins one, in windows that do not overlap."""
+        windows = [self._windows(self._tokenizer.encode_start(one.args[0]), self.prefix_token_id) for one in requests]
         found = iter(continuation_likelihoods(self.model, [pair for pairs in windows for pair in pairs], self._report))
         return [sum(next(found).log for _ in pairs) for pairs in windows]
 
@@ -136,7 +141,7 @@ class AndromedaLM(TemplateLM):  # type: ignore[misc]  # the harness has no types
         prompts, overflow = [], 0
         for index, request in enumerate(requests):
             context, settings = request.args
-            prompt, count = self._fit_prompt(self.tok_encode(context) or [self.eot_token_id], settings.get("max_gen_toks") or NEW_TOKENS)
+            prompt, count = self._fit_prompt(self.tok_encode(context) or [self.prefix_token_id], settings.get("max_gen_toks") or NEW_TOKENS)
             overflow += len(prompt) < len(self.tok_encode(context))
             prompts.append(prompt)
             groups[self._generation(settings, count)].append(index)

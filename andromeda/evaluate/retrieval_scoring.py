@@ -33,7 +33,7 @@ def build_prompt(
     """
     if isinstance(task, WordExtraction):
         return _list(task, problem, style, tokenizer, length, random)
-    head, tail = [tokenizer.eos, *tokenizer.encode(style.header)], tokenizer.encode(problem.question)
+    head, tail = [tokenizer.bos, *tokenizer.encode_start(style.header)], tokenizer.encode(problem.question)
     evidence, distractors = (tokenizer.encode_batch(lines) for lines in (problem.evidence, problem.distractors))
     needed = sum(map(len, [head, tail, *evidence, *distractors]))
     if needed > length:
@@ -77,7 +77,7 @@ def _hidden(noise: list[Ids], evidence: list[Ids], distractors: list[Ids], depth
 
 def _list(task: WordExtraction, problem: RetrievalProblem, style: PromptStyle, tokenizer: Tokenizer, length: int, random: Random) -> Ids:
     """A list of words that fills the prompt."""
-    head = [tokenizer.eos, *tokenizer.encode(style.list_header)]
+    head = [tokenizer.bos, *tokenizer.encode_start(style.list_header)]
     tail = tokenizer.encode(style.list_end) + tokenizer.encode(problem.question)
     room = length - len(head) - len(tail)
     spelt = tokenizer.encode_batch([f" {word}" for word in problem.words])

@@ -124,8 +124,8 @@ def spell(model: Andromeda, token: int) -> str:
 
 
 def _ids(model: Andromeda, wish: ExplainRequest) -> list[int]:
-    eos = None if model.tokenizer is None else model.tokenizer.eos
-    ids = encode(wish.text, model.tokenizer, eos, model.config.vocab_size)
+    bos = None if model.tokenizer is None else model.tokenizer.bos
+    ids = encode(wish.text, model.tokenizer, bos, model.config.vocab_size)
     most = min(MAX_TOKENS, model.config.max_seq_len)
     if len(ids) > most:
         raise RequestError(f"The text has {len(ids)} tokens, and at most {most} can be explained on one page: shorten it.")

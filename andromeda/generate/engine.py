@@ -42,7 +42,8 @@ class Engine:
                 f"The tokenizer has {tokenizer.vocab_size} entries, more than the model's {vocab}: it belongs to another model."
             )
         self.model, self.tokenizer = model, tokenizer
-        self.eos = tokenizer.eos if tokenizer and eos is None else eos
+        own = tokenizer if eos is None else None
+        self.eos, self.bos = (own.eos, own.bos) if own else (eos, eos)
         # A padded vocabulary has unused rows at its end.
         self.tokens = tokenizer.vocab_size if tokenizer else vocab
         self.batch, self.chunk = batch, chunk
@@ -64,7 +65,7 @@ class Engine:
         return self._run(rows, config)
 
     def _row(self, index: int, prompt: Prompt, config: GenerationConfig) -> GeneratedSequence:
-        ids = encode(prompt, self.tokenizer, self.eos, self.model.config.vocab_size)
+        ids = encode(prompt, self.tokenizer, self.bos, self.model.config.vocab_size)
         seed = secrets.randbits(32) if config.seed is None else config.seed
         decoder = self.tokenizer.stream() if self.tokenizer else NullTokenDecoder()
         return GeneratedSequence(index, ids, max_completion_tokens(ids, self.model.config, config.max_new_tokens), seed, decoder, config)

@@ -19,13 +19,13 @@ Prompt = str | Sequence[int] | torch.Tensor
 """Text, or token ids (T,)."""
 
 
-def encode(prompt: Prompt, tokenizer: Tokenizer | None, eos: int | None, vocab: int) -> list[int]:
+def encode(prompt: Prompt, tokenizer: Tokenizer | None, bos: int | None, vocab: int) -> list[int]:
     """The ids that a prompt stands for; never empty.
 
-    Text begins with the document separator `eos`, as every document does in training; ids are taken as they are. An
-    empty prompt is the separator alone. Raises RequestError.
+    Text begins with `bos`, as every document does in training; ids are taken as they are. An empty prompt is `bos` alone.
+    Raises RequestError.
     """
-    begin = [] if eos is None else [eos]
+    begin = [] if bos is None else [bos]
     ids = begin + _text_ids(prompt, tokenizer) if isinstance(prompt, str) else _given_ids(prompt, vocab) or begin
     if not ids:
         raise RequestError("An empty prompt needs a model with a tokenizer, whose separator begins a text: give at least one token.")
@@ -52,7 +52,7 @@ def _text_ids(text: str, tokenizer: Tokenizer | None) -> list[int]:
     if tokenizer is None:
         raise RequestError("This model has no tokenizer: give its prompt as token ids, not as text.")
     try:
-        return tokenizer.encode(text)
+        return tokenizer.encode_start(text)
     except DataError as error:
         raise RequestError(str(error)) from None
 

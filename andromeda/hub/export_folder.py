@@ -125,7 +125,7 @@ def special_ids(tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """The tokens that begin, end and fill up a text."""
     if tokenizer is None:
         return {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
-    return {"bos_token_id": tokenizer.eos, "eos_token_id": tokenizer.eos, "pad_token_id": padding_id(tokenizer)}
+    return {"bos_token_id": tokenizer.bos, "eos_token_id": tokenizer.eos, "pad_token_id": padding_id(tokenizer)}
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

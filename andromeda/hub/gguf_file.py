@@ -242,7 +242,7 @@ def _add_vocabulary(writer: Any, vocabulary: Mapping[str, Any], tokenizer: Token
     writer.add_token_list(vocabulary["tokens"])
     writer.add_token_types(vocabulary["kinds"])
     writer.add_token_merges(vocabulary["merges"])
-    writer.add_bos_token_id(tokenizer.eos)
+    writer.add_bos_token_id(tokenizer.bos)
     writer.add_eos_token_id(tokenizer.eos)
     writer.add_add_bos_token(True)
 

@@ -10,44 +10,82 @@ from typing import Any
 
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.hub.hub_folder import HubFolder
-from andromeda.utils.errors import DataError
+from andromeda.utils.errors import CheckpointError, DataError
 from andromeda.utils.untrusted import MalformedFile, read_regular
 
 MAX_BYTES = 64 << 20
 UNICODE_FORMS = ("NFC", "NFD", "NFKC", "NFKD")
+BEGINNING = ("LlamaTokenizer", "GemmaTokenizer")
+"""Tokenizer classes of transformers that begin every text with their bos_token where no file says otherwise."""
 
 
 def read_tokenizer(folder: HubFolder, config: Mapping[str, Any], vocab_size: int, notes: list[str]) -> Tokenizer:
     """The folder's tokenizer. notes: takes sentences about it. Raises DataError, one sentence, naming --no-tokenizer."""
-    eos = end_of_text(config)
+    eos = one_id(config, "eos_token_id")
     reasons = []
     for name, read in (("tokenizer.json", without_normalizer), ("tokenizer.model", bytes_of)):
         if not folder.has(name):
             continue
         try:
-            tokenizer = load_copy(read(folder, notes), name, eos)
+            content = read(folder, notes)
+            bos = beginning_of_text(folder, config, name, content)
+            tokenizer = load_copy(content, name, eos, bos)
         except DataError as error:
             reasons.append(str(error).rstrip("."))
             continue
         if tokenizer.vocab_size > vocab_size:
             reasons.append(f"{name} has {tokenizer.vocab_size:,} tokens and the model {vocab_size:,}")
             continue
-        begin = config.get("bos_token_id")
-        if isinstance(begin, int) and begin != tokenizer.eos:
+        if bos is None:
             notes.append(
-                f"Texts begin with the end-of-text token {tokenizer.eos} here, and this model was trained to begin them with {begin}: "
-                f"give prompts as token ids that begin with {begin}."
+                f"Texts begin with the end-of-text token {tokenizer.eos} here, as in training, and with no token of their own in "
+                "transformers: give prompts as token ids to leave it out."
             )
         return tokenizer
     why = "; ".join(reasons) or "there is no tokenizer.json and no tokenizer.model"
     raise DataError(f"The tokenizer of {folder.path} cannot be used here ({why}): import the weights alone with --no-tokenizer.")
 
 
-def end_of_text(config: Mapping[str, Any]) -> int | None:
-    """The id that ends a text, the first where several do; None where config.json names none."""
-    given = config.get("eos_token_id")
+def one_id(config: Mapping[str, Any], name: str) -> int | None:
+    """A token id of config.json, the first where there are several; None where there is none."""
+    given = config.get(name)
     given = given[0] if isinstance(given, list) and given else given
     return given if isinstance(given, int) and not isinstance(given, bool) and 0 <= given < 1 << 31 else None
+
+
+def beginning_of_text(folder: HubFolder, config: Mapping[str, Any], name: str, content: bytes) -> int | None:
+    """The token that transformers puts before every text; None where it puts none, or no file tells.
+
+    The post-processor of tokenizer.json decides, else `add_bos_token` of tokenizer_config.json, else the tokenizer's class.
+    """
+    if name == "tokenizer.json" and (template := template_of(json.loads(content).get("post_processor"))):
+        return first_token(template)
+    try:
+        settings = folder.json("tokenizer_config.json") if folder.has("tokenizer_config.json") else {}
+    except CheckpointError as error:
+        raise DataError(str(error)) from None
+    usual = str(settings.get("tokenizer_class", "")).removesuffix("Fast") in BEGINNING
+    return one_id(config, "bos_token_id") if settings.get("add_bos_token", usual) is True else None
+
+
+def template_of(step: Any) -> dict[str, Any]:
+    """The template by which a post-processor of tokenizer.json places special tokens; empty where it has none."""
+    if not isinstance(step, dict):
+        return {}
+    if step.get("type") == "TemplateProcessing":
+        return step
+    inner = step.get("processors")
+    return next((found for one in inner if (found := template_of(one))), {}) if isinstance(inner, list) else {}
+
+
+def first_token(template: Mapping[str, Any]) -> int | None:
+    """Id of the special token that a template places before a single text."""
+    try:
+        name = template["single"][0]["SpecialToken"]["id"]
+        found = template["special_tokens"][name]["ids"][0]
+    except (LookupError, TypeError):
+        return None
+    return found if type(found) is int else None
 
 
 def bytes_of(folder: HubFolder, notes: list[str], name: str = "tokenizer.model") -> bytes:
@@ -68,9 +106,9 @@ def without_normalizer(folder: HubFolder, notes: list[str]) -> bytes:
     return json.dumps(values | {"normalizer": None}, ensure_ascii=False).encode()
 
 
-def load_copy(content: bytes, name: str, eos: int | None) -> Tokenizer:
+def load_copy(content: bytes, name: str, eos: int | None, bos: int | None) -> Tokenizer:
     """The tokenizer of a file's content."""
     with tempfile.TemporaryDirectory() as place:
         path = Path(place) / name
         path.write_bytes(content)
-        return Tokenizer.load(path, eos)
+        return Tokenizer.load(path, eos, bos)

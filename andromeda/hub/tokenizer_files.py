@@ -21,22 +21,24 @@ UNKNOWN_PENALTY = 10.0
 
 
 def fast_tokenizer(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
-    """The tokenizer as a `tokenizers.Tokenizer` that places the document separator first, as every text begins in training."""
+    """The tokenizer as a `tokenizers.Tokenizer` that places the token first with which every text begins in training."""
     from tokenizers import AddedToken, processors
 
-    fast = {"bpe": _byte_pairs, "unigram": _unigram, "bytes": _bytes}[tokenizer.kind](tokenizer)
-    for name, _ in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]):
-        fast.add_special_tokens([AddedToken(name, special=True, normalized=False)])
-    begin = separator(tokenizer)
+    fast = {"bpe": _as_it_is, "sentencepiece_bpe": _as_it_is, "unigram": _unigram, "bytes": _bytes}[tokenizer.kind](tokenizer)
+    for name, number in sorted(tokenizer.special_tokens.items(), key=lambda item: item[1]):
+        # The separator has a second name where another project's tokenizer calls it otherwise.
+        if fast.id_to_token(number) in (None, name):
+            fast.add_special_tokens([AddedToken(name, special=True, normalized=False)])
+    begin = token_name(tokenizer, tokenizer.bos)
     fast.post_processor = processors.TemplateProcessing(
-        single=f"{begin} $A", pair=f"{begin} $A {begin} $B:1", special_tokens=[(begin, tokenizer.eos)]
+        single=f"{begin} $A", pair=f"{begin} $A {begin} $B:1", special_tokens=[(begin, tokenizer.bos)]
     )
     return fast
 
 
-def separator(tokenizer: Tokenizer) -> str:
-    """Name of the document separator."""
-    return next(name for name, number in tokenizer.special_tokens.items() if number == tokenizer.eos)
+def token_name(tokenizer: Tokenizer, token: int) -> str:
+    """Name of a special token."""
+    return next(name for name, number in tokenizer.special_tokens.items() if number == token)
 
 
 def padding_id(tokenizer: Tokenizer) -> int:
@@ -46,13 +48,13 @@ def padding_id(tokenizer: Tokenizer) -> int:
 
 def tokenizer_files(tokenizer: Tokenizer, context: int, chat_template: str = "") -> dict[str, bytes]:
     """Content of the folder's tokenizer files by name. context: tokens that the model reads."""
-    begin = separator(tokenizer)
+    end = token_name(tokenizer, tokenizer.eos)
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": context,
-        "bos_token": begin,
-        "eos_token": begin,
-        "pad_token": next((name for name in PADDING if name in tokenizer.special_tokens), begin),
+        "bos_token": token_name(tokenizer, tokenizer.bos),
+        "eos_token": end,
+        "pad_token": next((name for name in PADDING if name in tokenizer.special_tokens), end),
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
         # The name of a special token in a text is text. A chat template writes special tokens by name, and needs them read.
@@ -65,7 +67,7 @@ def tokenizer_files(tokenizer: Tokenizer, context: int, chat_template: str = "")
     return files | ({"chat_template.jinja": chat_template.encode()} if chat_template else {})
 
 
-def _byte_pairs(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
+def _as_it_is(tokenizer: Tokenizer) -> tokenizers.Tokenizer:
     import tokenizers
 
     return tokenizers.Tokenizer.from_str(tokenizer.model_file.decode())

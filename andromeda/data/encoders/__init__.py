@@ -1,4 +1,4 @@
-"""The three ways from text to token ids and back, each one file with `train` and `load`."""
+"""The ways from text to token ids and back, each one file with `load`, and with `train` where it is trained here."""
 
 from __future__ import annotations
 
@@ -26,3 +26,7 @@ class Encoder(Protocol):
     def encode_batch(self, texts: list[str]) -> list[list[int]]:
         """Token ids of each text; no special token is ever among them."""
         ...
+
+    def encode_start(self, text: str) -> list[int]:
+        """Token ids of the beginning of a text, where some tokenizers put a space first."""
+        return self.encode_batch([text])[0]

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders import SEPARATOR
+from andromeda.data.encoders import SEPARATOR, Encoder
 from andromeda.data.encoders.split_patterns import SPLIT_PATTERNS, WHOLE_WORDS
 from andromeda.data.encoders.tiktoken_bpe import TiktokenBPE, convert
 from andromeda.utils.errors import ConfigError, DataError
 from andromeda.utils.untrusted import parse_json, printable
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer as LibraryTokenizer
 
 MAX_VOCABULARY = 1 << 24
 """Ids of a tokenizer file; the largest in use have a quarter of a million."""
@@ -51,27 +55,16 @@ OWN_PATTERN = re.compile(re.escape(pattern(1)).replace(re.escape("{1,1}"), r"\{1
 FEW_CHARACTERS = 1 << 16
 
 
-class BPEEncoder:
+class BPEEncoder(Encoder):
     """A byte-level BPE; special tokens are never read from text, only placed by id."""
 
     kind = "bpe"
     file_name = "tokenizer.json"
 
     def __init__(self, blob: bytes) -> None:
-        from tokenizers import Tokenizer
-
+        parse_tokenizer_file(blob)
         self.model_file = blob
-        try:
-            parse_json(blob)
-            self._model = Tokenizer.from_str(blob.decode())
-        except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
-            if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
-                raise
-            reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
-            raise DataError(f"The tokenizer file cannot be read ({reason}): build or export it again.") from None
-        self._model.encode_special_tokens = True
-        self._model.no_truncation()
-        self._model.no_padding()
+        self._model = open_library_tokenizer(blob)
         added = self._model.get_added_tokens_decoder()
         self.special_tokens = {token.content: i for i, token in added.items() if token.special}
         plain = {i: token.content.encode() for i, token in added.items() if not token.special}
@@ -83,9 +76,7 @@ class BPEEncoder:
         """Bytes of every id, from the vocabulary's stand-in characters; ids that no token has stay empty."""
         byte = byte_of_character()
         vocabulary = self._model.get_vocab(with_added_tokens=True)
-        if not 0 < (size := max(vocabulary.values(), default=-1) + 1) <= MAX_VOCABULARY:
-            raise DataError(f"The tokenizer file has a vocabulary of {size:,} ids: build or export it again.")
-        table = [b""] * size
+        table = [b""] * vocabulary_size(vocabulary)
         special = set(self.special_tokens.values())
         for word, i in vocabulary.items():
             if i in plain:
@@ -109,6 +100,44 @@ class BPEEncoder:
 
     def _encode_by_library(self, texts: list[str]) -> list[list[int]]:
         return [found.ids for found in self._model.encode_batch_fast(texts, add_special_tokens=False)] if texts else []
+
+
+def parse_tokenizer_file(blob: bytes) -> dict[str, Any]:
+    """Content of a tokenizer.json. Raises DataError."""
+    try:
+        content = parse_json(blob)
+    except (ValueError, OSError) as error:
+        raise unreadable(error) from None
+    return content if isinstance(content, dict) else {}
+
+
+def open_library_tokenizer(blob: bytes) -> LibraryTokenizer:
+    """A tokenizer.json as the library has it, which reads no special token from a text. Raises DataError."""
+    from tokenizers import Tokenizer
+
+    try:
+        found: LibraryTokenizer = Tokenizer.from_str(blob.decode())
+    except BaseException as error:  # the library raises bare Exception, and PanicException, which is none
+        if isinstance(error, KeyboardInterrupt | SystemExit | MemoryError):
+            raise
+        raise unreadable(error) from None
+    found.encode_special_tokens = True
+    found.no_truncation()
+    found.no_padding()
+    return found
+
+
+def vocabulary_size(vocabulary: Mapping[str, int]) -> int:
+    """One more than the largest id. Raises DataError where that is no number of tokens."""
+    if not 0 < (size := max(vocabulary.values(), default=-1) + 1) <= MAX_VOCABULARY:
+        raise DataError(f"The tokenizer file has a vocabulary of {size:,} ids: build or export it again.")
+    return size
+
+
+def unreadable(error: BaseException) -> DataError:
+    """What to say of a file that the library does not take."""
+    reason = printable((str(error).splitlines() or [type(error).__name__])[0])[:200]
+    return DataError(f"The tokenizer file cannot be read ({reason}): build or export it again.")
 
 
 def train(texts: Iterable[str], config: BuildConfig) -> BPEEncoder:

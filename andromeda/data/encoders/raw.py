@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders import SEPARATOR
+from andromeda.data.encoders import SEPARATOR, Encoder
 from andromeda.utils.untrusted import parse_json
 
 MAX_SPECIAL = 1 << 16
 """Special tokens of a tokenizer file."""
 
 
-class ByteEncoder:
+class ByteEncoder(Encoder):
     """Ids 0 to 255 are the bytes, the special tokens follow."""
 
     kind = "bytes"

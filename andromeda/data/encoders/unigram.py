@@ -7,7 +7,7 @@ import re
 from collections.abc import Iterable
 
 from andromeda.config.data import BuildConfig
-from andromeda.data.encoders import SEPARATOR
+from andromeda.data.encoders import SEPARATOR, Encoder
 from andromeda.utils.errors import ConfigError, DataError
 
 SPACE = "\u2581"
@@ -19,7 +19,7 @@ MAX_TRAINING_SENTENCE = 4096
 """Characters that are trained on at once. The trainer's time grows with the square of a repetition's length, such as a run of spaces."""
 
 
-class UnigramEncoder:
+class UnigramEncoder(Encoder):
     """A SentencePiece model with byte fallback; decoding goes through our own table, so it is exact."""
 
     kind = "unigram"

@@ -80,7 +80,7 @@ def _score(loaded: LoadedModel, task: ReasoningTask[Any], seed: str, samples: in
         problems = [task.draw(random, alphabet) for _ in range(samples)]
     except ValueError:  # fewer different tokens than the task takes
         return None
-    rows = [([tokenizer.eos, *spell(problem.prompt)], spell(problem.answer)) for problem in problems]
+    rows = [([tokenizer.bos, *spell(problem.prompt)], spell(problem.answer)) for problem in problems]
     longest = max(len(prompt) + len(answer) for prompt, answer in rows)
     if longest > loaded.context:
         return None

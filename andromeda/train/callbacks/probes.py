@@ -110,8 +110,8 @@ def ordinary_tokens(stream: TokenStream) -> list[int]:
 
 
 def _begin(stream: TokenStream) -> list[int]:
-    """The separator that begins every document."""
-    return [] if stream.tokenizer is None else [stream.tokenizer.eos]
+    """The token that begins a text."""
+    return [] if stream.tokenizer is None else [stream.tokenizer.bos]
 
 
 def _spell(said: str | tuple[int, ...], tokenizer: Tokenizer | None) -> list[int]:
