@@ -41,6 +41,8 @@ class Engine:
             raise CheckpointError(
                 f"The tokenizer has {tokenizer.vocab_size} entries, more than the model's {vocab}: it belongs to another model."
             )
+        if eos is not None and not 0 <= eos < vocab:
+            raise RequestError(f"eos = {eos}, but this model knows tokens 0 to {vocab - 1} only.")
         self.model, self.tokenizer = model, tokenizer
         own = tokenizer if eos is None else None
         self.eos, self.bos = (own.eos, own.bos) if own else (eos, eos)

@@ -21,7 +21,10 @@ EXCLUDED = float("-inf")
 
 def penalize_repetition(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
     """Tokens that `seen` (B, V) marks: positive logits divided by the penalty, negative ones multiplied (arXiv 1909.05858, 4.1)."""
-    return torch.where(seen, torch.where(logits > 0, logits / penalty, logits * penalty), logits)
+    penalized = torch.where(logits > 0, logits / penalty, logits * penalty)
+    # Finite, or a penalty near the ends of the range would leave no distribution.
+    limits = torch.finfo(logits.dtype)
+    return torch.where(seen, penalized.clamp(limits.min, limits.max), logits)
 
 
 def apply_temperature(logits: Tensor, temperature: float) -> Tensor:
@@ -100,7 +103,8 @@ class RepetitionPenalty(NoRepetitionPenalty):
         self._penalty = penalty
         self._seen = torch.zeros(len(prompts), vocab, dtype=torch.bool)
         for seen, prompt in zip(self._seen, prompts, strict=True):
-            seen[list(prompt)] = True
+            # A prompt of ids may hold some of a padded vocabulary that the tokenizer does not have, which are never sampled.
+            seen[[token for token in prompt if token < vocab]] = True
         self._seen = self._seen.to(device)
 
     def __call__(self, logits: Tensor) -> Tensor:

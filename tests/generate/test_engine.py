@@ -27,7 +27,7 @@ from andromeda.config.model import (
     ValueEmbeddingConfig,
 )
 from andromeda.data.tokenizer import train_tokenizer
-from andromeda.generate import batch, decode_step
+from andromeda.generate import batch, decode_step, sampling
 from andromeda.generate.engine import Engine
 from andromeda.generate.sequence import Completion
 from andromeda.model.transformer import Transformer
@@ -307,3 +307,36 @@ def test_damaged_weights_are_named() -> None:
 def test_a_tokenizer_of_another_model_is_refused() -> None:
     with pytest.raises(CheckpointError, match="257 entries, more than the model's 61"):
         Engine(build(), BYTES)
+
+
+@pytest.mark.parametrize("penalty", [1.7, 0.4])
+def test_penalty_of_ids_that_only_the_padded_model_has(penalty: float) -> None:
+    """Greedy text after ids beyond the tokenizer's, by transformers' processor over the padded vocabulary and whole forward passes."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_tokenizer([], BuildConfig(tokenizer="bytes"))
+    model = build(vocab_size=320)
+    prompt = [5, 300, 319, 256, 7]
+    processor, ids = transformers.RepetitionPenaltyLogitsProcessor(penalty), list(prompt)
+    with torch.no_grad():
+        for _ in range(12):
+            scores = processor(torch.tensor([ids]), model(torch.tensor([ids]))[:, -1])
+            ids.append(int(scores[0, : tokenizer.vocab_size].argmax()))
+    (found,) = Engine(model, tokenizer).generate([prompt], temperature=0, repetition_penalty=penalty, max_new_tokens=12)
+    expected = ids[len(prompt) :]
+    assert list(found.ids) == expected[: expected.index(tokenizer.eos)] if tokenizer.eos in expected else expected
+
+
+@pytest.mark.parametrize("penalty", [1e-310, 1e308])
+def test_extreme_penalties_leave_a_distribution(penalty: float) -> None:
+    """The largest penalized logit is that of the reference with infinities, and no probability is NaN."""
+    logits = torch.tensor([[2.0, -3.0, 0.5, -0.1]], dtype=torch.float64)
+    seen = torch.tensor([[True, True, False, False]])
+    penalized = sampling.penalize_repetition(logits, seen, penalty)
+    assert penalized.isfinite().all()
+    assert int(penalized.argmax()) == (0 if penalty < 1 else 2)
+    assert sampling.apply_temperature(penalized, 0.5).softmax(-1).sum() == pytest.approx(1.0)
+
+
+def test_a_separator_that_the_model_does_not_have() -> None:
+    with pytest.raises(RequestError, match="eos = 61, but this model knows tokens 0 to 60 only"):
+        Engine(build(), eos=61)

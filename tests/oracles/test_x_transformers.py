@@ -23,6 +23,8 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.block import deepnorm_alpha
 from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.transformer import Transformer
+from andromeda.ops.attention import dispatch
+from andromeda.ops.attention.spec import AttentionSpec
 
 VOCABULARY, CONTEXT, WIDTH, DEPTH, HEADS, HEAD_DIM = 61, 48, 36, 3, 6, 16
 SMALL = (
@@ -211,3 +213,30 @@ def test_the_preset_has_their_settings_at_full_size() -> None:
         decoder = Decoder(dim=2560, depth=32, heads=24, attn_dim_head=128, verbose=False, **(PRESET | {"alibi_num_heads": 12}))
         theirs = TransformerWrapper(num_tokens=50432, max_seq_len=8192, use_abs_pos_emb=False, attn_layers=decoder)
     assert ours == sum(p.numel() for p in theirs.parameters())
+
+
+def test_the_soft_cap_comes_before_the_bias() -> None:
+    """Ours caps the content alone and theirs the sum with ALiBi's bias: each by its own formula, and why it matters."""
+    draw = torch.Generator().manual_seed(3)
+    q, k, v = (torch.randn(1, 64, HEADS, HEAD_DIM, generator=draw, dtype=torch.float64) for _ in range(3))
+    cap, slopes, scale = 2.0, torch.full((HEADS,), 0.25, dtype=torch.float64), HEAD_DIM**-0.5
+    spec = AttentionSpec(scale=scale, slopes=slopes, softcap=cap)
+    distance = torch.arange(64)[:, None] - torch.arange(64)
+    bias = -slopes[:, None, None] * distance
+    content = scale * torch.einsum("bthd,bshd->bhts", q, k)
+
+    def result(logits: Tensor) -> tuple[Tensor, Tensor]:
+        weights = logits.masked_fill(distance < 0, -math.inf).softmax(-1)
+        return weights, torch.einsum("bhts,bshd->bthd", weights, v)
+
+    before, ours = result(cap * (content / cap).tanh() + bias)
+    after, theirs = result(cap * ((content + bias) / cap).tanh())
+    torch.testing.assert_close(dispatch.attend(q, k, v, spec, "eager"), ours, rtol=1e-12, atol=1e-14)
+    attended = Attend(causal=True, heads=HEADS, softclamp_logits=True, logit_softclamp_value=cap, scale=scale)
+    attended.attn_fn = partial(torch.softmax, dim=-1)
+    found, _ = attended(*(x.transpose(1, 2) for x in (q, k, v)), attn_bias=bias)
+    torch.testing.assert_close(found.transpose(1, 2), theirs, rtol=1e-12, atol=1e-14)
+    # What lies 40 tokens back or more: nearly forgotten by one order, and half of the weight in the other.
+    far = (distance >= 40)[63]
+    assert before[:, :, 63, far].sum(-1).max() < 0.01
+    assert after[:, :, 63, far].sum(-1).min() > 0.1
