@@ -59,6 +59,8 @@ def accepts(x: Tensor, ctx: ForwardContext) -> bool:
     """Whether the kernel takes x in this pass."""
     # A step of a CUDA graph keeps its own state. Packed tokens after a cache are rare.
     plain = ctx.index is None and (ctx.documents is None or ctx.documents[0].shape == ctx.documents[1].shape)
+    # The kernel has no gradient of what comes before the first token, which other processes would need.
+    plain = plain and not (ctx.state.exchanges and torch.is_grad_enabled())
     return plain and kernel.is_supported(x) and not (torch.is_autocast_enabled(x.device.type) and x.dtype == torch.float32)
 
 
@@ -75,7 +77,7 @@ def launch(
 ) -> kernel.AddNormShiftOutput:
     """The kernel on x, which must be accepted; bias (C,) and fp8 as in `ops.add_norm_shift`."""
     shifts, width = shift_spec.tokens == 1, x.shape[-1]
-    past = ctx.state.get(shift_spec.slot, x, (x.shape[0], 1, width)) if shifts else None
+    past = _past(x, delta, norm, ctx, shift_spec) if shifts else None
     out = kernel.add_norm_shift(
         x,
         delta,
@@ -88,6 +90,14 @@ def launch(
         shift_channels=(width // 2, width // 2 * 2) if shifts else (0, 0),
         fp8=fp8,
     )
-    if shifts:
+    if shifts and not ctx.state.exchanges:
         ctx.state.put(shift_spec.slot, out.last)
     return out
+
+
+def _past(x: Tensor, delta: Tensor | None, norm: nn.Module, ctx: ForwardContext, shift: ShiftSpec) -> Tensor:
+    """The normalized vector before the first token (B, 1, C)."""
+    if not ctx.state.exchanges:
+        return ctx.state.get(shift.slot, x, (x.shape[0], 1, x.shape[-1]))
+    last = x[:, -1:] if delta is None else x[:, -1:] + delta[:, -1:]
+    return ctx.state.shift_state(shift.slot, norm(last), 1)

@@ -32,6 +32,7 @@ class Attention(FusableModule):
     """
 
     supports_cuda_graph = True
+    supports_split_sequences = True
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -98,8 +99,7 @@ class Attention(FusableModule):
         """Prepared q (B, T, H, D) and k (B, T, G, D), and v (B, T, G, Dv) as projected -> (B, T, H Dv)."""
         if self.value_mix is not None:
             v = self.value_mix(v, ctx.value)
-        k, v = ctx.state.update(k, v)
-        return self.core_attention(q, k, v, self.attention_spec(ctx)).flatten(-2)
+        return ctx.state.attend(self.core_attention, q, k, v, self.attention_spec(ctx)).flatten(-2)
 
     def attention_spec(self, ctx: ForwardContext) -> AttentionSpec:
         """What the attention kernel computes in this pass."""

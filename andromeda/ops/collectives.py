@@ -104,3 +104,29 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         return reduce_scatter(grads[0], ctx.group), None
+
+
+def all_to_all(x: Tensor, received: list[int], sent: list[int], group: Group) -> Tensor:
+    """Rows of x (N, ...), `sent[r]` of them in order to each process r -> the rows received, `received[r]` from each, in their order.
+
+    The gradient goes back the same way.
+    """
+    out: Tensor = _AllToAll.apply(x, received, sent, group)
+    return out
+
+
+class _AllToAll(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, received: list[int], sent: list[int], group: Group) -> Tensor:
+        ctx.options = sent, received, group
+        return _exchange(x, received, sent, group)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchange(grads[0], *ctx.options), None, None, None
+
+
+def _exchange(x: Tensor, received: list[int], sent: list[int], group: Group) -> Tensor:
+    ops = torch.ops._c10d_functional
+    out: Tensor = ops.wait_tensor(ops.all_to_all_single(x.contiguous(), received, sent, group.name))
+    return out

@@ -34,7 +34,8 @@ class QKPreprocessSpec(NamedTuple):
     k_scale: Tensor | None = None
     """The same for keys, (G, 1) or (G, D)."""
     alibi: tuple[Tensor, ...] = ()
-    """Folded ALiBi: slopes (H,) over the softmax scale in the dtype of the queries, and digits of the key positions (T, 4); or empty."""
+    """Folded ALiBi: slopes (H,) over the softmax scale in the dtype of the queries, and digits of the key positions (T, 4) or
+    (B, T, 4); or empty."""
 
 
 def is_supported(q: Tensor, k: Tensor, form: QKPreprocessSpec) -> bool:

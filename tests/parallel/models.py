@@ -11,10 +11,11 @@ from torch.distributed.tensor import DTensor
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.loss import Nebula, next_token
+from andromeda.model.feedforward.moe import Router
 from andromeda.model.transformer import Transformer
 from andromeda.train.objective import MicroBatch
 
-SMALL: dict[str, Any] = {"vocab_size": 64, "max_seq_len": 32, "hidden_size": 16, "num_layers": 2, "alibi__fold_into_qk": False}
+SMALL: dict[str, Any] = {"vocab_size": 64, "max_seq_len": 64, "hidden_size": 16, "num_layers": 2, "alibi__fold_into_qk": False}
 """Sizes of every model here; heads and techniques are each model's own."""
 
 
@@ -48,6 +49,13 @@ def loss_of(model: Transformer, batch: MicroBatch, z_loss: float = 1e-3) -> Tens
 def weights_of(model: nn.Module) -> dict[str, Tensor]:
     """Whole weights by name."""
     return {name: p.full_tensor() if isinstance(p, DTensor) else p.detach() for name, p in model.named_parameters()}
+
+
+def set_step_load(model: Transformer, counted: Transformer) -> None:
+    """Tell the routers how often each expert is chosen by all tokens of a step, which `counted` has seen."""
+    for router, other in zip(model.modules(), counted.modules(), strict=True):
+        if isinstance(router, Router) and isinstance(other, Router):
+            router.step_load.copy_(other.load)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -147,7 +147,7 @@ class Experts(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         e, width, hidden = config.experts, config.hidden_size, intermediate_size(config)
-        self.top_k = e.top_k
+        self.num_experts, self.top_k = e.num_experts, e.top_k
         self.activation = {**ACTIVATIONS, **GATES}[e.kind]
         self.inner = nn.Parameter(torch.empty(e.num_experts, hidden, width))
         self.gate = nn.Parameter(torch.empty(e.num_experts, hidden, width)) if e.kind in GATES else None
@@ -162,7 +162,7 @@ class Experts(nn.Module):
 
     def idle_parameters(self) -> int:
         """Numbers of the experts that a token is not sent to."""
-        count = len(self.inner)
+        count = self.num_experts
         return sum(p.numel() for p in self.parameters()) // count * (count - self.top_k)
 
     def flops(self) -> float:

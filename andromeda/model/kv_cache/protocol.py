@@ -1,18 +1,23 @@
 """What a part may ask of a cache, and the cache of a forward pass over whole sequences, which remembers nothing.
 
-Every layer has a `DecodeState`, which its parts call: `update` (attention: all keys and values so far), `shift_state` (token
+Every layer has a `DecodeState`, which its parts call: `attend` (attention over all keys and values so far), `shift_state` (token
 shift: the last few vectors), `get` and `put` (anything else, such as the sum of a recurrence). Without a cache, `NoKVCache`
 answers the same calls, so parts never ask whether there is one.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+
+from andromeda.ops.attention import AttentionSpec
+
+CoreAttention = Callable[[Tensor, Tensor, Tensor, AttentionSpec], Tensor]
+"""q (B, T, H, D), k (B, S, G, D) and v (B, S, G, Dv) -> (B, T, H, Dv)."""
 
 
 class CacheBytes(NamedTuple):
@@ -56,6 +61,11 @@ class DecodeState(Protocol):
         ...
 
     @property
+    def exchanges(self) -> bool:
+        """Whether what comes before the tokens of a pass is computed within the pass, by other processes."""
+        ...
+
+    @property
     def buffers(self) -> tuple[Tensor, ...]:
         """Keys and values (B, S, G, D), once there are any."""
         ...
@@ -67,6 +77,10 @@ class DecodeState(Protocol):
 
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Append k, v (B, T, G, D); returns all keys and values (B, S, G, D) so far."""
+        ...
+
+    def attend(self, compute: CoreAttention, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        """Append k, v (B, T, G, D) and let q (B, T, H, D) attend to all so far: (B, T, H, Dv)."""
         ...
 
     def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
@@ -87,7 +101,7 @@ class KVCache(Protocol):
 
     @property
     def length(self) -> int | Tensor:
-        """Tokens seen."""
+        """Tokens seen: a number, () on the device, or (B, 1) where sequences differ."""
         ...
 
     @property
@@ -116,6 +130,7 @@ class NoDecodeState:
     """State of one layer in a pass over whole sequences: none. Also what the states of caches share."""
 
     static: bool = False
+    exchanges: bool = False
 
     def __init__(self) -> None:
         self.buffers: tuple[Tensor, ...] = ()
@@ -124,6 +139,10 @@ class NoDecodeState:
     def update(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The keys and values of this pass."""
         return k, v
+
+    def attend(self, compute: CoreAttention, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec) -> Tensor:
+        """Append k, v (B, T, G, D) and let q (B, T, H, D) attend to all so far: (B, T, H, Dv)."""
+        return compute(q, *self.update(k, v), spec)
 
     def get(self, slot: str, like: Tensor, shape: Sequence[int]) -> Tensor:
         """Zeros of this shape, dtype and device as `like`."""

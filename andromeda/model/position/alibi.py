@@ -83,7 +83,8 @@ class FoldedBias(NoPositionBias):
     weights: Tensor
     """Slope of every query head (H,) in float64."""
     digits: Tensor
-    """Base-256 digits of the index of every key of this pass (T, 4), the highest first; the fourth is zero."""
+    """Base-256 digits of the index of every key of this pass (T, 4), the highest first; the fourth is zero. (B, T, 4) where the
+    sequences of a pass begin at different indices."""
 
     def tails(self, scale: float, dtype: torch.dtype) -> tuple[Tensor, ...]:
         """Slopes, rounded once, then to be multiplied by powers of 256, which is exact: every digit sees the same slope."""
@@ -93,7 +94,7 @@ class FoldedBias(NoPositionBias):
         """Append the slopes over `scale` to q (B, T, H, D-4) and the digits to k (B, T, G, D-4)."""
         slope, _ = self.tails(scale, q.dtype)
         tail = torch.stack([slope * 65536, slope * 256, slope, slope * 0], -1)
-        digits = self.digits.to(k.dtype)[:, None]
+        digits = self.digits.to(k.dtype)[..., None, :]
         return (
             torch.cat([q, tail.expand(*q.shape[:2], -1, -1)], -1),
             torch.cat([k, digits.expand(k.shape[0], -1, k.shape[2], -1)], -1),
@@ -107,7 +108,7 @@ class NoAlibi(nn.Module):
         """Nothing: no head has a bias."""
 
     def forward(self, start: int | Tensor, length: int, device: torch.device) -> PositionBias:
-        """The bias of a pass over `length` tokens, the first of which has index `start` in its row."""
+        """The bias of a pass over `length` tokens, the first of which has index `start` in its sequence: one number, or (B, 1)."""
         return NoPositionBias()
 
 

@@ -43,6 +43,10 @@ class AttentionSpec:
         """Whether this is causal attention and nothing else, which every attention kernel can compute."""
         return not self.window and self.documents is None and self.slopes is None and not self.softcap and self.query_index is None
 
+    def with_documents(self, documents: tuple[Tensor, Tensor] | None) -> AttentionSpec:
+        """The same with other document numbers."""
+        return replace(self, documents=documents)
+
     def distance(self, T: int, S: int, device: torch.device) -> Tensor:
         """Distance of each query to each key (T, S), negative for later keys."""
         queries_T = torch.arange(S - T, S, device=device) if self.query_index is None else self.query_index.reshape(1)

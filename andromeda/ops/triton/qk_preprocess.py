@@ -101,7 +101,9 @@ class HeadGroup(NamedTuple):
     """Learned scales (heads, 1) or (heads, D)."""
     per_dim: Any
     alibi_columns: Any = None
-    """ALiBi slopes (heads,) of queries, position digits (T, OUT - D) of keys."""
+    """ALiBi slopes (heads,) of queries, position digits (T, OUT - D) or (B, T, OUT - D) of keys."""
+    alibi_b: Any = 0
+    """Batch stride of the digits in rows, 0 where all sequences share them."""
     dx: Any = None
     """Gradient of the projected vectors (B, T, heads, D)."""
     dx_b: Any = None
@@ -264,7 +266,9 @@ def _store_alibi_columns(rows, group, head, block, constants: tl.constexpr):
         alibi_columns = power[None, :] * tl.load(group.alibi_columns + head).to(tl.float32)
     else:
         alibi_columns = tl.load(
-            group.alibi_columns + block.time[:, None] * (constants.OUT - constants.D) + column[None, :], mask=block.live[:, None], other=0
+            group.alibi_columns + (block.batch * group.alibi_b + block.time)[:, None] * (constants.OUT - constants.D) + column[None, :],
+            mask=block.live[:, None],
+            other=0,
         ).to(tl.float32)
     tl.store(rows[:, None] + constants.D + column[None, :], alibi_columns.to(rows.dtype.element_ty), mask=block.live[:, None])
 
@@ -399,8 +403,8 @@ def preprocess_qk(
     xs = _make_readable(xs, layout)
     constants = _constants(D, out, [*xs, *ys], tables, norm, layout, config)._replace(pdl=cache is not None and supports_pdl(xs[0]))
     q, k = (
-        _head_group(constants, query, x, y, scale, tables)._replace(alibi_columns=alibi_columns)
-        for query, x, y, scale, alibi_columns in zip(_QUERY, xs, ys, scales, alibi or (None, None), strict=True)
+        _head_group(constants, query, x, y, scale, tables)._replace(alibi_columns=columns, alibi_b=_digits_stride(columns))
+        for query, x, y, scale, columns in zip(_QUERY, xs, ys, scales, alibi or (None, None), strict=True)
     )
     _launch_kernel(_preprocess_qk_kernel, (q, k._replace(index=index), N, T), triton.cdiv(N, config.tokens), constants, config)
     return ys[0], ys[1]
@@ -464,6 +468,10 @@ def _head_group(constants: QKConstants, query: bool, x: Tensor, y: Tensor, scale
         None if scale is None else scale.contiguous(),
         tl.constexpr(scale is not None and scale.shape[-1] > 1),
     )
+
+
+def _digits_stride(columns: Tensor | None) -> int:
+    return columns.shape[1] if columns is not None and columns.ndim == 3 else 0
 
 
 def _stride_in_units(x: Tensor, dim: int, constants: QKConstants) -> int:
