@@ -112,7 +112,8 @@ def main() -> None:
     except typer.Abort:
         sys.exit(130)
     except AndromedaError as error:
-        print(f"andromeda: {printable(str(error))}", file=sys.stderr)
+        if not error.told:
+            print(f"andromeda: {printable(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except (MemoryError, RuntimeError) as error:
         if not _out_of_memory(error):

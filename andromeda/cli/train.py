@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 from contextlib import closing
 from pathlib import Path
@@ -29,6 +30,9 @@ def train(
     keep_optimizer: Annotated[
         bool, typer.Option("--keep-optimizer", help="With --init-from: begin with the optimizer's state of that checkpoint too.")
     ] = False,
+    nproc: Annotated[
+        int, typer.Option(min=0, help="Processes on this machine that share the work, one a GPU (docs/scale.md); 0 is this process alone.")
+    ] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N; the same as train.device=.")] = "",
     allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print each line of metrics.jsonl as it is written.")] = False,
@@ -51,6 +55,14 @@ def train(
 
     settings = load_config(source, changes)
     check_training(settings)
+    if nproc and not _is_worker():
+        from andromeda.parallel.layout_rules import check_layout
+
+        check_layout(settings, nproc)
+        arguments = _arguments(source, changes, out, resume, init_from, keep_optimizer, allow_code, as_json)
+        from andromeda.parallel.launch import launch
+
+        raise typer.Exit(launch(arguments, nproc))
 
     from andromeda.train.progress import build_reporter
     from andromeda.train.trainer import train as run
@@ -66,7 +78,23 @@ def train(
         )
         if result.signal:
             raise typer.Exit(128 + result.signal)
-        reporter.message(_report(result.run_dir))
+        if os.environ.get("RANK", "0") == "0":
+            reporter.message(_report(result.run_dir))
+
+
+def _is_worker() -> bool:
+    """Whether this is one of the processes of a run already."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def _arguments(
+    source: str, changes: list[str], out: Path | None, resume: bool, init_from: str, keep_optimizer: bool, allow_code: bool, as_json: bool
+) -> list[str]:
+    """The same call for each of several processes."""
+    flags = {"--resume": resume, "--keep-optimizer": keep_optimizer, "--allow-code": allow_code, "--json": as_json}
+    named = {"--out": str(out or ""), "--init-from": init_from}
+    given = [part for name, value in named.items() if value for part in (name, value)]
+    return ["train", source, *changes, *given, *(flag for flag, wanted in flags.items() if wanted)]
 
 
 def _parent(init_from: str) -> str:

@@ -101,12 +101,18 @@ def refresh(layers: Sequence[CachedCastLinear]) -> None:
 
 
 def convert_linears(
-    root: nn.Module, make: Callable[[Linear], L], chosen: Callable[[str], bool], fits: Callable[[nn.Linear], bool], side: int = 1
+    root: nn.Module,
+    make: Callable[[Linear], L],
+    chosen: Callable[[str], bool],
+    fits: Callable[[nn.Linear], bool],
+    side: int = 1,
+    cached: bool = True,
 ) -> list[L]:
     """Convert the linear layers below `root` whose paths are chosen and which fit, alone or padded as part of a fused group that reads
     a multiple of `side` inputs; returns those that lead a group. Layers with hooks or attributes of their own stay.
 
-    The weights are cast before each forward pass of `root` that finds them changed.
+    The weights are cast before each forward pass of `root` that finds them changed; unless `cached`, by each layer when it is called,
+    as where a layer has its weights only then (parallel/fsdp.py).
     """
     for path, module in list(root.named_modules()):
         linears = {name: child for name, child in module.named_children() if chosen(_below(path, name)) and _bare(child)}
@@ -121,7 +127,8 @@ def convert_linears(
     match_kernels(root)
     led = {id(other) for layer in layers for other in layer.fused_with}
     leading = [layer for layer in layers if id(layer) not in led]
-    root.register_forward_pre_hook(partial(_refresh, leading))
+    if cached:
+        root.register_forward_pre_hook(partial(_refresh, leading))
     return leading
 
 

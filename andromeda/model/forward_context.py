@@ -37,7 +37,7 @@ class ForwardContext:
 
     def for_layer(self, layer: int) -> ForwardContext:
         """The context of layer number `layer`; parts need no number of their own, so one compiled block serves all layers."""
-        return replace(self, state=self.cache.state(layer), value=self.values[layer])
+        return replace(self, state=self.cache.state(layer), value=self.values[layer], values=())
 
     def clamp_window(self, window: int) -> int:
         """The window in this pass of a layer whose own is `window` tokens (0 is unlimited, and stays so)."""

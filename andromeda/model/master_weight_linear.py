@@ -98,6 +98,8 @@ def accumulate_weight_grads(layers: Sequence[MasterWeightLinear]) -> Iterator[No
             layer.total = None
 
 
-def convert_to_master_weights(root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype) -> list[MasterWeightLinear]:
-    """Convert the linear layers below `root` whose paths are chosen; returns those that lead a group."""
-    return convert_linears(root, partial(MasterWeightLinear, dtype=dtype), chosen, lambda linear: True)
+def convert_to_master_weights(
+    root: nn.Module, chosen: Callable[[str], bool], dtype: torch.dtype, cached: bool = True
+) -> list[MasterWeightLinear]:
+    """Convert the linear layers below `root` whose paths are chosen; returns those that lead a group. cached: see `convert_linears`."""
+    return convert_linears(root, partial(MasterWeightLinear, dtype=dtype), chosen, lambda linear: True, cached=cached)

@@ -9,9 +9,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import clip_grads_with_norm_
 
 from andromeda.config.train import ClipConfig
+from andromeda.utils.dtensor import is_dtensor, local, total_norm
 
 FLOOR = 1e-3
 """Adaptive clipping treats a unit whose weights are smaller than this as if they had this norm (arXiv 2102.06171, section 4)."""
@@ -25,10 +26,11 @@ def clip_gradients(parameters: Iterable[nn.Parameter], config: ClipConfig) -> Te
     - `adaptive`: every unit (`clip_units`) to limit times the norm of its own weights.
 
     A norm that is not finite comes back as it is and leaves gradients that are not finite: the guard skips such a step.
-    Parameters without a gradient are left out; with none at all the norm is 0.
+    Parameters without a gradient are left out; with none at all the norm is 0. Of parameters that are sharded over processes the norm
+    is that of all shards, and each process clips what it holds.
     """
     with_grad = [p for p in parameters if p.grad is not None]
-    norm = get_total_norm([p.grad for p in with_grad if p.grad is not None])
+    norm = total_norm([p.grad for p in with_grad if p.grad is not None])
     _CLIPPERS[config.kind](with_grad, config.limit, norm)
     return norm
 
@@ -47,10 +49,11 @@ def clip_units(parameters: Iterable[nn.Parameter], limit: float, floor: float = 
     for parameter in parameters:
         if parameter.grad is None:
             continue
-        allowed = _unit_norm(parameter.detach()).clamp_(min=floor).mul_(limit)
-        norm = _unit_norm(parameter.grad)
+        weight, grad = local(parameter.detach()), local(parameter.grad)
+        allowed = _unit_norm(weight).clamp_(min=floor).mul_(limit)
+        norm = _unit_norm(grad)
         # A unit within its limit is multiplied by exactly 1; the clamp only guards the division, as in timm's agc.py.
-        parameter.grad.mul_(torch.where(norm > allowed, allowed / norm.clamp(min=1e-6), torch.ones_like(norm)))
+        grad.mul_(torch.where(norm > allowed, allowed / norm.clamp(min=1e-6), torch.ones_like(norm)))
 
 
 def _unit_norm(tensor: Tensor) -> Tensor:
@@ -63,12 +66,23 @@ def _none(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
 
 
 def _norm(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
-    clip_grads_with_norm_(parameters, limit, norm)
+    if not any(is_dtensor(parameter) for parameter in parameters):
+        clip_grads_with_norm_(parameters, limit, norm)
+        return
+    # torch's own takes no mixture of plain and sharded gradients.
+    grads = _local_grads(parameters)
+    torch._foreach_mul_(grads, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
+def _local_grads(parameters: list[nn.Parameter]) -> list[Tensor]:
+    return [local(p.grad) for p in parameters if p.grad is not None]
 
 
 def _value(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:
     del norm
-    nn.utils.clip_grad_value_(parameters, limit)
+    grads = _local_grads(parameters)
+    torch._foreach_clamp_min_(grads, -limit)
+    torch._foreach_clamp_max_(grads, limit)
 
 
 def _adaptive(parameters: list[nn.Parameter], limit: float, norm: Tensor) -> None:

@@ -8,6 +8,7 @@ where NS5 moves every singular value of u towards 1 with an odd polynomial, and 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 
 from andromeda.config.train import OptimizerConfig
+from andromeda.optim.matrix_sharing import map_matrices, num_workers
 from andromeda.optim.optimizer_kind import FLOAT_BYTES, Compile, OptimizerKind, ParamGroups
 from andromeda.optim.param_groups import Role
+from andromeda.utils.dtensor import local
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """a s + b s^3 + c s^5: the steepest slope at zero that still ends near 1. Five iterations map [0.01, 1] into [0.68, 1.13]."""
@@ -76,6 +79,9 @@ class Muon(torch.optim.Optimizer, OptimizerKind):
         steps: int = 5,
         dtype: torch.dtype | None = None,
     ) -> None:
+        self.process_group: Any = None
+        """Processes that all hold the same plain parameters and gradients, and share the orthogonalization; None is this one alone.
+        Of sharded parameters (DTensor) the processes of the shards share it."""
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "steps": steps, "dtype": dtype})
         for group in self.param_groups:
             for parameter in group["params"]:
@@ -114,22 +120,24 @@ class Muon(torch.optim.Optimizer, OptimizerKind):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for batch in _equal_shapes(p for p in group["params"] if p.grad is not None):
+            for batch in _equal_shapes((p for p in group["params"] if p.grad is not None), self.process_group):
                 self._update(batch, group)
         return loss
 
     def _update(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         """Update parameters of one shape together: a few large batched matmuls instead of many small ones."""
         lr, momentum = group["lr"], group["momentum"]
-        grads = [p.grad for p in parameters if p.grad is not None]
-        buffers = [self._buffer(p) for p in parameters]
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
+        buffers = [local(self._buffer(p)) for p in parameters]
+        weights = [local(p) for p in parameters]
         torch._foreach_mul_(buffers, momentum)
         torch._foreach_add_(buffers, grads)
-        updates = torch.stack(torch._foreach_add(grads, buffers, alpha=momentum))
-        directions = orthogonalize(updates, group["steps"], group["dtype"]).to(parameters[0].dtype)
+        updates = torch._foreach_add(grads, buffers, alpha=momentum)
+        orthogonal = partial(orthogonalize, steps=group["steps"], dtype=group["dtype"])
+        directions = list(map_matrices(orthogonal, updates, parameters, self.process_group))
         rows, columns = parameters[0].shape[-2:]
-        torch._foreach_mul_(parameters, 1.0 - lr * group["weight_decay"])
-        torch._foreach_add_(parameters, list(directions.unbind()), alpha=-lr * max(1.0, rows / columns) ** 0.5)
+        torch._foreach_mul_(weights, 1.0 - lr * group["weight_decay"])
+        torch._foreach_add_(weights, directions, alpha=-lr * max(1.0, rows / columns) ** 0.5)
 
     def _buffer(self, parameter: Tensor) -> Tensor:
         state = self.state[parameter]
@@ -139,12 +147,13 @@ class Muon(torch.optim.Optimizer, OptimizerKind):
         return buffer
 
 
-def _equal_shapes(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters of equal shape, dtype and device together, at most `_MAX_BATCH` elements at a time."""
+def _equal_shapes(parameters: Iterable[Tensor], process_group: Any) -> Iterator[list[Tensor]]:
+    """Parameters of equal shape, dtype, device and sharding together, at most `_MAX_BATCH` elements of each process at a time."""
     alike: dict[tuple[Any, ...], list[Tensor]] = {}
     for parameter in parameters:
-        alike.setdefault((parameter.shape, parameter.dtype, parameter.device), []).append(parameter)
+        sharding = getattr(parameter, "device_mesh", None), getattr(parameter, "placements", None)
+        alike.setdefault((parameter.shape, parameter.dtype, parameter.device, sharding), []).append(parameter)
     for group in alike.values():
-        size = max(1, _MAX_BATCH // max(1, group[0].numel()))
+        size = max(1, _MAX_BATCH // max(1, group[0].numel())) * num_workers(group[0], process_group)
         for start in range(0, len(group), size):
             yield group[start : start + size]

@@ -16,6 +16,7 @@ from andromeda.optim import optimizer_state
 from andromeda.optim.adamw import AdamW
 from andromeda.optim.optimizer_kind import Compile, OptimizerKind, ParamGroups
 from andromeda.optim.param_groups import ROLES, Role, parameter_roles
+from andromeda.utils.dtensor import is_dtensor
 from andromeda.utils.errors import ConfigError
 
 
@@ -49,6 +50,12 @@ class OptimizerContainer:
             optimizer.step()
         # torch's fused steps do not increment the version of the parameters, by which caches of cast weights notice a change.
         torch.autograd.graph.increment_version(self.parameters())
+
+    def share_work(self, process_group: Any) -> None:
+        """Let the processes of a group, all of which hold the same plain parameters, share what of a step they can share."""
+        for optimizer in self.optimizers:
+            if hasattr(optimizer, "process_group"):
+                optimizer.process_group = process_group
 
     def zero_grad(self) -> None:
         """Set all gradients to None, which frees their memory."""
@@ -130,8 +137,11 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, compile: Compile 
         group = _param_group(role, kind, config)
         for groups, wanted in ((handled, True), (others, False)):
             chosen = [p for p in params if kind.handles(p, role) is wanted]
-            if chosen:
-                groups.append({"params": chosen, **group})
+            # torch's optimizers update no mixture of plain and sharded parameters.
+            for sharded in (False, True):
+                alike = [p for p in chosen if is_dtensor(p) is sharded]
+                if alike:
+                    groups.append({"params": alike, **group})
     return OptimizerContainer(
         config,
         kind,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.optim.optimizer_kind import OptimizerKind
+from andromeda.utils.dtensor import as_sharded
 from andromeda.utils.errors import CheckpointError
 
 Names = dict[nn.Parameter, str]
@@ -87,7 +88,7 @@ def _restore(
                 f"The optimizer tensor {name}/{entry} has the shape {tuple(whole.shape)} where the model needs {tuple(expected)}: "
                 "resume with the configuration that the checkpoint was written with."
             )
-        restored[entry] = whole
+        restored[entry] = as_sharded(whole, parameter) if whole.shape == parameter.shape else whole
     return restored
 
 

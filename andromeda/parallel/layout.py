@@ -48,6 +48,10 @@ class Layout(NamedTuple):
         return " x ".join(named) or "one process"
 
 
+ONE = Layout()
+"""One process."""
+
+
 def resolve_layout(config: ParallelConfig, world_size: int) -> Layout:
     """The mesh of `world_size` processes. Raises ConfigError, one sentence, where the sizes do not make that number."""
     sizes = {name: getattr(config, name) for name in DIMENSIONS}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
@@ -11,7 +13,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from andromeda.config.parallel import ParallelConfig
+from andromeda.config.run import RunConfig
+from andromeda.parallel.heartbeat import Heartbeat, RankLost, start_heartbeat
 from andromeda.parallel.layout import DIMENSIONS, Layout, resolve_layout
+from andromeda.parallel.layout_rules import check_layout
+from andromeda.utils.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,10 +30,14 @@ class ParallelMesh:
     """Dimensions replicate, shard, context, tensor, all of them also where the size is one."""
     expert_mesh: DeviceMesh | None
     """The same processes with `shard` split into `expert_shard` and `expert`; None without expert parallelism."""
+    sharded_with_context: DeviceMesh
+    """`shard` and `context` as one dimension, below `replicate` where that is above one."""
     batch_group: dist.ProcessGroup
     """Processes that hold different tokens (replicate x shard x context): losses and counts are summed over it."""
     host_group: dist.ProcessGroup
     """All processes, for numbers in main memory (gloo)."""
+    heartbeat: Heartbeat | None = None
+    """Tells who is lost, in a run that was started from the command line."""
 
     @property
     def rank(self) -> int:
@@ -67,6 +77,42 @@ def local_device(kind: str) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
+def join_mesh(config: RunConfig, device: torch.device) -> ParallelMesh | None:
+    """The mesh of a run that was started as several processes, or None. Raises ConfigError for a layout that cannot work."""
+    try:
+        check_layout(config, world_size())
+    except ConfigError as error:
+        error.told = os.environ.get("RANK", "0") != "0"
+        raise
+    if not is_distributed():
+        return None
+    mesh = init_mesh(config.parallel, local_device(device.type))
+    return replace(mesh, heartbeat=start_heartbeat(config.parallel.timeout))
+
+
+@contextmanager
+def watched(mesh: ParallelMesh | None) -> Iterator[None]:
+    """Within, an exchange that fails because a process was lost ends with the name of that process; afterwards the processes part."""
+    if mesh is None or mesh.heartbeat is None:
+        yield
+        return
+    try:
+        yield
+    except RuntimeError as error:
+        if not _is_lost_connection(error):
+            raise
+        mesh.heartbeat.wait_for_verdict()
+        raise RankLost(f"An exchange between processes failed ({str(error).partition(chr(10))[0][:200]}): resume with --resume.") from None
+    mesh.heartbeat.stop()
+    dist.barrier(group=mesh.host_group)
+    dist.destroy_process_group()
+
+
+def _is_lost_connection(error: RuntimeError) -> bool:
+    """Gloo raises plain RuntimeErrors."""
+    return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "connection", "nccl"))
+
+
 def init_mesh(config: ParallelConfig, device: torch.device) -> ParallelMesh:
     """Join the other processes and arrange them; call once, on all of them. Raises ConfigError for sizes that do not fit their number.
 
@@ -92,4 +138,11 @@ def build_mesh(layout: Layout, device: torch.device) -> ParallelMesh:
         sizes = (layout.replicate, layout.shard // layout.expert, layout.expert, layout.context, layout.tensor)
         expert = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "expert_shard", "expert", "context", "tensor"))
     host = dist.new_group(backend="gloo")
-    return ParallelMesh(layout, device, mesh, expert, batch.get_group(), host)
+    return ParallelMesh(layout, device, mesh, expert, _sharded_with_context(mesh, layout), batch.get_group(), host)
+
+
+def _sharded_with_context(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:
+    if layout.context == 1:
+        return mesh["replicate", "shard"] if layout.replicate > 1 else mesh["shard"]
+    flat = mesh["shard", "context"]._flatten("shard_context")
+    return mesh["replicate", "shard_context"] if layout.replicate > 1 else flat

@@ -46,15 +46,32 @@ class Ranks:
             failure = error
         outcomes = self.all_gather((result, None if failure is None else str(failure)))
         if failure is not None:
-            raise failure
+            raise self._told(failure)
         for rank, (_, text) in enumerate(outcomes):
             if text is not None:
-                raise RankFailed(f"rank {rank} failed: {text}")
+                raise self._told(RankFailed(f"rank {rank} failed: {text}"))
         return [outcome for outcome, _ in outcomes]
+
+    def _told(self, error: Exception) -> Exception:
+        """The error, of which rank 0 tells the user."""
+        if isinstance(error, AndromedaError):
+            error.told = self.rank > 0
+        return error
 
     def on_first(self, work: Callable[[], None]) -> None:
         """Do `work` on rank 0; the others wait, and raise where it fails."""
         self.agree(work if self.rank == 0 else lambda: None)
+
+    def on_all(self, work: Callable[[], T]) -> T:
+        """Do `work` on every rank and return its own result on each, which need not be sent; every rank raises where one fails."""
+        results: list[T] = []
+        self.agree(lambda: results.append(work()))
+        return results[0]
+
+    def from_first(self, work: Callable[[], T]) -> T:
+        """Do `work` on rank 0 and return its result on every rank; every rank raises where it fails."""
+        found: Any = self.agree(work if self.rank == 0 else lambda: None)[0]
+        return found  # type: ignore[no-any-return]
 
 
 ONE = Ranks()

@@ -13,9 +13,9 @@ from andromeda.model.specs import spec_of
 from andromeda.ops import float8_inference
 
 
-def convert_to_float8(root: nn.Module, chosen: Callable[[str], bool]) -> None:
+def convert_to_float8(root: nn.Module, chosen: Callable[[str], bool], cached: bool = True) -> None:
     """Convert the linear layers below `root` whose paths are chosen and whose sizes fit, alone or padded as part of a fused group."""
-    convert_linears(root, Float8TrainingLinear, chosen, float8_inference.has_aligned_shape, float8_inference.ALIGNMENT)
+    convert_linears(root, Float8TrainingLinear, chosen, float8_inference.has_aligned_shape, float8_inference.ALIGNMENT, cached)
     for block in root.modules():
         if isinstance(block, DecoderBlock):
             for reader, norm, shift in block.normalized_readers():

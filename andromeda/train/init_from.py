@@ -108,4 +108,5 @@ def start_from(parent: ParentCheckpoint, state: TrainState, run_dir: RunDir) -> 
             raise CheckpointError(
                 f"The optimizer's state in {parent.path} cannot be kept ({reason}): leave out --keep-optimizer."
             ) from None
-    checkpoint.set_aside_newer(checkpoint.save(run_dir.checkpoints, state.snapshot({"metrics_bytes": 0})))
+    saved = checkpoint.save(run_dir.checkpoints, state.snapshot({"metrics_bytes": 0}), state.ranks)
+    state.ranks.on_first(lambda: checkpoint.set_aside_newer(saved))

@@ -15,18 +15,20 @@ from typing import Any
 import torch
 
 import andromeda
+from andromeda.parallel.layout import ONE, Layout
 
 LIBRARIES = ("torch", "numpy", "tokenizers", "sentencepiece", "safetensors", "pydantic", "torchao", "triton")
 
 
-def start_entry(step: int, device: torch.device, changes: list[str]) -> dict[str, Any]:
-    """One start of a run: at which step, how, where, with what."""
+def start_entry(step: int, device: torch.device, changes: list[str], layout: Layout = ONE) -> dict[str, Any]:
+    """One start of a run: at which step, how, where, with what, on how many processes."""
     return {
         "time": datetime.now(UTC).isoformat(timespec="seconds"),
         "step": step,
         "command": shlex.join(sys.argv),
         "changes": changes,
         "device": device_name(device),
+        "mesh": layout._asdict(),
         "machine": machine(),
         "versions": versions(),
         "code": code_state(),

@@ -10,17 +10,19 @@ from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import optimizer_state_bytes
+from andromeda.parallel.layout import ONE, Layout
 from andromeda.utils.errors import ConfigError
 
 COMPUTE_ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 """Bytes of a number that a matmul reads, by the precision of training."""
 
 
-def check_state_fits(config: RunConfig, device: torch.device) -> None:
-    """Raise ConfigError when weights, gradients and optimizer state are more than the device's whole memory."""
+def check_state_fits(config: RunConfig, device: torch.device, layout: Layout = ONE) -> None:
+    """Raise ConfigError when this process's part of weights, gradients and optimizer state is more than the device's whole memory."""
     model, optim = meta_model(config.model), config.train.optim
     parameters = list(model.parameters())
     num_bytes = sum(2 * p.numel() * p.element_size() for p in parameters) + optimizer_state_bytes(model, optim)
+    num_bytes //= layout.shard * layout.tensor
     _check(sum(p.numel() for p in parameters), num_bytes, "weights, gradients and optimizer state alone", device)
 
 
@@ -43,10 +45,11 @@ def _check(count: int, num_bytes: int, what: str, device: torch.device) -> None:
         )
 
 
-def check_activations_fit(config: RunConfig, device: torch.device, precision: str) -> None:
+def check_activations_fit(config: RunConfig, device: torch.device, precision: str, layout: Layout = ONE) -> None:
     """Raise ConfigError when the blocks of one micro-batch save more for the backward pass than the device's whole memory."""
-    size, seq_len = config.train.micro_batch_size or config.train.batch_size, config.train.seq_len or config.model.max_seq_len
-    num_bytes, available = size * seq_len * min_saved_bytes_per_token(config, precision), device_memory(device)
+    size = config.train.micro_batch_size or config.train.batch_size // layout.data
+    seq_len = (config.train.seq_len or config.model.max_seq_len) // layout.context
+    num_bytes, available = size * seq_len * min_saved_bytes_per_token(config, precision) // layout.tensor, device_memory(device)
     if num_bytes > available:
         raise ConfigError(
             f"A micro-batch of {size:,} sequences of {seq_len:,} tokens saves at least {num_bytes / 2**30:,.1f} GiB for the backward pass, "

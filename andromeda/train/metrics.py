@@ -28,7 +28,7 @@ from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import CheckpointError, MissingExtra
 from andromeda.utils.untrusted import MalformedFile, open_for_writing, open_regular, parse_json, read_lines
 
-TIMING_METRICS = ("seconds", "tokens_per_second", "mfu", "memory_gib")
+TIMING_METRICS = ("seconds", "tokens_per_second", "tokens_per_second_per_device", "mfu", "memory_gib")
 """Metrics that depend on the state of the machine: all others are reproducible."""
 
 
@@ -138,10 +138,10 @@ GIB = 1 << 30
 
 
 class ThroughputMonitor:
-    """Tokens per second, MFU and peak memory, over the time spent in steps."""
+    """Tokens per second (of all devices and of one), MFU and peak memory, over the time spent in steps."""
 
-    def __init__(self, model: ModelConfig, seq_len: int, precision: Precision) -> None:
-        self._seq_len = seq_len
+    def __init__(self, model: ModelConfig, seq_len: int, precision: Precision, devices: int = 1) -> None:
+        self._seq_len, self._devices = seq_len, devices
         self._flops_per_token = cache(lambda window: training_flops_per_token(model, seq_len, window=window))
         self._device = precision.device
         self._peak_flops = peak_flops(str(precision.device), precision.name)
@@ -167,7 +167,9 @@ class ThroughputMonitor:
         if not tokens:
             return {}
         metrics = {"tokens_per_second": tokens / seconds, "memory_gib": peak_memory(self._device) / GIB}
-        return metrics | ({"mfu": flops / seconds / self._peak_flops} if self._peak_flops else {})
+        if self._devices > 1:
+            metrics["tokens_per_second_per_device"] = tokens / seconds / self._devices
+        return metrics | ({"mfu": flops / seconds / self._devices / self._peak_flops} if self._peak_flops else {})
 
 
 def peak_memory(device: torch.device) -> int:
@@ -221,6 +223,19 @@ class MetricsFile:
     def close(self) -> None:
         self.sync()
         self._file.close()
+
+
+class NullMetricsFile(MetricsFile):
+    """No file: that of a process which another one writes metrics.jsonl for."""
+
+    def __init__(self) -> None: ...
+    def log(self, step: int, metrics: MetricValues) -> None: ...
+    def truncate(self, size: int) -> None: ...
+    def close(self) -> None: ...
+
+    def checkpoint_info(self) -> dict[str, Any]:
+        """Nothing, as the other process records it."""
+        return {}
 
 
 def sha256_prefix(path: Path, size: int) -> str:

@@ -51,7 +51,11 @@ class MicroBatch(NamedTuple):
     def split(self, size: int) -> Iterator[MicroBatch]:
         """Micro-batches of `size` sequences each; the last may be smaller."""
         for start in range(0, len(self.ids), size):
-            yield self._map(itemgetter(slice(start, start + size)))
+            yield self.rows(start, start + size)
+
+    def rows(self, start: int, end: int) -> MicroBatch:
+        """Sequences `start` up to `end`."""
+        return self._map(itemgetter(slice(start, end)))
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         documents = None if self.documents is None else function(self.documents)

@@ -18,6 +18,7 @@ from andromeda.model import master_weight_linear
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8, float8_inference
 from andromeda.train import convert_float8
+from andromeda.utils.dtensor import local
 from andromeda.utils.errors import ConfigError, MissingExtra
 
 
@@ -30,8 +31,14 @@ class Precision:
         self.device = device
         self._one = torch.ones((), device=device)
 
-    def convert_model(self, model: Transformer) -> Transformer:
-        """Replace the modules that this precision needs; the trained weights stay float32."""
+    gather_dtype: ClassVar[torch.dtype | None] = None
+    """Dtype in which matrices that are sharded over processes are gathered; None is their own."""
+
+    def convert_model(self, model: Transformer, *, sharded: bool = False) -> Transformer:
+        """Replace the modules that this precision needs; the trained weights stay float32.
+
+        sharded: the weights will be sharded over processes (FSDP), and cannot be cast beforehand.
+        """
         return model
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
@@ -77,16 +84,18 @@ class HalfPrecision(Precision):
         super().__init__(device)
         self._layers: Sequence[master_weight_linear.MasterWeightLinear] = ()
 
-    def convert_model(self, model: Transformer) -> Transformer:
+    def convert_model(self, model: Transformer, *, sharded: bool = False) -> Transformer:
         """Replace the linear layers of the blocks on a GPU; parameters and their names stay."""
         if self.device.type == "cuda":
-            self.convert_linears(model)
+            self.convert_linears(model, cached=not sharded)
         return model
 
-    def convert_linears(self, model: Transformer) -> Sequence[master_weight_linear.MasterWeightLinear]:
+    def convert_linears(self, model: Transformer, cached: bool = True) -> Sequence[master_weight_linear.MasterWeightLinear]:
         """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
-        self._layers = master_weight_linear.convert_to_master_weights(model.decoder, _is_block_linear, self.dtype)
-        return self._layers
+        layers = master_weight_linear.convert_to_master_weights(model.decoder, _is_block_linear, self.dtype, cached)
+        # FSDP sums the gradients of sharded weights over the micro-batches, in float32.
+        self._layers = layers if cached else ()
+        return layers
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
         """16-bit matmuls."""
@@ -101,7 +110,7 @@ class BFloat16(HalfPrecision):
     """bfloat16 matmuls; bfloat16 has the range of float32, so that the loss is not scaled."""
 
     name = "bf16"
-    dtype = torch.bfloat16
+    dtype = gather_dtype = torch.bfloat16
 
 
 class Float16(HalfPrecision):
@@ -113,7 +122,7 @@ class Float16(HalfPrecision):
     """
 
     name = "fp16"
-    dtype = torch.float16
+    dtype = gather_dtype = torch.float16
     syncs_every_step = True
     START, GROWTH, BACKOFF, INTERVAL = 2.0**16, 2.0, 0.5, 2000
 
@@ -128,7 +137,7 @@ class Float16(HalfPrecision):
 
     def unscale_grads(self, parameters: Iterable[nn.Parameter]) -> None:
         """Divide by the scale: exact, it is a power of two."""
-        torch._foreach_mul_([p.grad for p in parameters if p.grad is not None], 1.0 / self._scale)
+        torch._foreach_mul_([local(p.grad) for p in parameters if p.grad is not None], 1.0 / self._scale)
 
     def overflowed(self, loss: float, norm: float) -> bool:
         """A gradient that is not finite below a loss that is, unless even a scale of one does not help."""
@@ -162,10 +171,10 @@ class Float8(BFloat16):
 
     name = "fp8"
 
-    def convert_model(self, model: Transformer) -> Transformer:
+    def convert_model(self, model: Transformer, *, sharded: bool = False) -> Transformer:
         """Replace the linear layers of the blocks; parameters and their names stay. On a CPU the rounding is emulated, for tests."""
         if self.device.type == "cuda" and float8.TRITON:
-            convert_float8.convert_to_float8(model.decoder, _is_block_linear)
+            convert_float8.convert_to_float8(model.decoder, _is_block_linear, cached=not sharded)
             return model
         try:
             from torchao.float8 import Float8LinearConfig, convert_to_float8_training

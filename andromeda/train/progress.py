@@ -125,6 +125,7 @@ FORMATS = {
     "validation/loss_average": ("with averaged weights", "{:.4f}"),
     "gradient_norm": ("norm", "{:.3g}"),
     "tokens_per_second": ("tokens/s", "{:,.0f}"),
+    "tokens_per_second_per_device": ("tokens/s a device", "{:,.0f}"),
     "mfu": ("MFU", "{:.1%}"),
     "memory_gib": ("GiB", "{:.2f}"),
     "update_ratio/matrix": ("update/weight of matrices", "{:.2g}"),

@@ -16,7 +16,7 @@ from andromeda.train import checkpoint
 from andromeda.train.metrics import sha256_prefix
 from andromeda.train.progress import Reporter
 from andromeda.train.run_dir import RunDir
-from andromeda.train.state import TrainState
+from andromeda.train.state import TrainState, model_tensors
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.untrusted import MalformedFile
 
@@ -154,16 +154,16 @@ def rest_of_schedule(old: TrainConfig, new: TrainConfig, step: int) -> str:
 
 def resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> checkpoint.Snapshot | None:
     """Restore the newest intact checkpoint, if there is one, and return it, setting damaged ones aside."""
-    newest = checkpoint.latest(run_dir.checkpoints, reporter.message)
+    newest = state.ranks.from_first(lambda: checkpoint.latest(run_dir.checkpoints, reporter.message))
     if newest is None:
         return None
-    snapshot = checkpoint.read(newest)
+    snapshot = checkpoint.read(newest, like=model_tensors(state.model))
     refuse_other_config(run_dir, state.config, snapshot)
     if snapshot.step > state.config.train.steps:
         raise ConfigError(
             f"{run_dir.path} is at step {snapshot.step} already, beyond train.steps={state.config.train.steps}: give a larger number."
         )
     state.restore(snapshot)
-    checkpoint.set_aside_newer(newest)
+    state.ranks.on_first(lambda: checkpoint.set_aside_newer(newest))
     reporter.message(f"resuming from step {snapshot.step}")
     return snapshot

@@ -97,6 +97,11 @@ class RunDir:
             with suppress(OSError):  # such as a folder of that name, which is none of ours
                 leftover.unlink()
 
+    def claim(self) -> None:
+        """Make the folders and lock them."""
+        self.create()
+        self.lock()
+
     def unlock(self) -> None:
         """Give the folder back."""
         if self._lock is not None:

@@ -16,11 +16,17 @@ from torch import Tensor, nn
 from andromeda.config.run import RunConfig
 from andromeda.model.transformer import Transformer
 from andromeda.optim import OptimizerContainer, build_optimizer
+from andromeda.parallel.fsdp import shard_model
+from andromeda.parallel.layout import ONE
+from andromeda.parallel.mesh import ParallelMesh
+from andromeda.parallel.step_collectives import Collectives, MeshCollectives
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
 from andromeda.train.callbacks.spike_guard import LossSpikeGuard
 from andromeda.train.callbacks.validation import ROW_SELECTION
 from andromeda.train.checkpoint import Snapshot
+from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
+from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.checkpoint_reader import shape_of
 from andromeda.train.compile import compile_blocks
 from andromeda.train.memory_check import check_activations_fit, check_state_fits
@@ -107,6 +113,10 @@ class TrainState:
     metrics: MetricAccumulator
     data_fingerprint: str
     progress: Progress = field(default_factory=Progress)
+    collectives: Collectives = field(default_factory=Collectives)
+    """What is exchanged with the other processes of the run."""
+    ranks: Ranks = ONE_RANK
+    """The processes of the run, as they write a checkpoint together."""
 
     def snapshot(self, metrics_info: Mapping[str, Any]) -> Snapshot:
         """The whole state. metrics_info: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.checkpoint_info)."""
@@ -172,27 +182,38 @@ class TrainState:
             raise ValueError("its counts are no numbers")
 
 
-def build_train_state(config: RunConfig, device: torch.device, data_fingerprint: str) -> TrainState:
-    """The state of a run before its first step. Raises ConfigError for what cannot fit the device's memory."""
-    train = config.train
-    check_state_fits(config, device)
+def build_train_state(config: RunConfig, device: torch.device, data_fingerprint: str, mesh: ParallelMesh | None = None) -> TrainState:
+    """The state of a run before its first step, the same for any number of processes. mesh: those of this run, None for one alone.
+
+    Raises ConfigError for what cannot fit the device's memory.
+    """
+    train, layout = config.train, mesh.layout if mesh else ONE
+    check_state_fits(config, device, layout)
     if device.type == "cpu":
         retain_freed_memory()
     seed_all(config.seed)
     precision = build_precision(train.precision, device)
-    check_activations_fit(config, device, precision.name)
-    model = precision.convert_model(Transformer(config.model, seed=config.seed).to(device))
+    check_activations_fit(config, device, precision.name, layout)
+    sharded = layout.shard > 1
+    model = precision.convert_model(Transformer(config.model, seed=config.seed).to(device), sharded=sharded)
     checkpoint_blocks(model, train.activation_checkpointing)
     compile_blocks(model, config, device)
+    if mesh and sharded:
+        shard_model(model, mesh, config.parallel, precision.gather_dtype)
+    optimizer = build_optimizer(model, train.optim, train.compile)
+    if mesh and layout.world_size > 1:
+        optimizer.share_work(mesh.batch_group)
     return TrainState(
         config,
         model,
-        build_optimizer(model, train.optim, train.compile),
+        optimizer,
         precision,
         LossSpikeGuard(train.spike_guard),
         build_ema(model, train.ema),
         MetricAccumulator(device),
         data_fingerprint,
+        collectives=MeshCollectives(mesh, model) if mesh else Collectives(),
+        ranks=Ranks(mesh.host_group) if mesh else ONE_RANK,
     )
 
 

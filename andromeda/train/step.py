@@ -22,9 +22,9 @@ class StepBatch:
     """What one step learns from."""
 
     data: MicroBatch
-    """All its sequences."""
+    """Those of its sequences that this process reads."""
     num_targets: int
-    """Targets that count, over all sequences."""
+    """Targets that count, over the sequences of all processes."""
     rows: RowRange
     """Where the sequences are in the stream."""
     window: int = 0
@@ -48,7 +48,8 @@ class TrainStep:
 
     def __init__(self, state: TrainState, objective: Callable[[MicroBatch, int], ObjectiveSums], config: TrainConfig) -> None:
         self._state, self._objective, self._clip = state, objective, config.clip
-        self._micro_batch_size = config.micro_batch_size or config.batch_size
+        self._collectives = state.collectives
+        self._micro_batch_size = config.micro_batch_size or config.batch_size // self._collectives.layout.data
         self._parameters = state.optimizer.parameters()
         self._routers = [module for module in state.model.modules() if isinstance(module, Router)]
 
@@ -56,6 +57,7 @@ class TrainStep:
         """Learn from `batch`. The caller has set the learning rates."""
         state = self._state
         loss, nll = self._accumulate_grads(batch)
+        self._collectives.reduce_grads(self._parameters)
         state.precision.unscale_grads(self._parameters)
         grad_norm = clip_gradients(self._parameters, self._clip)
         skip_reason = self._check(loss, grad_norm, batch.rows)
@@ -64,35 +66,41 @@ class TrainStep:
             if state.ema is not None:
                 state.ema.update()
         for router in self._routers:
-            router.step() if skip_reason is None else router.load.zero_()
+            if skip_reason is None:
+                self._collectives.sum_(router.load)
+                router.step()
+            else:
+                router.load.zero_()
             router.step_load.zero_()
         state.optimizer.zero_grad()
         return StepResult(nll, grad_norm, skip_reason)
 
     def _accumulate_grads(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
-        """Accumulates the scaled gradient in the weights; returns the mean of the objective and of the cross entropy."""
+        """Accumulates the scaled gradient in the weights; returns the mean of the objective and of the cross entropy, of all processes."""
         precision, num_targets = self._state.precision, max(1, batch.num_targets)
         loss, nll = torch.zeros((), device=precision.device), torch.zeros((), device=precision.device)
         several = len(batch.data.ids) > self._micro_batch_size
         for router in self._routers:
             router.loss_scale.copy_(precision.loss_scale)
-        if several:
+        if several or self._collectives.layout.data > 1:
             self._count_expert_load(batch)
         # With one micro-batch, each gradient is allocated when the backward pass reaches its layer, as activations are freed: less memory.
         with precision.accumulate_grads() if several else contextlib.nullcontext():
-            for micro_batch in batch.data.split(self._micro_batch_size):
-                means = self._backward(micro_batch, batch, num_targets)
+            for start in range(0, len(batch.data.ids), self._micro_batch_size):
+                end = start + self._micro_batch_size
+                with self._collectives.gradient_sync(last=end >= len(batch.data.ids)):
+                    means = self._backward(batch.data.rows(start, end), batch, num_targets)
                 loss += means.total
                 nll += means.nll
-        return loss, nll
+        sums = self._collectives.sum_(torch.stack([loss, nll]))
+        return sums[0], sums[1]
 
     @torch.no_grad()
     def _count_expert_load(self, batch: StepBatch) -> None:
         """Count how often the whole step chooses each expert, which the balance loss multiplies every token's scores with.
 
         The gradient of a micro-batch passes through all layers, so the counts of the others must be known before its backward pass: one
-        more forward pass without gradients or head, and only with `balance = "loss"`. Ranks that share a step would add up `step_load`
-        here, and count with a single micro-batch too.
+        more forward pass without gradients or head, and only with `balance = "loss"`.
         """
         routers = [router for router in self._routers if router.balance == "loss"]
         if not routers:
@@ -103,7 +111,7 @@ class TrainStep:
             with precision.autocast():
                 model.hidden(data.ids, documents=data.documents, window=batch.window)
         for router in routers:
-            router.step_load.copy_(router.load)
+            router.step_load.copy_(self._collectives.sum_(router.load))
             router.load.zero_()
 
     def _backward(self, micro_batch: MicroBatch, batch: StepBatch, num_targets: int) -> ObjectiveSums:

@@ -16,15 +16,20 @@ from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.optim import build_schedule
 from andromeda.optim.schedules import build_window_warmup
+from andromeda.parallel.mesh import ParallelMesh, join_mesh, watched
+from andromeda.parallel.preflight import preflight
 from andromeda.train import checkpoint
 from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
 from andromeda.train.callbacks.validation import Validation
+from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
+from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import (
     MetricsFile,
     MetricsLogger,
+    NullMetricsFile,
     ThroughputMonitor,
     build_loggers,
     check_loggers_installed,
@@ -34,7 +39,7 @@ from andromeda.train.progress import MetricValues, NullReporter, Reporter
 from andromeda.train.resume import LENGTH, METRICS_LOST, changed_keys, rest_of_schedule, resume_latest, set_aside_changed_metrics
 from andromeda.train.run_dir import RunDir
 from andromeda.train.signals import SignalHandler
-from andromeda.train.state import TrainState, build_train_state, resolve_device
+from andromeda.train.state import TrainState, build_train_state, model_tensors, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import AndromedaError, ConfigError
 
@@ -61,7 +66,7 @@ class RunIO:
 
 
 class Trainer:
-    """Runs the training loop of one process, from the step that `state` is at to the last step or a signal."""
+    """Runs the training loop, from the step that `state` is at to the last step or a signal."""
 
     def __init__(self, config: RunConfig, state: TrainState, io: RunIO) -> None:
         train = config.train
@@ -70,21 +75,22 @@ class Trainer:
         self._window = build_window_warmup(train.window, train.steps)
         self._objective = NextTokenObjective(state.model, train.z_loss)
         self._step = TrainStep(state, self._objective, train)
-        self._diagnostics = Diagnostics(state.model, state.precision)
+        self._collectives = state.collectives
+        self._diagnostics = Diagnostics(state.model, state.precision, state.collectives)
         self._saved_step = state.progress.step
         self._periodic: list[tuple[int, Callable[[], MetricValues]]] = [
             (train.log.every, self._step_metrics),
             (train.log.diagnostics_every, lambda: self._diagnostics.metrics),
             (train.eval_every, self._validate),
-            (train.probes.every, lambda: io.probes(state.model, state.precision)),
+            (train.probes.every, self._probe),
         ]
 
     def run(self) -> None:
         """Train until the last step or a signal; the state is on disk when this returns."""
-        if not checkpoint.list_all(self._io.run_dir.checkpoints):
+        if self._state.ranks.from_first(lambda: not checkpoint.list_all(self._io.run_dir.checkpoints)):
             # At once, so that a disk that cannot hold a checkpoint is found out now and not hours later.
             self._save()
-        while self._state.progress.step < self._train.steps and not self._io.signals.received:
+        while self._state.progress.step < self._train.steps and not self._interrupted():
             self._train_step()
             self._after_step()
             if self._state.spike_guard.must_roll_back:
@@ -92,22 +98,29 @@ class Trainer:
         if self._saved_step != self._state.progress.step:
             self._save()
 
+    def _interrupted(self) -> bool:
+        """Whether any process was sent a signal, so that all end after the same step."""
+        self._io.signals.received = self._collectives.largest(self._io.signals.received or 0) or None
+        return self._io.signals.received is not None
+
     def _train_step(self) -> None:
         state, progress, batch_size = self._state, self._state.progress, self._train.batch_size
         first = state.spike_guard.next_row(progress.rows)
         with self._io.throughput.measure(progress):
-            batch = self._io.stream.batch(first, batch_size)
+            batch = self._io.stream.batch(*self._collectives.rows(first, batch_size))
+            num_targets, num_bytes = map(int, self._collectives.sum_numbers(batch.tokens, batch.bytes))
         data = MicroBatch.from_batch(batch, self._config.data.document_mask)
-        step_batch = StepBatch(data, batch.tokens, (first, first + batch_size), self._window(progress.step))
+        step_batch = StepBatch(data, num_targets, (first, first + batch_size), self._window(progress.step))
         state.optimizer.set_lr_factor(self._lr_factor(progress.step), progress.step)
         diagnosed = self._is_due(self._train.log.diagnostics_every, progress.step + 1)
         with self._diagnostics.measure(data) if diagnosed else nullcontext(), self._io.throughput.measure(progress):
             result = self._step(step_batch)
         self._io.throughput.add_sequences(batch_size, step_batch.window)
         progress.step, progress.rows = progress.step + 1, first + batch_size
+        self._collectives.at(progress.step)
         if result.skip_reason is None:
-            progress.tokens += batch.tokens
-            state.metrics.add(result.nll, result.grad_norm, batch.tokens, batch.bytes)
+            progress.tokens += num_targets
+            state.metrics.add(result.nll, result.grad_norm, num_targets, num_bytes)
         else:
             self._log({"event": f"step skipped: {result.skip_reason}", "rows": [first, first + batch_size]})
 
@@ -138,8 +151,13 @@ class Trainer:
         state = self._state
         if self._io.validation is None:
             return {}
-        validate = partial(self._io.validation, state.model, self._objective, state.precision)
+        validate = partial(self._io.validation, state.model, self._objective, state.precision, self._collectives)
         return validate() | (state.ema.evaluate(validate) if state.ema else {})
+
+    def _probe(self) -> MetricValues:
+        scores = self._io.probes(self._state.model, self._state.precision)
+        self._collectives.after_evaluation()
+        return scores
 
     def _log(self, metrics: MetricValues) -> None:
         if not metrics:
@@ -149,8 +167,10 @@ class Trainer:
 
     def _save(self) -> None:
         checkpoints = self._io.run_dir.checkpoints
-        checkpoint.save(checkpoints, self._state.snapshot(self._io.metrics_file.checkpoint_info()))
-        checkpoint.prune(checkpoints, self._train.checkpoints.keep)
+        ranks = self._state.ranks
+        info = ranks.from_first(self._io.metrics_file.checkpoint_info)
+        checkpoint.save(checkpoints, self._state.snapshot(info), ranks)
+        ranks.on_first(lambda: checkpoint.prune(checkpoints, self._train.checkpoints.keep))
         self._saved_step = self._state.progress.step
 
     def _roll_back(self) -> None:
@@ -162,20 +182,20 @@ class Trainer:
                 f"{self._train.spike_guard.patience} steps in a row up to step {step} were skipped, after {guard.rollbacks} rollbacks: "
                 f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._io.run_dir.checkpoints}."
             )
-        snapshot = self._last_healthy_snapshot()
+        snapshot = checkpoint.read(state.ranks.from_first(self._last_healthy), like=model_tensors(state.model))
         state.restore(snapshot)
         self._saved_step = snapshot.step
         guard.rollbacks, guard.skipped_rows = rollbacks, skipped_rows
         self._io.metrics_file.truncate(snapshot.metadata["metrics_bytes"])
         self._log({"event": f"rolled back from step {step}", "rows_skipped": skipped_rows})
 
-    def _last_healthy_snapshot(self) -> checkpoint.Snapshot:
-        """Raises TrainingFailed where there is none."""
+    def _last_healthy(self) -> Path:
+        """The newest healthy checkpoint, newer ones set aside. Raises TrainingFailed where there is none."""
         checkpoints = self._io.run_dir.checkpoints
         for path in checkpoint.iter_intact(checkpoints, self._io.reporter.message):
             if checkpoint.read_metadata(path)["healthy"]:
                 checkpoint.set_aside_newer(path)  # or a later start would resume from them
-                return checkpoint.read(path)
+                return path
         raise TrainingFailed(
             f"The run must roll back from step {self._state.progress.step}, and no healthy checkpoint is left in {checkpoints}."
         )
@@ -222,29 +242,38 @@ def train(
 def _train(config: RunConfig, run_dir: RunDir, resume: bool, parent: ParentCheckpoint | None, reporter: Reporter) -> TrainResult:
     signals = SignalHandler()
     check_code_allowed(config)
-    changed_keys(run_dir, config, resume)
-    check_loggers_installed(config)
-    stream, validation = open_streams(config)
-    if parent:
-        check_fits(parent, config, stream.tokenizer)
-    state = build_train_state(config, resolve_device(config.train.device), stream.fingerprint)
-    probes = build_probes(config, stream)
-    run_dir.create()
-    run_dir.lock()
+    mesh = join_mesh(config, resolve_device(config.train.device))
+    reporter = reporter if mesh is None or mesh.is_main else NullReporter()
+    with watched(mesh):
+        state = _run(config, run_dir, resume, parent, reporter, signals, mesh)
+    if signals.received:
+        name = SignalHandler.signal_name(signals.received)
+        reporter.message(f"stopped by {name} after step {state.progress.step}, which is saved: resume with --resume --out {run_dir.path}")
+    return TrainResult(run_dir.path, state.progress.step, config.train.steps, signals.received)
+
+
+def _run(
+    config: RunConfig,
+    run_dir: RunDir,
+    resume: bool,
+    parent: ParentCheckpoint | None,
+    reporter: Reporter,
+    signals: SignalHandler,
+    mesh: ParallelMesh | None,
+) -> TrainState:
+    """The run as one process of `mesh`; returns the state at its end."""
+    ranks, is_main = (Ranks(mesh.host_group), mesh.is_main) if mesh else (ONE_RANK, True)
+    ranks.on_first(lambda: _check_folder(config, run_dir, resume))
+    stream, validation = ranks.on_all(lambda: _open_data(config, parent))
+    if mesh:
+        reporter.message(preflight(mesh, config, stream.fingerprint))
+    state, probes = ranks.on_all(lambda: _build(config, mesh, stream))
+    ranks.on_first(run_dir.claim)
     try:
         with signals.installed():
             start = _begin(config, run_dir, state, resume, parent, reporter)
-            metrics_file = MetricsFile(run_dir.metrics_file)  # before the start is recorded: opening it may fail
-            identity = _record_start(config, run_dir, state, start)
-            if stream.tokenizer:
-                # So that the run generates text without its corpus.
-                stream.tokenizer.save(run_dir.path / "tokenizer")
-            loggers = build_loggers(config, run_dir, state.progress.step, identity)
-            metrics_file.truncate(start.metrics_bytes)
-            if start.metrics_lost:
-                reporter.message(start.metrics_lost)
-                metrics_file.log(state.progress.step, {"event": f"{METRICS_LOST}: {start.metrics_lost}"})
-            throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision)
+            metrics_file, loggers = ranks.on_all(lambda: _open_outputs(config, run_dir, state, start, stream, reporter, is_main))
+            throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision, state.collectives.layout.world_size)
             io = RunIO(run_dir, stream, validation, probes, metrics_file, loggers, reporter, signals, throughput)
             try:
                 Trainer(config, state, io).run()
@@ -253,10 +282,43 @@ def _train(config: RunConfig, run_dir: RunDir, resume: bool, parent: ParentCheck
                     logger.close()
     finally:
         run_dir.unlock()
-    if signals.received:
-        name = SignalHandler.signal_name(signals.received)
-        reporter.message(f"stopped by {name} after step {state.progress.step}, which is saved: resume with --resume --out {run_dir.path}")
-    return TrainResult(run_dir.path, state.progress.step, config.train.steps, signals.received)
+    return state
+
+
+def _check_folder(config: RunConfig, run_dir: RunDir, resume: bool) -> None:
+    changed_keys(run_dir, config, resume)
+    check_loggers_installed(config)
+
+
+def _open_data(config: RunConfig, parent: ParentCheckpoint | None) -> tuple[TokenStream, Validation | None]:
+    stream, validation = open_streams(config)
+    if parent:
+        check_fits(parent, config, stream.tokenizer)
+    return stream, validation
+
+
+def _build(config: RunConfig, mesh: ParallelMesh | None, stream: TokenStream) -> tuple[TrainState, Probes]:
+    state = build_train_state(config, mesh.device if mesh else resolve_device(config.train.device), stream.fingerprint, mesh)
+    return state, build_probes(config, stream)
+
+
+def _open_outputs(
+    config: RunConfig, run_dir: RunDir, state: TrainState, start: RunStart, stream: TokenStream, reporter: Reporter, is_main: bool
+) -> tuple[MetricsFile, list[MetricsLogger]]:
+    """Record the start in the run folder and open what metrics are written to; of several processes the main one does."""
+    if not is_main:
+        return NullMetricsFile(), []
+    metrics_file = MetricsFile(run_dir.metrics_file)  # before the start is recorded: opening it may fail
+    identity = _record_start(config, run_dir, state, start)
+    if stream.tokenizer:
+        # So that the run generates text without its corpus.
+        stream.tokenizer.save(run_dir.path / "tokenizer")
+    loggers = build_loggers(config, run_dir, state.progress.step, identity)
+    metrics_file.truncate(start.metrics_bytes)
+    if start.metrics_lost:
+        reporter.message(start.metrics_lost)
+        metrics_file.log(state.progress.step, {"event": f"{METRICS_LOST}: {start.metrics_lost}"})
+    return metrics_file, loggers
 
 
 @dataclass(frozen=True)
@@ -279,7 +341,8 @@ def _begin(
     config: RunConfig, run_dir: RunDir, state: TrainState, resume: bool, parent: ParentCheckpoint | None, reporter: Reporter
 ) -> RunStart:
     """Bring `state` to where the run begins: the newest checkpoint, another run's weights, or as it is."""
-    changes = changed_keys(run_dir, config, resume)  # again, now that no other process can start a run here
+    # Again, now that no other process can start a run here.
+    changes = state.ranks.from_first(lambda: changed_keys(run_dir, config, resume))
     if parent:
         start_from(parent, state, run_dir)
         reporter.message(f"starting from the weights of {parent.run} at step {parent.step}")
@@ -290,7 +353,7 @@ def _begin(
     schedule = rest_of_schedule(run_dir.config().train, config.train, snapshot.step) if set(changes) & set(LENGTH) else ""
     if schedule:
         reporter.message(schedule)
-    lost = set_aside_changed_metrics(run_dir, snapshot.metadata)
+    lost = state.ranks.from_first(lambda: set_aside_changed_metrics(run_dir, snapshot.metadata))
     return RunStart(changes, None, schedule, 0 if lost else snapshot.metadata.get("metrics_bytes", 0), lost)
 
 
@@ -332,7 +395,7 @@ def _record_start(config: RunConfig, run_dir: RunDir, state: TrainState, start: 
     }
     if start.parent:
         manifest["parent"] = start.parent
-    entry = start_entry(state.progress.step, state.precision.device, start.changes)
+    entry = start_entry(state.progress.step, state.precision.device, start.changes, state.collectives.layout)
     manifest["starts"].append(entry | ({"schedule": start.schedule} if start.schedule else {}))
     # The configuration last: it makes the folder a run, which then has its manifest.
     run_dir.write_manifest(manifest)

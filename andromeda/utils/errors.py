@@ -14,6 +14,8 @@ class AndromedaError(Exception):
     """Bad input of any kind; `str(error)` is the one sentence that the user sees."""
 
     exit_code = 2
+    told = False
+    """Whether another process of the same run tells the user."""
 
 
 class ConfigError(AndromedaError):

@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
 from andromeda.optim import parameter_roles
+from andromeda.parallel.step_collectives import ALONE, Collectives
 from andromeda.train.objective import MicroBatch
 from andromeda.train.precision import Precision
+from andromeda.utils.dtensor import total_norm
 
 
 class Diagnostics:
     """Measures one step and one forward pass; costs a copy of the weights and that forward pass, on the steps that ask for it."""
 
-    def __init__(self, model: Transformer, precision: Precision) -> None:
-        self._model, self._precision = model, precision
+    def __init__(self, model: Transformer, precision: Precision, collectives: Collectives = ALONE) -> None:
+        self._model, self._precision, self._collectives = model, precision, collectives
         self._by_role: dict[str, list[nn.Parameter]] = {}
         parameters = dict(model.named_parameters())
         for name, role in parameter_roles(model).items():
@@ -40,13 +42,13 @@ class Diagnostics:
     def _largest_values(self, batch: MicroBatch) -> dict[str, float]:
         """Largest |activation| after any block, and the largest |attention logit| that queries and keys allow (Cauchy-Schwarz)."""
         outputs: list[Tensor] = []
-        logits: list[Tensor] = []
+        lengths: list[Tensor] = []
 
         def record_output(block: nn.Module, args: Any, x: Tensor) -> None:
             outputs.append(x.abs().max())
 
         def record_logit_bound(scale: float, q: Tensor, k: Tensor) -> None:
-            logits.append(scale * q.float().norm(dim=-1).max() * k.float().norm(dim=-1).max())
+            lengths.append(torch.stack([scale * q.float().norm(dim=-1).max(), k.float().norm(dim=-1).max()]))
 
         with ExitStack() as hooks, torch.compiler.set_stance("force_eager"), self._precision.autocast():
             for block in self._model.decoder.blocks:
@@ -57,14 +59,18 @@ class Diagnostics:
             self._model.eval()
             self._model.hidden(batch.ids, documents=batch.documents)
             self._model.train()
-        metrics = {"activation_max": float(torch.stack(outputs).max())}
-        return metrics | ({"attention_logit_bound": float(torch.stack(logits).max())} if logits else {})
+        self._collectives.after_evaluation()
+        metrics = {"activation_max": float(self._collectives.max_(torch.stack(outputs).max()))}
+        if lengths:
+            query, key = self._collectives.max_(torch.stack(lengths)).unbind(1)
+            metrics["attention_logit_bound"] = float((query * key).max())
+        return metrics
 
 
 def _update_ratio(before: list[Tensor], after: list[nn.Parameter]) -> float:
     """|w_new - w| / |w| over all weights of a role."""
-    update = torch.nn.utils.get_total_norm(torch._foreach_sub([p.detach() for p in after], before))
-    return float(update / torch.nn.utils.get_total_norm(before).clamp(min=1e-12))
+    update = total_norm([p.detach() - old for p, old in zip(after, before, strict=True)])
+    return float(update / total_norm(before).clamp(min=1e-12))
 
 
 @contextmanager

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
+from andromeda.utils.dtensor import as_sharded, local
+
 
 class ExponentialMovingAverage:
     """Float32 averages of all trained weights, by parameter name."""
@@ -28,7 +30,8 @@ class ExponentialMovingAverage:
         """Call after every update of the weights."""
         self.updates += 1
         decay = min(self._decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(list(self._averages.values()), [p.detach().float() for p in self._parameters.values()], 1.0 - decay)
+        weights = [local(p.detach()).float() for p in self._parameters.values()]
+        torch._foreach_lerp_([local(average) for average in self._averages.values()], weights, 1.0 - decay)
 
     def state_tensors(self) -> dict[str, Tensor]:
         """The averages by parameter name; live, not copied."""
@@ -38,7 +41,7 @@ class ExponentialMovingAverage:
         """Restore what `state_tensors` returned after `updates` updates."""
         self.updates = updates
         for name, average in self._averages.items():
-            average.copy_(tensors[name])
+            average.copy_(as_sharded(tensors[name], average))
 
     @torch.no_grad()
     def evaluate(self, measure: Callable[[], dict[str, float]]) -> dict[str, float]:

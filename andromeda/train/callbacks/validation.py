@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from andromeda.data.loader import TokenStream
+from andromeda.parallel.step_collectives import ALONE, Collectives
 from andromeda.train.objective import MicroBatch, ObjectiveSums
 from andromeda.train.precision import Precision
 
@@ -29,18 +30,30 @@ class Validation:
         self._rows = [i * available // count for i in range(count)]
 
     @torch.no_grad()
-    def __call__(self, model: nn.Module, objective: Callable[[MicroBatch, int], ObjectiveSums], precision: Precision) -> dict[str, float]:
-        """Loss in nats per token and bits per byte of text; empty when nothing is held out."""
+    def __call__(
+        self,
+        model: nn.Module,
+        objective: Callable[[MicroBatch, int], ObjectiveSums],
+        precision: Precision,
+        collectives: Collectives = ALONE,
+    ) -> dict[str, float]:
+        """Loss in nats per token and bits per byte of text; empty when nothing is held out. Several processes share the rows."""
         nll = torch.zeros((), dtype=torch.float64, device=precision.device)
         num_targets, num_bytes = 0, 0
+        batches = [self._rows[start : start + self._micro_batch_size] for start in range(0, len(self._rows), self._micro_batch_size)]
         model.eval()
-        for start in range(0, len(self._rows), self._micro_batch_size):
-            batch = self._stream.gather(self._rows[start : start + self._micro_batch_size])
+        for rows, counts in collectives.share(batches):
+            batch = self._stream.gather(rows)
             with precision.autocast():
-                nll += objective(MicroBatch.from_batch(batch, self._document_mask).to(precision.device), 0).nll
-            num_targets, num_bytes = num_targets + batch.tokens, num_bytes + batch.bytes
+                found = objective(MicroBatch.from_batch(batch, self._document_mask).to(precision.device), 0).nll
+            if counts:
+                nll += found
+                num_targets, num_bytes = num_targets + batch.tokens, num_bytes + batch.bytes
         model.train()
-        if not num_targets:
+        collectives.after_evaluation()
+        targets, text = collectives.sum_numbers(num_targets, num_bytes)
+        if not targets:
             return {}
-        metrics = {"validation/loss": float(nll) / num_targets}
-        return metrics | ({"validation/bits_per_byte": float(nll) / math.log(2) / num_bytes} if num_bytes else {})
+        total = float(collectives.sum_(nll))
+        metrics = {"validation/loss": total / targets}
+        return metrics | ({"validation/bits_per_byte": total / math.log(2) / text} if text else {})

@@ -1,0 +1,161 @@
+"""What a training step exchanges with the other processes. Of one process nothing is exchanged, and each method gives back what it was
+given, so that the trainer is written once."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from andromeda.parallel.fsdp import keeps_gathered
+from andromeda.parallel.layout import Layout
+from andromeda.parallel.mesh import ParallelMesh
+from andromeda.utils.dtensor import is_dtensor, local
+
+FLATTENED = 1 << 20
+"""Gradients of fewer elements are summed together, as one tensor."""
+
+
+class Collectives:
+    """One process."""
+
+    layout = Layout()
+    is_main = True
+    """Whether this process writes the run folder."""
+
+    def rows(self, first: int, count: int) -> tuple[int, int]:
+        """Of `count` rows from `first` on, those of this process: (first, count)."""
+        return first, count
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        """Each number summed over the processes that read different tokens (float64, in main memory)."""
+        return list(numbers)
+
+    def at(self, step: int) -> None:
+        """The run has done `step` steps."""
+
+    def largest(self, number: int) -> int:
+        """The largest number of any process."""
+        return number
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Sum a tensor in place over the processes that read different tokens."""
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """The largest elements over the processes that read different tokens, in place."""
+        return tensor
+
+    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
+        """Wraps the passes of a micro-batch; sharded gradients are summed over processes in the `last` one of a step."""
+        return contextlib.nullcontext()
+
+    def reduce_grads(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum those gradients over processes, after the last micro-batch, that are not summed by the backward pass."""
+
+    def after_evaluation(self) -> None:
+        """Call after forward passes that no backward pass follows: gathered weights are freed, since they would not be gathered again."""
+
+    def share(self, chunks: Sequence[Any]) -> list[tuple[Any, bool]]:
+        """Those of `chunks` that this process evaluates, with whether they count.
+
+        Every process gets as many, as forward passes need all of them; one that is only there for the others does not count.
+        """
+        return [(chunk, True) for chunk in chunks]
+
+
+ALONE = Collectives()
+"""One process that runs alone."""
+
+
+class MeshCollectives(Collectives):
+    """The processes of a mesh."""
+
+    def __init__(self, mesh: ParallelMesh, model: nn.Module) -> None:
+        self.mesh, self.layout, self.is_main = mesh, mesh.layout, mesh.is_main
+        self._model: Any = model
+        self._is_sharded = hasattr(model, "set_requires_gradient_sync")
+        self._keeps_gathered = self._is_sharded and keeps_gathered(model)
+
+    def rows(self, first: int, count: int) -> tuple[int, int]:
+        each = count // self.layout.data
+        return first + self.mesh.data_rank * each, each
+
+    def sum_numbers(self, *numbers: float) -> list[float]:
+        # Over all processes, of which those that read the same tokens count as one.
+        same = self.layout.world_size / self.layout.data
+        self._exchange()
+        values = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(values, group=self.mesh.host_group)
+        return [value / same for value in values.tolist()]
+
+    def at(self, step: int) -> None:
+        if self.mesh.heartbeat:
+            self.mesh.heartbeat.at(step)
+
+    def _exchange(self) -> None:
+        if self.mesh.heartbeat:
+            self.mesh.heartbeat.exchange()
+
+    def largest(self, number: int) -> int:
+        self._exchange()
+        value = torch.tensor(number)
+        dist.all_reduce(value, op=dist.ReduceOp.MAX, group=self.mesh.host_group)
+        return int(value)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, group=self.mesh.batch_group)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.mesh.batch_group)
+        return tensor
+
+    @contextlib.contextmanager
+    def gradient_sync(self, last: bool) -> Any:
+        if self._is_sharded:
+            self._model.set_requires_gradient_sync(last)
+            if self._keeps_gathered:
+                # Weights are gathered once for all micro-batches of a step.
+                self._model.set_reshard_after_backward(last)
+        yield
+
+    def reduce_grads(self, parameters: Iterable[nn.Parameter]) -> None:
+        grads = [local(p.grad) for p in parameters if p.grad is not None and not self._summed_in_backward(p)]
+        small = [grad for grad in grads if grad.numel() < FLATTENED or not grad.is_contiguous()]
+        works = [
+            dist.all_reduce(grad, group=self.mesh.batch_group, async_op=True)
+            for grad in grads
+            if grad.numel() >= FLATTENED and grad.is_contiguous()
+        ]
+        for dtype in {grad.dtype for grad in small}:
+            alike = [grad for grad in small if grad.dtype == dtype]
+            flat = torch.cat([grad.reshape(-1) for grad in alike])
+            dist.all_reduce(flat, group=self.mesh.batch_group)
+            parts = flat.split([grad.numel() for grad in alike])
+            torch._foreach_copy_(alike, [part.view_as(grad) for part, grad in zip(parts, alike, strict=True)])
+        for work in works:
+            work.wait()
+
+    def _summed_in_backward(self, parameter: nn.Parameter) -> bool:
+        """Whether FSDP sums its gradient."""
+        if not (self._is_sharded and is_dtensor(parameter)):
+            return False
+        names = parameter.device_mesh.mesh_dim_names or ()  # type: ignore[attr-defined]
+        return any("shard" in name for name in names)
+
+    def after_evaluation(self) -> None:
+        if self._is_sharded:
+            for module in self._model.modules():
+                if hasattr(module, "reshard"):
+                    module.reshard()
+
+    def share(self, chunks: Sequence[Any]) -> list[tuple[Any, bool]]:
+        count, rank = self.layout.data, self.mesh.data_rank
+        rounds = -(-len(chunks) // count)
+        numbers = range(rank, rounds * count, count)
+        return [(chunks[min(number, len(chunks) - 1)], number < len(chunks)) for number in numbers]
