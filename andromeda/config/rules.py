@@ -232,6 +232,24 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda c: c.train.seq_len > c.model.max_seq_len,
         "train.seq_len = {c.train.seq_len} is longer than model.max_seq_len = {c.model.max_seq_len}: lower it, or raise model.max_seq_len",
     ),
+    # DiLoCo
+    (
+        lambda c: c.train.diloco.workers and c.train.diloco.worker >= c.train.diloco.workers,
+        "train.diloco.worker = {c.train.diloco.worker} is not below train.diloco.workers = {c.train.diloco.workers}: workers count from 0",
+    ),
+    (
+        lambda c: c.train.diloco.workers and c.train.diloco.min_workers > c.train.diloco.workers,
+        "train.diloco.min_workers = {c.train.diloco.min_workers} is more than train.diloco.workers = {c.train.diloco.workers}",
+    ),
+    (
+        lambda c: not c.train.diloco.workers and c.train.diloco.worker,
+        "train.diloco.worker = {c.train.diloco.worker} has no effect while train.diloco.workers is 0: set it to the number of all workers",
+    ),
+    (
+        lambda c: c.train.diloco.workers and c.train.steps % c.train.diloco.inner_steps,
+        "train.steps = {c.train.steps} is not a multiple of train.diloco.inner_steps = {c.train.diloco.inner_steps}: "
+        "the last steps would never be averaged",
+    ),
     # Schedule
     (
         lambda c: c.train.schedule.kind == "wsd" and _warmup(c) + _cooldown(c) > c.train.steps,

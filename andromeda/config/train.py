@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from andromeda.config.base import BaseConfig, FloatPair, StepsOrFraction, StringTuple
+from andromeda.config.outer_optimizer import DiLoCoConfig
 
 OPTIMIZERS = {
     "adamw": "andromeda.optim.adamw:AdamW",
@@ -160,6 +161,7 @@ class TrainConfig(BaseConfig):
     window: WindowWarmupConfig = WindowWarmupConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     optim: OptimizerConfig = OptimizerConfig()
+    diloco: DiLoCoConfig = DiLoCoConfig()
     clip: ClipConfig = ClipConfig()
     spike_guard: SpikeGuardConfig = SpikeGuardConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()

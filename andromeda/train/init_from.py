@@ -100,6 +100,8 @@ def start_from(parent: ParentCheckpoint, state: TrainState, run_dir: RunDir) -> 
     snapshot = checkpoint.read(parent.path, like=model_tensors(state.model))
     load_model(state.model, snapshot.tensors["model"])
     state.ema = build_ema(state.model, state.config.train.ema)
+    if state.diloco:
+        state.diloco.begin()
     if parent.keep_optimizer:
         try:
             state.optimizer.load_state(snapshot.tensors["optimizer"], snapshot.metadata.get("optimizer", {}))

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from andromeda.config.run import RunConfig
 from andromeda.model.transformer import Transformer
 from andromeda.optim import OptimizerContainer, build_optimizer
+from andromeda.parallel.diloco import DiLoCoWorker
 from andromeda.parallel.fsdp import shard_model
 from andromeda.parallel.layout import ONE
 from andromeda.parallel.mesh import ParallelMesh
@@ -117,6 +118,8 @@ class TrainState:
     """What is exchanged with the other processes of the run."""
     ranks: Ranks = ONE_RANK
     """The processes of the run, as they write a checkpoint together."""
+    diloco: DiLoCoWorker | None = None
+    """While the run is a worker of DiLoCo."""
 
     def snapshot(self, metrics_info: Mapping[str, Any]) -> Snapshot:
         """The whole state. metrics_info: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.checkpoint_info)."""
@@ -125,6 +128,7 @@ class TrainState:
             "optimizer": self.optimizer.state_tensors(),
             "average": self.ema.state_tensors() if self.ema else {},
             "random": rng_tensors(),
+            "outer": self.diloco.state_tensors() if self.diloco else {},
         }
         metadata = {
             "healthy": self.spike_guard.healthy,
@@ -137,6 +141,7 @@ class TrainState:
             "guard": self.spike_guard.state_dict(),
             "meter": self.metrics.state_dict(),
             "random": rng_values(),
+            **({"outer": self.diloco.state_metadata()} if self.diloco else {}),
             "validation": ROW_SELECTION,
             **metrics_info,
         }
@@ -177,6 +182,8 @@ class TrainState:
         self.spike_guard.load_state_dict(metadata["guard"])
         self.metrics.load_state_dict(metadata["meter"])
         load_rng(snapshot.tensors["random"], metadata["random"])
+        if self.diloco is not None:
+            self.diloco.load_state(snapshot.tensors.get("outer", {}), metadata.get("outer", {}))
         self.progress = Progress(**metadata["cursor"])
         if not all(type(value) in (int, float) and value >= 0 for value in metadata["cursor"].values()):
             raise ValueError("its counts are no numbers")

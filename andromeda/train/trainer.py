@@ -25,6 +25,7 @@ from andromeda.train.callbacks.validation import Validation
 from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
 from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
+from andromeda.train.join_workers import join_workers
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import (
     MetricsFile,
@@ -105,24 +106,29 @@ class Trainer:
 
     def _train_step(self) -> None:
         state, progress, batch_size = self._state, self._state.progress, self._train.batch_size
-        first = state.spike_guard.next_row(progress.rows)
+        first, before = state.spike_guard.next_row(progress.rows), progress.rows
+        # Each worker of DiLoCo reads its own part of the sequences that all of them would read in this step.
+        workers = self._train.diloco
+        end = first + batch_size * max(1, workers.workers)
         with self._io.throughput.measure(progress):
-            batch = self._io.stream.batch(*self._collectives.rows(first, batch_size))
+            own, count = self._collectives.rows(first, batch_size)
+            batch = self._io.stream.batch(own + workers.worker * batch_size, count)
             num_targets, num_bytes = map(int, self._collectives.sum_numbers(batch.tokens, batch.bytes))
         data = MicroBatch.from_batch(batch, self._config.data.document_mask)
-        step_batch = StepBatch(data, num_targets, (first, first + batch_size), self._window(progress.step))
+        step_batch = StepBatch(data, num_targets, (first, end), self._window(progress.step))
         state.optimizer.set_lr_factor(self._lr_factor(progress.step), progress.step)
         diagnosed = self._is_due(self._train.log.diagnostics_every, progress.step + 1)
         with self._diagnostics.measure(data) if diagnosed else nullcontext(), self._io.throughput.measure(progress):
             result = self._step(step_batch)
         self._io.throughput.add_sequences(batch_size, step_batch.window)
-        progress.step, progress.rows = progress.step + 1, first + batch_size
+        # Added, because a worker that joins the others takes over their progress within the step.
+        progress.step, progress.rows = progress.step + 1, progress.rows + end - before
         self._collectives.at(progress.step)
         if result.skip_reason is None:
             progress.tokens += num_targets
             state.metrics.add(result.nll, result.grad_norm, num_targets, num_bytes)
         else:
-            self._log({"event": f"step skipped: {result.skip_reason}", "rows": [first, first + batch_size]})
+            self._log({"event": f"step skipped: {result.skip_reason}", "rows": [first, end]})
 
     def _after_step(self) -> None:
         """Metrics and the checkpoint that are due after this step."""
@@ -144,7 +150,7 @@ class Trainer:
         # The accumulator first: it waits for the device, and the throughput's clock must not be read before that.
         metrics = state.metrics.compute_and_reset()
         progress = state.progress
-        counts = {"tokens": progress.tokens, "rows": progress.rows}
+        counts = {"tokens": progress.tokens, "rows": progress.rows} | (state.diloco.metrics() if state.diloco else {})
         return metrics | lrs | counts | self._io.throughput.compute_and_reset() | {"seconds": progress.seconds}
 
     def _validate(self) -> MetricValues:
@@ -270,7 +276,7 @@ def _run(
     state, probes = ranks.on_all(lambda: _build(config, mesh, stream))
     ranks.on_first(run_dir.claim)
     try:
-        with signals.installed():
+        with signals.installed(), join_workers(state):
             start = _begin(config, run_dir, state, resume, parent, reporter)
             metrics_file, loggers = ranks.on_all(lambda: _open_outputs(config, run_dir, state, start, stream, reporter, is_main))
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision, state.collectives.layout.world_size)

@@ -1,0 +1,88 @@
+"""Bytes that collectives send, counted while they run: on real process groups as on torch's fake ones, which exchange nothing."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any, Final
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, OTHER = "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "other"
+COLLECTIVES: Final = (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, OTHER)
+_KINDS: Final = (
+    ("reduce_scatter", REDUCE_SCATTER),
+    ("allgather", ALL_GATHER),
+    ("all_gather", ALL_GATHER),
+    ("allreduce", ALL_REDUCE),
+    ("all_reduce", ALL_REDUCE),
+    ("alltoall", ALL_TO_ALL),
+    ("all_to_all", ALL_TO_ALL),
+)
+_SILENT: Final = ("wait_tensor", "barrier", "recv", "check_for_nan")
+"""Operations of these namespaces that send nothing themselves."""
+
+
+def bytes_sent(kind: str, group_size: int, whole: int) -> float:
+    """Bytes that one process sends in a ring of `group_size`.
+
+    whole: bytes of the tensor that is gathered, scattered or reduced, which every process holds before or after; of all-to-all, those
+    that one process gives.
+    """
+    share = (group_size - 1) / group_size
+    return (2 if kind == ALL_REDUCE else 1) * share * whole
+
+
+class TrafficCounter(TorchDispatchMode):
+    """While active, counts what this process sends by collective, with the formulas of `bytes_sent`."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes: Counter[str] = Counter()
+        """By collective."""
+        self.calls: Counter[str] = Counter()
+
+    @classmethod
+    def is_infra_mode(cls) -> bool:
+        """It changes no result, so torch.compile may trace under it."""
+        return True
+
+    @property
+    def total(self) -> int:
+        """All bytes."""
+        return sum(self.bytes.values())
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        namespace, _, name = func._schema.name.partition("::")
+        if namespace in ("c10d", "_c10d_functional") and not any(word in name for word in _SILENT):
+            kind = next((kind for word, kind in _KINDS if word in name), OTHER)
+            self.bytes[kind] += round(bytes_sent(kind, _group_size(args), _whole(kind, name, args, out)))
+            self.calls[kind] += 1
+        return out
+
+
+def _whole(kind: str, name: str, args: Any, out: Any) -> int:
+    """Bytes of the whole tensor: c10d's own operations are given it, the functional ones return it or are given it."""
+    first, second = _nbytes(args[0]), _nbytes(args[1]) if len(args) > 1 else 0
+    if kind in (ALL_GATHER, REDUCE_SCATTER):
+        return max(first, second, _nbytes(out))
+    return second if kind == ALL_TO_ALL and name.startswith("alltoall") else first
+
+
+def _nbytes(value: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
+
+
+def _group_size(args: Any) -> int:
+    for value in args:
+        if isinstance(value, torch.ScriptObject):
+            try:
+                return int(dist.ProcessGroup.unbox(value).size())
+            except RuntimeError:  # another kind of object, such as the reduction
+                continue
+    names: list[Any] = [value for value in args if isinstance(value, str)]
+    return int(dist.distributed_c10d._resolve_process_group(names[-1]).size())  # type: ignore[attr-defined]
