@@ -1,4 +1,4 @@
-"""torch.compile, put on the blocks from outside: one compiled block serves all layers."""
+"""torch.compile, put on the blocks and the mixes between them from outside: one compiled block serves all layers."""
 
 from __future__ import annotations
 
@@ -25,9 +25,11 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
         return False
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
+    # Matmul results with gaps between their rows would have to be copied for kernels of our own, which want them contiguous.
+    options = {"comprehensive_padding": False}
     for block in model.decoder.blocks:
-        # Products with gaps between their rows would have to be copied for kernels of our own, which want them as they are.
-        block.compile(options={"comprehensive_padding": False})
+        block.compile(options=options)
+    model.decoder.compile_mixes(options=options)
     return True
 
 

@@ -50,6 +50,20 @@ def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
     assert graphs(model) == (2 if value in ("window-global", "local-full", "linear-full") else 1)
 
 
+@pytest.mark.parametrize(("skips", "count"), [({"first": True, "unet": True}, 2), ({"first": True, "unet": False}, 1), ({}, 0)])
+def test_mixes_between_blocks_are_one_graph_for_all_layers(skips: dict[str, bool], count: int) -> None:
+    config = model_config({})
+    model = Transformer(config.model_copy(update={"num_layers": 6, "skips": config.skips.model_copy(update=skips)})).double()
+    expected = model(ids(model))
+    grads = torch.autograd.grad(expected.square().mean(), list(model.parameters()))
+    counter = CompileCounterWithBackend("aot_eager")
+    model.decoder.compile_mixes(fullgraph=True, backend=counter)
+    found = model(ids(model))
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(torch.autograd.grad(found.square().mean(), list(model.parameters())), grads, rtol=1e-10, atol=1e-12)
+    assert counter.frame_count == count
+
+
 def test_a_recomputed_block_of_experts_is_one_graph_too() -> None:
     model = Transformer(model_config({"feedforward": "moe-shared"})).bfloat16()
     for block in model.decoder.blocks:
