@@ -168,6 +168,7 @@ def test_a_kernel_fits_into_registers(work: Callable[[], None], launched: list[t
         file.write_bytes(kernel.asm["cubin"])
         report = subprocess.run([CUOBJDUMP, "--dump-resource-usage", file], capture_output=True, text=True, check=True).stdout
         registers, stack, local = (int(re.search(rf"{name}:(\d+)", report)[1]) for name in ("REG", "STACK", "LOCAL"))  # type: ignore[index]
+        print("REGS", kernel.name, registers, kernel.metadata.num_warps, kernel.metadata.shared)
         assert registers <= 255
         assert (stack, local) == (0, 0), report
         # Without a stack nothing reads the register that points to it, unless ptxas has lost a value and reads some register; only
