@@ -11,6 +11,8 @@ Shapes: M sequences, C width, N outputs of the joined projection, J tokens of th
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -20,6 +22,7 @@ from andromeda.model.head import LMHead
 from andromeda.model.position.alibi import NoPositionBias, PositionBias
 from andromeda.model.qk_preprocess import fused_spec
 from andromeda.model.specs import NormSpec, ShiftSpec
+from andromeda.model.tensor_plan import SumOfShares
 from andromeda.model.transformer import Transformer
 from andromeda.ops import gemv, qk_preprocess
 
@@ -39,7 +42,9 @@ class DecodeKernelHead(LMHead):
 
     def __init__(self, head: LMHead) -> None:
         nn.Module.__init__(self)
-        self.softcap, self.weight, self.bias = head.softcap, head.weight, head.bias
+        self.softcap, self.weight, self.bias, self.shard = head.softcap, head.weight, head.bias, head.shard
+        # Those that gather the logits of a vocabulary in pieces.
+        self._forward_pre_hooks, self._forward_hooks = head._forward_pre_hooks, head._forward_hooks
 
     def matmul(self, x: Tensor) -> Tensor:
         """x (..., C) -> (..., V)."""
@@ -78,10 +83,10 @@ class DecodeKernelBlock(nn.Module):
         )
         rows, keep = gemv.gemv(x, weight, bias, norm=norm, shift=shift, slot=place)
         mixed = self._mix(rows, ctx, placed=place is not None)
-        x, _ = gemv.gemv(mixed, attention.out.weight, attention.out.bias, residual=x, pending=keep)
+        x = _add_branch(x, mixed, attention.out, attention.sum_of_shares, keep)
         norm, shift = _norm(layer.second.norm, layer.second.norm_spec), _shift(layer.second.shift_spec, x, ctx)
         hidden, keep = gemv.gemv(x, inner.weight, inner.bias, norm=norm, shift=shift, activation=feedforward.name)
-        return gemv.gemv(hidden, feedforward.out.weight, feedforward.out.bias, residual=x, pending=keep)[0]
+        return _add_branch(x, hidden, feedforward.out, feedforward.sum_of_shares, keep)
 
     def _mix(self, rows: Tensor, ctx: ForwardContext, placed: bool) -> Tensor:
         """Joined projections (M, N) -> (M, H Dv). placed: the values are in the cache already."""
@@ -109,6 +114,14 @@ class DecodeKernelBlock(nn.Module):
             if not (held.is_cuda and torch.cuda.is_current_stream_capturing()):
                 self._slopes = held
         return held, bias.digits
+
+
+def _add_branch(x: Tensor, inner: Tensor, out: Any, total: SumOfShares | None, pending: gemv.PendingShiftUpdate | None) -> Tensor:
+    """x (M, C) plus what the last layer `out` of a branch, or of its shares, gives for `inner` (M, K)."""
+    if total is None:
+        return gemv.gemv(inner, out.weight, out.bias, residual=x, pending=pending)[0]
+    share, _ = gemv.gemv(inner, out.weight, out.bias, residual=x if total.is_first else None, pending=pending)
+    return total(share)
 
 
 def _place(attention: FusedQKVAttention, ctx: ForwardContext, x: Tensor) -> gemv.CacheSlot | None:

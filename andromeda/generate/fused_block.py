@@ -23,6 +23,7 @@ from andromeda.model.feedforward.dense import MLP
 from andromeda.model.forward_context import ForwardContext
 from andromeda.model.layers import concat_weights
 from andromeda.model.specs import BlockSpec, MixerSpec, MLPSpec, spec_of
+from andromeda.model.tensor_plan import sum_of_shares
 from andromeda.ops import activation, float8_inference
 
 
@@ -117,12 +118,13 @@ class FusedQKVAttention(nn.Module):
         self.joined = float8_inference.Float8DynamicLinear(joined) if fp8 else joined
         self.out = float8_inference.Float8DynamicLinear(attention.out) if fp8 else attention.out
         del attention.query, attention.value, attention.key, attention.out
-        self.inner = attention
+        self.inner, self.sum_of_shares = attention, sum_of_shares(attention)
 
     def forward(self, rows: MatmulInput, ctx: ForwardContext) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         q, v, k, _ = apply_linear(self.joined, rows).split([*self.sizes, self.joined_width - sum(self.sizes)], -1)
-        return apply_linear(self.out, to_matmul_input(self.inner.attend_projected(q, k, v.contiguous(), ctx), self.fp8))
+        out = apply_linear(self.out, to_matmul_input(self.inner.attend_projected(q, k, v.contiguous(), ctx), self.fp8))
+        return out if self.sum_of_shares is None else self.sum_of_shares(out)
 
     @property
     def joined_width(self) -> int:
@@ -146,17 +148,19 @@ class FusedFeedForward(nn.Module):
     def __init__(self, dense: MLP) -> None:
         super().__init__()
         self.inner, self.out, self.activation = dense.inner, dense.out, dense.activation
-        self.name = spec_of(dense).activation
+        self.name, self.sum_of_shares = spec_of(dense).activation, sum_of_shares(dense)
 
     @property
     def late(self) -> Tensor | None:
-        """The last bias (C,), which must be in the sum that `forward` is given."""
-        return self.out.bias
+        """The last bias (C,), which must be in the sum that `forward` is given; of a share it is summed with the rest."""
+        return self.out.bias if self.sum_of_shares is None else None
 
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C), and the stream x (B, T, C) with the last bias, of which nobody else knows."""
         hidden = self.inner(rows.values)
         hidden = activation.activate(hidden, self.name) if activation.is_supported(hidden, self.name) else self.activation(hidden)
+        if self.sum_of_shares is not None:
+            return x + self.sum_of_shares(self.out(hidden))
         if not x.is_cuda:
             return x + F.linear(hidden, self.out.weight)
         total = x.flatten(0, -2)
@@ -176,7 +180,7 @@ class Float8FeedForward(nn.Module):
             float8_inference.Float8DynamicLinear(dense.out),
             dense.activation,
         )
-        self.name = spec_of(dense).activation
+        self.name, self.sum_of_shares = spec_of(dense).activation, sum_of_shares(dense)
 
     def forward(self, rows: MatmulInput, x: Tensor) -> Tensor:
         """Rows (B, T, C) in 8 bits, and the stream x (B, T, C)."""
@@ -187,4 +191,5 @@ class Float8FeedForward(nn.Module):
             rows = MatmulInput(values.unflatten(0, hidden.shape[:-1]), scale)
         else:
             rows = to_matmul_input(self.activation(hidden), True)
-        return x + apply_linear(self.out, rows).to(x.dtype)
+        out = apply_linear(self.out, rows).to(x.dtype)
+        return x + (out if self.sum_of_shares is None else self.sum_of_shares(out))

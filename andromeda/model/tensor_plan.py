@@ -7,9 +7,9 @@ one is computed whole by every process.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
-from torch import nn
+from torch import Tensor, nn
 
 from andromeda.model.specs import states
 from andromeda.utils.errors import ConfigError
@@ -31,6 +31,23 @@ class TensorPlan(NamedTuple):
     def __or__(self, other: TensorPlan) -> TensorPlan:
         """Both."""
         return TensorPlan({**self.split, **other.split}, self.shares + other.shares)
+
+
+class SumOfShares(Protocol):
+    """The sum of a part's shares, for code that calls the layers of a part and not the part: in inference, without gradients."""
+
+    is_first: bool
+    """Whether this share has what enters the sum once, such as the residual stream."""
+
+    def __call__(self, share: Tensor) -> Tensor:
+        """The sum."""
+        ...
+
+
+def sum_of_shares(part: nn.Module) -> SumOfShares | None:
+    """What sums the shares of a part that is split for inference; None of a part that is whole."""
+    found: SumOfShares | None = getattr(part, "sum_of_shares", None)
+    return found
 
 
 def has_plan(part: nn.Module) -> bool:

@@ -28,8 +28,8 @@ from andromeda.utils.errors import ConfigError
 def parallelize(model: Transformer, mesh: DeviceMesh) -> ContextParallel:
     """`model` over sequences that are split over the processes of the one-dimensional `mesh`, all of which hold equal weights.
 
-    The gradients of a parameter must be summed over these processes, as over those that hold other sequences. Raises ConfigError for token
-    mixers that do not support it.
+    The gradients of a parameter must be summed over these processes, as over those that hold other sequences. Call it before
+    `optimize_for_inference`, which exchanges parts of the model in place. Raises ConfigError for token mixers that do not support it.
     """
     check_mixers(model, mesh.size())
     return ContextParallel(model, Group.of(mesh))

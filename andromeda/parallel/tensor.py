@@ -21,7 +21,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.model.specs import match_kernels
 from andromeda.model.tensor_plan import TensorPlan, has_plan, splits_kv_heads
 from andromeda.model.transformer import Transformer
-from andromeda.ops.collectives import Group, gather, sum_gradients, sum_shares
+from andromeda.ops.collectives import Group, ShareSum, gather, sum_gradients, sum_shares
 from andromeda.ops.cross_entropy import VocabularyShard
 from andromeda.parallel.local_parameters import Gradient, distribute, use_local
 from andromeda.utils.errors import ConfigError
@@ -37,20 +37,28 @@ class Branch(NamedTuple):
     plan: TensorPlan
 
 
-def parallelize(model: Transformer, mesh: DeviceMesh) -> Transformer:
+def parallelize(model: Transformer, mesh: DeviceMesh, *, inference: bool = False) -> Transformer:
     """Split `model`, built with equal weights on every process of the one-dimensional `mesh`, in place; returns it.
 
     Afterwards every parameter is a DTensor on `mesh`, `model.hidden` gives equal states on all processes for equal ids, `model.head`
     all logits, and the loss reads the head's share through `model.head.shard`. Before conversions to other linear layers and
     before FSDP. Raises ConfigError, before anything changes, where the model's sizes cannot be split.
+
+    inference: parameters are plain tensors, this process's pieces, without gradients, so that `optimize_for_inference` and the
+    kernels of a decoding step take them; the dtype and device must be those of inference already.
     """
     group = Group.of(mesh)
     if group.size == 1:
         return model
     branches, tables = plan(model, group.size)
-    _split_parameters(model, branches, tables, mesh, group)
+    _split_parameters(model, branches, tables, mesh, group, inference)
     _keep_heads(model, group)
     _connect(model, branches, tables, group)
+    if inference:
+        weight = model.head.weight
+        total = ShareSum(group, weight.device, weight.dtype)
+        for branch in branches:
+            branch.part.sum_of_shares = total  # type: ignore[assignment]
     match_kernels(model)
     return model
 
@@ -105,20 +113,27 @@ class Place(NamedTuple):
     path: str
 
 
-def _split_parameters(model: Transformer, branches: list[Branch], tables: list[Branch], mesh: DeviceMesh, group: Group) -> None:
-    """Make every parameter a DTensor, and every module compute with its piece."""
+def _split_parameters(
+    model: Transformer, branches: list[Branch], tables: list[Branch], mesh: DeviceMesh, group: Group, inference: bool
+) -> None:
+    """Split every parameter and let every module compute with its piece: as a DTensor, or for inference as the piece itself."""
     dims = {f"{branch.path}.{name}": dim for branch in (*branches, *tables) for name, dim in branch.plan.split.items()}
     shares = {f"{branch.path}.{name}" for branch in (*branches, *tables) for name in branch.plan.shares}
     views: dict[nn.Module, dict[str, tuple[Gradient, int]]] = {}
     for places in _shared_places(model):
-        made = distribute(places[0].module._parameters[places[0].name], mesh, dims.get(places[0].path))  # type: ignore[arg-type]
+        whole: Any = places[0].module._parameters[places[0].name]
+        made = distribute(whole, mesh, dims.get(places[0].path))
+        if inference:
+            piece = made.to_local()  # type: ignore[attr-defined]
+            made = nn.Parameter(piece / group.size if places[0].path in shares else piece, requires_grad=False)
         for module, name, path in places:
             module._parameters[name] = made
-            whole = path not in dims and any(path.startswith(f"{branch.path}.") for branch in branches)
-            how = Gradient.PARTIAL if whole else Gradient.OWN, group.size if path in shares else 1
+            partial_gradient = path not in dims and any(path.startswith(f"{branch.path}.") for branch in branches)
+            how = Gradient.PARTIAL if partial_gradient else Gradient.OWN, group.size if path in shares else 1
             views.setdefault(module, {})[name] = how
     for module, named in views.items():
-        use_local(module, named, group)
+        if not inference:
+            use_local(module, named, group)
         _note_sizes(module)
     for path in shares:
         parent, _, name = path.rpartition(".")

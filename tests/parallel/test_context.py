@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from andromeda.config.model import ModelConfig
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.loss import Nebula, next_token
 from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.meta_model import meta_model
@@ -92,12 +93,14 @@ def mine_last(parallel: context.ContextParallel, batch: MicroBatch) -> Tensor:
 
 
 @torch.no_grad()
-def compare_prefill(mesh: DeviceMesh, config: ModelConfig) -> dict[str, float]:
+def compare_prefill(mesh: DeviceMesh, config: ModelConfig, fused: bool) -> dict[str, float]:
     """Two chunks of a prompt read by all processes and one more token by each, against one process."""
     ids = batch_of(config, 2, LENGTH + 9, documents=False).ids
     model = Transformer(config, seed=3).double().eval()
     expected = model.hidden(ids, span=64)
     parallel, cache = context.parallelize(model, mesh), DynamicKVCache()
+    if fused:
+        optimize_for_inference(model, compile=False)
     parallel.hidden(ids[:, :16], cache=cache, span=64)
     second = parallel.last_hidden(ids[:, 16:LENGTH], cache=cache, span=64)
     after = model.hidden(ids[:, LENGTH:], cache=cache, span=64)
@@ -111,7 +114,8 @@ def work(configs: dict[str, ModelConfig]) -> dict[str, dict[str, float]]:
     for name, config in configs.items():
         found[name] = compare(mesh, config, documents=False)
         found[f"{name}, documents"] = compare(mesh, config, documents=True)
-        found[f"{name}, prefill"] = compare_prefill(mesh, config)
+        found[f"{name}, prefill"] = compare_prefill(mesh, config, fused=False)
+        found[f"{name}, fused prefill"] = compare_prefill(mesh, config, fused=True)
     return found
 
 
@@ -120,7 +124,7 @@ def differences() -> list[dict[str, dict[str, float]]]:
     return run_processes(2, work, {name: small(**changes) for name, changes in MODELS.items()})
 
 
-@pytest.mark.parametrize("kind", ["", ", documents", ", prefill"])
+@pytest.mark.parametrize("kind", ["", ", documents", ", prefill", ", fused prefill"])
 @pytest.mark.parametrize("name", MODELS)
 def test_two_processes_compute_what_one_does(differences: list[dict[str, dict[str, float]]], name: str, kind: str) -> None:
     for found in differences:

@@ -12,7 +12,12 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor
 
 from andromeda.config.model import ModelConfig
+from andromeda.generate.decode_step import StaticDecodeStep
+from andromeda.generate.engine import Engine
+from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.feedforward.dense import MLP
+from andromeda.model.kv_cache.dynamic import DynamicKVCache
+from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.meta_model import meta_model
 from andromeda.model.tensor_plan import has_plan
 from andromeda.model.transformer import Transformer
@@ -121,6 +126,36 @@ def compare(mesh: DeviceMesh, config: ModelConfig) -> dict[str, float]:
     return {key: distance(ours[key], expected[key]) for key in expected}
 
 
+@torch.no_grad()
+def compare_generation(mesh: DeviceMesh, config: ModelConfig) -> dict[str, float]:
+    """Text and logits of a model split for inference, as it is and with fused layers, also with a cache of fixed size."""
+    prompt = batch_of(config, 1, 9, documents=False).ids
+    one = Transformer(config, seed=3).double().eval()
+    expected, logits = Engine(one).generate([prompt[0].tolist()], max_new_tokens=8, temperature=0.0), one(prompt)
+    found = {}
+    for fused in (False, True):
+        model = tensor.parallelize(Transformer(config, seed=3).double().eval(), mesh, inference=True)
+        if fused:
+            optimize_for_inference(model, compile=False)
+        ours = Engine(model).generate([prompt[0].tolist()], max_new_tokens=8, temperature=0.0)
+        assert ours[0].ids == expected[0].ids
+        found[f"logits, fused {fused}"] = distance(model(prompt), logits)
+        found[f"step, fused {fused}"] = distance(_last_by_step(model, prompt), logits[:, -1])
+    return found
+
+
+def _last_by_step(model: Transformer, ids: Tensor) -> Tensor:
+    """Logits of the last position, by a decoding step with a cache of fixed size."""
+    cache = DynamicKVCache()
+    model.hidden(ids[:, :-1], cache=cache)
+
+    def read(ids: Tensor, documents: Tensor | None, cache: KVCache) -> Tensor:
+        logits: Tensor = model.head(model.hidden(ids, documents=documents, cache=cache)[:, -1])
+        return logits
+
+    return StaticDecodeStep(read, cache, most=4)(ids[:, -1])
+
+
 def compare_loss(mesh: DeviceMesh) -> dict[str, float]:
     """The loss of a vocabulary in pieces against all logits at once."""
     group = Group.of(mesh)
@@ -145,7 +180,9 @@ def compare_loss(mesh: DeviceMesh) -> dict[str, float]:
 def work(configs: dict[str, ModelConfig]) -> dict[str, dict[str, float]]:
     """On each process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {name: compare(mesh, config) for name, config in configs.items()} | {"loss": compare_loss(mesh)}
+    return {name: compare(mesh, config) | compare_generation(mesh, config) for name, config in configs.items()} | {
+        "loss": compare_loss(mesh)
+    }
 
 
 @pytest.fixture(scope="module")
