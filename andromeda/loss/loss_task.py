@@ -34,6 +34,9 @@ class LossHead(Protocol):
     def softcap(self) -> float:
         """Logits become cap tanh(logits / cap); 0 is off."""
 
+    def __call__(self, x: Tensor) -> Tensor:
+        """x (..., C) -> all outputs (..., V) at once, for heads of few outputs."""
+
 
 class LossSums(NamedTuple):
     """Sums over the targets of one task that count, so that any split of a batch adds up to the same."""
@@ -101,10 +104,12 @@ class PredictionTask:
     head: str = "head"
     target: str = "targets"
     weight: float = 1.0
+    squared: bool = False
+    """Whether it is a squared or absolute error and no loss of classes: what homoscedastic uncertainty must know."""
 
     def count(self, batch: Any) -> Tensor:
         """Targets of the batch that count, shape ()."""
-        return self.likelihood.count(getattr(batch, self.target))
+        return self.likelihood.count(target_of(batch, self.target))
 
     def __call__(self, heads: Mapping[str, LossHead], hidden: Tensor, batch: Any) -> LossSums:
         """hidden (B, T, C) -> the sums over the batch. Raises ConfigError when the model has no such head."""
@@ -112,7 +117,19 @@ class PredictionTask:
             raise ConfigError(
                 f"The task {self.name!r} is answered by the head {self.head!r}, which the model does not have{nearest(self.head, heads)}."
             )
-        return self.likelihood(heads[self.head], hidden, getattr(batch, self.target))
+        return self.likelihood(heads[self.head], hidden, target_of(batch, self.target))
+
+
+def target_of(batch: Any, name: str) -> Tensor:
+    """A target of a batch: one of those of its heads (`batch.head_targets`), or an attribute such as `targets`, the next tokens.
+
+    Raises ConfigError where the data has no such target.
+    """
+    known: Mapping[str, Tensor] = getattr(batch, "head_targets", {})
+    found = known.get(name, getattr(batch, name, None))
+    if not isinstance(found, Tensor):
+        raise ConfigError(f"The data has no target {name!r}{nearest(name, known)}: build the corpus with --target {name}=KIND.")
+    return found
 
 
 def next_token(z_loss: float = 0.0, weight: float = 1.0) -> PredictionTask:
