@@ -32,6 +32,9 @@ def build(
     max_digits: Annotated[int | None, typer.Option(help="Longest run of digits in one token (bpe; 2).")] = None,
     validation_fraction: Annotated[float | None, typer.Option(help="Fraction of the documents held out (0.01).")] = None,
     text_field: Annotated[str | None, typer.Option(help="Key of the text in .jsonl, .parquet and datasets (text).")] = None,
+    target: Annotated[
+        list[str] | None, typer.Option(help="A target of the records as NAME=KIND, such as stars=number; repeatable.")
+    ] = None,
     include: Annotated[list[str] | None, typer.Option(help="A file extension to read, such as .py; may be repeated.")] = None,
     min_document_bytes: Annotated[int | None, typer.Option(help="Skip shorter documents.")] = None,
     max_document_bytes: Annotated[int | None, typer.Option(help="Skip longer documents.")] = None,
@@ -54,6 +57,7 @@ def build(
         "max_digits": max_digits,
         "validation_fraction": validation_fraction,
         "text_field": text_field,
+        "targets": tuple(target) if target else None,
         "include": tuple(include) if include else None,
         "min_document_bytes": min_document_bytes,
         "max_document_bytes": max_document_bytes,
@@ -191,6 +195,12 @@ def _print(manifest: CorpusManifest, folder: Path, as_json: bool) -> None:
                 highlight=False,
                 markup=False,
             )
+    for name, target in manifest.targets.items():
+        labels = f", {len(target.labels):,} labels ({', '.join(target.labels[:5])}{', ...' * (len(target.labels) > 5)})" * bool(
+            target.labels
+        )
+        have = f"target      {name}: {target.kind}{labels}, in {target.documents:,} training documents"
+        console.print(have, highlight=False, markup=False)
     t = manifest.tokenizer
     console.print(f"tokenizer   {t.kind}, {t.vocab_size:,} entries, separator {t.eos}", highlight=False)
     console.print(f"fingerprint {manifest.fingerprint}", highlight=False)

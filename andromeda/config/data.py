@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, PositiveFloat, PositiveInt, model_validator
 
 from andromeda.config.base import BaseConfig, StringTuple, as_tuple
-from andromeda.utils.errors import ConfigError
+from andromeda.utils.errors import ConfigError, nearest
 
 
 class SourceConfig(BaseConfig):
@@ -58,6 +58,13 @@ class DataConfig(BaseConfig):
 TOKENIZER_KINDS = ("bpe", "unigram", "bytes")
 """Tokenizers that `andromeda data build` trains, or in the case of bytes needs no training for."""
 
+TARGET_KINDS = ("label", "labels", "spans", "number", "pair", "ranking")
+"""Kinds of targets that a corpus keeps beside its tokens (data/targets.py)."""
+RANKED = ("pair", "ranking")
+"""Those whose records hold several texts, best first."""
+RESERVED_TARGETS = ("targets", "ids", "documents", "head", "next_token", "distillation")
+"""Names that a batch or the loss uses for itself."""
+
 RENAMED_BUILD_KEYS = {
     "tokenizer_path": "tokenizer",
     "specials": "special_tokens",
@@ -90,6 +97,8 @@ class BuildConfig(BaseConfig):
     """Tokens of one shard file."""
     text_field: str = "text"
     """Key of the text in .jsonl and .parquet records and in datasets."""
+    targets: StringTuple = ()
+    """Targets of the documents as NAME=KIND, NAME a field of the records, KIND label, labels, spans, number, pair or ranking."""
     include: StringTuple = ()
     """File extensions to read (such as ".py"), unknown ones as plain text; empty reads every known kind."""
     min_document_bytes: PositiveInt = 1
@@ -108,6 +117,27 @@ class BuildConfig(BaseConfig):
         if old:
             raise ConfigError("; ".join(f"{key} is now called {RENAMED_BUILD_KEYS[key]}" for key in old) + ".")
         return values
+
+    @model_validator(mode="after")
+    def _check_targets(self) -> BuildConfig:
+        for target in self.targets:
+            name, _, kind = target.partition("=")
+            if not name.isidentifier() or kind not in TARGET_KINDS:
+                hint = nearest(kind, TARGET_KINDS)
+                raise ConfigError(f"{target!r} is no target{hint}: give NAME=KIND, the kind one of {', '.join(TARGET_KINDS)}.")
+        names = [target.partition("=")[0] for target in self.targets]
+        if len(set(names)) < len(names) or set(names) & {"prompt", "chosen", "rejected", self.text_field, *RESERVED_TARGETS}:
+            raise ConfigError(f"The targets {', '.join(names)} need names of their own, other than those of texts: rename one.")
+        if sum(kind in RANKED for kind in self.target_kinds.values()) > 1:
+            raise ConfigError("A record is one pair or one ranking: declare one target of these kinds.")
+        if self.targets and self.split_documents_at:
+            raise ConfigError("A document that is split has no target of its own: leave out split_documents_at, or the targets.")
+        return self
+
+    @property
+    def target_kinds(self) -> dict[str, str]:
+        """Kind of each target by name."""
+        return dict(target.split("=") for target in self.targets)
 
     @property
     def trains_tokenizer(self) -> bool:

@@ -7,7 +7,6 @@ from typing import Literal
 from pydantic import Field, NonNegativeFloat, PositiveFloat
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.model import ModelConfig
 
 
 class DistillationConfig(BaseConfig):
@@ -42,8 +41,3 @@ class LossConfig(BaseConfig):
     every: int = Field(100, gt=0)
     """dwa: steps over which a loss is averaged before it is compared with the ones before."""
     distillation: DistillationConfig = DistillationConfig()
-
-
-def plain_loss(loss: LossConfig, model: ModelConfig) -> bool:
-    """Whether a run learns the next token alone."""
-    return not model.heads and not loss.distillation.teacher

@@ -248,6 +248,14 @@ class HeadConfig(BaseConfig):
     """A learned bias for each token."""
 
 
+class HeadTable(PartConfig):
+    """A head besides the language model's: the kind of what it predicts, and keys of its own (config/heads.py)."""
+
+    kind: str = "auto"
+    """`token_classification`, `classification`, `multi_label`, `regression`, `preference`, `ranking`, `multi_token`; `auto` follows from
+    the corpus's target; or `package.module:Class` of a user's own, with keys of its own."""
+
+
 class InitConfig(BaseConfig):
     """How weights start."""
 

@@ -68,14 +68,15 @@ class FillInTheMiddle:
         self._tokens, self._separator, self._seed = tokens, separator, seed
 
     def __call__(self, sequence: PackedSequence, number: int) -> PackedSequence:
-        ids, targets = sequence.ids.copy(), sequence.targets.copy()
+        ids, targets, positions = sequence.ids.copy(), sequence.targets.copy(), sequence.positions.copy()
         draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, FIM_DRAWS]))
         for start, stop in _pieces(sequence):
             # Drawn for every document, so that one document does not depend on the others.
             chosen, first, *cuts = draw.random(4)
             if chosen < self._share and stop - start >= MIN_DOCUMENT_TOKENS:
                 self._rearrange(ids[start:stop], targets[start:stop], first < self._suffix_first, cuts)
-        return PackedSequence(ids, targets, sequence.documents)
+                positions[start:stop] = -1
+        return PackedSequence(ids, targets, sequence.documents, positions)
 
     def _rearrange(self, ids: np.ndarray, targets: np.ndarray, suffix_first: bool, cuts: list[float]) -> None:
         """In place. The three special tokens take the place of the last three, which the sequence loses."""
@@ -103,7 +104,7 @@ class TokenMasking:
         draw = np.random.Generator(np.random.Philox(key=[self._seed, number], counter=[0, 0, 0, MASK_DRAWS]))
         hit = (draw.random(len(sequence.ids)) < self._share) & ~np.isin(sequence.ids, self._kept)
         instead = self._words[draw.integers(0, len(self._words), len(sequence.ids))] if self._token is None else self._token
-        return PackedSequence(np.where(hit, instead, sequence.ids), sequence.targets, sequence.documents)
+        return sequence._replace(ids=np.where(hit, instead, sequence.ids))
 
 
 def _pieces(sequence: PackedSequence) -> Iterator[tuple[int, int]]:

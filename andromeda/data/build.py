@@ -21,11 +21,21 @@ from typing import Any
 import numpy as np
 
 import andromeda
-from andromeda.config.data import TOKENIZER_KINDS, BuildConfig, translate_build_keys
-from andromeda.data.corpus import FORMAT, HELD_OUT_TEXT, MANIFEST_NAME, CorpusManifest, SourceReport, TokenizerReport, corpus_fingerprint
-from andromeda.data.encode import EncodedSplit, encode_split, write_split, write_text
+from andromeda.config.data import RANKED, TOKENIZER_KINDS, BuildConfig, translate_build_keys
+from andromeda.data.corpus import (
+    FORMAT,
+    HELD_OUT_TEXT,
+    MANIFEST_NAME,
+    CorpusManifest,
+    SourceReport,
+    TokenizerReport,
+    corpus_fingerprint,
+    target_file,
+)
+from andromeda.data.encode import EncodedSplit, add_targets, encode_split, write_split, write_text
 from andromeda.data.ingest import DocumentSelection, DocumentTable, read_sources, select
 from andromeda.data.sources import SourceListing, list_source
+from andromeda.data.targets import TargetReport, describe_targets
 from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError, nearest
 from andromeda.utils.files import PART, write_whole
@@ -64,6 +74,8 @@ def build(
     out = Path(out)
     try:
         given = None if config.trains_tokenizer else _load_tokenizer(config.tokenizer)
+        for source in sources:
+            _refuse_lost_targets(source, config)
         listings = [list_source(i, source, config, as_it_is=extend and i == 0) for i, source in enumerate(sources)]
         plan = _plan(sources, config, listings, given)
         with _locked(out):
@@ -73,6 +85,15 @@ def build(
             return _CorpusBuilder(sources, out, config, listings, workers, report).run(given, plan)
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror or error}; fix that, then the same command resumes here.") from error
+
+
+def _refuse_lost_targets(source: str, config: BuildConfig) -> None:
+    """Raises DataError for a corpus as a source where its documents have, or should have, targets: only records have them."""
+    folder = Path(source).expanduser()
+    if not (folder / MANIFEST_NAME).is_file():
+        return
+    if config.targets or CorpusManifest.load(folder).targets:
+        raise DataError(f"{source} is a corpus, and targets are read from records only: build from its JSONL files, all of them together.")
 
 
 def _load_tokenizer(name: str) -> Tokenizer:
@@ -122,7 +143,8 @@ def _clear(out: Path, plan: dict[str, Any]) -> bool:
     for folder in (WORK, "tokenizer"):
         shutil.rmtree(out / folder, ignore_errors=True)
     shards = [path for split in ("train", "val") for path in out.glob(f"{split}-[0-9]*.bin")]
-    for path in (*shards, *(out / name for name in (HELD_OUT_TEXT, SKIPPED, PLAN, "train-documents.npy", "val-documents.npy"))):
+    targets = [path for split in ("train", "val") for path in out.glob(target_file(split, "*"))]
+    for path in (*shards, *targets, *(out / name for name in (HELD_OUT_TEXT, SKIPPED, PLAN, "train-documents.npy", "val-documents.npy"))):
         path.unlink(missing_ok=True)
     return True
 
@@ -180,15 +202,16 @@ class _CorpusBuilder:
         read_sources(units, self.work, self.config, self.workers, self.report)
         try:
             chosen = select(units, self.sources, self.work, self.config)
+            targets = self._describe(chosen)
             tokenizer = self._tokenizer(chosen.train, given)
         except AndromedaError:  # the settings do not fit the text, so a changed command will follow: leave nothing in its way
             self._discard()
             raise
-        train, val = (self._encode(split, d, tokenizer) for split, d in (("train", chosen.train), ("val", chosen.val)))
+        train, val = (self._encode(split, d, tokenizer, targets) for split, d in (("train", chosen.train), ("val", chosen.val)))
         write_text(chosen.val, self.work, self.out / HELD_OUT_TEXT)
         write_whole(self.out / SKIPPED, b"".join(json.dumps(line).encode() + b"\n" for line in chosen.log))
         write_whole(self.out / PLAN, json.dumps(plan).encode())
-        manifest = self._manifest(chosen, tokenizer, train, val)
+        manifest = self._manifest(chosen, tokenizer, train, val, targets)
         manifest.save(self.out)
         shutil.rmtree(self.work)
         return manifest
@@ -214,19 +237,34 @@ class _CorpusBuilder:
         count = int(np.searchsorted(before, SAMPLE_BYTES[self.config.tokenizer]))
         return (content.decode() for content in documents.part(0, count).contents(self.work))
 
-    def _encode(self, split: str, documents: DocumentTable, tokenizer: Tokenizer) -> EncodedSplit:
-        blocks = encode_split(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report)
-        return write_split(split, documents, blocks, self.out, self.config.shard_tokens)
+    def _describe(self, chosen: DocumentSelection) -> dict[str, TargetReport]:
+        if not self.config.targets:
+            return {}
+        return describe_targets(self.config, chosen.train.targets(self.work), chosen.val.targets(self.work))
 
-    def _manifest(self, chosen: DocumentSelection, tokenizer: Tokenizer, train: EncodedSplit, val: EncodedSplit) -> CorpusManifest:
+    def _encode(self, split: str, documents: DocumentTable, tokenizer: Tokenizer, targets: dict[str, TargetReport]) -> EncodedSplit:
+        ranked = next((name for name, report in targets.items() if report.kind in RANKED), "")
+        blocks = encode_split(split, documents, self.work, self.out / "tokenizer", tokenizer.fingerprint, self.workers, self.report, ranked)
+        encoded = write_split(split, documents, blocks, self.out, self.config.shard_tokens)
+        return add_targets(split, encoded, documents, self.work, self.out, tokenizer, targets)
+
+    def _manifest(
+        self,
+        chosen: DocumentSelection,
+        tokenizer: Tokenizer,
+        train: EncodedSplit,
+        val: EncodedSplit,
+        targets: dict[str, TargetReport],
+    ) -> CorpusManifest:
         splits = {"train": train, "val": val}
         return CorpusManifest(
             format=FORMAT,
-            fingerprint=corpus_fingerprint(tokenizer.fingerprint, {k: (w.sha256, w.report.offsets_sha256) for k, w in splits.items()}),
+            fingerprint=corpus_fingerprint(tokenizer.fingerprint, {k: w.hashes for k, w in splits.items()}),
             tokenizer=TokenizerReport(
                 kind=tokenizer.kind, vocab_size=tokenizer.vocab_size, eos=tokenizer.eos, fingerprint=tokenizer.fingerprint
             ),
             splits={k: w.report for k, w in splits.items()},
+            targets=targets,
             sources=tuple(self._source(i, chosen, train, val) for i in range(len(self.sources))),
             config=self.config,
             made_with={

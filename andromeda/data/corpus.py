@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,9 +13,10 @@ import numpy as np
 from pydantic import BeforeValidator, Field, ValidationError
 
 from andromeda.config.base import BaseConfig, as_tuple
-from andromeda.config.data import BuildConfig, translate_build_keys
+from andromeda.config.data import TARGET_KINDS, BuildConfig, translate_build_keys
 from andromeda.data.packing import TokenizedDocuments
 from andromeda.data.shards import TokenArray, open_shard
+from andromeda.data.targets import TargetColumn, TargetReport
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import DataError
 from andromeda.utils.files import sha256_of, write_whole
@@ -25,6 +26,8 @@ MANIFEST_NAME = "manifest.json"
 HELD_OUT_TEXT = "val.txt"
 """The held-out documents' UTF-8 bytes one after the other, for compressors to be compared on the very same bytes."""
 FORMAT = 1
+EMPTY_ARRAY = 128
+"""Bytes of a .npy file that holds no values: nothing can be mapped into memory."""
 FEW_TOKENS = 50_000
 """Held-out tokens below which a corpus of at least four times as many says so."""
 
@@ -75,6 +78,13 @@ class SplitReport(BaseConfig):
     bytes: int
     shards: Annotated[tuple[ShardReport, ...], BeforeValidator(as_tuple)]
     offsets_sha256: str
+    targets: dict[str, str] = Field(default_factory=dict)
+    """sha256 of the file of each target."""
+
+    @property
+    def content_hashes(self) -> tuple[str, ...]:
+        """Of document borders and targets, in order of their names."""
+        return self.offsets_sha256, *(f"{name}:{sha256}" for name, sha256 in sorted(self.targets.items()))
 
 
 class CorpusManifest(BaseConfig):
@@ -86,6 +96,8 @@ class CorpusManifest(BaseConfig):
     order of files, the number of workers, or interruptions."""
     tokenizer: TokenizerReport
     splits: dict[str, SplitReport]
+    targets: dict[str, TargetReport] = Field(default_factory=dict)
+    """What the documents have besides their tokens, by name."""
     sources: Annotated[tuple[SourceReport, ...], BeforeValidator(as_tuple)]
     config: BuildConfig
     made_with: dict[str, str]
@@ -110,8 +122,13 @@ def few_held_out(manifest: CorpusManifest) -> str:
     )
 
 
-def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, str]]) -> str:
-    """sha256 that names the data: the tokenizer's fingerprint and, for each split, the sha256 of its tokens and of its offsets.
+def target_file(split: str, name: str) -> str:
+    """Name of the file that holds a target of a split."""
+    return f"{split}-target-{name}.npy"
+
+
+def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, ...]]) -> str:
+    """sha256 that names the data: the tokenizer's fingerprint and, for each split, the sha256 of its tokens, offsets and targets.
 
     Tokens are hashed without shard headers, so that the size of the shards does not matter.
     """
@@ -148,6 +165,8 @@ class Corpus:
     tokenizer: Tokenizer | None
     vocab_size: int
     fingerprint: str
+    targets: Mapping[str, TargetColumn] = field(default_factory=dict)
+    """What its documents have besides their tokens, by name."""
 
 
 def open_corpus(path: Path | str, split: str) -> Corpus:
@@ -182,11 +201,7 @@ def _open_built(folder: Path, split: str) -> Corpus:
                 f"The shard {shard.path} has {shard.tokens} tokens, the manifest says {expected.tokens}: build the corpus again."
             )
     tokens = TokenArray(shards)
-    try:
-        open_regular(folder / f"{split}-documents.npy").close()  # before numpy opens it, which would wait for a named pipe
-        offsets = np.load(folder / f"{split}-documents.npy", mmap_mode="r")
-    except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
-        raise DataError(f"The document offsets of {folder} cannot be read ({error}): build the corpus again.") from error
+    offsets = _load_array(folder / f"{split}-documents.npy", f"The document offsets of {folder}")
     if not _cuts(offsets, report.documents, tokens.size):
         raise DataError(f"The document offsets of {folder} do not match its shards: build the corpus again.")
     tokenizer = Tokenizer.load(folder)
@@ -194,7 +209,31 @@ def _open_built(folder: Path, split: str) -> Corpus:
         raise DataError(
             f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
         )
-    return Corpus(TokenizedDocuments(tokens, offsets, tokenizer.eos), tokenizer, tokenizer.vocab_size, manifest.fingerprint)
+    documents = TokenizedDocuments(tokens, offsets, tokenizer.eos)
+    return Corpus(documents, tokenizer, tokenizer.vocab_size, manifest.fingerprint, _open_targets(folder, split, manifest))
+
+
+def _open_targets(folder: Path, split: str, manifest: CorpusManifest) -> dict[str, TargetColumn]:
+    """The targets of a split. Raises DataError where an array is missing or is not that of its kind."""
+    report, found = manifest.splits[split], {}
+    for name, target in manifest.targets.items():
+        what = f"The target {name!r} of {folder}"
+        if not is_plain_name(target_file(split, name)) or target.kind not in TARGET_KINDS:
+            raise DataError(f"{what} is of no known kind: build the corpus again.")
+        found[name] = TargetColumn(target, _load_array(folder / target_file(split, name), what))
+        if not found[name].check(report.documents, report.tokens):
+            raise DataError(f"{what} does not match its documents: build the corpus again.")
+    return found
+
+
+def _load_array(path: Path, what: str) -> np.ndarray:
+    """An array of a .npy file, memory-mapped. Raises DataError."""
+    try:
+        open_regular(path).close()  # before numpy opens it, which would wait for a named pipe
+        found: np.ndarray = np.load(path, mmap_mode="r" if path.stat().st_size > EMPTY_ARRAY else None)
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
+        raise DataError(f"{what} cannot be read ({error}): build the corpus again.") from error
+    return found
 
 
 def _cuts(offsets: Any, documents: int, tokens: int) -> bool:
@@ -233,13 +272,15 @@ def _tokenizer_beside(folder: Path, separator: int) -> Tokenizer | None:
 def verify_corpus(folder: Path) -> CorpusManifest:
     """Hash everything again and decode the held-out split. Raises DataError naming the first file that differs."""
     manifest = CorpusManifest.load(folder)
-    content: dict[str, tuple[str, str]] = {}
+    content: dict[str, tuple[str, ...]] = {}
     for split, report in manifest.splits.items():
         corpus = open_corpus(folder, split)
         for shard in report.shards:
             _expect(folder / shard.file, shard.sha256)
         _expect(folder / f"{split}-documents.npy", report.offsets_sha256)
-        content[split] = (_tokens_sha256(corpus), report.offsets_sha256)
+        for name, sha256 in report.targets.items():
+            _expect(folder / target_file(split, name), sha256)
+        content[split] = (_tokens_sha256(corpus), *report.content_hashes)
         _refuse_other_bytes(folder, split, corpus, report.bytes)
     tokenizer = corpus.tokenizer.fingerprint if corpus.tokenizer else ""
     if corpus_fingerprint(tokenizer, content) != manifest.fingerprint:

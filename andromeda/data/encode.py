@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
-from andromeda.data.corpus import ShardReport, SplitReport
+from andromeda.data.corpus import ShardReport, SplitReport, target_file
 from andromeda.data.ingest import DocumentTable
-from andromeda.data.shards import token_dtype, write_shard
+from andromeda.data.shards import TokenArray, open_shard, token_dtype, write_shard
+from andromeda.data.targets import TargetReport, encode_targets
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.data.workers import ordered_map
 from andromeda.utils.errors import DataError
@@ -37,18 +38,27 @@ class EncodeTask:
     fingerprint: str
     """Of the tokenizer, which is kept between blocks."""
     documents: DocumentTable
+    ranked: str
+    """The target whose documents hold several texts, with a separator before each; empty where there is none."""
 
 
 def encode_split(
-    split: str, documents: DocumentTable, work: Path, folder: Path, fingerprint: str, workers: int, report: ProgressCallback
+    split: str,
+    documents: DocumentTable,
+    work: Path,
+    folder: Path,
+    fingerprint: str,
+    workers: int,
+    report: ProgressCallback,
+    ranked: str = "",
 ) -> list[Path]:
-    """Encode a split into block files, those that exist already excepted; returns them in order."""
+    """Encode a split into block files, those that exist already excepted; returns them in order. ranked: as in EncodeTask."""
     ends = np.cumsum(documents.size)
     total = int(ends[-1])
     numbers = (ends - documents.size) // BLOCK_BYTES
     borders = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(documents)]
     blocks = [
-        EncodeTask(work / f"{split}-{i:06d}.npz", work, folder, fingerprint, documents.part(a, b))
+        EncodeTask(work / f"{split}-{i:06d}.npz", work, folder, fingerprint, documents.part(a, b), ranked)
         for i, (a, b) in enumerate(pairwise(borders))
     ]
     for stop, _ in zip(borders[1:], ordered_map(_encode, blocks, workers), strict=True):
@@ -70,20 +80,31 @@ def _encode(block: EncodeTask) -> None:
     dtype = token_dtype(tokenizer.vocab_size)
     separator = np.array(tokenizer.separator, dtype=dtype)
     parts, counts = list[np.ndarray](), list[int]()
-    texts = [content.decode() for content in block.documents.contents(block.work)]
+    texts = [*_texts(block)]
     for start in range(0, len(texts), 256):
-        chunks = [[*chunked(text)] for text in texts[start : start + 256]]
-        encoded = iter(tokenizer.encode_batch([chunk for text in chunks for chunk in text]))
-        for text in chunks:
-            ids = [np.array(next(encoded), dtype=dtype) for _ in text]
-            parts += [separator, *ids]
-            counts.append(len(separator) + sum(map(len, ids)))
+        chunks = [[[*chunked(text)] for text in document] for document in texts[start : start + 256]]
+        encoded = iter(tokenizer.encode_batch([chunk for document in chunks for text in document for chunk in text]))
+        for document in chunks:
+            ids = [piece for text in document for piece in (separator, *(np.array(next(encoded), dtype=dtype) for _ in text))]
+            parts += ids
+            counts.append(sum(map(len, ids)))
     tokens = np.concatenate(parts)
     if int(lengths[tokens].sum()) != int(block.documents.size.sum()):
         raise DataError("The tokenizer does not keep every byte of these documents: use a byte-level one.")
     buffer = io.BytesIO()
     np.savez(buffer, tokens=tokens, counts=np.array(counts, dtype=np.int64))
     write_whole(block.path, buffer.getvalue())
+
+
+def _texts(block: EncodeTask) -> Iterator[list[str]]:
+    """The texts of each document: one, or those that are ranked."""
+    contents = block.documents.contents(block.work)
+    if not block.ranked:
+        yield from ([content.decode()] for content in contents)
+        return
+    for content, targets in zip(contents, block.documents.targets(block.work), strict=True):
+        ends = np.cumsum(targets.get(block.ranked, [len(content)])).tolist()
+        yield [content[start:stop].decode() for start, stop in pairwise([0, *ends])]
 
 
 def chunked(text: str) -> Iterator[str]:
@@ -108,6 +129,11 @@ class EncodedSplit:
     sha256: str
     counts: np.ndarray
 
+    @property
+    def hashes(self) -> tuple[str, ...]:
+        """What names the content: of tokens, document borders and targets."""
+        return self.sha256, *self.report.content_hashes
+
 
 def write_split(split: str, documents: DocumentTable, blocks: list[Path], out: Path, shard_tokens: int) -> EncodedSplit:
     """Join the blocks into shards of exactly `shard_tokens` tokens (the last one shorter) and write the document offsets."""
@@ -130,6 +156,30 @@ def write_split(split: str, documents: DocumentTable, blocks: list[Path], out: P
         offsets_sha256=sha256_of(path),
     )
     return EncodedSplit(report, digest.hexdigest(), lengths)
+
+
+def add_targets(
+    split: str,
+    encoded: EncodedSplit,
+    documents: DocumentTable,
+    work: Path,
+    out: Path,
+    tokenizer: Tokenizer,
+    reports: Mapping[str, TargetReport],
+) -> EncodedSplit:
+    """Write the targets of a finished split beside its tokens; returns the split with their hashes."""
+    if not reports:
+        return encoded
+    tokens = TokenArray([open_shard(out / shard.file) for shard in encoded.report.shards])
+    ends = np.cumsum(encoded.counts).tolist()
+    texts = (tokens.read(start, stop) for start, stop in pairwise([0, *ends]))
+    hashes = {}
+    for name, values in encode_targets(reports, documents.targets(work), texts, tokenizer.byte_lengths()).items():
+        path = out / target_file(split, name)
+        with whole_file(path) as file:
+            np.save(file, values)
+        hashes[name] = sha256_of(path)
+    return replace(encoded, report=encoded.report.model_copy(update={"targets": hashes}))
 
 
 def _regroup(blocks: list[Path], size: int, counts: list[np.ndarray]) -> Iterator[np.ndarray]:

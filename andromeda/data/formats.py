@@ -18,6 +18,7 @@ import numpy as np
 from andromeda.config.data import BuildConfig
 from andromeda.data.corpus import open_corpus
 from andromeda.data.shards import open_shard
+from andromeda.data.targets import BadTarget, record_targets, record_text
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import AndromedaError, DataError, MissingExtra
 
@@ -62,6 +63,10 @@ class Document(NamedTuple):
     location: str
     text: str | None
     skip_reason: str = ""
+    targets: str = ""
+    """Its targets as JSON; empty where none are declared."""
+    parts: tuple[int, ...] = ()
+    """UTF-8 bytes of each of its texts, where it is a pair or ranking of several."""
 
 
 def read_documents(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
@@ -193,9 +198,12 @@ def _from_row(where: str, row: Any, config: BuildConfig) -> Document:
     """The text of a row; a missing field's reason names the fields that the row has."""
     if not isinstance(row, dict):
         return Document(where, None, "bad JSON")
-    text = row.get(config.text_field)
-    if isinstance(text, str):
-        return Document(where, text)
+    try:
+        text, parts = record_text(row, config)
+        if text is not None:
+            return Document(where, text, targets=record_targets(row, text, parts, config), parts=tuple(parts))
+    except BadTarget as error:
+        return Document(where, None, f"bad target: {error}")
     fields = ", ".join(sorted(str(key) for key, value in row.items() if isinstance(value, str))[:5])
     return Document(where, None, f"no text in field {config.text_field!r} (fields with text: {fields or 'none'})")
 
@@ -221,7 +229,9 @@ def _read_parquet(unit: ReadTask, config: BuildConfig) -> Iterator[Document]:
         file = _parquet(path)
         columns = file.schema_arrow.names
         number = 0
-        for batch in file.iter_batches(row_groups=[unit.start], columns=[config.text_field] if config.text_field in columns else columns):
+        fields = (config.text_field, *(("prompt", "chosen", "rejected", *config.target_kinds) if config.targets else ()))
+        read = [name for name in fields if name in columns] if config.text_field in columns or config.targets else columns
+        for batch in file.iter_batches(row_groups=[unit.start], columns=read):
             for row in batch.to_pylist():
                 yield _from_row(f"{name}:{unit.start}:{number}", row, config)
                 number += 1

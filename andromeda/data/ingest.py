@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -40,18 +41,27 @@ class DocumentTable:
     offset: np.ndarray
     size: np.ndarray
     source: np.ndarray
+    index: np.ndarray
+    """Number of the document within its unit."""
 
     def __len__(self) -> int:
         return len(self.unit)
 
     def part(self, start: int, stop: int) -> DocumentTable:
-        return DocumentTable(self.unit[start:stop], self.offset[start:stop], self.size[start:stop], self.source[start:stop])
+        cut = slice(start, stop)
+        return DocumentTable(self.unit[cut], self.offset[cut], self.size[cut], self.source[cut], self.index[cut])
 
     def contents(self, work: Path) -> Iterator[bytes]:
         """The UTF-8 text of every document."""
         blob = lru_cache(maxsize=128)(_mapped)  # of this call alone: the same path may hold another build's text later
         for unit, offset, size in zip(self.unit.tolist(), self.offset.tolist(), self.size.tolist(), strict=True):
             yield blob(text_path(work, unit))[offset : offset + size]
+
+    def targets(self, work: Path) -> Iterator[dict[str, Any]]:
+        """The targets of every document by name; those that it lacks are left out."""
+        lines = lru_cache(maxsize=16)(lambda unit: targets_path(work, unit).read_bytes().split(b"\n"))
+        for unit, index in zip(self.unit.tolist(), self.index.tolist(), strict=True):
+            yield json.loads(lines(unit)[index] or b"{}")
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,10 @@ class DocumentSelection:
 
 def text_path(work: Path, number: int) -> Path:
     return work / f"read-{number:06d}.text"
+
+
+def targets_path(work: Path, number: int) -> Path:
+    return work / f"read-{number:06d}.targets"
 
 
 def index_path(work: Path, number: int) -> Path:
@@ -101,7 +115,7 @@ def _read_one(task: tuple[int, ReadTask], work: Path, config: BuildConfig) -> tu
     number, unit = task
     if index_path(work, number).is_file():
         return number, int(_load(work, number).sizes.sum())
-    digests, sizes, names, skipped = [], [], [], []
+    digests, sizes, names, skipped, targets = [], [], [], [], []
     held = 0
     with whole_file(text_path(work, number)) as file:
         for found in read_documents(unit, config):
@@ -110,12 +124,15 @@ def _read_one(task: tuple[int, ReadTask], work: Path, config: BuildConfig) -> tu
                 continue
             content = found.text.encode()
             file.write(content)
-            digests.append(hashlib.sha256(content).digest())
+            digests.append(hashlib.sha256(content + repr(found.parts).encode() if found.parts else content).digest())
+            targets.append(found.targets)
             sizes.append(len(content))
             names.append(found.location)
             held += len(content)
             if config.max_bytes and held >= config.max_bytes:
                 break
+    if config.targets:
+        write_whole(targets_path(work, number), "\n".join(targets).encode())
     buffer = io.BytesIO()
     np.savez(
         buffer,
@@ -141,7 +158,7 @@ def select(units: list[ReadTask], sources: list[str], work: Path, config: BuildC
     """
     books = _SourceCounts(sources, [0] * len(sources), [Counter() for _ in sources], [])
     columns = [_within_limit(number, unit, work, config, books) for number, unit in enumerate(units)]
-    digests, unit, offset, size, source = (np.concatenate(c) for c in zip(*columns, strict=True))
+    digests, unit, offset, size, source, index = (np.concatenate(c) for c in zip(*columns, strict=True))
     words = np.ascontiguousarray(digests).view(">u8")
     order = np.lexsort(words.T[::-1])  # stable: of equal documents the first one read comes first
     again = np.zeros(len(order), dtype=bool)
@@ -152,7 +169,7 @@ def select(units: list[ReadTask], sources: list[str], work: Path, config: BuildC
         raise DataError(_too_few(len(order), sources, books.skipped))
     limit = np.uint64(int(config.validation_fraction * 2.0**64))
     held_out = min(max(int(np.searchsorted(words[order, 0].astype(np.uint64), limit)), 1), len(order) - 1)
-    documents = DocumentTable(unit[order], offset[order], size[order], source[order])
+    documents = DocumentTable(unit[order], offset[order], size[order], source[order], index[order])
     return DocumentSelection(documents.part(held_out, len(order)), documents.part(0, held_out), books.read, books.skipped, books.log)
 
 
@@ -172,16 +189,16 @@ class _SourceCounts:
         self.log.append({"source": self.sources[source], "where": where, "reason": reason})
 
 
-Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+Columns = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def _within_limit(number: int, unit: ReadTask, work: Path, config: BuildConfig, books: _SourceCounts) -> Columns:
-    """The documents of a unit that its source's `max_bytes` leaves room for: digests, unit, offset, size, source."""
+    """The documents of a unit that its source's `max_bytes` leaves room for: digests, unit, offset, size, source, index."""
     if unit.source != books.current:
         books.current, books.held = unit.source, 0
     empty = np.zeros(0, dtype=np.int64)
     if config.max_bytes and books.held >= config.max_bytes:
-        return np.zeros((0, 32), dtype=np.uint8), empty, empty, empty, empty
+        return np.zeros((0, 32), dtype=np.uint8), empty, empty, empty, empty, empty
     harvest = _load(work, number)
     ends = books.held + np.cumsum(harvest.sizes)
     count = int(np.searchsorted(ends, config.max_bytes, side="right")) if config.max_bytes else len(ends)
@@ -198,6 +215,7 @@ def _within_limit(number: int, unit: ReadTask, work: Path, config: BuildConfig, 
         np.cumsum(sizes) - sizes,
         sizes,
         np.full(count, unit.source),
+        np.arange(count),
     )
 
 

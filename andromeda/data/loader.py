@@ -9,17 +9,18 @@ import hashlib
 import json
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 import numpy as np
 import torch
 
-from andromeda.config.data import DataConfig, SourceConfig
+from andromeda.config.data import RANKED, DataConfig, SourceConfig
 from andromeda.data.augmentation import SequenceTransform, build_transforms
 from andromeda.data.corpus import Corpus, open_corpus
 from andromeda.data.mixture import MixtureSchedule, ProportionalSchedule
-from andromeda.data.packing import IGNORE, PACKINGS, Packing
+from andromeda.data.packing import IGNORE, PACKINGS, PackedSequence, Packing
+from andromeda.data.targets import TargetColumn
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.utils.errors import ConfigError, DataError
 
@@ -44,11 +45,15 @@ class Batch:
     """Targets that count."""
     bytes: int
     """UTF-8 bytes that these targets stand for: the denominator of bits per byte. 0 without a tokenizer."""
+    head_targets: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Further targets of the corpus by name (data/targets.py): classes and ranks (B, T) int64, -100 where there is none; labels
+    (B, T, K) uint8, 255; numbers (B, T) float64, NaN."""
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
         """The same batch on another device."""
         ids, targets, documents = (t.to(device, non_blocking=non_blocking) for t in (self.ids, self.targets, self.documents))
-        return replace(self, ids=ids, targets=targets, documents=documents)
+        heads = {name: t.to(device, non_blocking=non_blocking) for name, t in self.head_targets.items()}
+        return replace(self, ids=ids, targets=targets, documents=documents, head_targets=heads)
 
 
 class TokenStream:
@@ -69,6 +74,7 @@ class TokenStream:
         """Every id is below it."""
         self.tokenizer: Tokenizer | None = corpora[0].tokenizer
         """None only for shards that were made elsewhere, without a tokenizer."""
+        self._targets = _joint_targets(corpora)
         lengths = [p.num_sequences for p in packings]
         self.num_sequences = None if None in lengths else sum(n for n in lengths if n is not None)
         """Sequences of a held-out stream; None for training, which never ends."""
@@ -86,14 +92,15 @@ class TokenStream:
 
     def gather(self, numbers: Sequence[int]) -> Batch:
         """The sequences with these numbers, in this order."""
-        sequences = []
+        sequences, heads = [], []
         for number in numbers:
             source, inside = self._schedule.locate(number)
-            sequence = self._packings[source].sequence(inside)
+            sequence = _split_ranked(self._packings[source].sequence(inside), self._corpora[source])
             for stage in self._stages:
                 sequence = stage(sequence, number)
             sequences.append(sequence)
-        ids, targets, documents = (np.stack(column) for column in zip(*sequences, strict=True))
+            heads.append(self._head_targets(self._corpora[source], sequence.positions))
+        ids, targets, documents, _ = (np.stack(column) for column in zip(*sequences, strict=True))
         counted = targets[targets != IGNORE]
         return Batch(
             torch.from_numpy(ids),
@@ -101,11 +108,39 @@ class TokenStream:
             torch.from_numpy(documents.astype(np.int32)),
             tokens=len(counted),
             bytes=int(self._byte_lengths[counted].sum()),
+            head_targets={name: torch.from_numpy(np.stack([one[name] for one in heads])) for name in self._targets},
         )
+
+    def _head_targets(self, corpus: Corpus, positions: np.ndarray) -> dict[str, np.ndarray]:
+        """The targets of the tokens at `positions` (T,) of a corpus, with those that only another corpus has as missing."""
+        return {
+            name: corpus.targets[name].at(positions, corpus.documents.offsets) if name in corpus.targets else column.missing(len(positions))
+            for name, column in self._targets.items()
+        }
 
     def epochs(self, sequence: int) -> tuple[float, ...]:
         """How many epochs of each source are complete when `sequence` sequences have been read."""
         return tuple(self._schedule.count(s, sequence) / p.sequences_per_epoch for s, p in enumerate(self._packings))
+
+
+def _joint_targets(corpora: list[Corpus]) -> dict[str, TargetColumn]:
+    """A column for each target that any corpus has. Raises DataError where two mean different things by one name."""
+    found: dict[str, TargetColumn] = {}
+    for corpus in corpora:
+        for name, column in corpus.targets.items():
+            other = found.setdefault(name, column).report
+            if (other.kind, other.labels) != (column.report.kind, column.report.labels):
+                raise DataError(f"The corpora have different targets {name!r} (kind or labels): build them with the same records' labels.")
+    return found
+
+
+def _split_ranked(sequence: PackedSequence, corpus: Corpus) -> PackedSequence:
+    """The sequence with the texts of a ranking, which the corpus keeps as one document, as documents of their own."""
+    if not any(column.report.kind in RANKED for column in corpus.targets.values()):
+        return sequence
+    begins = (sequence.positions >= 0) & (sequence.ids == corpus.documents.eos)
+    inner = begins & (np.diff(sequence.documents, prepend=-1) == 0)
+    return sequence._replace(documents=sequence.documents + np.cumsum(inner))
 
 
 class PrefetchingTokenStream(TokenStream):

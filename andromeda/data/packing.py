@@ -23,11 +23,13 @@ OPEN_SEQUENCES = 64
 
 
 class PackedSequence(NamedTuple):
-    """One sequence, each (T,) int64: token ids, targets, and the number of the document inside the sequence (0, 1, 2, ...)."""
+    """One sequence, each (T,) int64: token ids, targets, the number of the document inside the sequence (0, 1, 2, ...), and where each
+    token is in its corpus, -1 for padding and for tokens that were moved."""
 
     ids: np.ndarray
     targets: np.ndarray
     documents: np.ndarray
+    positions: np.ndarray
 
 
 class TokenizedDocuments(NamedTuple):
@@ -81,20 +83,20 @@ class StreamPacking:
         order, ends, sequences = self._epoch(epoch)
         at = int(sequences[inside]) * self._T
         stop = min(at + self._T + 1, self._size)
-        parts: list[np.ndarray] = []
+        pieces: list[tuple[int, int]] = []
         while at < stop:
-            parts.append(self._piece(order, ends, at, stop))
-            at += len(parts[-1])
-        tokens = np.concatenate(parts)
-        owner = np.repeat(np.arange(len(parts)), [len(p) for p in parts])
-        return _padded(tokens[:-1], tokens[1:], owner[:-1], self._T, self._texts.eos)
+            pieces.append(self._piece(order, ends, at, stop))
+            at += pieces[-1][1] - pieces[-1][0]
+        tokens = np.concatenate([self._texts.tokens.read(*piece) for piece in pieces])
+        owner, positions = _places(pieces)
+        return _padded(tokens[:-1], tokens[1:], owner[:-1], positions[:-1], self._T, self._texts.eos)
 
-    def _piece(self, order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> np.ndarray:
-        """Tokens from `at` up to `stop` of an epoch's text, to the end of the document at most."""
+    def _piece(self, order: np.ndarray, ends: np.ndarray, at: int, stop: int) -> tuple[int, int]:
+        """Where in the corpus tokens from `at` up to `stop` of an epoch's text are, to the end of the document at most."""
         place = int(np.searchsorted(ends, at, side="right"))
         end = int(self._texts.offsets[order[place] + 1])
         start = end - (int(ends[place]) - at)
-        return self._texts.tokens.read(start, min(end, start + stop - at))
+        return start, min(end, start + stop - at)
 
 
 class DocumentPacking:
@@ -127,27 +129,34 @@ class DocumentPacking:
         sequence = self._epoch(epoch)[inside]
         first, last = self._borders[sequence], self._borders[sequence + 1]
         ids, targets = [], []
-        for start, stop in zip(self._starts[first:last].tolist(), self._stops[first:last].tolist(), strict=True):
+        pieces = list(zip(self._starts[first:last].tolist(), self._stops[first:last].tolist(), strict=True))
+        for start, stop in pieces:
             tokens = self._texts.tokens.read(start, min(stop + 1, self._texts.tokens.size))
             ids.append(tokens[: stop - start])
             targets.append(np.append(tokens, self._texts.eos)[1 : stop - start + 1])
-        owner = np.repeat(np.arange(len(ids)), [len(p) for p in ids])
-        return _padded(np.concatenate(ids), np.concatenate(targets), owner, self._T, self._texts.eos)
+        return _padded(np.concatenate(ids), np.concatenate(targets), *_places(pieces), self._T, self._texts.eos)
 
 
 PACKINGS: dict[str, type[StreamPacking] | type[DocumentPacking]] = {"stream": StreamPacking, "documents": DocumentPacking}
 
 
-def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, T: int, separator: int) -> PackedSequence:
+def _places(pieces: list[tuple[int, int]]) -> tuple[np.ndarray, np.ndarray]:
+    """For each token of the pieces from start up to stop: the number of its piece, and where it is in the corpus."""
+    owner = np.repeat(np.arange(len(pieces)), [stop - start for start, stop in pieces])
+    return owner, np.concatenate([np.arange(start, stop) for start, stop in pieces])
+
+
+def _padded(ids: np.ndarray, targets: np.ndarray, documents: np.ndarray, positions: np.ndarray, T: int, separator: int) -> PackedSequence:
     """Fill a sequence up to T with separators that predict nothing and are a document of their own."""
     missing = T - len(ids)
     if not missing:
-        return PackedSequence(ids, targets, documents)
+        return PackedSequence(ids, targets, documents, positions)
     own = documents[-1] + 1 if len(documents) else 0
     return PackedSequence(
         np.concatenate([ids, np.full(missing, separator)]),
         np.concatenate([targets, np.full(missing, IGNORE)]),
         np.concatenate([documents, np.full(missing, own)]),
+        np.concatenate([positions, np.full(missing, -1)]),
     )
 
 

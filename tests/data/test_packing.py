@@ -58,7 +58,12 @@ def test_an_epoch_of_a_stream_is_its_documents_concatenated_cut_and_shuffled(len
     for epoch in (2, 0, 1):  # any order of asking gives the same rows
         order = packing._epoch(epoch)[0].tolist()
         assert sorted(order) == list(range(len(lengths)))
-        rows = [tuple(column.tolist() for column in packing.sequence(epoch * count + i)) for i in range(count)]
+        sequences = [packing.sequence(epoch * count + i) for i in range(count)]
+        for sequence in sequences:
+            there = sequence.positions >= 0
+            assert (texts.tokens.read(0, texts.tokens.size)[sequence.positions[there]] == sequence.ids[there]).all()
+            assert (sequence.targets[~there] == IGNORE).all()
+        rows = [tuple(column.tolist() for column in sequence[:3]) for sequence in sequences]
         assert sorted(rows) == sorted(naive_rows(documents, order, T))
 
 
