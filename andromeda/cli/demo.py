@@ -21,7 +21,7 @@ def demo(
     """Train a small model on this machine's own Python sources and show what it generates. The same command resumes."""
     load_config("nano", overrides)  # a wrong key is refused before torch is imported
 
-    from andromeda.cli import demo_run as steps
+    from andromeda import demo as steps
     from andromeda.evaluate.loaded_model import load_model
     from andromeda.report import write_report
     from andromeda.train.progress import build_reporter
@@ -34,18 +34,18 @@ def demo(
     print(f"  {train.documents:,} documents, {train.tokens:,} tokens to learn from; {held_out.bytes:,} bytes held out")
 
     print(f"Training: preset {steps.PRESET}, {config.train.steps:,} steps, in {out}", flush=True)
-    result = steps.train_or_go_on(config, out, build_reporter(config.train.steps, False))
+    result = steps.train_or_resume(config, out, build_reporter(config.train.steps, False))
     if result.signal:
         print("Interrupted; the state is saved. The same command resumes.")
         raise typer.Exit(128 + result.signal)
 
     print("\nSamples (the prompt, then what the model generated):\n")
-    subject = load_model(out)
-    steps.write_samples(subject.model, out, lambda piece: print(piece, end="", flush=True))
+    loaded = load_model(out)
+    steps.write_samples(loaded.model, out, lambda piece: print(piece, end="", flush=True))
     print("Evaluating", flush=True)
     with progress() as report:
-        evaluations = steps.evaluate(subject, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
-    measured = steps.measure(subject, corpus, evaluations)
+        evaluations = steps.evaluate(loaded, report, lambda sentence: print(f"andromeda: {sentence}", file=sys.stderr))
+    measured = steps.measure(loaded, corpus, evaluations)
     page = write_report(out)
     print(f"bits per byte: held-out {measured.held_out:.3f}, xz {measured.xz:.3f}, zlib {measured.zlib:.3f}")
     print(f"parameters: {measured.parameters:,}")

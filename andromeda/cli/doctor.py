@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from andromeda.cli.environment_report import Report
+    from andromeda.train.environment import EnvironmentReport
 
 
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False) -> None:
     """Say what this machine can do: versions, devices, precision, the attention kernel of each job and why, what is missing."""
-    from andromeda.cli.environment_report import examine
+    from andromeda.train.environment import examine
 
     report = examine()
     if as_json:
@@ -24,7 +24,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print everythin
     _print(report)
 
 
-def _print(report: Report) -> None:
+def _print(report: EnvironmentReport) -> None:
     from andromeda.cli.tables import show
 
     show("Machine", ("", ""), list(report.machine.items()))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from andromeda.cli import demo_run as demo
+from andromeda import demo as demo
 from andromeda.config.data import BuildConfig
 from andromeda.config.load import from_values
 from andromeda.data.build import build

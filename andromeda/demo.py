@@ -1,6 +1,6 @@
-"""The demo: from this machine's own Python sources to a small model that writes, in one call that can be interrupted anywhere.
+"""The demo: from this machine's own Python sources to a small model that generates them, in one call that can be interrupted anywhere.
 
-Its yardstick is the compressors' one: the bits that each needs for a byte of text it has never seen.
+It is measured as compressors are: in bits for each byte of text it has never seen.
 """
 
 from __future__ import annotations
@@ -26,8 +26,7 @@ from andromeda.evaluate.result import EvalResult
 from andromeda.train.metrics import read_metrics
 from andromeda.train.progress import Reporter
 from andromeda.train.run_dir import RunDir
-from andromeda.train.trainer import TrainResult as Ended
-from andromeda.train.trainer import train
+from andromeda.train.trainer import TrainResult, train
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.files import write_whole
 from andromeda.utils.progress_callback import ProgressCallback
@@ -66,11 +65,11 @@ EVALUATIONS: dict[str, dict[str, Any]] = {
     "retrieval": {"samples": 8, "style": "code"},
     "reasoning": {"samples": 16},
 }
-"""What is measured after training, with wishes that keep it short; those that this version or corpus cannot do are left out."""
+"""What is measured after training, with options that keep it short; those that this version or corpus cannot do are left out."""
 
 
 @dataclass(frozen=True)
-class Measured:
+class DemoResult:
     """What the demo ends with."""
 
     held_out: float
@@ -107,9 +106,9 @@ def configuration(corpus: Path, overrides: list[str]) -> RunConfig:
     return load(PRESET, [f"data.corpus={json.dumps(str(corpus))}", *overrides])
 
 
-def train_or_go_on(config: RunConfig, out: Path, screen: Reporter) -> Ended:
+def train_or_resume(config: RunConfig, out: Path, reporter: Reporter) -> TrainResult:
     """Train in `out`, from its last checkpoint if there is one."""
-    return train(config, out, resume=(out / "config.toml").exists(), reporter=screen)
+    return train(config, out, resume=(out / "config.toml").exists(), reporter=reporter)
 
 
 def compressed_bits(text: bytes) -> tuple[float, float]:
@@ -117,43 +116,43 @@ def compressed_bits(text: bytes) -> tuple[float, float]:
     return 8 * len(lzma.compress(text, preset=9)) / len(text), 8 * len(zlib.compress(text, 9)) / len(text)
 
 
-def evaluate(subject: LoadedModel, report: ProgressCallback, skip: Callable[[str], None]) -> list[EvalResult]:
+def evaluate(loaded: LoadedModel, report: ProgressCallback, skip: Callable[[str], None]) -> list[EvalResult]:
     """Measure the trained model; each result is kept in the run folder."""
     found = []
-    for task, wishes in EVALUATIONS.items():
+    for task, options in EVALUATIONS.items():
         if task not in EVAL_TASKS:
             continue
         try:
-            for result in run_evaluations(subject, [task], check_options(**wishes), report, skip):
-                result.save(subject.run)
+            for result in run_evaluations(loaded, [task], check_options(**options), report, skip):
+                result.save(loaded.run)
                 found.append(result)
         except AndromedaError as error:
             skip(f"{task} is left out: {error}")
     return found
 
 
-def measure(subject: LoadedModel, corpus: Path, evaluations: list[EvalResult]) -> Measured:
+def measure(loaded: LoadedModel, corpus: Path, evaluations: list[EvalResult]) -> DemoResult:
     """Model and compressors on the held-out text; kept as demo.json in the run folder."""
     bits = next(result.result for result in evaluations if result.kind == "bits")
     xz, deflate = compressed_bits((corpus / "val.txt").read_bytes())
-    lines = read_metrics(RunDir(subject.run).metrics_file).records
+    lines = read_metrics(RunDir(loaded.run).metrics_file).records
     last = next(line for line in reversed(lines) if "seconds" in line)
-    measured = Measured(
+    measured = DemoResult(
         held_out=bits["bits_per_byte"],
         xz=xz,
         zlib=deflate,
         held_out_bytes=bits["bytes"],
-        parameters=subject.model.num_parameters(),
+        parameters=loaded.model.num_parameters(),
         tokens=last["tokens"],
         tokens_per_second=last["tokens"] / last["seconds"],
         seconds=last["seconds"],
     )
-    write_whole(subject.run / "demo.json", (json.dumps(asdict(measured), indent=2) + "\n").encode())
+    write_whole(loaded.run / "demo.json", (json.dumps(asdict(measured), indent=2) + "\n").encode())
     return measured
 
 
 def write_samples(model: Andromeda, out: Path, show: Callable[[str], None], new_tokens: int = 120) -> None:
-    """Let the model go on from a few prompts; shown as it writes, and kept in the run folder's samples/."""
+    """Continue a few prompts; shown as the model generates, and kept in the run folder's samples/."""
     kept = []
     for prompt in PROMPTS:
         show(prompt)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from andromeda.cli import environment_report as doctor
-from andromeda.cli.environment_report import HEAD_DIM, HEADS, KV_HEADS, TOKENS, examine, patterns
 from andromeda.cli.main import app
 from andromeda.ops.attention import attend, backends
+from andromeda.train import environment as doctor
+from andromeda.train.environment import HEAD_DIM, HEADS, KV_HEADS, TOKENS, examine, patterns
 
 
 def test_the_named_backend_computes_its_pattern_as_the_reference_does() -> None:

@@ -44,7 +44,7 @@ class Library:
 
 
 @dataclass(frozen=True)
-class Device:
+class DeviceReport:
     """Something that can train."""
 
     name: str
@@ -58,7 +58,7 @@ class Device:
 
 
 @dataclass(frozen=True)
-class Choice:
+class BackendChoice:
     """Which backend computes one kind of attention on one device."""
 
     pattern: str
@@ -71,19 +71,19 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Report:
+class EnvironmentReport:
     """Everything that `andromeda doctor` says."""
 
     machine: dict[str, str]
     libraries: tuple[Library, ...]
-    devices: tuple[Device, ...]
-    attention: tuple[Choice, ...]
+    devices: tuple[DeviceReport, ...]
+    attention: tuple[BackendChoice, ...]
 
 
-def examine() -> Report:
+def examine() -> EnvironmentReport:
     """Look at this machine."""
     found = [torch.device("cpu"), *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))]
-    return Report(
+    return EnvironmentReport(
         machine=machine(),
         libraries=tuple(libraries()),
         devices=tuple(describe(device) for device in found),
@@ -134,21 +134,21 @@ def libraries() -> Iterator[Library]:
     yield Library("triton", _version("triton"), "compiled kernels on GPUs", "pip install triton")
 
 
-def describe(device: torch.device) -> Device:
+def describe(device: torch.device) -> DeviceReport:
     """What a device is and the precision that it trains in."""
     precision = build_precision("auto", device).name
     if device.type == "cpu":
         fast = "it multiplies bfloat16 in hardware" if precision == "bf16" else "it emulates bfloat16, which is slower than fp32"
-        return Device("cpu", _cpu_name(), psutil.virtual_memory().total, precision, fast)
+        return DeviceReport("cpu", _cpu_name(), psutil.virtual_memory().total, precision, fast)
     found = torch.cuda.get_device_properties(device)
     known = recognize(found.name)
     peak = f", {known.peak['bf16'] / 1e12:.0f} TFLOP/s in bf16 by its vendor" if known else ""
     verb = "multiplies" if precision == "bf16" else "does not multiply"
     reason = f"compute capability {found.major}.{found.minor} {verb} bfloat16 in hardware"
-    return Device(str(device), found.name + peak, found.total_memory, precision, reason)
+    return DeviceReport(str(device), found.name + peak, found.total_memory, precision, reason)
 
 
-def attention(device: torch.device) -> Iterator[Choice]:
+def attention(device: torch.device) -> Iterator[BackendChoice]:
     """For every kind of pattern the backend that `auto` takes on a device, in its automatic precision."""
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}.get(build_precision("auto", device).name, torch.float16)
     q = torch.zeros(1, TOKENS, HEADS, HEAD_DIM, device=device, dtype=dtype)
@@ -159,7 +159,7 @@ def attention(device: torch.device) -> Iterator[Choice]:
         for backend in ranked.order:
             reason = backends()[backend].unsupported_reason(pattern, q[:, -queries:], k, v)
             if reason is None:
-                yield Choice(name, str(device), backend, refusals, ranked.source)
+                yield BackendChoice(name, str(device), backend, refusals, ranked.source)
                 break
             refusals[backend] = reason
 
