@@ -16,7 +16,6 @@ from andromeda.optim import optimizer_state
 from andromeda.optim.adamw import AdamW
 from andromeda.optim.optimizer_kind import Compile, OptimizerKind, ParamGroups
 from andromeda.optim.param_groups import ROLES, Role, parameter_roles
-from andromeda.utils.dtensor import is_dtensor
 from andromeda.utils.errors import ConfigError
 
 
@@ -137,11 +136,9 @@ def build_optimizer(model: nn.Module, config: OptimizerConfig, compile: Compile 
         group = _param_group(role, kind, config)
         for groups, wanted in ((handled, True), (others, False)):
             chosen = [p for p in params if kind.handles(p, role) is wanted]
-            # torch's optimizers update no mixture of plain and sharded parameters.
-            for sharded in (False, True):
-                alike = [p for p in chosen if is_dtensor(p) is sharded]
-                if alike:
-                    groups.append({"params": alike, **group})
+            # torch's optimizers update no mixture of plain parameters and such that are sharded over one or another mesh.
+            meshes = dict.fromkeys(getattr(p, "device_mesh", None) for p in chosen)
+            groups += [{"params": [p for p in chosen if getattr(p, "device_mesh", None) == mesh], **group} for mesh in meshes]
     return OptimizerContainer(
         config,
         kind,

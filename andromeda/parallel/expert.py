@@ -21,6 +21,8 @@ from andromeda.ops.collectives import Group, all_to_all
 from andromeda.parallel.local_parameters import Gradient, distribute, use_local
 from andromeda.utils.errors import ConfigError
 
+DIMENSION = "expert"
+"""Name of the dimension of the mesh."""
 Compute = Callable[[Tensor, Tensor], Tensor]
 """x (N, C) sorted by expert, and the end of each expert's rows (E,) -> (N, C)."""
 
@@ -53,6 +55,12 @@ def stacks_of_experts(model: nn.Module, count: int) -> list[Any]:
         if experts.num_experts % count:
             raise ConfigError(f"parallel.expert = {count} does not divide model.experts.num_experts ({experts.num_experts}).")
     return found
+
+
+def is_spread(parameter: Any) -> bool:
+    """Whether a parameter is one of experts that are spread over processes."""
+    mesh = getattr(parameter, "device_mesh", None)
+    return mesh is not None and mesh.mesh_dim_names == (DIMENSION,)
 
 
 # How many rows go where the host must know; a compiled block is split here.

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
 from andromeda.config.parallel import ParallelConfig
 from andromeda.model.transformer import Transformer
+from andromeda.parallel.expert import is_spread
 from andromeda.parallel.mesh import ParallelMesh
 
 KEPT_SHARE = 0.25
@@ -56,8 +57,8 @@ def keeps_gathered(model: nn.Module) -> bool:
 
 
 def stays_whole(name: str, parameter: nn.Parameter) -> bool:
-    """Whether every process keeps the whole parameter."""
-    return parameter.ndim < 2 or ".router." in name
+    """Whether a parameter is not sharded: vectors, routers, and experts that are spread over processes already."""
+    return parameter.ndim < 2 or ".router." in name or is_spread(parameter)
 
 
 def _reshards(model: nn.Module, device: torch.device, config: ParallelConfig, dtype: torch.dtype | None) -> bool:

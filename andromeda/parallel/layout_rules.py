@@ -46,8 +46,22 @@ RULES: tuple[Rule, ...] = (
         "train.device = {c.train.device!r} names one device for {n.world_size} processes: use cuda, of which each process takes its own",
     ),
     (
-        lambda c, n: n.tensor > 1 or n.context > 1 or n.expert > 1,
-        "parallel.tensor, parallel.context and parallel.expert above 1 are not supported by training yet: use parallel.shard",
+        lambda c, n: n.tensor > 1 and n.expert > 1,
+        "parallel.tensor = {n.tensor} splits every expert, and parallel.expert = {n.expert} spreads them: set one of them to 1",
+    ),
+    (
+        lambda c, n: n.tensor > 1 and c.train.precision == "fp8",
+        "train.precision = 'fp8' needs whole matrices, which parallel.tensor = {n.tensor} splits: use bf16, or parallel.shard",
+    ),
+    (
+        lambda c, n: n.tensor > 1 and c.train.clip.kind == "adaptive",
+        "train.clip.kind = 'adaptive' needs whole rows of the matrices, which parallel.tensor = {n.tensor} splits: "
+        "use norm, or parallel.shard",
+    ),
+    (
+        lambda c, n: n.context > 1 and bool((c.train.seq_len or c.model.max_seq_len) % (2 * n.context)),
+        "parallel.context = {n.context} splits each sequence into twice as many chunks, "
+        "which train.seq_len (or model.max_seq_len) is no multiple of: change one of them",
     ),
 )
 

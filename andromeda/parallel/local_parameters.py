@@ -69,11 +69,13 @@ def _getter(name: str, gradient: Gradient, divisor: int, group: Group) -> Callab
 
 
 def _local(parameter: Any) -> Any:
-    """This process's piece."""
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    """This process's piece. Of one that FSDP has sharded further nothing can be computed until it is gathered: it is given as it is."""
+    return parameter.to_local() if isinstance(parameter, DTensor) and parameter.device_mesh.ndim == 1 else parameter
 
 
 def _partial(parameter: Any, divisor: int, group: Group) -> Any:
     """A whole parameter, over `divisor`, of whose gradient every process computes a share."""
+    if isinstance(parameter, DTensor) and parameter.device_mesh.ndim > 1:
+        return parameter
     whole = sum_gradients(_local(parameter), group)
     return whole / divisor if divisor > 1 else whole

@@ -17,6 +17,7 @@ from andromeda.config.run import RunConfig
 from andromeda.parallel.heartbeat import Heartbeat, RankLost, start_heartbeat
 from andromeda.parallel.layout import DIMENSIONS, Layout, resolve_layout
 from andromeda.parallel.layout_rules import check_layout
+from andromeda.parallel.split_model import check_model
 from andromeda.utils.errors import ConfigError
 
 
@@ -32,6 +33,8 @@ class ParallelMesh:
     """The same processes with `shard` split into `expert_shard` and `expert`; None without expert parallelism."""
     sharded_with_context: DeviceMesh
     """`shard` and `context` as one dimension, below `replicate` where that is above one."""
+    expert_batch_group: dist.ProcessGroup | None
+    """Processes that have the same experts and read different tokens, which the gradients of these experts are summed over."""
     batch_group: dist.ProcessGroup
     """Processes that hold different tokens (replicate x shard x context): losses and counts are summed over it."""
     host_group: dist.ProcessGroup
@@ -80,7 +83,7 @@ def local_device(kind: str) -> torch.device:
 def join_mesh(config: RunConfig, device: torch.device) -> ParallelMesh | None:
     """The mesh of a run that was started as several processes, or None. Raises ConfigError for a layout that cannot work."""
     try:
-        check_layout(config, world_size())
+        check_model(config, check_layout(config, world_size()))
     except ConfigError as error:
         error.told = os.environ.get("RANK", "0") != "0"
         raise
@@ -133,12 +136,14 @@ def build_mesh(layout: Layout, device: torch.device) -> ParallelMesh:
     mesh = init_device_mesh(device.type, layout.sizes(), mesh_dim_names=DIMENSIONS)
     # One-dimensional groups of several dimensions, for reductions.
     batch = mesh["replicate", "shard", "context"]._flatten("batch")
-    expert = None
+    expert = expert_batch = None
     if layout.expert > 1:
         sizes = (layout.replicate, layout.shard // layout.expert, layout.expert, layout.context, layout.tensor)
         expert = init_device_mesh(device.type, sizes, mesh_dim_names=("replicate", "expert_shard", "expert", "context", "tensor"))
+        expert_batch = expert["replicate", "expert_shard", "context"]._flatten("expert_batch").get_group()
     host = dist.new_group(backend="gloo")
-    return ParallelMesh(layout, device, mesh, expert, _sharded_with_context(mesh, layout), batch.get_group(), host)
+    sharded = _sharded_with_context(mesh, layout)
+    return ParallelMesh(layout, device, mesh, expert, sharded, expert_batch, batch.get_group(), host)
 
 
 def _sharded_with_context(mesh: DeviceMesh, layout: Layout) -> DeviceMesh:

@@ -11,6 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from andromeda.model.transformer import Transformer
+from andromeda.parallel import context
+from andromeda.parallel.expert import is_spread
 from andromeda.parallel.fsdp import keeps_gathered
 from andromeda.parallel.layout import Layout
 from andromeda.parallel.mesh import ParallelMesh
@@ -47,8 +50,17 @@ class Collectives:
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        """The largest elements over the processes that read different tokens, in place."""
+        """The largest elements over all processes, in place."""
         return tensor
+
+    def hidden(self, model: Any, ids: Tensor, documents: Tensor | None, window: int = 0) -> Tensor:
+        """Last hidden states of this process's share of ids (B, T), which all that read the same sequences are given."""
+        states: Tensor = model.hidden(ids, documents=documents, window=window)
+        return states
+
+    def split(self, x: Tensor) -> Tensor:
+        """The share of this process in x (B, T, ...): of the tokens whose states `hidden` gives, in the same shape."""
+        return x
 
     def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Wraps the passes of a micro-batch; sharded gradients are summed over processes in the `last` one of a step."""
@@ -75,11 +87,12 @@ ALONE = Collectives()
 class MeshCollectives(Collectives):
     """The processes of a mesh."""
 
-    def __init__(self, mesh: ParallelMesh, model: nn.Module) -> None:
+    def __init__(self, mesh: ParallelMesh, model: Transformer) -> None:
         self.mesh, self.layout, self.is_main = mesh, mesh.layout, mesh.is_main
         self._model: Any = model
         self._is_sharded = hasattr(model, "set_requires_gradient_sync")
         self._keeps_gathered = self._is_sharded and keeps_gathered(model)
+        self._context = context.parallelize(model, mesh.dim("context")) if mesh.layout.context > 1 else None
 
     def rows(self, first: int, count: int) -> tuple[int, int]:
         each = count // self.layout.data
@@ -112,8 +125,16 @@ class MeshCollectives(Collectives):
         return tensor
 
     def max_(self, tensor: Tensor) -> Tensor:
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.mesh.batch_group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
         return tensor
+
+    def hidden(self, model: Any, ids: Tensor, documents: Tensor | None, window: int = 0) -> Tensor:
+        if self._context is None:
+            return super().hidden(model, ids, documents, window)
+        return self._context.hidden(ids, documents=documents, window=window)
+
+    def split(self, x: Tensor) -> Tensor:
+        return x if self._context is None else self._context.split(x)
 
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Any:
@@ -125,17 +146,20 @@ class MeshCollectives(Collectives):
         yield
 
     def reduce_grads(self, parameters: Iterable[nn.Parameter]) -> None:
-        grads = [local(p.grad) for p in parameters if p.grad is not None and not self._summed_in_backward(p)]
+        summed = [p for p in parameters if p.grad is not None and not self._summed_in_backward(p)]
+        self._sum_over(self.mesh.batch_group, [p for p in summed if not is_spread(p)])
+        if self.mesh.expert_batch_group is not None:
+            self._sum_over(self.mesh.expert_batch_group, [p for p in summed if is_spread(p)])
+
+    def _sum_over(self, group: dist.ProcessGroup, parameters: Iterable[nn.Parameter]) -> None:
+        """Sum the gradients of parameters over the processes of a group."""
+        grads = [local(p.grad) for p in parameters if p.grad is not None]
         small = [grad for grad in grads if grad.numel() < FLATTENED or not grad.is_contiguous()]
-        works = [
-            dist.all_reduce(grad, group=self.mesh.batch_group, async_op=True)
-            for grad in grads
-            if grad.numel() >= FLATTENED and grad.is_contiguous()
-        ]
+        works = [dist.all_reduce(grad, group=group, async_op=True) for grad in grads if grad.numel() >= FLATTENED and grad.is_contiguous()]
         for dtype in {grad.dtype for grad in small}:
             alike = [grad for grad in small if grad.dtype == dtype]
             flat = torch.cat([grad.reshape(-1) for grad in alike])
-            dist.all_reduce(flat, group=self.mesh.batch_group)
+            dist.all_reduce(flat, group=group)
             parts = flat.split([grad.numel() for grad in alike])
             torch._foreach_copy_(alike, [part.view_as(grad) for part, grad in zip(parts, alike, strict=True)])
         for work in works:

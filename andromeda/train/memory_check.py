@@ -22,7 +22,7 @@ def check_state_fits(config: RunConfig, device: torch.device, layout: Layout = O
     model, optim = meta_model(config.model), config.train.optim
     parameters = list(model.parameters())
     num_bytes = sum(2 * p.numel() * p.element_size() for p in parameters) + optimizer_state_bytes(model, optim)
-    num_bytes //= layout.shard * layout.tensor
+    num_bytes //= layout.shard * layout.context * layout.tensor
     _check(sum(p.numel() for p in parameters), num_bytes, "weights, gradients and optimizer state alone", device)
 
 

@@ -13,6 +13,7 @@ from andromeda.data.loader import Batch
 from andromeda.loss import Nebula, next_token
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import fa4
+from andromeda.parallel.step_collectives import ALONE, Collectives
 
 
 class ObjectiveSums(NamedTuple):
@@ -65,14 +66,15 @@ class MicroBatch(NamedTuple):
 class NextTokenObjective:
     """Nebula with the one task of a language model: cross entropy of the next token, with its z-loss."""
 
-    def __init__(self, model: Transformer, z_loss: float = 0.0) -> None:
-        self._model = model
+    def __init__(self, model: Transformer, z_loss: float = 0.0, collectives: Collectives = ALONE) -> None:
+        self._model, self._collectives = model, collectives
         self._loss = Nebula([next_token(z_loss)])
         # Sums, not means: the step divides by the number of targets of all its micro-batches.
         self._normalizer = {task.name: 1 for task in self._loss.tasks}
 
     def __call__(self, batch: MicroBatch, window: int = 0) -> ObjectiveSums:
-        """The sums over a batch on the model's device."""
-        hidden = self._model.hidden(batch.ids, documents=batch.documents, window=window)
+        """The sums over a batch on the model's device, or over this process's share where its sequences are split over processes."""
+        hidden = self._collectives.hidden(self._model, batch.ids, batch.documents, window)
+        batch = batch._replace(targets=self._collectives.split(batch.targets))
         result = self._loss(self._model.head, hidden, batch, self._normalizer)
         return ObjectiveSums(result.total, result.parts["next_token"])

@@ -20,6 +20,7 @@ from andromeda.parallel.diloco import DiLoCoWorker
 from andromeda.parallel.fsdp import shard_model
 from andromeda.parallel.layout import ONE
 from andromeda.parallel.mesh import ParallelMesh
+from andromeda.parallel.split_model import split_model
 from andromeda.parallel.step_collectives import Collectives, MeshCollectives
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
@@ -201,8 +202,11 @@ def build_train_state(config: RunConfig, device: torch.device, data_fingerprint:
     seed_all(config.seed)
     precision = build_precision(train.precision, device)
     check_activations_fit(config, device, precision.name, layout)
-    sharded = layout.shard > 1
-    model = precision.convert_model(Transformer(config.model, seed=config.seed).to(device), sharded=sharded)
+    sharded = layout.shard * layout.context > 1
+    model = Transformer(config.model, seed=config.seed).to(device)
+    if mesh:
+        split_model(model, mesh)
+    model = precision.convert_model(model, sharded=sharded)
     checkpoint_blocks(model, train.activation_checkpointing)
     compile_blocks(model, config, device)
     if mesh and sharded:

@@ -82,7 +82,7 @@ class TrainStep:
         several = len(batch.data.ids) > self._micro_batch_size
         for router in self._routers:
             router.loss_scale.copy_(precision.loss_scale)
-        if several or self._collectives.layout.data > 1:
+        if several or self._collectives.layout.data * self._collectives.layout.context > 1:
             self._count_expert_load(batch)
         # With one micro-batch, each gradient is allocated when the backward pass reaches its layer, as activations are freed: less memory.
         with precision.accumulate_grads() if several else contextlib.nullcontext():
@@ -109,7 +109,7 @@ class TrainStep:
         for micro_batch in batch.data.split(self._micro_batch_size):
             data = micro_batch.to(precision.device)
             with precision.autocast():
-                model.hidden(data.ids, documents=data.documents, window=batch.window)
+                self._collectives.hidden(model, data.ids, data.documents, batch.window)
         for router in routers:
             router.step_load.copy_(self._collectives.sum_(router.load))
             router.load.zero_()

@@ -75,7 +75,7 @@ class Trainer:
         self._config, self._train, self._state, self._io = config, train, state, io
         self._lr_factor = build_schedule(train.schedule, train.steps)
         self._window = build_window_warmup(train.window, train.steps)
-        self._objective = NextTokenObjective(state.model, train.z_loss)
+        self._objective = NextTokenObjective(state.model, train.z_loss, state.collectives)
         self._step = TrainStep(state, self._objective, train)
         self._collectives = state.collectives
         self._diagnostics = Diagnostics(state.model, state.precision, state.collectives)

@@ -57,7 +57,7 @@ class Diagnostics:
                 if isinstance(module, Attention):
                     hooks.enter_context(_forward_hook(module.qk_norm, lambda _, __, qk, scale=module.scale: record_logit_bound(scale, *qk)))
             self._model.eval()
-            self._model.hidden(batch.ids, documents=batch.documents)
+            self._collectives.hidden(self._model, batch.ids, batch.documents)
             self._model.train()
         self._collectives.after_evaluation()
         metrics = {"activation_max": float(self._collectives.max_(torch.stack(outputs).max()))}
