@@ -125,7 +125,7 @@ def _named(name: str) -> Path:
 
 
 def _report(run: Path) -> str:
-    """Write report.html. A report that fails does not make a finished run fail."""
+    """Write report.html and README.md. A report that fails does not make a finished run fail."""
     from andromeda.report import write_report
 
     try:

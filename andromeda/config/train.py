@@ -105,6 +105,19 @@ class ProbesConfig(BaseConfig):
     """Questions of each task."""
 
 
+class SamplesConfig(BaseConfig):
+    """Texts that the model writes while it trains, into `samples/training.jsonl` of the run folder."""
+
+    every: NonNegativeInt = 0
+    """Steps, and once at the end; 0 is off."""
+    prompts: StringTuple = ("",)
+    """Their beginnings; an empty one begins a new document."""
+    max_new_tokens: int = Field(64, gt=0, le=100_000)
+    """Tokens that follow each prompt, fewer where the model ends the text."""
+    temperature: float = Field(0.8, ge=0.0)
+    """Divides the logits; 0 always takes the most likely token."""
+
+
 class LoggingConfig(BaseConfig):
     """Where the figures go besides metrics.jsonl."""
 
@@ -166,4 +179,5 @@ class TrainConfig(BaseConfig):
     spike_guard: SpikeGuardConfig = SpikeGuardConfig()
     checkpoints: CheckpointConfig = CheckpointConfig()
     probes: ProbesConfig = ProbesConfig()
+    samples: SamplesConfig = SamplesConfig()
     log: LoggingConfig = LoggingConfig()

@@ -11,6 +11,7 @@ from andromeda.plan.estimate import ParameterCount
 from andromeda.report.evaluation_sections import evaluation_section, position_section, retrieval_section
 from andromeda.report.fragments import code, missing_section, shell_quote
 from andromeda.report.model_sections import architecture, manifest_section, model_card_section, parameter_count, size_section
+from andromeda.report.run_card import write_run_card
 from andromeda.report.run_data import RunData, held_out_bits, read_run, training_status
 from andromeda.report.training_sections import curves_section, probes_section, samples_section
 from andromeda.utils.errors import ConfigError
@@ -52,11 +53,16 @@ def _section_or_reason(name: str, title: str, build: Callable[[], Section]) -> S
 
 
 def write_report(run: str | Path, out: str | Path | None = None) -> Path:
-    """Write the page (by default report.html in the run folder) and return where it is. Raises an AndromedaError, one sentence."""
+    """Write the page and return where it is: `out`, or report.html in the run folder, with the model card as README.md beside it.
+
+    Raises an AndromedaError, one sentence.
+    """
     path = Path(run) / NAME if out is None else Path(out)
     text = build_report(run)
     try:
         write_whole(path, text.encode("utf-8"))
+        if out is None:
+            write_run_card(run)
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): give another place with --out.") from None
     return path

@@ -163,6 +163,8 @@ def training_status(record: RunData) -> str:
     step, steps = record.metrics.step, record.config.train.steps
     if not record.metrics.records:
         return f"saved at step {record.newest:,}" if record.newest is not None else "not begun"
+    if record.finished and (warning := record.metrics.warning):
+        return f"training finished after {steps:,} steps without learning ({warning.rstrip('.')})"
     return f"training finished after {steps:,} steps" if record.finished else f"at step {step:,} of {steps:,} of its training"
 
 

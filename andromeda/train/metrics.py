@@ -53,6 +53,11 @@ class MetricsHistory:
         return list(dict.fromkeys(name for record in self.records for name in record if name.startswith(prefix)))
 
     @property
+    def warning(self) -> str:
+        """What the end of the training says of one that did no better than without context; empty where it says nothing."""
+        return next((str(record.get("warning", "")) for record in reversed(self.records) if "unigram_entropy" in record), "")
+
+    @property
     def step(self) -> int:
         """The newest step that has metrics."""
         return max((int(record["step"]) for record in self.records), default=0)

@@ -35,6 +35,7 @@ MAY_CHANGE_ON_RESUME = (
     "train.diloco.address",
     "train.diloco.timeout",
     "train.probes",
+    "train.samples",
     "train.log",
     "parallel",
 )

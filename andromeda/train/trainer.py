@@ -22,6 +22,7 @@ from andromeda.parallel.preflight import preflight
 from andromeda.train import checkpoint
 from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
+from andromeda.train.callbacks.samples import Samples, build_samples, write_samples
 from andromeda.train.callbacks.validation import Validation
 from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
 from andromeda.train.checkpoint_ranks import Ranks
@@ -37,6 +38,7 @@ from andromeda.train.metrics import (
     check_loggers_installed,
 )
 from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.outcome import explain_poor_loss, unigram_entropy
 from andromeda.train.progress import MetricValues, NullReporter, Reporter
 from andromeda.train.resume import LENGTH, METRICS_LOST, changed_keys, rest_of_schedule, resume_latest, set_aside_changed_metrics
 from andromeda.train.run_dir import RunDir
@@ -44,6 +46,9 @@ from andromeda.train.signals import SignalHandler
 from andromeda.train.state import TrainState, build_train_state, model_tensors, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import AndromedaError, ConfigError
+
+SHOWN = 200
+"""Characters of a sample that are shown while training."""
 
 
 class TrainingFailed(AndromedaError):
@@ -60,6 +65,7 @@ class RunIO:
     stream: TokenStream
     validation: Validation | None
     probes: Probes
+    samples: Samples | None
     metrics_file: MetricsFile
     loggers: list[MetricsLogger]
     reporter: Reporter
@@ -80,11 +86,13 @@ class Trainer:
         self._collectives = state.collectives
         self._diagnostics = Diagnostics(state.model, state.precision, state.collectives)
         self._saved_step = state.progress.step
+        self._warning = ""
         self._periodic: list[tuple[int, Callable[[], MetricValues]]] = [
             (train.log.every, self._step_metrics),
             (train.log.diagnostics_every, lambda: self._diagnostics.metrics),
             (train.eval_every, self._validate),
             (train.probes.every, self._probe),
+            (train.samples.every, self._write_samples),
         ]
 
     def run(self) -> None:
@@ -99,6 +107,8 @@ class Trainer:
                 self._roll_back()
         if self._saved_step != self._state.progress.step:
             self._save()
+        if self._warning:
+            self._io.reporter.message(self._warning)
 
     def _interrupted(self) -> bool:
         """Whether any process was sent a signal, so that all end after the same step."""
@@ -152,7 +162,26 @@ class Trainer:
         metrics = state.metrics.compute_and_reset()
         progress = state.progress
         counts = {"tokens": progress.tokens, "rows": progress.rows} | (state.diloco.metrics() if state.diloco else {})
-        return metrics | lrs | counts | self._io.throughput.compute_and_reset() | {"seconds": progress.seconds}
+        last = self._judge(metrics.get("loss")) if progress.step == self._train.steps else {}
+        return metrics | lrs | counts | self._io.throughput.compute_and_reset() | {"seconds": progress.seconds} | last
+
+    def _judge(self, loss: float | None) -> MetricValues:
+        """What the last line of a finished run adds: the loss of token frequencies alone, and a warning where training did no better."""
+        entropy = unigram_entropy(self._io.stream, resolve_seq_len(self._config))
+        warning = explain_poor_loss(loss, entropy, self._config.model.vocab_size, self._train.optim.lr)
+        self._warning = warning
+        return {"unigram_entropy": entropy} | ({"warning": warning} if warning else {})
+
+    def _write_samples(self) -> MetricValues:
+        """Samples have a file of their own and no metrics."""
+        state, samples, step = self._state, self._io.samples, self._state.progress.step
+        if samples is not None:
+            written = samples(state.model, state.precision)  # on every process, since their weights may be sharded
+            self._collectives.after_evaluation()
+            state.ranks.on_first(lambda: write_samples(self._io.run_dir.samples, step, written))
+            for sample in written[:1]:
+                self._io.reporter.message(f"step {step}  sample {(sample['prompt'] + sample['text'])[:SHOWN]!r}")
+        return {}
 
     def _validate(self) -> MetricValues:
         state = self._state
@@ -274,7 +303,7 @@ def _run(
     stream, validation = ranks.on_all(lambda: _open_data(config, parent))
     if mesh:
         reporter.message(preflight(mesh, config, stream.fingerprint))
-    state, probes = ranks.on_all(lambda: _build(config, mesh, stream))
+    state, probes, samples = ranks.on_all(lambda: _build(config, mesh, stream))
     ranks.on_first(run_dir.claim)
     try:
         with signals.installed(), join_workers(state):
@@ -283,7 +312,7 @@ def _run(
                 reporter.message(unfused)
             metrics_file, loggers = ranks.on_all(lambda: _open_outputs(config, run_dir, state, start, stream, reporter, is_main))
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision, state.collectives.layout.world_size)
-            io = RunIO(run_dir, stream, validation, probes, metrics_file, loggers, reporter, signals, throughput)
+            io = RunIO(run_dir, stream, validation, probes, samples, metrics_file, loggers, reporter, signals, throughput)
             try:
                 Trainer(config, state, io).run()
             finally:
@@ -306,9 +335,10 @@ def _open_data(config: RunConfig, parent: ParentCheckpoint | None) -> tuple[Toke
     return stream, validation
 
 
-def _build(config: RunConfig, mesh: ParallelMesh | None, stream: TokenStream) -> tuple[TrainState, Probes]:
+def _build(config: RunConfig, mesh: ParallelMesh | None, stream: TokenStream) -> tuple[TrainState, Probes, Samples | None]:
+    samples = build_samples(config, stream.tokenizer)
     state = build_train_state(config, mesh.device if mesh else resolve_device(config.train.device), stream.fingerprint, mesh)
-    return state, build_probes(config, stream)
+    return state, build_probes(config, stream), samples
 
 
 def _open_outputs(

@@ -59,7 +59,8 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     code, out, _ = command("train", settings, "--out", run)
     assert code == 0
-    *lines, report = out.splitlines()
+    *lines, warning, report = out.splitlines()
+    assert "no better than that of knowing how often each token occurs" in warning, "after six steps"
     assert [line.split("  ")[0] for line in lines] == ["step 3/6", "step 5/6", "step 6/6", "step 6/6"]
     assert report == f"report: {run / 'report.html'}"
     assert "loss" in lines[0]

@@ -285,7 +285,7 @@ def test_damaged_newest_checkpoint(tiny: Tiny, tmp_path: Path, assert_same_run: 
             notes.append(text)
 
     train(config, tmp_path / "hurt", resume=True, reporter=RecordingReporter())
-    assert notes == [
+    assert notes[:2] == [
         "checkpoint step-00000012 is damaged (optimizer.safetensors has 1000 bytes instead of "
         f"{(tmp_path / 'whole/checkpoints/step-00000012/optimizer.safetensors').stat().st_size}); trying the one before it.",
         "resuming from step 8",
