@@ -35,17 +35,24 @@ from andromeda.bench.models import random_model
 from andromeda.bench.record import record, save
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
+from andromeda.config.run import RunConfig
 from andromeda.generate.decode_step import CudaGraphDecodeStep, StaticDecodeStep
 from andromeda.generate.optimize import optimize_for_inference
 from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.transformer import Transformer
 from andromeda.parallel import context, tensor
+from andromeda.parallel.layout import resolve_layout
+from andromeda.parallel.mesh import build_mesh
+from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.state import build_train_state
+from andromeda.train.step import StepBatch, TrainStep
 
 TINY = (
     "model.hidden_size=64 model.num_layers=2 model.vocab_size=512 model.attention.num_heads=4 model.attention.head_dim=32 "
     "model.feedforward.intermediate_size=128 model.alibi.num_heads=2 train.micro_batch_size=1"
 )
+FAR, DEEP = "model.rotary.scale_base=65536", "model.num_layers=16"
 WINDOWS = "model.attention.sliding_window={window} model.attention.full_attention_interval={interval}"
 
 
@@ -60,8 +67,12 @@ class Run(NamedTuple):
 
     def config(self, *changes: str) -> ModelConfig:
         """Preset andromeda, or its shape at a size for a CPU."""
+        return self.run_config(*changes).model
+
+    def run_config(self, *changes: str) -> RunConfig:
+        """The same with its training."""
         words = [word for change in (TINY if self.tiny else "", *changes) for word in change.split()]
-        return load("andromeda", words).model
+        return load("andromeda", words)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -103,7 +114,7 @@ def prefill_windows(run: Run) -> None:
 def prefill(run: Run) -> None:
     """A prompt of 100,352 tokens in 16 bits."""
     length = 128 if run.tiny else 100352
-    changes = "model.max_seq_len=128" if run.tiny else "model.max_seq_len=200704 model.rotary.scale_base=65536"
+    changes = "model.max_seq_len=128" if run.tiny else f"model.max_seq_len=200704 {FAR}"
     _prefill(run, run.config(changes), length, fp8=False)
 
 
@@ -137,6 +148,49 @@ def _prefill(run: Run, config: ModelConfig, length: int, fp8: bool) -> None:
     if found["one_memory_gib"]:
         found["memory_share"] = found["all_memory_gib"] / found["one_memory_gib"]
     run.report(found)
+
+
+def train(run: Run) -> None:
+    """A step of one sequence of 131,072 tokens, 16 of the preset's 32 layers: split over all GPUs, with FSDP2 over them, and on one."""
+    length = 128 if run.tiny else 131072
+    size = "model.max_seq_len=128 train.precision=fp32" if run.tiny else f"model.max_seq_len={length} {FAR} {DEEP} train.precision=bf16"
+    changes = f"{size} train.seq_len={length} train.batch_size=1 train.activation_checkpointing=full train.compile=off"
+    found: dict[str, Any] = {"tokens": length, "layers": run.config(size).num_layers}
+    for name, layout in (("all", f"parallel.context={run.mesh.size()} parallel.shard=1"), ("one", "")):
+        for backend in ("auto", "flash"):
+            _forget(run.device)
+            try:
+                found |= _train_steps(run, run.run_config(changes, layout, f"model.attention.backend={backend}"), name)
+                break
+            except (RuntimeError, NotImplementedError) as error:
+                if backend == "flash" or isinstance(error, torch.OutOfMemoryError):
+                    raise
+                found[f"{name}_without_{backend}"] = str(error)[-300:]
+        run.report(found)
+    found["speedup"] = found["one_ms"] / found["all_ms"]
+    if found["one_memory_gib"]:
+        found["memory_share"] = found["all_memory_gib"] / found["one_memory_gib"]
+    run.report(found)
+
+
+def _train_steps(run: Run, config: RunConfig, name: str) -> dict[str, Any]:
+    """A short step to load all kernels, then one that is timed."""
+    mesh = build_mesh(resolve_layout(config.parallel, run.mesh.size()), run.device) if name == "all" else None
+    state = build_train_state(config, run.device, "random", mesh)
+    step = TrainStep(state, NextTokenObjective(state.model, config.train.z_loss, state.collectives), config.train)
+    length = config.train.seq_len
+    for tokens in (length // 16, length):
+        ids = _random_ids(config.model, tokens + 1, run)
+        batch = StepBatch(MicroBatch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), None), tokens, (0, 1))
+        state.optimizer.set_lr_factor(1.0, 1)
+        _synchronize(run.device)
+        dist.barrier()
+        start = time.perf_counter()
+        result = step(batch)
+        loss = float(result.nll)
+        _synchronize(run.device)
+        seconds = time.perf_counter() - start
+    return {f"{name}_ms": 1e3 * seconds, f"{name}_memory_gib": _peak(run.device), f"{name}_loss": loss}
 
 
 def _model(config: ModelConfig, run: Run) -> Transformer:
@@ -204,9 +258,10 @@ def _peak(device: torch.device) -> float:
 
 
 ROWS: dict[str, tuple[Callable[[Run], None], int]] = {
-    "decode": (decode, 80),
-    "prefill-fp8-windows": (prefill_windows, 120),
-    "prefill": (prefill, 100),
+    "decode": (decode, 75),
+    "prefill-fp8-windows": (prefill_windows, 95),
+    "prefill": (prefill, 80),
+    "train": (train, 105),
 }
 """Rows and the seconds that each may take, the start of its processes included."""
 
@@ -217,7 +272,7 @@ def run_row(name: str, out: Path, tiny: bool) -> None:
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", device_id=device if cuda else None)
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
 
     def report(figures: dict[str, Any]) -> None:
