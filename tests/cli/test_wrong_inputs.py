@@ -10,52 +10,16 @@ from pathlib import Path
 import pytest
 
 from tests.command import call
+from tests.corpora import TINY_RUN, tiny_run
 
-MODEL = [
-    "model.hidden_size=16",
-    "model.num_layers=1",
-    "model.max_seq_len=32",
-    "model.attention.num_heads=2",
-    "model.attention.num_kv_heads=1",
-    "model.attention.head_dim=8",
-    "model.vocab_size=257",
-]
-RUN = [
-    *MODEL,
-    "train.steps=2",
-    "train.batch_size=2",
-    "train.schedule.cooldown=1",
-    "train.schedule.warmup=0",
-    "train.compile=off",
-    "train.device=cpu",
-]
+RUN = [*TINY_RUN, "model.max_seq_len=32"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A corpus of bytes and a run of two steps, to be copied."""
     place = tmp_path_factory.mktemp("made")
-    texts = place / "texts"
-    texts.mkdir()
-    for i in range(40):
-        (texts / f"{i}.txt").write_text(f"the {i}th text of a small corpus\n" * 3)
-    assert (
-        call(
-            "data",
-            "build",
-            str(texts),
-            "--out",
-            str(place / "corpus"),
-            "--tokenizer",
-            "bytes",
-            "--validation-fraction",
-            "0.2",
-            "--workers",
-            "1",
-        )
-        == 0
-    )
-    assert call("train", "nano", *RUN, f"data.corpus={place / 'corpus'}", "--out", str(place / "run")) == 0
+    tiny_run(place, "the {i}th text of a small corpus\n" * 3, "model.max_seq_len=32")
     return place
 
 

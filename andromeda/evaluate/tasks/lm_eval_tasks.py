@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import re
+from abc import ABC, abstractmethod
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from andromeda.evaluate.result import safe_file_name
 from andromeda.utils.errors import MissingExtra, RequestError, nearest
 from andromeda.utils.progress_callback import ProgressCallback
 
+Questions = list[MultipleChoiceQuestion | WordProblem]
 NEW_TOKENS = 256
 FINAL_NUMBER = re.compile(r"#### (-?[0-9.,]+)")
 """Of GSM8K's answers (arXiv 2110.14168)."""
@@ -37,75 +39,93 @@ class QuestionSettings(BaseConfig):
     samples: PositiveInt | None
 
 
-class MultipleChoiceEvaluation:
-    """Multiple choice on a user's file: the most likely answer, and the most likely one per byte."""
+class QuestionEvaluation(ABC):
+    """Questions of a user's file as a task of the harness."""
 
-    kind = "fewshot"
+    kind: str
+    purpose: str
+    default_shots = 0
+    default_samples: int | None = None
+
+    @abstractmethod
+    def questions(self, path: Path) -> Questions:
+        """The file's questions. Raises an AndromedaError, one sentence."""
+
+    @abstractmethod
+    def task(self) -> dict[str, Any]:
+        """The harness's configuration of the task."""
+
+    @abstractmethod
+    def figures(self, found: dict[str, Any], asked: Questions) -> dict[str, float]:
+        """The results, from the harness's metrics."""
 
     def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
-        """Without examples by default."""
-        loaded.tokenizer("Multiple choice")
-        path = existing_file(options.file, "fewshot")
-        asked_range(len(read_choices(path)), options.shots or 0, options.samples)
-        require_lm_eval("Multiple choice")
-        return [QuestionSettings(file=str(path), shots=options.shots or 0, samples=options.samples)]
+        """The file, and how many solved examples and questions."""
+        loaded.tokenizer(self.purpose)
+        path, shots = existing_file(options.file, self.kind), self.default_shots if options.shots is None else options.shots
+        asked_range(len(self.questions(path)), shots, options.samples)
+        require_lm_eval(self.purpose)
+        return [QuestionSettings(file=str(path), shots=shots, samples=options.samples or self.default_samples)]
 
     def read(self, values: dict[str, Any]) -> QuestionSettings:
         """Settings that were stored."""
         return validate(QuestionSettings, values)
 
     def measure(self, loaded: LoadedModel, settings: QuestionSettings, report: ProgressCallback) -> Measurement:
-        """Both accuracies, and that of guessing."""
-        path = existing_file(settings.file, "fewshot")
-        questions = read_choices(path)
-        asked = [questions[i] for i in asked_range(len(questions), settings.shots, settings.samples)]
-        task = {
-            "task": "fewshot",
+        """The figures of the questions that are asked, after the examples."""
+        path = existing_file(settings.file, self.kind)
+        questions = self.questions(path)
+        asked: Questions = [questions[i] for i in asked_range(len(questions), settings.shots, settings.samples)]
+        found = _ask(loaded, {"task": self.kind} | self.task(), questions[: settings.shots], asked, report)
+        result = self.figures(found, asked) | {"questions": len(asked), "shots": settings.shots}
+        return Measurement(safe_file_name(f"{self.kind}-{path.stem}-{settings.shots}"), file_sha256(path), result)
+
+
+class MultipleChoiceEvaluation(QuestionEvaluation):
+    """Multiple choice: the most likely answer, and the most likely one per byte. Without examples by default."""
+
+    kind = "fewshot"
+    purpose = "Multiple choice"
+
+    def questions(self, path: Path) -> Questions:
+        """Questions with their choices."""
+        return list(read_choices(path))
+
+    def task(self) -> dict[str, Any]:
+        """Each choice is scored by its likelihood after the question."""
+        return {
             "output_type": "multiple_choice",
             "doc_to_text": prompt_of,
             "doc_to_choice": lambda row: row["choices"],
             "doc_to_target": lambda row: row["right"],
             "metric_list": [{"metric": "acc"}, {"metric": "acc_bytes"}],
         }
-        found = _ask(loaded, task, questions[: settings.shots], asked, report)
-        result = {
-            "accuracy": found["acc,none"],
-            "normalized": found["acc_bytes,none"],
-            "chance": sum(1 / len(one.choices) for one in asked) / len(asked),
-            "questions": len(asked),
-            "shots": settings.shots,
-        }
-        return Measurement(safe_file_name(f"fewshot-{path.stem}-{settings.shots}"), file_sha256(path), result)
+
+    def figures(self, found: dict[str, Any], asked: Questions) -> dict[str, float]:
+        """Both accuracies, and that of guessing."""
+        chance = sum(1 / len(one.choices) for one in asked if isinstance(one, MultipleChoiceQuestion)) / len(asked)
+        return {"accuracy": found["acc,none"], "normalized": found["acc_bytes,none"], "chance": chance}
 
 
-class Gsm8kEvaluation:
-    """Word problems on a user's file: whether the number after #### is right."""
+class Gsm8kEvaluation(QuestionEvaluation):
+    """Word problems: whether the number after #### is right. Four examples and at most 100 questions by default."""
 
     kind = "gsm8k"
+    purpose = "GSM8K"
+    default_shots = 4
+    default_samples = 100
 
-    def settings(self, options: EvalOptions, loaded: LoadedModel) -> list[BaseConfig]:
-        """Four examples and at most 100 questions by default."""
-        loaded.tokenizer("GSM8K")
-        path, shots = existing_file(options.file, "gsm8k"), 4 if options.shots is None else options.shots
+    def questions(self, path: Path) -> Questions:
+        """Questions with their solutions, each of which ends in a number."""
         questions = read_solved(path)
         for number, one in enumerate(questions, 1):
             if final_number(one.answer) is None:
                 raise RequestError(f"Question {number} of {path} has no final number: its answer must end in `#### 42`.")
-        asked_range(len(questions), shots, options.samples)
-        require_lm_eval("GSM8K")
-        return [QuestionSettings(file=str(path), shots=shots, samples=options.samples or 100)]
+        return list(questions)
 
-    def read(self, values: dict[str, Any]) -> QuestionSettings:
-        """Settings that were stored."""
-        return validate(QuestionSettings, values)
-
-    def measure(self, loaded: LoadedModel, settings: QuestionSettings, report: ProgressCallback) -> Measurement:
-        """Exact match of the final number of the greedy answer. An answer without one is wrong."""
-        path = existing_file(settings.file, "gsm8k")
-        questions = read_solved(path)
-        asked = [questions[i] for i in asked_range(len(questions), settings.shots, settings.samples)]
-        task = {
-            "task": "gsm8k",
+    def task(self) -> dict[str, Any]:
+        """The answer is the greedy continuation. One without a final number is wrong."""
+        return {
             "output_type": "generate_until",
             "doc_to_text": prompt_of,
             "doc_to_target": lambda row: row["answer"],
@@ -113,10 +133,10 @@ class Gsm8kEvaluation:
             "process_results": grade,
             "metric_list": [{"metric": name, "aggregation": "mean", "higher_is_better": True} for name in ("exact_match", "answered")],
         }
-        found = _ask(loaded, task, questions[: settings.shots], asked, report)
-        figures = {"exact_match": found["exact_match,none"], "answered": found["answered,none"]}
-        result = figures | {"questions": len(asked), "shots": settings.shots}
-        return Measurement(safe_file_name(f"gsm8k-{path.stem}-{settings.shots}"), file_sha256(path), result)
+
+    def figures(self, found: dict[str, Any], asked: Questions) -> dict[str, float]:
+        """Exact match of the final number, and the share of answers that have one."""
+        return {"exact_match": found["exact_match,none"], "answered": found["answered,none"]}
 
 
 def prompt_of(row: dict[str, Any]) -> str:
@@ -139,8 +159,8 @@ def grade(row: dict[str, Any], answers: list[str]) -> dict[str, float]:
 def _ask(
     loaded: LoadedModel,
     task: dict[str, Any],
-    examples: list[MultipleChoiceQuestion] | list[WordProblem],
-    asked: list[MultipleChoiceQuestion] | list[WordProblem],
+    examples: Questions,
+    asked: Questions,
     report: ProgressCallback,
 ) -> dict[str, Any]:
     """The harness's metrics of a task over questions in memory. Raises RequestError for a question that does not fit."""
