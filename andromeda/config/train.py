@@ -92,6 +92,8 @@ class CheckpointConfig(BaseConfig):
     """Steps; 0 writes only at the end and on a signal."""
     keep: PositiveInt = 2
     """How many are kept, the newest ones."""
+    background: bool = False
+    """Write while training goes on, from a copy of the state in main memory."""
 
 
 class ProbesConfig(BaseConfig):

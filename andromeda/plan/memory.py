@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.config.train import OptimizerConfig, TrainConfig
+from andromeda.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from andromeda.model.kv_cache.protocol import CacheBytes
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
@@ -86,7 +86,7 @@ class CheckpointSize:
     disk_peak: int
     """While the next one is written in addition to those that are kept."""
     host: int
-    """Host memory while saving from a GPU: its largest part is copied whole."""
+    """Host memory while saving from a GPU."""
 
 
 def training_memory(
@@ -141,10 +141,12 @@ def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:
         return tracker.peak - tracker.held
 
 
-def checkpoint_size(state: TrainStateBytes, keep: int) -> CheckpointSize:
+def checkpoint_size(state: TrainStateBytes, settings: CheckpointConfig) -> CheckpointSize:
     """Weights, optimizer state and moving average are saved; gradients are not."""
     disk = state.weights + state.optimizer + state.average
-    return CheckpointSize(disk, (keep + 1) * disk, max(state.weights, state.optimizer, state.average))
+    # In the background a copy of the whole state is written, otherwise one part after the other.
+    host = disk if settings.background else max(state.weights, state.optimizer, state.average)
+    return CheckpointSize(disk, (settings.keep + 1) * disk, host)
 
 
 def cache_bytes(model: ModelConfig, tokens: int = 1) -> int:

@@ -24,6 +24,14 @@ class Ranks:
 
             self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
 
+    def split(self) -> Ranks:
+        """The same processes with a process group of their own."""
+        if self._group is None:
+            return self
+        import torch.distributed as dist
+
+        return Ranks(dist.new_group(dist.get_process_group_ranks(self._group), backend="gloo"))
+
     def all_gather(self, value: T) -> list[T]:
         """The values of all ranks, by rank."""
         if self._group is None:

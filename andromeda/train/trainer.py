@@ -26,6 +26,7 @@ from andromeda.train.callbacks.samples import Samples, build_samples, write_samp
 from andromeda.train.callbacks.validation import Validation
 from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
 from andromeda.train.checkpoint_ranks import Ranks
+from andromeda.train.checkpoint_writer import CheckpointWriter
 from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
 from andromeda.train.join_workers import join_workers
 from andromeda.train.manifest import start_entry
@@ -87,6 +88,10 @@ class Trainer:
         self._diagnostics = Diagnostics(state.model, state.precision, state.collectives)
         self._saved_step = state.progress.step
         self._warning = ""
+        settings, ranks = train.checkpoints, state.ranks
+        self._checkpoints = CheckpointWriter(
+            io.run_dir.checkpoints, settings.keep, ranks.split() if settings.background else ranks, background=settings.background
+        )
         self._periodic: list[tuple[int, Callable[[], MetricValues]]] = [
             (train.log.every, self._step_metrics),
             (train.log.diagnostics_every, lambda: self._diagnostics.metrics),
@@ -107,6 +112,7 @@ class Trainer:
                 self._roll_back()
         if self._saved_step != self._state.progress.step:
             self._save()
+        self._checkpoints.wait()
         if self._warning:
             self._io.reporter.message(self._warning)
 
@@ -202,11 +208,8 @@ class Trainer:
             logger.log(self._state.progress.step, metrics)
 
     def _save(self) -> None:
-        checkpoints = self._io.run_dir.checkpoints
-        ranks = self._state.ranks
-        info = ranks.from_first(self._io.metrics_file.checkpoint_info)
-        checkpoint.save(checkpoints, self._state.snapshot(info), ranks)
-        ranks.on_first(lambda: checkpoint.prune(checkpoints, self._train.checkpoints.keep))
+        info = self._state.ranks.from_first(self._io.metrics_file.checkpoint_info)
+        self._checkpoints.save(self._state.snapshot(info))
         self._saved_step = self._state.progress.step
 
     def _roll_back(self) -> None:
@@ -218,6 +221,7 @@ class Trainer:
                 f"{self._train.spike_guard.patience} steps in a row up to step {step} were skipped, after {guard.rollbacks} rollbacks: "
                 f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._io.run_dir.checkpoints}."
             )
+        self._checkpoints.wait()
         snapshot = checkpoint.read(state.ranks.from_first(self._last_healthy), like=model_tensors(state.model))
         state.restore(snapshot)
         self._saved_step = snapshot.step

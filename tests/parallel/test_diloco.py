@@ -36,7 +36,7 @@ LIGHTHOUSE = """
 import os, sys, time
 os.environ["RUST_LOG"] = "warn"
 from torchft.coordination import LighthouseServer
-server = LighthouseServer(bind="127.0.0.1:0", min_replicas=int(sys.argv[1]), join_timeout_ms=3000, heartbeat_timeout_ms=5000)
+server = LighthouseServer(bind="127.0.0.1:0", min_replicas=int(sys.argv[1]), join_timeout_ms=60000, heartbeat_timeout_ms=5000)
 print(server.address(), flush=True)
 time.sleep(3600)
 """

@@ -10,6 +10,7 @@ import torch
 
 from andromeda.config.load import from_values, load
 from andromeda.config.run import RunConfig
+from andromeda.config.train import CheckpointConfig
 from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
@@ -93,9 +94,11 @@ def test_state_is_what_a_step_leaves_behind(name: str, kind: str) -> None:
     assert planned.optimizer == held(optimizer.state_tensors().values())
     assert (ema := build_ema(model, config.train.ema)) is not None
     assert planned.average == held(ema.state_tensors().values())
-    saved = checkpoint_size(planned, keep=2)
+    saved = checkpoint_size(planned, CheckpointConfig(keep=2))
     assert saved.disk == planned.total - planned.gradients
     assert saved.disk_peak == 3 * saved.disk
+    assert saved.host == max(planned.weights, planned.optimizer, planned.average)
+    assert checkpoint_size(planned, CheckpointConfig(background=True)).host == saved.disk
 
 
 def held(tensors: Any) -> int:
