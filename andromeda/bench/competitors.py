@@ -33,6 +33,7 @@ from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.precision import PRECISIONS, has_fast_bf16
 from andromeda.train.state import build_train_state
 from andromeda.train.step import StepBatch, TrainStep
+from andromeda.utils.compile_cache import remove_torn_files
 from andromeda.utils.errors import MissingExtra
 from andromeda.utils.hardware import matmul_rate
 
@@ -155,6 +156,8 @@ def _llama_model(compiled: bool) -> tuple[Any, Any]:
     }
     torch.manual_seed(0)
     model = LlamaForCausalLM(LlamaConfig(**shape))
+    if compiled:
+        remove_torn_files()
     return model, torch.compile(model, dynamic=False) if compiled else model
 
 

@@ -11,6 +11,7 @@ from andromeda.generate.decode_kernels import use_decode_kernels
 from andromeda.generate.fused_block import FusedBlock, can_fuse
 from andromeda.model.transformer import Transformer
 from andromeda.ops import float8_inference
+from andromeda.utils.compile_cache import remove_torn_files
 from andromeda.utils.errors import ConfigError
 
 UNPADDED = {"comprehensive_padding": False}
@@ -39,6 +40,7 @@ def optimize_for_inference(
         elif fp8:
             _quantize(block)
     if compile:
+        remove_torn_files()
         torch._dynamo.config.recompile_limit = max(VARIANTS, torch._dynamo.config.recompile_limit)
         warnings.filterwarnings("ignore", module="torch._inductor")
         # Uncompiled, positions and bias are two dozen small kernels per pass, 1/40 of a step's time.

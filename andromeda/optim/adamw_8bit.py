@@ -13,6 +13,7 @@ from torch import Tensor
 from andromeda.config.train import OptimizerConfig
 from andromeda.optim.optimizer_kind import FLOAT_BYTES, Compile, OptimizerKind, ParamGroups
 from andromeda.optim.param_groups import Role
+from andromeda.utils.compile_cache import remove_torn_files
 from andromeda.utils.errors import MissingExtra
 
 BLOCK = 256
@@ -54,6 +55,8 @@ class AdamW8bit(OptimizerKind):
             from torchao.optim import AdamW8bit as TorchaoAdamW8bit
         except ImportError as error:
             raise MissingExtra("torchao", "eightbit", "The 8-bit optimizer (train.optim.kind = 'adamw8bit')") from error
+
+        remove_torn_files()
 
         class EagerAdamW8bit(TorchaoAdamW8bit):  # type: ignore[misc, unused-ignore]  # torchao may be missing
             def step(self, closure: Callable[[], Any] | None = None) -> Any:

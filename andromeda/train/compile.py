@@ -10,6 +10,7 @@ import torch
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
 from andromeda.model.transformer import Transformer
+from andromeda.utils.compile_cache import remove_torn_files
 from andromeda.utils.errors import ConfigError
 
 MIN_CPU_FLOPS = 3e14
@@ -23,6 +24,7 @@ def compile_blocks(model: Transformer, config: RunConfig, device: torch.device) 
     """Compile the blocks if `train.compile` says so; returns whether. Raises ConfigError for `on` without a C++ compiler."""
     if not should_compile(config, device):
         return False
+    remove_torn_files()
     torch._dynamo.config.recompile_limit = max(RECOMPILE_LIMIT, torch._dynamo.config.recompile_limit)
     warnings.filterwarnings("ignore", module="torch._inductor")
     # Matmul results with gaps between their rows would have to be copied for kernels of our own, which want them contiguous.
