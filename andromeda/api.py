@@ -212,7 +212,7 @@ def place(model: nn.Module, device: torch.device, dtype: torch.dtype | str) -> N
     """Move a model and give its weights a type. Buffers keep theirs: those that are float32 have a reason."""
     if isinstance(dtype, str):
         if dtype == "auto":
-            # On CPUs with bfloat16 products decoding gains nothing and prefill loses (docs/generation.md).
+            # On CPUs with bfloat16 matmuls decoding gains nothing and prefill loses (docs/generation.md).
             dtype = "bf16" if device.type == "cuda" and has_fast_bf16(device) else "fp32"
         if dtype not in DTYPES:
             raise ConfigError(f"There is no dtype {dtype!r}{nearest(dtype, DTYPES)}: give auto, {', '.join(DTYPES)}.")

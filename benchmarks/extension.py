@@ -1,4 +1,4 @@
-"""How far a model of 125 M parameters that was trained at 2,048 tokens can be stretched, by which method, at what cost.
+"""How far a model of 125 M parameters that was trained at 2,048 tokens can be extended, by which method, at what cost.
 
     python benchmarks/extension.py --out benchmarks/results/extension-gpu.json --plots docs/images
 
@@ -362,7 +362,7 @@ def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
 
 
 def read_far(work: Path, size: Size) -> dict[str, Any]:
-    """The model extended the furthest, on texts that are longer still: its positions as they are, and stretched anew, untrained."""
+    """The model extended the furthest, on texts that are longer still: its positions as they are, and scaled once more, untrained."""
     folders = [folder for to in size.to if (folder := folder_of(work, to, "yarn")).exists()]
     overrides = ("train.micro_batch_size=1", "train.batch_size=1")
     request = ExtendRequest(str(folders[-1]), size.far, steps=0, overrides=overrides, samples=size.far_samples, held_out=str(work / "code"))

@@ -38,7 +38,7 @@ def main() -> None:
         "model": repr(model).splitlines(),
         "prompts": [measure(model, length, 1) for length in lengths],
         "batches": [measure(model, 64, rows) for rows in batches],
-        "sampling": [measure(model, 64, 1, **wishes) for wishes in ({"temperature": 0}, {"top_k": 0, "top_p": 0.9})],
+        "sampling": [measure(model, 64, 1, **settings) for settings in ({"temperature": 0}, {"top_k": 0, "top_p": 0.9})],
         "milliseconds a token without a cache": {length: without_cache(model, length) for length in lengths},
     }
     if gpu:
@@ -57,14 +57,14 @@ def build_on_gpu() -> Andromeda:
     return model
 
 
-def measure(model: Andromeda, length: int, rows: int, **wishes: Any) -> dict[str, Any]:
+def measure(model: Andromeda, length: int, rows: int, **settings: Any) -> dict[str, Any]:
     """`rows` prompts of `length` tokens, and `NEW` tokens after each."""
     engine = Engine(model, batch=rows)
     prompts = torch.randint(model.config.vocab_size, (rows, length)).tolist()
-    answers = [engine.generate(prompts, max_new_tokens=NEW, seed=0, **wishes)[0] for _ in range(ROUNDS)]
+    answers = [engine.generate(prompts, max_new_tokens=NEW, seed=0, **settings)[0] for _ in range(ROUNDS)]
     speed = max(answer.tokens_per_second for answer in answers)
     return {
-        **wishes,
+        **settings,
         "prompt_tokens": length,
         "rows": rows,
         "prefill_milliseconds": round(1e3 * min(answer.prefill_seconds for answer in answers), 2),

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py --out RESULTS --seconds 560            # the most important jobs that this time allows
     python benchmarks/gpu.py --out RESULTS --seconds 560            # again: what is not in RESULTS yet
-    python benchmarks/gpu.py --out RESULTS loss embedding           # these only, measured anew
+    python benchmarks/gpu.py --out RESULTS loss embedding           # these only, measured again
     python benchmarks/gpu.py --out /tmp/tiny --size tiny            # the same way on a CPU, in a few minutes; its times mean nothing
 
 A job is one `andromeda bench` command, which writes gpu-JOB.json into the folder, and its output gpu-JOB.log; a job that fails or
@@ -121,7 +121,7 @@ JOBS = {
 def main() -> None:
     """Run what is asked for and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("jobs", nargs="*", metavar="JOB", help="these only, measured anew: " + ", ".join(JOBS))
+    parser.add_argument("jobs", nargs="*", metavar="JOB", help="these only, measured again: " + ", ".join(JOBS))
     parser.add_argument("--out", type=Path, help="folder for the results")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="of all jobs together; none begins after that")
     parser.add_argument("--size", choices=("full", "tiny"), default="full")

@@ -1,7 +1,7 @@
 """Several GPUs of one host against one of them: a decoding step in tensor parallel, long prompts and long sequences in context parallel.
 
     torchrun --nproc-per-node 2 benchmarks/parallel_long.py --out RESULTS/parallel-long.json
-    torchrun --nproc-per-node 2 benchmarks/parallel_long.py --out RESULTS/parallel-long.json decode    # this row only, measured anew
+    torchrun --nproc-per-node 2 benchmarks/parallel_long.py --out RESULTS/parallel-long.json decode    # this row only, measured again
     torchrun --nproc-per-node 2 benchmarks/parallel_long.py --out /tmp/tiny.json --size tiny           # on a CPU; times mean nothing
 
 Rows are in order of importance. Each runs in processes of its own, which end at its time limit, and writes its figures as soon as it has

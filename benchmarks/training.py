@@ -88,7 +88,7 @@ def rows() -> MicroBatch:
 
 
 def copies() -> Callable[[], object]:
-    """A step whose products read bfloat16 weights that were cast once, instead of casting them at every use."""
+    """A step whose matmuls read bfloat16 weights that were cast once, instead of casting them at every use."""
     live, _ = build({})
     twin = copy.deepcopy(live.model)
     for p in twin.parameters():

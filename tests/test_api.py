@@ -113,16 +113,16 @@ def test_placing_leaves_float32_buffers_as_they_are() -> None:
 
 
 def test_an_answer_is_of_its_prompts_kind() -> None:
-    model, wishes = small(tokenizer=BYTES), {"max_new_tokens": 6, "seed": 2}
-    text, ids = model.generate("ab", **wishes), model.generate([256, 97, 98], **wishes)
+    model, settings = small(tokenizer=BYTES), {"max_new_tokens": 6, "seed": 2}
+    text, ids = model.generate("ab", **settings), model.generate([256, 97, 98], **settings)
     assert BYTES.decode(ids) == text
-    assert model.generate(torch.tensor([256, 97, 98]), **wishes) == ids
-    assert model.generate(["ab", "ab"], **wishes) == [text, text]
-    assert model.generate([[256, 97, 98], "ab"], **wishes) == [ids, text]
-    assert model.generate(torch.tensor([[256, 97, 98]] * 2), **wishes) == [ids, ids]
-    assert "".join(model.generate("ab", stream=True, **wishes)) == text
-    assert list(model.generate([256, 97, 98], stream=True, **wishes)) == ids
-    assert model.generate([], **wishes) == model.generate([256], **wishes)
+    assert model.generate(torch.tensor([256, 97, 98]), **settings) == ids
+    assert model.generate(["ab", "ab"], **settings) == [text, text]
+    assert model.generate([[256, 97, 98], "ab"], **settings) == [ids, text]
+    assert model.generate(torch.tensor([[256, 97, 98]] * 2), **settings) == [ids, ids]
+    assert "".join(model.generate("ab", stream=True, **settings)) == text
+    assert list(model.generate([256, 97, 98], stream=True, **settings)) == ids
+    assert model.generate([], **settings) == model.generate([256], **settings)
 
 
 def test_what_is_saved_comes_back_to_the_bit(tmp_path: Path) -> None:

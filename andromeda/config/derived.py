@@ -39,7 +39,7 @@ def rotated_dims(model: ModelConfig) -> int:
 
 
 def original_max_seq_len(model: ModelConfig) -> int:
-    """Tokens that the rotary frequencies were trained on, before they were stretched."""
+    """Tokens that the rotary frequencies were trained on, before they were scaled."""
     scaling = model.rotary.scaling
     return scaling.original_max_seq_len or round(model.max_seq_len / scaling.factor)
 
@@ -48,7 +48,7 @@ def smallest_scale_base(model: ModelConfig, bits: int) -> int:
     """The least xPos `scale_base` whose factors stay within 2^-bits and 2^bits over the whole context.
 
     Positions are counted from the middle of the context, so the largest factor is (1.4/0.4)^(context / 2 / base), with
-    base = scale_base x the scaling's factor (the decay is stretched with the angles; dynamic scaling does not stretch short sequences).
+    base = scale_base x the scaling's factor (the decay is scaled like the angles; dynamic scaling leaves short sequences alone).
     """
     scaling = model.rotary.scaling
     return math.ceil(XPOS_BITS * model.max_seq_len / 2 / bits / (1.0 if scaling.kind == "dynamic" else scaling.factor))

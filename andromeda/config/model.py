@@ -70,7 +70,7 @@ class EmbeddingConfig(BaseConfig):
 
 
 class RopeScalingConfig(BaseConfig):
-    """Frequency scaling that stretches rotary positions over a longer context."""
+    """Frequency scaling that extends rotary positions to a longer context."""
 
     kind: Literal["none", "linear", "ntk", "dynamic", "yarn", "llama3"] = "none"
     """Linear (position interpolation), NTK-aware, NTK that follows the length, YaRN, or Llama 3's: YaRN's ramp over rotations alone."""
@@ -81,7 +81,7 @@ class RopeScalingConfig(BaseConfig):
     beta_fast: PositiveFloat = 32.0
     """YaRN and llama3: pairs that turn at least this often over the original context keep their frequency (high_freq_factor)."""
     beta_slow: PositiveFloat = 1.0
-    """YaRN and llama3: pairs that turn at most this often are stretched by the whole factor (low_freq_factor)."""
+    """YaRN and llama3: pairs that turn at most this often are slowed down by the whole factor (low_freq_factor)."""
     ramp: Literal["index", "rotations"] = "index"
     """YaRN's ramp: over the dimension's index, as the released code and transformers do, or over its rotations, as the paper writes."""
 
@@ -112,7 +112,7 @@ class AlibiConfig(BaseConfig):
     fold_into_qk: bool = False
     """Carry the bias in four reserved dimensions of each head, so that any causal kernel computes it."""
     scale: PositiveFloat = 1.0
-    """Divides every slope: the rule by which ALiBi is stretched over a longer context."""
+    """Divides every slope: the rule by which ALiBi is extended to a longer context."""
 
 
 class AttentionConfig(BaseConfig):

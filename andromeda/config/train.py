@@ -93,7 +93,7 @@ class CheckpointConfig(BaseConfig):
     keep: PositiveInt = 2
     """How many are kept, the newest ones."""
     background: bool = False
-    """Write while training goes on, from a copy of the state in main memory."""
+    """Write while training continues, from a copy of the state in main memory."""
 
 
 class ProbesConfig(BaseConfig):

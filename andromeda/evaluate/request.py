@@ -18,7 +18,7 @@ Depths = Annotated[tuple[Annotated[float, Field(ge=0, le=1)], ...], BeforeValida
 
 
 class EvalOptions(BaseConfig):
-    """Wishes that are shared by all evaluations; what is empty or 0 is chosen by each."""
+    """Options that are shared by all evaluations; what is empty or 0 is chosen by each."""
 
     text: str = ""
     """A file to measure on, instead of the held-out documents."""

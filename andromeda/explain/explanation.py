@@ -58,7 +58,7 @@ class Explanation:
     run: Path
     model: Andromeda
     step: int | None
-    wish: ExplainRequest
+    request: ExplainRequest
     tokens: list[str]
     position: int
     target: int
@@ -78,22 +78,22 @@ class Explanation:
     @property
     def maps(self) -> dict[int, Tensor]:
         """Attention weights (H, T, T) of the layers shown, by index from 0."""
-        shown = self.wish.layers or range(1, len(self.seen.layers) + 1)
+        shown = self.request.layers or range(1, len(self.seen.layers) + 1)
         found = {number - 1: self.seen.layers[number - 1].weights for number in shown}
         return {number: weights[0] for number, weights in found.items() if weights is not None}
 
 
-def explain(run: Path, model: Andromeda, wish: ExplainRequest, step: int | None = None) -> Explanation:
+def explain(run: Path, model: Andromeda, request: ExplainRequest, step: int | None = None) -> Explanation:
     """Explain what `model` (in float64, from the run folder `run`) predicts after a text. Raises RequestError, one sentence."""
-    ids = torch.tensor([_ids(model, wish)], device=model.head.weight.device)
-    position = _position(wish, ids.shape[1])
-    _check_layers(model, wish, ids.shape[1])
+    ids = torch.tensor([_ids(model, request)], device=model.head.weight.device)
+    position = _position(request, ids.shape[1])
+    _check_layers(model, request, ids.shape[1])
     seen = trace(model, ids)
     logits = seen.logits[0, position]
-    target = _token(model, wish.target, "target") if wish.target else int(logits.argmax())
+    target = _token(model, request.target, "target") if request.target else int(logits.argmax())
     others = logits.clone()
     others[target] = -torch.inf
-    against = _token(model, wish.against, "against") if wish.against else int(others.argmax())
+    against = _token(model, request.against, "against") if request.against else int(others.argmax())
     if against == target:
         raise RequestError("The token given with --against is the target itself: give another one.")
     refused: dict[str, str] = {}
@@ -111,7 +111,7 @@ def explain(run: Path, model: Andromeda, wish: ExplainRequest, step: int | None 
         refused["attention"] = f"There is no map of layer {', '.join(blind)}: the mixer does not average values there."
     tokens = [spell(model, int(i)) for i in ids[0]]
     checks = _checks(model, seen, looked, shares, gradients)
-    return Explanation(run, model, step, wish, tokens, position, target, against, seen, looked, shares, gradients, checks, refused)
+    return Explanation(run, model, step, request, tokens, position, target, against, seen, looked, shares, gradients, checks, refused)
 
 
 def spell(model: Andromeda, token: int) -> str:
@@ -123,28 +123,28 @@ def spell(model: Andromeda, token: int) -> str:
     return text or names.get(token, f"<{token}>")
 
 
-def _ids(model: Andromeda, wish: ExplainRequest) -> list[int]:
+def _ids(model: Andromeda, request: ExplainRequest) -> list[int]:
     bos = None if model.tokenizer is None else model.tokenizer.bos
-    ids = encode(wish.text, model.tokenizer, bos, model.config.vocab_size)
+    ids = encode(request.text, model.tokenizer, bos, model.config.vocab_size)
     most = min(MAX_TOKENS, model.config.max_seq_len)
     if len(ids) > most:
         raise RequestError(f"The text has {len(ids)} tokens, and at most {most} can be explained on one page: shorten it.")
     return ids
 
 
-def _position(wish: ExplainRequest, length: int) -> int:
-    position = length - 1 if wish.position == -1 else wish.position
+def _position(request: ExplainRequest, length: int) -> int:
+    position = length - 1 if request.position == -1 else request.position
     if not 0 <= position < length:
-        raise RequestError(f"--position {wish.position} is not in the text, which has tokens 0 to {length - 1}.")
+        raise RequestError(f"--position {request.position} is not in the text, which has tokens 0 to {length - 1}.")
     return position
 
 
-def _check_layers(model: Andromeda, wish: ExplainRequest, length: int) -> None:
+def _check_layers(model: Andromeda, request: ExplainRequest, length: int) -> None:
     depth, heads = model.config.num_layers, model.config.attention.num_heads
-    wrong = [number for number in wish.layers if not 1 <= number <= depth]
+    wrong = [number for number in request.layers if not 1 <= number <= depth]
     if wrong:
         raise RequestError(f"There is no layer {wrong[0]}: --layers takes numbers from 1 to {depth}.")
-    cells = len(wish.layers or range(depth)) * heads * length**2
+    cells = len(request.layers or range(depth)) * heads * length**2
     if cells > MAX_MAP_CELLS:
         most = max(1, MAX_MAP_CELLS // (heads * length**2))
         raise RequestError(

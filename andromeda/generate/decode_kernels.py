@@ -1,10 +1,10 @@
 """A layer's pass over one token of each sequence: seven kernels, of which four read a weight each, once, at the device's bandwidth.
 
     norm + shift + queries, values, keys  ->  norm and rotation of queries and keys  ->  attention, in parts and put together
-    ->  product + stream  ->  norm + shift + product + activation  ->  product + stream
+    ->  matmul + residual  ->  norm + shift + matmul + activation  ->  matmul + residual
 
 Values and keys are written where they belong in a cache of one size (`model.kv_cache.static`); other caches, and parts that the kernels do
-not know, take the layer's own way between the products.
+not know, take the layer's own way between the matmuls.
 
 Shapes: M sequences, C width, N outputs of the joined projection, J tokens of the shift.
 """

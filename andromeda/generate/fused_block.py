@@ -1,7 +1,7 @@
 """A serial pre-norm layer rearranged for inference, so that fewer passes go over its activations.
 
-Queries, keys and values come from one product. On a GPU, what lies between two products is one kernel (`ops.add_norm_shift`),
-which also rounds to 8 bits where the layers are in 8 bits; without 8 bits the last product adds itself to the stream. What a
+Queries, keys and values come from one matmul. On a GPU, what lies between two matmuls is one kernel (`ops.add_norm_shift`),
+which also rounds to 8 bits where the layers are in 8 bits; without 8 bits the last matmul adds its output to the residual stream. What a
 kernel cannot do, the layer's own parts do, as before.
 
 Shapes: B batch, T time, C width, H query heads, G key/value heads, D head dim.
@@ -28,7 +28,7 @@ from andromeda.ops import activation, float8_inference
 
 
 class MatmulInput(NamedTuple):
-    """Vectors on their way into a product."""
+    """Vectors that a matmul reads."""
 
     values: Tensor
     """(B, T, K) in a floating type, or in 8 bits."""
@@ -107,7 +107,7 @@ def apply_linear(linear: nn.Module, rows: MatmulInput) -> Tensor:
 
 
 class FusedQKVAttention(nn.Module):
-    """`Attention` whose queries, values and keys come from one product, in this order: so values begin where fast reads may."""
+    """`Attention` whose queries, values and keys come from one matmul, in this order: so values begin where fast reads may."""
 
     def __init__(self, attention: Attention, fp8: bool) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ class FusedFeedForward(nn.Module):
 
 
 class Float8FeedForward(nn.Module):
-    """The same with both products in 8 bits, the activation quantized as it is computed."""
+    """The same with both matmuls in 8 bits, the activation quantized as it is computed."""
 
     late = None
 

@@ -38,7 +38,7 @@ class Float8TrainingLinear(CachedCastLinear):
         return LinearSpec("float8")
 
     def accepts(self, x: Tensor) -> bool:
-        """As many vectors as products in 8 bits can have, on a GPU."""
+        """As many vectors as matmuls in 8 bits can have, on a GPU."""
         return float8.is_supported(x)
 
     def can_cast(self) -> bool:

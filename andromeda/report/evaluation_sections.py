@@ -40,7 +40,7 @@ def _one(result: EvalResult) -> Markup:
 
 
 def _compressors(record: RunData) -> Markup | None:
-    """The yardstick of the demo: what general compressors need for the same bytes."""
+    """What the demo is compared with: the bits that general compressors need for the same bytes."""
     bits = held_out_bits(record)
     if bits is None or not record.compressors:
         return None

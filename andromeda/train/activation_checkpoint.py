@@ -34,12 +34,12 @@ SAVED_OPS = (
 """Operations whose outputs `selective` keeps: matmuls, attention, and factors in 8 bits, which are small beside what they
 are made of. The rest costs memory traffic only."""
 SAVED_OPS_FLOAT8 = (*SAVED_OPS, "andromeda::add_norm_shift", "andromeda::preprocess_qkv")
-"""Of blocks in 8 bits: products keep what they read as 8 bits, so that of a norm with all around it only the sum that it was taken of
+"""Of blocks in 8 bits: matmuls keep their inputs in 8 bits, so that of a norm with all around it only the sum that it was taken of
 is read again; and there is room for queries, keys and values as attention takes them."""
 
 
 def checkpoint_blocks(model: Transformer, kind: str) -> None:
-    """Recompute activations in the backward pass: `none`, `selective` (all but matrix products and attention), or `full`."""
+    """Recompute activations in the backward pass: `none`, `selective` (all but matmuls and attention), or `full`."""
     for block in model.decoder.blocks:
         block.forward = {"none": _none, "selective": _selective, "full": _full}[kind](block)
 

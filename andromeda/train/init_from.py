@@ -1,6 +1,6 @@
 """The weights of another run as the start of a new one (`andromeda train CONFIG --init-from RUN`).
 
-The new run is an ordinary run whose checkpoint of step 0 holds these weights; its data, schedule and step count begin anew.
+The new run is an ordinary run whose checkpoint of step 0 holds these weights; its data, schedule and step count start from the beginning.
 The other run is only read.
 """
 

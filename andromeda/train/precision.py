@@ -91,7 +91,7 @@ class HalfPrecision(Precision):
         return model
 
     def convert_linears(self, model: Transformer, cached: bool = True) -> Sequence[master_weight_linear.MasterWeightLinear]:
-        """Exchange the linear layers of the blocks on any device; returns those that lead a product."""
+        """Exchange the linear layers of the blocks on any device; returns those whose weights lead a matmul."""
         layers = master_weight_linear.convert_to_master_weights(model.decoder, _is_block_linear, self.dtype, cached)
         # FSDP sums the gradients of sharded weights over the micro-batches, in float32.
         self._layers = layers if cached else ()
@@ -166,7 +166,7 @@ class Float8(BFloat16):
     2209.05433), one scale a tensor, from its largest value or a bound of it at every step. The weights that are trained stay float32.
 
     The linear layers are our own (model/float8_linear.py) or torchao's where there is no Triton. Sizes that are no multiple of 16 cannot be
-    products of 8 bits: such layers keep bfloat16 unless they are filled up beside others.
+    matmuls in 8 bits: such layers keep bfloat16 unless they are padded together with others.
     """
 
     name = "fp8"

@@ -90,10 +90,10 @@ def test_a_file_without_json_is_headed_answers(run: Path, capsys: Capture) -> No
 
 
 def test_an_answer_ends_at_a_stop_text(run: Path, capsys: Capture) -> None:
-    wishes = ("ab", "--max-new-tokens", "30", "--seed", "4", "--temperature", "3", "--json")
-    assert call(run, *wishes) == 0
+    settings = ("ab", "--max-new-tokens", "30", "--seed", "4", "--temperature", "3", "--json")
+    assert call(run, *settings) == 0
     whole = json.loads(capsys.readouterr().out)["text"]
-    assert call(run, *wishes, "--stop", "never written", "--stop", whole[4:7]) == 0
+    assert call(run, *settings, "--stop", "never written", "--stop", whole[4:7]) == 0
     answer = json.loads(capsys.readouterr().out)
     assert (answer["text"], answer["finish"]) == (whole[: whole.index(whole[4:7])], "stop")
 

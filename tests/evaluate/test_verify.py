@@ -196,7 +196,7 @@ def test_a_manifest_of_other_data_is_found_by_what_the_checkpoint_remembers(plac
 
 
 def test_a_figure_changed_with_its_hash_is_found_by_what_the_weights_compute(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Whoever writes the checkpoint's memory anew as well is found for what the weights give: each held-out figure by itself."""
+    """Whoever also rewrites the memory in the checkpoint is found for what the weights give: each held-out figure by itself."""
     path, folder = place / "run/metrics.jsonl", place / "run/checkpoints/step-00000002"
     _replace(path, b'"validation/bits_per_byte": ', b'"validation/bits_per_byte": 1')
     written = path.read_bytes()

@@ -1,4 +1,4 @@
-"""`andromeda explain` as a user calls it: the page, the figures as JSON, and every wrong wish in one sentence."""
+"""`andromeda explain` as a user calls it: the page, the figures as JSON, and every wrong request in one sentence."""
 
 from __future__ import annotations
 

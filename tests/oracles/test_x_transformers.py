@@ -95,7 +95,7 @@ def configured(overrides: list[str]) -> ModelConfig:
 
 
 def build_theirs(settings: dict[str, Any]) -> TransformerWrapper:
-    """x-transformers in float64: constants that it keeps in float32 are computed anew, weights are drawn."""
+    """x-transformers in float64: constants that it keeps in float32 are recomputed, weights are drawn."""
     outer = {name: settings[name] for name in ("use_abs_pos_emb", "tie_embedding", "tie_embedding_scale") if name in settings}
     inner = {name: value for name, value in settings.items() if name not in outer}
     decoder = Decoder(dim=WIDTH, depth=DEPTH, heads=HEADS, attn_dim_head=HEAD_DIM, verbose=False, **inner)

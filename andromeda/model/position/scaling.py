@@ -1,4 +1,4 @@
-"""Frequency scaling: how rotary frequencies are stretched so that a model reads further than it was trained.
+"""Frequency scaling: how rotary frequencies change so that a model reads further than it was trained.
 
 Each rule is a pure function of the frequencies and knows nothing of the rotation that uses them.
 Sources: linear (position interpolation) arXiv 2306.15595; NTK-aware and dynamic NTK as described in arXiv 2309.00071,
@@ -38,7 +38,7 @@ class Scaled:
     inverse: Tensor
     """Inverse frequency of each pair (dim/2,)."""
     stretch: float = 1.0
-    """How much longer the context has become; xPos's decay is stretched by it too."""
+    """How much longer the context has become; xPos's decay is scaled by it too."""
     logit_factor: float = 1.0
     """Multiplies the softmax scale; it does not depend on the length."""
 
@@ -54,7 +54,7 @@ def linear(rotary: RotaryConfig, span: Span) -> Scaled:
 
 
 def ntk(rotary: RotaryConfig, span: Span) -> Scaled:
-    """A larger base: the slowest pair is stretched by the whole factor, the fastest not at all."""
+    """A larger base: the slowest pair is slowed down by the whole factor, the fastest not at all."""
     return _larger_base(rotary, span, rotary.scaling.factor)
 
 

@@ -19,13 +19,13 @@ def attention_logits(q: Tensor, k: Tensor, spec: AttentionSpec) -> Tensor:
     """Logits (B, H, T, S) of q (B, T, H, D) and k (B, S, G, D) in at least float32, minus infinity where a key is not visible."""
     wide = torch.promote_types(q.dtype, torch.float32)
     T, (S, G) = q.shape[1], k.shape[1:3]
-    products = _einsum("btgrd,bsgd->bgrts", q.to(wide).unflatten(2, (G, -1)), k.to(wide)).flatten(1, 2) * spec.scale
+    logits = _einsum("btgrd,bsgd->bgrts", q.to(wide).unflatten(2, (G, -1)), k.to(wide)).flatten(1, 2) * spec.scale
     if spec.softcap:
-        products = spec.softcap * torch.tanh(products / spec.softcap)
+        logits = spec.softcap * torch.tanh(logits / spec.softcap)
     bias = spec.bias(T, S, q.device)
     if bias is not None:
-        products = products + bias.to(wide)
-    return products.masked_fill(~spec.mask(T, S, q.device), float("-inf"))
+        logits = logits + bias.to(wide)
+    return logits.masked_fill(~spec.mask(T, S, q.device), float("-inf"))
 
 
 def weighted_values(weights: Tensor, v: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ SHAPES = {"llama": llama, "andromeda": lambda: small_preset("andromeda"), "nano"
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Transformer, Tokenizer, Path]:
     """A model of ours with its tokenizer, and its exported folder."""
     tokenizer = train_tokenizer([" ".join(WORDS)] * 20, BuildConfig(vocab_size=290, special_tokens=("<|end|>",)))
-    model, folder = stirred(SHAPES[request.param]()), tmp_path_factory.mktemp("judged") / "model"
+    model, folder = stirred(SHAPES[request.param]()), tmp_path_factory.mktemp("shared") / "model"
     write_folder(folder, convert(model.config, model_tensors(model)), tokenizer)
     return model, tokenizer, folder
 
@@ -48,7 +48,7 @@ def test_lm_eval_scores_both_alike(shared: tuple[Transformer, Tokenizer, Path]) 
 
     model, tokenizer, folder = shared
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True).eval()
-    judge = HFLM(
+    harness = HFLM(
         pretrained=theirs,
         tokenizer=transformers.AutoTokenizer.from_pretrained(folder),
         batch_size=8,
@@ -59,12 +59,12 @@ def test_lm_eval_scores_both_alike(shared: tuple[Transformer, Tokenizer, Path]) 
     ours = AndromedaLM(model, tokenizer)
     pairs = zip(sentences(500, 1), sentences(500, 2), strict=True)
     requests = [Instance("loglikelihood", {}, (context, " " + answer), i) for i, (context, answer) in enumerate(pairs)]
-    for (a, greedy), (b, same) in zip(ours.loglikelihood(requests), judge.loglikelihood(requests, disable_tqdm=True), strict=True):
+    for (a, greedy), (b, same) in zip(ours.loglikelihood(requests), harness.loglikelihood(requests, disable_tqdm=True), strict=True):
         assert math.isclose(a, b, abs_tol=1e-5, rel_tol=1e-6)
         assert greedy == same
     tasks = TaskManager(include_defaults=False)
     found = []
-    for scorer in (ours, judge):
+    for scorer in (ours, harness):
         found.append(lm_eval.simple_evaluate(scorer, tasks=[task()], task_manager=tasks, bootstrap_iters=0)["results"]["words"])
     assert found[0]["acc,none"] == found[1]["acc,none"]
     assert found[0]["acc_norm,none"] == found[1]["acc_norm,none"]
