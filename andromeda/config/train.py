@@ -21,13 +21,13 @@ class ScheduleConfig(BaseConfig):
     """Learning-rate factor over the steps, from 0 to 1 and down to `min_lr_ratio`."""
 
     kind: Literal["constant", "linear", "cosine", "wsd"] = "cosine"
-    """After the warm-up: constant, linear or cosine descent, or constant until the cooldown (warm-up, stable, decay)."""
+    """After the warm-up: constant, linear or cosine decay, or constant until the cooldown (warm-up, stable, decay; arXiv 2404.06395)."""
     warmup: StepsOrFraction = 0
     """Steps of linear warm-up, or their fraction of `train.steps` (a number below 1, such as 0.01)."""
     cooldown: StepsOrFraction = 0
-    """kind wsd: steps of the linear descent at the end, or their fraction of `train.steps` (such as 0.4)."""
+    """kind wsd: steps of the linear decay at the end, or their fraction of `train.steps` (such as 0.4)."""
     min_lr_ratio: float = Field(0.1, ge=0.0, le=1.0)
-    """Factor that the descent ends at."""
+    """Last learning rate over the largest one."""
 
 
 class ClipConfig(BaseConfig):
@@ -49,11 +49,11 @@ class OptimizerConfig(BaseConfig):
     lr: PositiveFloat = 3e-4
     """Learning rate of matrices, and of every role without a rate of its own."""
     betas: FloatPair = (0.9, 0.95)
-    """AdamW: decay of the first and second moment."""
+    """AdamW: decay rates of the first and second moment (arXiv 1711.05101)."""
     eps: PositiveFloat = 1e-8
-    """AdamW: added to the root of the second moment."""
+    """AdamW: added to the square root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
-    """Decoupled; applied to matrices only."""
+    """Decoupled weight decay, times the learning rate at each step; of matrices only."""
     momentum: float = Field(0.95, ge=0.0, lt=1.0)
     """Muon: momentum after its warm-up."""
     momentum_start: float = Field(0.85, ge=0.0, lt=1.0)
@@ -61,7 +61,7 @@ class OptimizerConfig(BaseConfig):
     momentum_warmup: NonNegativeInt = 300
     """Muon: steps over which the momentum rises from `momentum_start` to `momentum`."""
     newton_schulz_steps: int = Field(5, gt=0, le=100)
-    """Muon: iterations of the orthogonalization."""
+    """Muon: Newton-Schulz iterations of the orthogonalization."""
     embedding_lr: NonNegativeFloat = 0.0
     """Learning rate of embedding tables; 0 takes `lr`, or 0.3 with Muon."""
     head_lr: NonNegativeFloat = 0.0
@@ -74,13 +74,13 @@ class SpikeGuardConfig(BaseConfig):
     """What counts as a bad step, and what happens then."""
 
     enabled: bool = True
-    """Watch the steps; off lets every step through."""
+    """Check the loss and the gradient norm of every step; off takes every step."""
     spike: PositiveFloat = 20.0
     """A gradient norm above this multiple of the recent median is bad."""
     history: int = Field(64, gt=0, le=1_000_000)
-    """Steps that the median looks back on."""
+    """Steps over which the median of gradient norms is taken."""
     patience: PositiveInt = 3
-    """Bad steps in a row before the run rolls back to its last good checkpoint and skips their batches."""
+    """Consecutive bad steps before the run rolls back to its last good checkpoint and skips their batches."""
     rollbacks: NonNegativeInt = 3
     """Rollbacks after which the run gives up with an error."""
 
@@ -89,9 +89,9 @@ class CheckpointConfig(BaseConfig):
     """When the run's state is written."""
 
     every: NonNegativeInt = 500
-    """Steps; 0 writes only at the end and on a signal."""
+    """Steps between checkpoints; 0 writes only at the end and on a signal."""
     keep: PositiveInt = 2
-    """How many are kept, the newest ones."""
+    """How many checkpoints are kept, the newest ones."""
     background: bool = False
     """Write while training continues, from a copy of the state in main memory."""
 
@@ -100,11 +100,11 @@ class ProbesConfig(BaseConfig):
     """Small generated reasoning tasks, scored while training. They need a tokenizer that can spell them."""
 
     every: NonNegativeInt = 0
-    """Steps; 0 is off."""
+    """Steps between probes; 0 is off."""
     tasks: StringTuple = ("arithmetic", "recall", "induction", "multihop")
-    """Which tasks."""
+    """Names of the tasks: arithmetic, recall, induction, multihop."""
     samples: int = Field(64, gt=0, le=100_000)
-    """Questions of each task."""
+    """Questions of each task in a probe."""
 
 
 class SamplesConfig(BaseConfig):
@@ -121,10 +121,10 @@ class SamplesConfig(BaseConfig):
 
 
 class LoggingConfig(BaseConfig):
-    """Where the figures go besides metrics.jsonl."""
+    """Where metrics go besides metrics.jsonl."""
 
     every: PositiveInt = 10
-    """Steps between lines."""
+    """Steps between lines of metrics.jsonl and of the terminal."""
     diagnostics_every: NonNegativeInt = 0
     """Steps between measurements of updates, activations and attention logits, each of which costs a forward pass; 0 is off."""
     tensorboard: bool = False
@@ -132,7 +132,7 @@ class LoggingConfig(BaseConfig):
     wandb: bool = False
     """Also log to Weights & Biases (an extra)."""
     project: str = "andromeda"
-    """Project there."""
+    """Project in Weights & Biases."""
 
 
 class WindowWarmupConfig(BaseConfig):
@@ -147,32 +147,32 @@ class WindowWarmupConfig(BaseConfig):
 
 
 class TrainConfig(BaseConfig):
-    """The run itself."""
+    """Steps, batches, precision, device and schedule of a run."""
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
     seq_len: NonNegativeInt = 0
-    """Tokens of a row; 0 takes the model's context."""
+    """Tokens of a sequence; 0 takes `model.max_seq_len`."""
     batch_size: PositiveInt = 8
-    """Rows of one optimizer step, over all micro-batches and processes."""
+    """Sequences of one optimizer step, over all micro-batches and processes."""
     micro_batch_size: NonNegativeInt = 0
-    """Rows of one forward pass; 0 takes `batch`. The token order does not depend on it."""
+    """Sequences of one forward pass; 0 takes `batch_size`. The order of tokens does not depend on it."""
     precision: Literal["auto", "fp32", "bf16", "fp16", "fp8"] = "auto"
     """`auto` is bf16 where the device computes it fast, else fp32."""
     device: str = "auto"
-    """auto, cpu, cuda or cuda:N."""
+    """auto (the first GPU, else the CPU), cpu, cuda or cuda:N."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """torch.compile; `auto` compiles on a GPU."""
+    """Compile the model with torch.compile; `auto` compiles on a GPU."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """Activation checkpointing."""
+    """Recompute activations in the backward pass to save memory: none, selective (all but matmuls and attention) or full."""
     ema: float = Field(0.0, ge=0.0, lt=1.0)
     """Decay of an exponential moving average of the weights; 0 is off."""
     z_loss: NonNegativeFloat = 0.0
-    """Weight of the squared log-partition term."""
+    """Weight of z-loss, the mean of (log Z)² with Z the sum of exp(logits) (arXiv 2204.02311); 0 is off."""
     eval_every: NonNegativeInt = 250
     """Steps between validations, and one at the end; 0 is off."""
     eval_tokens: PositiveInt = 65536
-    """Tokens of a validation, in rows that lie evenly over the held-out text."""
+    """Tokens of a validation, in sequences spread evenly over the held-out text."""
     window: WindowWarmupConfig = WindowWarmupConfig()
     schedule: ScheduleConfig = ScheduleConfig()
     optim: OptimizerConfig = OptimizerConfig()

@@ -98,26 +98,26 @@ class RunDir:
                 leftover.unlink()
 
     def claim(self) -> None:
-        """Make the folders and lock them."""
+        """Make the folders and lock them. Raises ConfigError, or CheckpointError where another process writes there."""
         self.create()
         self.lock()
 
     def unlock(self) -> None:
-        """Give the folder back."""
+        """Let another process write the folder."""
         if self._lock is not None:
             self._lock.close()
             self._lock = None
 
     def config(self) -> RunConfig:
-        """The configuration that the run was last started with."""
+        """The configuration that the run was last started with. Raises ConfigError where config.toml is damaged."""
         return load(str(self.path))
 
     def write_config(self, config: RunConfig) -> None:
-        """Write config.toml."""
+        """Write config.toml, whole or not at all; it makes the folder a run."""
         write_whole(self.config_file, dumps(config).encode())
 
     def manifest(self) -> dict[str, Any]:
-        """The manifest, or an empty one."""
+        """The content of manifest.json, empty where there is none. Raises CheckpointError where it is no manifest of a run."""
         try:
             found = read_json_object(self.manifest_file)
         except FileNotFoundError:
@@ -131,7 +131,7 @@ class RunDir:
         return found
 
     def write_manifest(self, manifest: dict[str, Any]) -> None:
-        """Write manifest.json."""
+        """Write manifest.json, whole or not at all."""
         write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
 
 

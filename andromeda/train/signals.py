@@ -12,14 +12,15 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 class SignalHandler:
-    """Remembers the first signal."""
+    """Remembers the first signal in `received`, a number of `signal`, for the training loop to ask after each step."""
 
     def __init__(self) -> None:
         self.received: int | None = None
 
     @contextmanager
     def installed(self) -> Iterator[None]:
-        """Catch them within the block. Only the main thread may; elsewhere signals stay as they are."""
+        """Catch SIGINT and SIGTERM within the block. A second SIGINT raises KeyboardInterrupt. Outside of the main thread, where Python
+        sets no handlers, nothing is caught."""
         if threading.current_thread() is not threading.main_thread():
             yield
             return
@@ -32,7 +33,7 @@ class SignalHandler:
 
     @staticmethod
     def signal_name(number: int) -> str:
-        """A signal in words."""
+        """What a signal is called in messages: Ctrl-C or SIGTERM."""
         return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(number)]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:

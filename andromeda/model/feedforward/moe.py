@@ -65,7 +65,8 @@ class AttachLoss(torch.autograd.Function):
 
 
 class Router(nn.Module):
-    """Scores, choice and balance."""
+    """Scores every expert for every token, chooses the top k, and keeps their load balanced: by a bias on the scores that follows the load
+    (arXiv 2408.15664), or by the auxiliary loss of Switch Transformer (arXiv 2101.03961)."""
 
     votes: Tensor
     """Votes for each expert (E,) since the start: one a step, for the idle and against the busy."""
@@ -122,7 +123,7 @@ class Router(nn.Module):
 
     @torch.no_grad()
     def step(self) -> None:
-        """After an optimizer step: vote against the load and start counting again."""
+        """After an optimizer step: one vote for each expert below the mean load and against each above it, then count from zero."""
         if self.balance == "bias":
             self.votes += torch.sign(self.load.sum() - self.load * self.count)
         self.load.zero_()
@@ -154,7 +155,7 @@ class Experts(nn.Module):
         self.out = nn.Parameter(torch.empty(e.num_experts, width, hidden))
 
     def init_weights(self, scheme: InitScheme) -> None:
-        """Draw the matrices of all experts."""
+        """Draw the matrices of all experts, each as a layer of its own shape."""
         scheme.fill(self.inner, "input")
         if self.gate is not None:
             scheme.fill(self.gate, "input")
@@ -170,14 +171,15 @@ class Experts(nn.Module):
         return 2.0 * sum(p[0].numel() for p in self.parameters())
 
     def forward(self, x: Tensor, ends: Tensor) -> Tensor:
-        """x (N, C), rows sorted by expert; rows of expert i end at ends[i]."""
+        """x (N, C) sorted by expert -> (N, C); the tokens of expert i end at ends[i], ends (E,) int32. Not weighted by gates yet."""
         inner = grouped_linear(x, self.inner, ends)
         hidden = self.activation(inner) if self.gate is None else self.activation(grouped_linear(x, self.gate, ends)) * inner
         return grouped_linear(hidden, self.out, ends)
 
 
 class MoE(nn.Module):
-    """Shared experts for all tokens, and the top-k of the routed ones for each."""
+    """Shared experts for all tokens, and the top k of the routed ones for each, weighted by their gates (arXiv 2101.03961, 2401.06066).
+    Dropless: no expert has a capacity."""
 
     supports_cuda_graph = False  # the host asks for the number of tokens of each expert
 

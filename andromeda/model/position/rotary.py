@@ -170,7 +170,7 @@ class XPos(RoPE):
     zeta_i = (2i/R + 0.4) / 1.4 lies between 0.286 and 1. Queries carry zeta^(+(t - c)/base), keys the inverse, and c
     cancels; it is half the context, once and for all, so that cached keys stay valid and the factors span the least
     range. With scale_base >= context / 4 no factor exceeds 12.3; float32 and bfloat16 overflow beyond about
-    68,000 tokens at base 512, which reading the configuration refuses. Interpolation stretches the decay with the angles.
+    68,000 tokens at base 512, which reading the configuration refuses. Interpolation scales the decay like the angles.
     """
 
     def fused_spec(self) -> RotarySpec | None:
@@ -184,5 +184,5 @@ class XPos(RoPE):
         cos, sin = (t * scaled.inverse).cos(), (t * scaled.inverse).sin()
         index = torch.arange(0, self.dim, 2, dtype=torch.float64, device=positions.device)
         zeta = (index / self.dim + 0.4) / 1.4
-        grow = zeta ** ((t - self.context // 2) / (self.config.scale_base * scaled.stretch))
+        grow = zeta ** ((t - self.context // 2) / (self.config.scale_base * scaled.extension))
         return self.rotation(((cos * grow).to(dtype), (sin * grow).to(dtype)), ((cos / grow).to(dtype), (sin / grow).to(dtype)))

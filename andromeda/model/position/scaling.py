@@ -19,7 +19,7 @@ from andromeda.config.model import RotaryConfig
 
 @dataclass(frozen=True)
 class Span:
-    """What is turned: `dim` dimensions of a head, over `length` tokens in all, `original` of which the model was trained on."""
+    """What is rotated: `dim` dimensions of a head, over a sequence of `length` tokens, by a model trained on `original` tokens."""
 
     dim: int
     length: int
@@ -37,8 +37,8 @@ class Scaled:
 
     inverse: Tensor
     """Inverse frequency of each pair (dim/2,)."""
-    stretch: float = 1.0
-    """How much longer the context has become; xPos's decay is scaled by it too."""
+    extension: float = 1.0
+    """How many times longer the context has become; xPos's decay is scaled by it too."""
     logit_factor: float = 1.0
     """Multiplies the softmax scale; it does not depend on the length."""
 
@@ -49,12 +49,13 @@ def unscaled(rotary: RotaryConfig, span: Span) -> Scaled:
 
 
 def linear(rotary: RotaryConfig, span: Span) -> Scaled:
-    """Positions divided by the factor."""
+    """Position interpolation: theta^(-2i/dim) / factor, which is positions divided by the factor (arXiv 2306.15595, equation 4)."""
     return Scaled(span.frequencies(rotary.theta) / rotary.scaling.factor, rotary.scaling.factor)
 
 
 def ntk(rotary: RotaryConfig, span: Span) -> Scaled:
-    """A larger base: the slowest pair is slowed down by the whole factor, the fastest not at all."""
+    """NTK-aware: the base theta * factor^(dim / (dim - 2)), which divides the slowest pair by the factor and leaves the fastest alone
+    (arXiv 2309.00071, section 3.1)."""
     return _larger_base(rotary, span, rotary.scaling.factor)
 
 
@@ -68,7 +69,8 @@ def dynamic(rotary: RotaryConfig, span: Span) -> Scaled:
 
 
 def yarn(rotary: RotaryConfig, span: Span) -> Scaled:
-    """Fast pairs stay, slow pairs are interpolated, a ramp between; logits grow by (0.1 ln factor + 1)^2."""
+    """Fast pairs are kept, slow pairs interpolated, with a ramp between; logits are multiplied by (0.1 ln factor + 1)^2
+    (arXiv 2309.00071, equations 17 to 25)."""
     factor, inverse = rotary.scaling.factor, span.frequencies(rotary.theta)
     ramp = {"index": _index_ramp, "rotations": _rotation_ramp}[rotary.scaling.ramp]
     kept = ramp(rotary, span)

@@ -1,4 +1,4 @@
-"""From figures to places on a chart, and which figures stand at the axis."""
+"""Charts of lines as SVG: scales from values to pixels, ticks of the axes, labels."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
 
 @dataclass(frozen=True)
 class Scale:
-    """A stretch of figures [low, high] over pixels [begin, end], linear or logarithmic."""
+    """Maps values in [low, high] to pixels in [begin, end], linearly or by the logarithm. Values below `low` are at it if logarithmic."""
 
     low: float
     high: float
@@ -29,18 +29,19 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Pixel of a figure."""
+        """The pixel of a value."""
         f: Callable[[float], float] = math.log if self.log else float
         share = (f(max(value, self.low) if self.log else value) - f(self.low)) / (f(self.high) - f(self.low))
         return self.begin + share * (self.end - self.begin)
 
     def ticks(self, count: int) -> list[float]:
-        """About `count` round figures within."""
+        """About `count` round values within [low, high], ascending."""
         return log_ticks(self.low, self.high, count) if self.log else linear_ticks(self.low, self.high, count)
 
 
 def spread(values: Iterable[float], *, log: bool = False, zero: bool = False) -> tuple[float, float]:
-    """The least and the greatest, with a little room, and never the same; zero: from 0 on."""
+    """Ends of an axis for `values`, with a margin of 5 % and never equal. log: a factor of 1.1 as margin, values of at most 0 are left out.
+    zero: begin at 0. Without finite values (0, 1), or (0.1, 1) if logarithmic."""
     known = [v for v in values if math.isfinite(v) and (v > 0 or not log)]
     if not known:
         return (0.1, 1.0) if log else (0.0, 1.0)
@@ -54,7 +55,7 @@ def spread(values: Iterable[float], *, log: bool = False, zero: bool = False) ->
 
 
 def apart(low: float, high: float) -> tuple[float, float]:
-    """The same ends, or some around them where they are too near each other to be told apart."""
+    """The same ends, or wider ones where they are too close to be told apart."""
     size = max(abs(low), abs(high))
     by = 0.0 if high - low > 1e-9 * size else 0.1 * size or 1.0
     return low - by, high + by
