@@ -25,8 +25,10 @@ SILENT_AFTER = 15.0
 """Seconds without a beat after which a process counts as lost."""
 INTERVAL = 1.0
 """Seconds between beats."""
-PREFIX = "andromeda/beat"
-VERDICT = "andromeda/lost"
+# A store that outlives a restart by torchrun must not tell the new processes of the old ones' end.
+PREFIX = f"andromeda/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/beat"
+VERDICT = f"andromeda/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/lost"
+ADVICE = "all processes end, and --resume continues the run"
 
 
 class RankLost(AndromedaError):
@@ -85,7 +87,8 @@ class Heartbeat:
             try:
                 self._beat()
                 if self._store.check([VERDICT]):
-                    self._end(self._store.get(VERDICT).decode())
+                    verdict = json.loads(self._store.get(VERDICT))
+                    self._end(verdict["sentence"], tell=self._rank == 0 and not verdict["told"])
                 beat = read_beat(self._store, watched)
             except (RuntimeError, OSError) as error:
                 if self._ended.is_set():
@@ -109,15 +112,21 @@ class Heartbeat:
         beat = beat or {}
         sentence = f"Rank {rank} (host {beat.get('host', 'unknown')}, process {beat.get('pid', 'unknown')}) {what}"
         sentence += f", after step {beat.get('step', 0)}"
-        self._store.set(VERDICT, sentence)
+        give_verdict(self._store, sentence, told=self._rank == 0)
         self._end(sentence)
 
-    def _end(self, sentence: str) -> None:
+    def _end(self, sentence: str, tell: bool = True) -> None:
         """End this process at once: its main thread may wait for the lost one in a library, where no exception reaches it."""
         if self._ended.is_set():
             return
-        print(f"andromeda: rank {self._rank}: {sentence}: this process ends, and --resume continues the run.", file=sys.stderr, flush=True)
+        if tell:
+            print(f"andromeda: {sentence}: {ADVICE}.", file=sys.stderr, flush=True)
         os._exit(LOST_EXIT_CODE)
+
+
+def give_verdict(store: Any, sentence: str, *, told: bool) -> None:
+    """End all ranks within seconds. told: the user was told, and no other process has to repeat the sentence."""
+    store.set(VERDICT, json.dumps({"sentence": sentence, "told": told}))
 
 
 def read_beat(store: Any, rank: int) -> dict[str, Any] | None:
@@ -138,7 +147,10 @@ def _first_line(error: BaseException) -> str:
 
 def start_heartbeat(timeout: float) -> Heartbeat:
     """The heartbeat of this rank, over the store of the default process group."""
-    store = dist.distributed_c10d._get_default_store()
+    store: Any = dist.distributed_c10d._get_default_store()
+    while hasattr(store, "underlying_store"):  # keys without prefixes, which `--nproc` reads too
+        store = store.underlying_store
+    # A connection of its own, which no exchange of the main thread can block.
     heartbeat = Heartbeat(store.clone() if hasattr(store, "clone") else store, dist.get_rank(), dist.get_world_size(), timeout)
     heartbeat.start()
     return heartbeat

@@ -16,11 +16,15 @@ from types import FrameType
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]
 
-from andromeda.parallel.heartbeat import LOST_EXIT_CODE, last_step
+from andromeda.parallel.heartbeat import ADVICE, LOST_EXIT_CODE, give_verdict, last_step
 
 GRACE = 25.0
 """Seconds that the others have to end by themselves when one process has failed."""
+SHORT_GRACE = 5.0
+"""The same once all know that one was lost."""
 POLL = 0.1
+SIGNALED = range(-64, 0)
+"""Return codes of processes that a signal killed."""
 
 
 def launch(arguments: Sequence[str], count: int) -> int:
@@ -74,7 +78,9 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], store: Store) -> int:
     while any(process.poll() is None for process in processes) and time.monotonic() < deadline:
         time.sleep(POLL)
         if failed is None and (found := [rank for rank, process in enumerate(processes) if process.poll() not in (None, 0)]):
-            failed, deadline = found[0], time.monotonic() + GRACE
+            failed = found[0]
+            # What the others wait for, they have found out themselves, or learn from the store.
+            deadline = time.monotonic() + (GRACE if processes[failed].returncode not in (LOST_EXIT_CODE, *SIGNALED) else SHORT_GRACE)
             if _died(processes[failed]):
                 _tell(failed, processes[failed], store)
     if failed is None:
@@ -85,15 +91,11 @@ def _wait(processes: Sequence[subprocess.Popen[bytes]], store: Store) -> int:
 
 def _died(process: subprocess.Popen[bytes]) -> bool:
     """Whether a process was killed by a signal."""
-    return process.returncode is not None and process.returncode < 0
+    return process.returncode in SIGNALED
 
 
 def _tell(rank: int, process: subprocess.Popen[bytes], store: Store) -> None:
     name = signal.Signals(-process.returncode).name
-    step = last_step(store, rank)
-    print(
-        f"andromeda: Rank {rank} (host {socket.gethostname()}, process {process.pid}) was killed by {name} after step {step}: "
-        "all processes end, and --resume continues the run.",
-        file=sys.stderr,
-        flush=True,
-    )
+    sentence = f"Rank {rank} (host {socket.gethostname()}, process {process.pid}) was killed by {name} after step {last_step(store, rank)}"
+    print(f"andromeda: {sentence}: {ADVICE}.", file=sys.stderr, flush=True)
+    give_verdict(store, sentence, told=True)
