@@ -7,7 +7,6 @@ model.generate("def main(", max_new_tokens=200, temperature=0.7)
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
@@ -34,12 +33,13 @@ from andromeda.train.run_dir import RunDir
 from andromeda.train.state import load_model, model_tensors, resolve_device
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError, RequestError, nearest
+from andromeda.utils.log import get_logger
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 CONSTRUCTION = ("tokenizer", "device", "dtype", "seed", "allow_code")
 """Arguments of the constructor that say nothing about the model's shape."""
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 
 class Andromeda(Transformer):

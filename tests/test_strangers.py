@@ -44,6 +44,16 @@ VERBS: dict[str, list[str]] = {
     "plan": ["plan", "run"],
 }
 ALL = tuple(VERBS)
+PAGES = {
+    "report into a folder of the run": ["report", "run", "--out", "run/pages/x.html"],
+    "explain into a folder of the run": ["explain", "run", "the", "--out", "run/pages/x.html"],
+}
+"""Commands that are tried with some attacks only."""
+SEVERAL = ["extend", "run", "--to", "64", "--steps", "1", "--samples", "1", "--device", "cpu", "--out", "longer", "--method", "ntk,pi"]
+ABLATION = ["ablate", "run", "--vary", "train.optim.weight_decay=0.1", "--seeds", "1", "--timing-steps", "0", "--out", "ablation"]
+BUILD = ["data", "build", "texts", "--out", "corpus", "--tokenizer", "bytes", "--force"]
+TIMED = [*ABLATION[:6], "--timing-steps", "1", "--out", "ablation"]
+MORE = {**PAGES, "ablate timed": TIMED, "extend by several": SEVERAL, "ablate": ABLATION, "build": BUILD}
 
 
 @pytest.fixture(scope="module")
@@ -129,6 +139,7 @@ def link(name: str, target: str) -> Attack:
 
     def act(place: Path) -> None:
         path = place / name
+        path.parent.mkdir(exist_ok=True)
         if path.is_dir() and not path.is_symlink():
             moved = place.parent / "outside" / "folder"
             shutil.rmtree(moved)
@@ -151,15 +162,15 @@ def hard_link(name: str) -> Attack:
     return act
 
 
-def state(**changes: Any) -> Attack:
-    """The newest state.json with other values, and an index that fits."""
+def state(without: tuple[str, ...] = (), **changes: Any) -> Attack:
+    """The newest state.json with other values or without some, and an index that fits."""
 
     def act(place: Path) -> None:
         path = newest(place) / "state.json"
         values = json.loads(path.read_text())
         for key, value in changes.items():
             values[key] = {**values[key], **value} if isinstance(value, dict) and isinstance(values.get(key), dict) else value
-        path.write_text(json.dumps(values))
+        path.write_text(json.dumps({key: value for key, value in values.items() if key not in without}))
         reindex(newest(place))
 
     return act
@@ -211,6 +222,88 @@ def result(**changes: Any) -> Attack:
     return act
 
 
+def append(name: str, content: bytes) -> Attack:
+    def act(place: Path) -> None:
+        with (place / name).open("ab") as file:
+            file.write(content)
+
+    return act
+
+
+def changed_metrics(without: tuple[str, ...]) -> Attack:
+    """Other figures, and a checkpoint that is hashed again without what it held of them."""
+
+    def act(place: Path) -> None:
+        alter(place / METRICS)
+        state(without=without)(place)
+
+    return act
+
+
+def ids_above(name: str) -> Attack:
+    """Every token of the shards is beyond the vocabulary."""
+
+    def act(place: Path) -> None:
+        for path in place.glob(name):
+            content = path.read_bytes()
+            path.write_bytes(content[:1024] + b"\xff\xff" * ((len(content) - 1024) // 2))
+
+    return act
+
+
+def nothing_named(place: Path) -> None:
+    """Neither the checkpoints nor the manifest say what the run was trained on."""
+    state(without=("data",))(place)
+    path = place / "run/manifest.json"
+    path.write_text(json.dumps({key: value for key, value in json.loads(path.read_text()).items() if key != "data"}))
+
+
+def settings(**changes: Any) -> Attack:
+    def act(place: Path) -> None:
+        path = place / "run/evaluations/bits.json"
+        stored = json.loads(path.read_text())
+        path.write_text(json.dumps({**stored, "settings": {**stored["settings"], **changes}}))
+
+    return act
+
+
+def pipe_as_text(place: Path) -> None:
+    os.mkfifo(place / "pipe")
+    settings(text="pipe")(place)
+
+
+def huge_text(place: Path) -> None:
+    with (place / "huge.txt").open("wb") as file:
+        file.truncate(1 << 40)
+    settings(text="huge.txt")(place)
+
+
+def extension_results(place: Path) -> None:
+    """Those of the very extension that is asked for, with measurements of other types."""
+    assert call(*VERBS["extend"]) == 0
+    path = place / "longer/extension.json"
+    stored = json.loads(path.read_text())
+    path.write_text(json.dumps({**stored, "before": {"context": {"context": ["x"], "nats": [ESC]}, "position": {"edges": {}, "nats": 3}}}))
+
+
+def damaged_newest(place: Path) -> None:
+    """The newest checkpoint is damaged, which is told, with names of its own; an older one is whole."""
+    folder = newest(place)
+    (folder / "index.json").write_text(json.dumps({ESC: {"bytes": 1, "sha256": "x"}}))
+    older = folder.with_name("step-00000002")
+    if not older.exists():
+        shutil.copytree(folder, older)
+
+
+WIDE_MAP = {  # of 10,000 cells
+    "task": "single",
+    "lengths": [64] * 100,
+    "depths": [0.5] * 100,
+    "accuracy": [[0.5] * 100] * 100,
+    "match": [[0.5] * 100] * 100,
+    "chance": 0.1,
+    "samples": 8,
+}
 DEEP = b"[" * 200_000
 SPLIT_HEADER = struct.pack("<Q", 2**62) + b"{}"
 HUGE_SHAPE = json.dumps({"head.weight": {"dtype": "F32", "shape": [2**40, 2**40], "data_offsets": [0, 4]}}).encode()
@@ -353,16 +446,83 @@ ATTACKS: dict[str, tuple[Attack, tuple[str, ...]]] = {
     "linked manifest": (link("run/manifest.json", "precious"), ("resume",)),
     "linked explanation": (link("run/explain.html", "precious"), ("explain",)),
     "linked tensorboard": (link("run/tensorboard", "folder"), ("resume",)),
+    "linked folder of pages": (link("run/pages", "folder"), tuple(PAGES)),
+    "linked plots of an extension": (link("longer/extension.png", "precious"), ("extend",)),
+    "linked results of an extension": (link("longer/extension.json", "precious"), ("extend",)),
+    "linked run of an extension": (link("longer/ntk", "folder"), ("extend by several",)),
+    "linked run of an ablation": (link("ablation/optim.weight_decay=0.1-s0", "folder"), ("ablate",)),
+    "linked baseline of an ablation": (link("ablation/baseline-s0", "folder"), ("ablate",)),
+    "linked lock of an ablation": (link("ablation/.lock", "precious"), ("ablate",)),
+    "linked tokenizer of a corpus": (link("corpus/tokenizer", "folder"), ("build", "generate")),
+    "linked work of a corpus": (link("corpus/.work", "folder"), ("build",)),
+    "linked folder of an export": (link("exported", "folder"), ("export",)),
+    # forged
+    "a later line of metrics": (append(METRICS, b'{"step": 9, "loss": 0.001}\n'), ("verify", "report")),
+    "metrics that nobody remembers": (state(without=("metrics_bytes", "metrics_sha256")), ("verify", "resume")),
+    "metrics without their hash": (changed_metrics(without=("metrics_sha256",)), ("verify", "resume")),
+    "measured by an older version": (state(without=("validation",)), ("verify",)),
+    "trained on nothing": (nothing_named, ("verify", "report", "resume")),
+    "weights of another step in a result": (result(step=2), ("verify", "report")),
+    "result of a step that never was": (result(step=10**9), ("verify", "report")),
+    "result with other figures": (result(result={"bits_per_byte": 0.5, "loss": 0.3, "tokens": 10, "bytes": 10}), ("verify", "report")),
+    "result with fewer figures": (result(result={"bits_per_byte": 0.5}), ("verify", "report")),
+    "result of other weights": (result(weights="0" * 64), ("verify", "report")),
+    "result on other data": (result(data="0" * 64), ("verify", "report")),
+    "result of another machine": (
+        result(machine={"device": "cuda", "precision": "fp16"}, result={"bits_per_byte": 1.0, "loss": 1.0, "tokens": 1, "bytes": 1}),
+        ("verify",),
+    ),
+    "result with a precision of its own": (result(machine={"precision": ESC, "threads": -5}), ("verify",)),
+    # absurd
+    "result of an endless text": (settings(text="/dev/zero"), ("verify",)),
+    "result of a text of a terabyte": (huge_text, ("verify",)),
+    "result of a pipe": (pipe_as_text, ("verify",)),
+    "result of a corpus that is a file": (settings(corpus="run/metrics.jsonl"), ("verify",)),
+    "result of windows without end": (settings(context=10**12, stride=1), ("verify", "report")),
+    "result of a billion problems": (
+        result(kind="reasoning", settings={"samples": 10**9, "seed": 0}, result={"recall": {"in": 1.0}}),
+        ("verify", "report"),
+    ),
+    "a map of many lengths": (result(kind="retrieval", settings={}, result=WIDE_MAP), ("report", "verify")),
+    "configuration of very many layers": (config_key("num_layers = 1", "num_layers = 10000"), ("report", "plan", "verify", "resume")),
+    "configuration of many layers": (config_key("num_layers = 1", "num_layers = 200"), ("report", "verify")),
+    "configuration of very many experts": (
+        config_key("num_shared_experts = 0", "num_shared_experts = 1000000"),
+        ("report", "plan", "verify"),
+    ),
+    "configuration of a huge vocabulary": (config_key("vocab_size = 257", "vocab_size = 1000000"), ("report", "verify")),
+    "configuration of endless steps": (config_key("steps = 4", "steps = 1000000000"), ("report", "verify", "plan")),
+    "very many samples": (put("run/samples/a.jsonl", b'{"prompt": "", "text": "x"}\n' * 50_000), ("report",)),
+    "very many events": (put(METRICS, b'{"step": 1, "event": "x"}\n' * 20_000), ("report",)),
+    "samples of other types": (
+        put("run/samples/a.jsonl", b'{"prompt": 3, "text": []}\n[1]\n{"prompt": [], "text": 1, "step": "x"}\n'),
+        ("report",),
+    ),
+    "ids above the vocabulary": (ids_above("corpus/train-*.bin"), ("verify", "resume", "train")),
+    "held-out ids above the vocabulary": (ids_above("corpus/val-*.bin"), ("verify", "eval", "resume")),
+    "results of an extension of other types": (extension_results, ("extend",)),
+    "result of an ablation of other types": (
+        put("ablation/baseline-s0/result.json", b'{"loss": "x", "bits_per_byte": [], "steps": {}, "curve": []}'),
+        ("ablate",),
+    ),
+    "costs of an ablation of other types": (
+        put("ablation/costs.json", b'{"baseline": {"of": "x", "step_seconds": "y"}}'),
+        ("ablate timed",),
+    ),
+    "escape in a file of the newest checkpoint": (damaged_newest, ("generate", "eval", "resume", "export")),
 }
-CASES = [(name, verb) for name, (_, verbs) in ATTACKS.items() for verb in verbs]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
+class Hang(BaseException):
+    """Not an OSError, as TimeoutError is: the command line would end it with a sentence."""
+
+
 def ring(number: int, frame: FrameType | None) -> None:
-    raise TimeoutError("it hangs")
+    raise Hang
 
 
 def test_the_folder_as_it_was_made_works_with_every_command(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
@@ -381,7 +541,7 @@ def test_a_strangers_folder_is_data(name: str, place: Path, capfd: pytest.Captur
     try:
         for verb in verbs:
             signal.alarm(SECONDS)
-            code = call(*VERBS[verb])
+            code = call(*(VERBS | MORE)[verb])
             signal.alarm(0)
             printed = capfd.readouterr()
             assert code in (0, 1, 2), f"{verb}: {code}"
@@ -448,5 +608,5 @@ def test_lost_metrics_are_noticed(damage: Callable[[Path], None], place: Path, c
     assert "metrics lost" in capfd.readouterr().out
 
 
-HARMLESS: set[str] = {"name with an escape"}
+HARMLESS: set[str] = {"name with an escape", "configuration of endless steps"}
 """Attacks that forge nothing."""

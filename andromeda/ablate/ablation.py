@@ -12,10 +12,12 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from andromeda.ablate.ablation_tables import draw, markdown
 from andromeda.ablate.analysis import results
@@ -29,6 +31,7 @@ from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
 from andromeda.utils.untrusted import open_for_writing, read_json_object
 
+_COST = TypeAdapter(StepCost)
 OUTPUTS = ("results.json", "table.md", "plot.png", "plot.svg")
 """Files that a call writes; no plot if no variant has an effect."""
 OnProgress = Callable[[str, int, int], None]
@@ -147,7 +150,12 @@ def _costs(planned: Sequence[PlannedVariant], settings: AblationSettings, began:
     known = {name: of for name, of in _kept_costs(path).items() if of["of"] == marks.get(name)}
     if settings.cost_steps:
         _measure_costs(planned, marks, known, settings, began, on_progress)
-    return {name: StepCost(**{key: of[key] for key in of if key != "of"}) for name, of in known.items()}
+    return {name: _step_cost(of) for name, of in known.items()}
+
+
+def _step_cost(of: dict[str, Any]) -> StepCost:
+    """A kept cost. Raises a ValueError where it is of other types."""
+    return _COST.validate_python({key: value for key, value in of.items() if key != "of"})
 
 
 def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
@@ -155,7 +163,7 @@ def _kept_costs(path: Path) -> dict[str, dict[str, Any]]:
     try:
         kept = read_json_object(path) if path.exists() else {}
         for of in kept.values():
-            if not isinstance(of["of"], str) or sorted(of.keys() - {"of"}) != sorted(field.name for field in fields(StepCost)):
+            if not isinstance(of["of"], str) or not _step_cost(of).step_seconds > 0:
                 raise ValueError(of)
         return kept
     except (OSError, ValueError, TypeError, AttributeError, LookupError):

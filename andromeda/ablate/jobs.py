@@ -16,10 +16,10 @@ from andromeda.config.load import from_values, load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
-from andromeda.model.meta_model import meta_model
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.optim.schedules import build_window_warmup
 from andromeda.plan.estimate import count_parameters
-from andromeda.train.run_dir import RunDir
+from andromeda.train.run_dir import RunDir, refuse_linked_folder
 from andromeda.train.state import resolve_device
 from andromeda.train.trainer import open_streams
 from andromeda.utils.errors import AndromedaError, ConfigError
@@ -131,7 +131,7 @@ def _planned(source: str, changes: Sequence[str], variant: Variant, cost: Sequen
         resolve_device(config.train.device)
         open_streams(config)
         measured = load(source, [*changes, *cost])
-        return PlannedVariant(variant, config, count_parameters(meta_model(config.model)).total, flops_per_token(config), measured)
+        return PlannedVariant(variant, config, count_parameters(shared_meta_model(config.model)).total, flops_per_token(config), measured)
     except AndromedaError as error:
         where = "The baseline" if variant.name == BASELINE else f"Variant {variant.name!r}"
         raise ConfigError(f"{where} is refused: {error}") from None
@@ -176,6 +176,7 @@ def _job(plan: PlannedVariant, seed: int, out: Path) -> AblationJob:
 def refuse_other_runs(jobs: Sequence[AblationJob]) -> None:
     """Raises ConfigError if a run folder already holds a different run, or one that was trained on other data."""
     for job in jobs:
+        refuse_linked_folder(job.folder.parent, job.folder)
         folder = RunDir(job.folder)
         if not folder.exists:
             continue

@@ -22,6 +22,7 @@ from typing import Any
 
 import psutil
 import torch
+from pydantic import TypeAdapter
 
 from andromeda.ablate.jobs import tokens_per_step
 from andromeda.config.load import from_values
@@ -113,6 +114,10 @@ class RunResult:
         return self.loss is None
 
 
+_SHAPE = TypeAdapter(RunResult)
+"""Checks what a result.json says."""
+
+
 def collect_result(folder: Path, failed: str = "") -> RunResult:
     """The result of a run from its metrics.jsonl."""
     lines = read_metrics(RunDir(folder).metrics_file).records
@@ -144,7 +149,7 @@ def load_result(folder: Path) -> RunResult | None:
         return None
     try:
         values = read_json_object(path)
-        return RunResult(**{**values, "curve": [(step, loss) for step, loss in values["curve"]]})
+        return _SHAPE.validate_python({**values, "curve": [(step, loss) for step, loss in values["curve"]]})
     except (OSError, ValueError, TypeError, LookupError):
         raise CheckpointError(f"{path} is damaged: remove it, and the run is counted again from its metrics.") from None
 

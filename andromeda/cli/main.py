@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import sys
 from contextlib import suppress
+from functools import cache
 from typing import Any, cast
 
 import typer
@@ -100,11 +101,17 @@ for verb, command, short in (
     app.command(verb, short_help=short)(command)
 
 
+@cache
+def _command() -> Any:
+    """All verbs as one command, built once in a process: it takes longer than many a call, and tests make hundreds."""
+    return typer.main.get_command(app)
+
+
 def main() -> None:
     """Run the command line; bad input ends with its sentence on stderr and exit code 2."""
     try:
         # Not standalone: typer would print a wrong call as a box of several lines instead of one sentence.
-        code = app(standalone_mode=False, prog_name="andromeda")
+        code = _command()(standalone_mode=False, prog_name="andromeda")
         sys.stdout.flush()
         sys.exit(code if isinstance(code, int) else 0)
     except UsageError as error:

@@ -54,8 +54,11 @@ def plan(
     from andromeda.plan.device_mesh import parse_mesh
     from andromeda.utils.hardware import find_hardware
 
+    counted = {name: config for name, config in configs.items() if _is_countable(name, config)}
+    if not counted:
+        return
     place = HardwareSetup(find_hardware(gpu), gpu.lower() != "cpu", parse_mesh(parallel), price, mfu)
-    plans = [_plan(name, config, place, int(tokens), quick=not (details or as_json)) for name, config in configs.items()]
+    plans = [_plan(name, config, place, int(tokens), quick=not (details or as_json)) for name, config in counted.items()]
     if as_json:
         import json
         from dataclasses import asdict
@@ -92,6 +95,26 @@ def _load(source: str, changes: list[str], seq_len: int | None, batch_size: int 
     if batch_size:
         adjusted |= {"train.batch_size": batch_size, "train.micro_batch_size": math.gcd(batch_size, plain.train.micro_batch_size)}
     return load(path, [*(f"{key}={value}" for key, value in adjusted.items()), *changes])
+
+
+def _is_countable(name: str, config: RunConfig) -> bool:
+    """Whether all of a configuration can be counted; otherwise what is known without its own classes is told, on stderr."""
+    from andromeda.config.own_code import FLAG, is_allowed
+    from andromeda.config.parts import own_classes
+    from andromeda.utils.untrusted import printable
+
+    own = [f"{key} = {path!r}" for key, path in own_classes(config).items() if not is_allowed(path)]
+    if not own:
+        return True
+    model, train = config.model, config.train
+    tokens = train.batch_size * (train.seq_len or model.max_seq_len)
+    known = (
+        f"{model.num_layers:,} layers of hidden size {model.hidden_size:,}, vocabulary {model.vocab_size:,}, "
+        f"{train.steps:,} steps of {tokens:,} tokens, {train.steps * tokens:,} in all"
+    )
+    what = "parameters, FLOPs, memory, time and cost cannot be counted without importing"
+    print(printable(f"{name}: {known}; {what} {' and '.join(own)}: if you trust that code, add {FLAG}."), file=sys.stderr)
+    return False
 
 
 def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int, quick: bool) -> RunPlan:

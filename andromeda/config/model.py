@@ -27,6 +27,7 @@ QK_NORMS = ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms", "rms_dim_scale
 VALUE_EMBEDDINGS = ("none", "layered")
 
 MAX_SIZE, MAX_LENGTH = 1_000_000, 2_000_000_000
+MAX_LAYERS, MAX_SHARED_EXPERTS = 1_024, 8
 """Where a number is surely a slip: beyond any model's sizes, and beyond what token ids and positions of 32 bits can count."""
 Size = Annotated[int, Field(gt=0, le=MAX_SIZE)]
 Length = Annotated[int, Field(gt=0, le=MAX_LENGTH)]
@@ -181,7 +182,7 @@ class ExpertsConfig(BaseConfig):
     """Experts of a layer."""
     top_k: Size = 2
     """Experts that each token goes through, besides the shared ones."""
-    num_shared_experts: int = Field(0, ge=0, le=MAX_SIZE)
+    num_shared_experts: int = Field(0, ge=0, le=MAX_SHARED_EXPERTS)
     """Experts that every token passes through."""
     kind: Literal["gelu", "gelu_tanh", "relu", "relu2", "silu", "swiglu", "geglu", "geglu_tanh", "reglu"] = "swiglu"
     """Network of each expert, as in `model.feedforward.kind`."""
@@ -274,7 +275,7 @@ class ModelConfig(BaseConfig):
     """Longest sequence, in tokens."""
     hidden_size: Size = 2560
     """Size of the residual stream."""
-    num_layers: int = Field(32, gt=0, le=10_000)
+    num_layers: int = Field(32, gt=0, le=MAX_LAYERS)
     """Layers."""
     layers: StringTuple = ()
     """Token mixer of each layer by name, repeated over num_layers: `full` is model.attention, any other name a table model.mixers.NAME;

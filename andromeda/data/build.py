@@ -40,7 +40,7 @@ from andromeda.data.tokenizer import META, Tokenizer, train_tokenizer
 from andromeda.utils.errors import AndromedaError, ConfigError, DataError, nearest
 from andromeda.utils.files import PART, write_whole
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
-from andromeda.utils.untrusted import MalformedFile, read_json
+from andromeda.utils.untrusted import MalformedFile, read_json, refuse_links
 
 WORK = ".work"
 PLAN = "plan.json"
@@ -112,6 +112,11 @@ def _locked(out: Path) -> Iterator[None]:
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file: name a folder for the corpus.")
     out.mkdir(parents=True, exist_ok=True)
+    try:
+        for name in (WORK, "tokenizer"):
+            refuse_links(out, out / name)
+    except MalformedFile as error:
+        raise DataError(f"{out} {error}: remove it, or name another folder.") from None
     handle = os.open(out, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

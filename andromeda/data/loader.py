@@ -101,6 +101,11 @@ class TokenStream:
             sequences.append(sequence)
             heads.append(self._head_targets(self._corpora[source], sequence.positions))
         ids, targets, documents, _ = (np.stack(column) for column in zip(*sequences, strict=True))
+        if (highest := max(int(ids.max()), int(targets.max()))) >= self.vocab_size:
+            raise DataError(
+                f"A shard holds the token id {highest:,}, and the vocabulary ends at {self.vocab_size - 1:,}: it was changed or damaged; "
+                "run `andromeda data show CORPUS --verify`."
+            )
         counted = targets[targets != IGNORE]
         return Batch(
             torch.from_numpy(ids),

@@ -21,6 +21,10 @@ from andromeda.utils.untrusted import open_regular
 HELD_OUT = "held-out"
 
 
+MAX_TEXT_BYTES = 1 << 30
+"""Of a file, which is read whole."""
+
+
 @dataclass(frozen=True)
 class EvalText:
     """Documents one after the other as token ids, each beginning with the separator."""
@@ -66,6 +70,8 @@ def open_text(loaded: LoadedModel, file: str = "", corpus: str = "") -> EvalText
 def _from_file(loaded: LoadedModel, path: Path) -> EvalText:
     """One document."""
     tokenizer = loaded.tokenizer("Text from a file")
+    if path.is_file() and path.stat().st_size > MAX_TEXT_BYTES:
+        raise DataError(f"{path} is larger than {MAX_TEXT_BYTES >> 20:,} MiB: give a part of it.")
     fingerprint = file_sha256(path)
     try:
         with open_regular(path) as file:
@@ -100,6 +106,8 @@ def _held_out(loaded: LoadedModel, corpus: str) -> EvalText:
     whole = torch.from_numpy(np.concatenate(ids))
     if len(whole) < 2:
         raise DataError(f"{' and '.join(paths)} hold out no text: give a text with --text.")
+    if int(whole.max()) >= loaded.config.model.vocab_size:
+        raise DataError(f"{' and '.join(paths)} hold token ids above the vocabulary: they were changed or damaged; build them again.")
     return EvalText(HELD_OUT, whole, tuple(starts), lengths, fingerprint, loaded.config.data.document_mask)
 
 

@@ -5,7 +5,6 @@ Imports lm_eval, an extra; nothing else imports this module before that is known
 
 from __future__ import annotations
 
-import logging
 from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -18,12 +17,13 @@ from andromeda.evaluate.token_loss import TokenPair, continuation_likelihoods
 from andromeda.generate.engine import Engine
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
+from andromeda.utils.log import get_logger
 from andromeda.utils.progress_callback import ProgressCallback, no_progress
 
 NEW_TOKENS = 256
 """Tokens to generate where a task does not say how many."""
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 
 class ContextOverflow(RequestError):

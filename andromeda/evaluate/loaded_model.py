@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,10 @@ from andromeda.train.manifest import code_state, device_name, machine, versions
 from andromeda.train.run_dir import RunDir
 from andromeda.train.weights import resolve_checkpoint, weights_sha256
 from andromeda.utils.errors import RequestError
+from andromeda.utils.log import get_logger
 from andromeda.utils.untrusted import MalformedFile, open_regular
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 PRECISIONS = {torch.float64: "fp64", torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
 

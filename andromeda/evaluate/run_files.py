@@ -7,9 +7,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from andromeda.config.data import DataConfig
 from andromeda.config.keys import flatten
 from andromeda.config.own_code import CodeNotAllowed
 from andromeda.config.run import RunConfig
+from andromeda.data.corpus import MANIFEST_NAME, verify_corpus
 from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.comparison import TOLERANCE, DataLocations, VerificationCheck, relative_difference, same_arithmetic, use_threads
@@ -25,7 +27,7 @@ from andromeda.train.state import resolve_device
 from andromeda.train.trainer import build_validation, resolve_seq_len
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import AndromedaError
-from andromeda.utils.untrusted import open_regular
+from andromeda.utils.untrusted import MAX_LINE_BYTES, MalformedFile, open_regular
 
 
 def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLocations) -> Iterator[VerificationCheck]:
@@ -35,9 +37,11 @@ def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLoca
         stream: TokenStream | AndromedaError = open_stream(locations.data(config.data), resolve_seq_len(config), config.seed)
     except AndromedaError as error:
         stream = error
-    yield from _data(folder, state, stream)
+    trained = bool(metrics.records or state.get("cursor", {}).get("step"))
+    yield from _data(folder, state, stream, trained)
     if not isinstance(stream, AndromedaError):
         yield from _tokenizer(folder, metrics, stream)
+        yield from _corpora(locations.data(config.data))
     yield _checkpoints(folder)
     if metrics.records and "cursor" not in state and checkpoint.list_all(folder.checkpoints):
         note = "the newest checkpoint holds no state of the training that metrics.jsonl tells of"
@@ -60,14 +64,15 @@ def _remembered(folder: RunDir) -> dict[str, Any]:
     return {}
 
 
-def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | AndromedaError) -> Iterator[VerificationCheck]:
-    """The fingerprint of the training stream that manifest and checkpoint name."""
+def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | AndromedaError, trained: bool) -> Iterator[VerificationCheck]:
+    """The fingerprint of the training stream that manifest and checkpoint name. trained: whether anything tells of a training."""
     manifest = folder.manifest()
     if not manifest and state.get("cursor", {}).get("step"):
         yield VerificationCheck("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
     stored = str(manifest.get("data") or state.get("data") or "")
     if not stored:
-        yield VerificationCheck("training data", "none named", "", None, 0.0, True, "the run tells of no training")
+        note = "the run was trained, and neither manifest nor checkpoint names its data" if trained else "the run tells of no training"
+        yield VerificationCheck("training data", "none named", "", None, 0.0, not trained, note)
     elif isinstance(stream, AndromedaError):
         yield VerificationCheck("training data", stored[:12], "missing", None, 0.0, False, f"{stream}")
     else:
@@ -76,6 +81,18 @@ def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | Andromeda
         yield VerificationCheck(
             "training data", stored[:12], stream.fingerprint[:12], None, 0.0, stream.fingerprint == stored == trained_on, note
         )
+
+
+def _corpora(data: DataConfig) -> Iterator[VerificationCheck]:
+    """The shards of every corpus that has a manifest with their hashes."""
+    for path in [data.corpus, *(source.path for source in data.sources)]:
+        if not path or not (Path(path) / MANIFEST_NAME).is_file():
+            continue
+        try:
+            documents = sum(split.documents for split in verify_corpus(Path(path)).splits.values())
+            yield VerificationCheck("shards", f"{documents} documents", "intact", None, 0.0, True)
+        except (AndromedaError, MalformedFile, OSError) as error:
+            yield VerificationCheck("shards", "", "", None, 0.0, False, f"{error}")
 
 
 def _tokenizer(folder: RunDir, metrics: MetricsHistory, stream: TokenStream) -> Iterator[VerificationCheck]:
@@ -124,7 +141,6 @@ def _config(config: RunConfig, state: dict[str, Any]) -> VerificationCheck:
 
 def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> Iterator[VerificationCheck]:
     """Lines that no one can read, and whether the file begins with what it held at the newest checkpoint."""
-    size = state.get("metrics_bytes", 0)
     for record in metrics.records:
         if str(record.get("event", "")).startswith(METRICS_LOST):
             yield VerificationCheck("metrics.jsonl", "", "", None, 0.0, False, f"step {record['step']}: {record['event']}")
@@ -139,17 +155,33 @@ def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> 
             False,
             told,
         )
-    elif size:
-        yield _written(folder.metrics_file, size, state.get("metrics_sha256"))
+    elif metrics.records or state.get("metrics_bytes", 0) > 0:
+        yield from _remembered_metrics(folder.metrics_file, state)
 
 
-def _written(path: Path, size: int, sha256: str | None) -> VerificationCheck:
-    """That so many bytes are as they were; older checkpoints keep their number alone."""
+def _remembered_metrics(path: Path, state: dict[str, Any]) -> Iterator[VerificationCheck]:
+    """That the bytes which the newest checkpoint knows are as they were; whatever comes after them nobody can vouch for."""
+    size, sha256 = max(state.get("metrics_bytes", 0), 0), state.get("metrics_sha256")
     there = path.stat().st_size if path.is_file() else 0
-    size = max(size, 0)
-    changed = there >= size and sha256 is not None and sha256_prefix(path, size) != sha256
-    note = "changed since the newest checkpoint" if changed else "" if there >= size else "shorter than at the newest checkpoint"
-    return VerificationCheck("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
+    if not size or not sha256:
+        why = "the newest checkpoint does not hold what the file held then" if state else "no checkpoint holds what the file held"
+        yield VerificationCheck.not_checked("metrics.jsonl", f"{there} bytes", why)
+        return
+    shorter, changed = there < size, there >= size and sha256_prefix(path, size) != sha256
+    note = "changed since the newest checkpoint" if changed else "shorter than at the newest checkpoint" if shorter else ""
+    yield VerificationCheck("metrics.jsonl", f"{size} bytes", f"{there} bytes", None, 0.0, not note, note)
+    if not changed and _whole_lines_after(path, size):
+        why = "written after the newest checkpoint, which does not know them: resume the run, and they are written again"
+        yield VerificationCheck.not_checked("metrics.jsonl, later lines", f"{there - size} bytes", why)
+
+
+def _whole_lines_after(path: Path, size: int) -> bool:
+    """Whether more lines follow the first `size` bytes; one that a kill cut off is none."""
+    if not path.is_file():
+        return False
+    with open_regular(path) as file:
+        file.seek(size)
+        return b"\n" in file.read(MAX_LINE_BYTES + 1)
 
 
 def _unfinished(path: Path, metrics: MetricsHistory) -> bool:
@@ -180,7 +212,8 @@ def _held_out(folder: RunDir, line: dict[str, Any], kept: Path, locations: DataL
     try:
         state = checkpoint.read_metadata(kept)
         if state.get("validation") != ROW_SELECTION:
-            return VerificationCheck(what, shown, "not compared", None, 0.0, True, "an older version measured it on other sequences")
+            why = "its checkpoint does not say that this version's sequences were measured; the results of `andromeda eval` are compared"
+            return VerificationCheck.not_checked(what, shown, why)
         with use_threads(start.get("machine")):
             # How the start computed is known but for its precision, which its configuration decides on equal machines alike.
             exact = repeats_exactly(start, device)

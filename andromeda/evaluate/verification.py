@@ -26,6 +26,7 @@ from andromeda.evaluate.evaluator import EVALUATIONS, PlannedEvaluation, run_eva
 from andromeda.evaluate.loaded_model import LoadedModel, load_model
 from andromeda.evaluate.result import EvalResult, load_results, to_json_values
 from andromeda.evaluate.run_files import check_held_out_loss, check_run_files
+from andromeda.evaluate.stored_limits import excess
 from andromeda.train.metrics import read_metrics
 from andromeda.train.run_dir import RunDir
 from andromeda.utils.errors import AndromedaError
@@ -52,9 +53,12 @@ def _result(run: Path, stored: EvalResult, locations: DataLocations, device: str
     average = bool(settings.pop("average", False))
     try:
         loaded = load_model(run, step=stored.step, average=average, device=device, dtype=str(stored.machine.get("precision", "auto")))
-        evaluation = EVALUATIONS[stored.kind]
+        planned = PlannedEvaluation(EVALUATIONS[stored.kind], EVALUATIONS[stored.kind].read(settings))
+        if too_much := excess(planned.settings, loaded.context):
+            yield VerificationCheck.not_checked(stored.name, "", f"{too_much}: measure again with smaller settings")
+            return
         with use_threads(stored.machine):
-            found = run_evaluation(loaded, PlannedEvaluation(evaluation, evaluation.read(settings)), report)
+            found = run_evaluation(loaded, planned, report)
     except CodeNotAllowed as error:
         yield VerificationCheck.not_checked(stored.name, "", str(error))
         return

@@ -18,6 +18,7 @@ from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
 from andromeda.utils.formatting import format_number, format_percent
 from andromeda.utils.html import Bar, Markup, Section, bar_chart, details, el, grid, heat_map, join, page, table, tiles
+from andromeda.utils.untrusted import MalformedFile, refuse_links_inside
 
 NAME = "explain.html"
 
@@ -255,7 +256,10 @@ def write_explanation(e: Explanation, out: str | Path | None = None) -> Path:
     """Write the page (by default explain.html in the run folder) and return where it is. Raises ConfigError."""
     path = Path(out) if out else e.run / NAME
     try:
+        refuse_links_inside(e.run, path)
         write_whole(path, build_page(e).encode("utf-8"))
+    except MalformedFile as error:
+        raise ConfigError(f"{e.run} {error}: give another place with --out.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): give another place with --out.") from None
     return path

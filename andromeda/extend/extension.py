@@ -30,7 +30,7 @@ from andromeda.train import checkpoint
 from andromeda.train.callbacks.ema import build_ema
 from andromeda.train.precision import Precision, build_precision
 from andromeda.train.progress import Reporter
-from andromeda.train.run_dir import RunDir
+from andromeda.train.run_dir import RunDir, refuse_linked_folder
 from andromeda.train.state import build_train_state, load_model, resolve_device
 from andromeda.train.trainer import resolve_seq_len, train
 from andromeda.train.weights import read_weights
@@ -197,6 +197,7 @@ def _old(request: ExtendRequest) -> RunConfig:
 
 def _refuse_others(out: Path, folders: Iterable[RunDir]) -> None:
     for folder in (RunDir(out), *folders):
+        refuse_linked_folder(out, folder.path)
         folder.refuse_foreign_files()
     if RunDir(out).exists and not (out / RESULTS_FILE).exists():
         raise ConfigError(f"{out} holds a run that is not an extension: give another folder with --out.")

@@ -2,21 +2,57 @@
 
 from __future__ import annotations
 
+import io
 import itertools
 import json
 import math
 import statistics
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NotRequired
+
+from pydantic import FiniteFloat, NonNegativeInt, PositiveInt, TypeAdapter
+from typing_extensions import TypedDict
 
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
-from andromeda.utils.untrusted import MalformedFile, read_json_object
+from andromeda.utils.untrusted import read_json_object
 
 RESULTS_FILE = "extension.json"
 ORIGINAL = "before"
 STAGES = ("untrained", "after")
 FORMAT = 3
+
+
+class _ByContext(TypedDict):
+    context: list[PositiveInt]
+    nats: list[FiniteFloat | None]
+    windows: list[list[FiniteFloat]]
+
+
+class _ByPosition(TypedDict):
+    edges: list[NonNegativeInt]
+    nats: list[FiniteFloat | None]
+
+
+class _Retrieval(TypedDict):
+    lengths: list[PositiveInt]
+    accuracy: list[list[FiniteFloat]]
+
+
+class _Measurement(TypedDict):
+    context: _ByContext
+    position: _ByPosition
+    retrieval: NotRequired[_Retrieval]
+
+
+class _Values(TypedDict):
+    trained: PositiveInt
+    before: NotRequired[_Measurement]
+    methods: dict[str, dict[Literal["untrained", "after"], _Measurement]]
+
+
+_SHAPE = TypeAdapter(_Values)
+"""What the table and the plots read of extension.json."""
 
 
 class ExtensionResults:
@@ -56,10 +92,11 @@ def read(path: Path) -> dict[str, Any]:
     """Contents of extension.json. Raises CheckpointError if it is damaged."""
     try:
         values = read_json_object(path)
-        methods = values.get("methods")
-        if values.get("format") == FORMAT and isinstance(methods, dict) and all(isinstance(stages, dict) for stages in methods.values()):
+        if values.get("format") == FORMAT:
+            _SHAPE.validate_python(values)
+            table(values), verdicts(values)
             return values
-    except (OSError, MalformedFile):
+    except (OSError, ValueError, LookupError, TypeError):  # MalformedFile and pydantic's error are ValueErrors
         pass
     raise CheckpointError(f"{path} is damaged or of another version: remove it to measure everything again.")
 
@@ -134,7 +171,9 @@ def draw(values: dict[str, Any], stem: Path) -> list[Path]:
     figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
     paths = [stem.with_suffix(ending) for ending in (".png", ".svg")]
     for path in paths:
-        figure.savefig(path, dpi=150)
+        picture = io.BytesIO()  # a file that matplotlib opens itself could be a link that leads elsewhere
+        figure.savefig(picture, format=path.suffix[1:], dpi=150)
+        write_whole(path, picture.getvalue())
     return paths
 
 

@@ -8,7 +8,6 @@ Shapes: B batch, T time, V vocabulary size.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Iterator, Sequence
 
@@ -22,8 +21,9 @@ from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import CheckpointError
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 PADDING, CONTENT = 0, 1
 """Document numbers."""

@@ -8,7 +8,6 @@ Shapes: B active sequences, V vocabulary size.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable
 from typing import Protocol
 
@@ -19,8 +18,9 @@ from andromeda.model.kv_cache.dynamic import DynamicKVCache
 from andromeda.model.kv_cache.protocol import KVCache
 from andromeda.model.kv_cache.static import StaticKVCache
 from andromeda.model.transformer import Transformer
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 ForwardLastLogits = Callable[[Tensor, Tensor | None, KVCache], Tensor]
 """Logits (B, V) at the last position of ids (B, T) with document numbers (B, T), after the contents of a KV cache."""

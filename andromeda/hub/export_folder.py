@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
@@ -25,9 +24,10 @@ from andromeda.hub.tokenizer_files import padding_id, tokenizer_files
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
+from andromeda.utils.log import get_logger
 from andromeda.utils.untrusted import MalformedFile, read_text
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

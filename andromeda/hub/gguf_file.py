@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,8 +23,9 @@ from andromeda.model.position.scaling import RULES, Span
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import ConfigError, MissingExtra
 from andromeda.utils.files import PART, sync_folder
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 FORMATS = ("F32", "F16", "Q8_0", "Q4_0")
 BLOCK = 32

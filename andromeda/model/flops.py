@@ -14,14 +14,12 @@ instead of 2, arXiv 2307.08691). MFU divides the first by the device's peak, HFU
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from andromeda.config.model import ModelConfig
 from andromeda.model.flops_of import flops_of
-from andromeda.model.meta_model import meta_model
-from andromeda.model.transformer import Transformer
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.utils.errors import ConfigError
 from andromeda.utils.hardware import peak_flops
 
@@ -38,10 +36,6 @@ __all__ = [
 
 Convention = Literal["causal", "full"]
 Checkpointing = Literal["none", "selective", "full"]
-
-REMEMBERED = 16
-"""Models on the meta device that are kept for the next question about the same configuration."""
-_models: OrderedDict[str, Transformer] = OrderedDict()
 
 
 def attention_pairs(length: int, window: int = 0) -> int:
@@ -96,7 +90,7 @@ def _keys(sequence: int, convention: Convention, documents: Sequence[int], windo
 
 def _split_flops(config: ModelConfig, keys: Callable[[int], float]) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs per token of what is outside of the layers, which no activation checkpointing recomputes, and of all layers."""
-    model = _meta(config)
+    model = shared_meta_model(config)
     return _summed([flops_of(model.embedding, keys), flops_of(model.head, keys)]), _summed(
         flops_of(block, keys) for block in model.decoder.blocks
     )
@@ -113,17 +107,6 @@ def _summed(parts: Iterable[dict[str, float]]) -> dict[str, float]:
 def _ordered(outside: dict[str, float], inside: dict[str, float]) -> dict[str, float]:
     """In the order of a forward pass: the head is last."""
     return {**{name: flops for name, flops in outside.items() if name != "head"}, **inside, "head": outside["head"]}
-
-
-def _meta(config: ModelConfig) -> Transformer:
-    """The model on the meta device, built once for a configuration."""
-    key = config.model_dump_json()
-    if key not in _models:
-        _models[key] = meta_model(config)
-    _models.move_to_end(key)
-    while len(_models) > REMEMBERED:
-        _models.popitem(last=False)
-    return _models[key]
 
 
 def training_flops_per_token(

@@ -7,7 +7,6 @@ gradient is every share's (`sum_shares`). All results are plain tensors, equal o
 
 from __future__ import annotations
 
-import logging
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +14,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 
-log = logging.getLogger(__name__)
+from andromeda.utils.log import get_logger
+
+log = get_logger(__name__)
 
 
 class Group(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from typing import TYPE_CHECKING
 
 from andromeda.config.run import RunConfig
@@ -10,11 +9,12 @@ from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.parallel import context, expert, tensor
 from andromeda.parallel.layout import Layout
+from andromeda.utils.log import get_logger
 
 if TYPE_CHECKING:
     from andromeda.parallel.mesh import ParallelMesh
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 def check_model(config: RunConfig, layout: Layout) -> None:

@@ -8,7 +8,6 @@ is computed whole by every process.
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -25,8 +24,9 @@ from andromeda.ops.collectives import Group, ShareSum, gather, sum_gradients, su
 from andromeda.ops.cross_entropy import VocabularyShard
 from andromeda.parallel.local_parameters import Gradient, distribute, use_local
 from andromeda.utils.errors import ConfigError
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 class Branch(NamedTuple):

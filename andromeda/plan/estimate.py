@@ -9,7 +9,7 @@ from torch import nn
 
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import forward_flops_per_token, hardware_flops_per_token, training_flops_per_token
-from andromeda.model.meta_model import meta_model
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.plan.device_mesh import CommunicationVolume, DeviceMeshShape, communication_volume, local_batch_sizes
 from andromeda.plan.dry_run import step_memory
@@ -162,7 +162,7 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
     _, micro = local_batch_sizes(config, mesh)
     precision = _precision(train.precision, place.gpu)
     compiled = train.compile != "off" if place.gpu else should_compile(config, torch.device("cpu"))
-    model = meta_model(config.model)
+    model = shared_meta_model(config.model)
     parameters, state = count_parameters(model), state_bytes(model, train)
     if quick:
         held = estimate_step_memory(config, model, micro, sequence, precision, gpu=place.gpu, compiled=compiled)

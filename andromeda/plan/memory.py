@@ -18,7 +18,7 @@ from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.config.train import CheckpointConfig, OptimizerConfig, TrainConfig
 from andromeda.model.kv_cache.protocol import CacheBytes
-from andromeda.model.meta_model import meta_model
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import find_optimizer, optimizer_state_bytes, parameter_roles
 from andromeda.optim.optimizer_kind import FLOAT_BYTES
@@ -159,7 +159,7 @@ def decode_state(model: ModelConfig, *, mixers_only: bool = False) -> CacheBytes
 
     mixers_only: of the token mixers alone, without the last vectors of token shifts.
     """
-    built = meta_model(model)
+    built = shared_meta_model(model)
     roots: list[Any] = [block.attention for block in built.decoder.blocks] if mixers_only else [built]
     parts: list[Any] = [module for root in roots for module in root.modules() if hasattr(module, "cache_bytes")]
     said = [part.cache_bytes(torch.bfloat16) for part in parts]

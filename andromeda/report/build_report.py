@@ -18,6 +18,7 @@ from andromeda.utils.errors import ConfigError
 from andromeda.utils.files import write_whole
 from andromeda.utils.formatting import format_duration, format_number, format_si
 from andromeda.utils.html import Child, Markup, Section, page, tiles
+from andromeda.utils.untrusted import MalformedFile, refuse_links_inside
 
 NAME = "report.html"
 
@@ -60,9 +61,12 @@ def write_report(run: str | Path, out: str | Path | None = None) -> Path:
     path = Path(run) / NAME if out is None else Path(out)
     text = build_report(run)
     try:
+        refuse_links_inside(Path(run), path)
         write_whole(path, text.encode("utf-8"))
         if out is None:
             write_run_card(run)
+    except MalformedFile as error:
+        raise ConfigError(f"{run} {error}: give another place with --out.") from None
     except OSError as error:
         raise ConfigError(f"{path} cannot be written ({error.strerror}): give another place with --out.") from None
     return path

@@ -184,6 +184,8 @@ TITLES = {
 }
 
 
+MOST_CELLS = 4_096
+"""Of a map of retrieval."""
 ENDS = {0.0: "0 % (begin)", 1.0: "100 % (end)"}
 TASK_DESCRIPTIONS = {
     "single": "One fact among lines that say nothing.",
@@ -238,6 +240,8 @@ def _retrieval(result: EvalResult) -> Markup:
     try:
         r = result.result
         rows = ["anywhere"] if r.get("everywhere") else [ENDS.get(depth, format_percent(depth)) for depth in r["depths"]]
+        if len(rows) * len(r["lengths"]) > MOST_CELLS:
+            raise ValueError("more cells than a page can show")
         # The file has a row for each length; a reader looks from the top of the text to its end.
         values = [[row[i] for row in r["accuracy"]] for i in range(len(r["depths"]))]
         guessed = float(r["chance"]) if is_number(r.get("chance")) and 0 <= r["chance"] < 1 else 0.0

@@ -11,7 +11,7 @@ from andromeda.config.run import RunConfig
 from andromeda.data.corpus import CorpusManifest
 from andromeda.evaluate.result import EvalResult
 from andromeda.model.flops import forward_flops_per_token, training_flops_per_token
-from andromeda.model.meta_model import meta_model
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.plan.estimate import ParameterCount, count_parameters
 from andromeda.plan.memory import cache_bytes
 from andromeda.plan.plan_tables import size as byte_size
@@ -71,7 +71,7 @@ def _parts(c: ModelConfig) -> list[str]:
 def parameter_count(record: RunData) -> ParameterCount | None:
     """Counted on the model built without numbers; None where it cannot be built here (a user's own class that is not installed)."""
     try:
-        return count_parameters(meta_model(record.config.model))
+        return count_parameters(shared_meta_model(record.config.model))
     except AndromedaError:
         return None
 

@@ -111,12 +111,13 @@ def _lines_of(file: str, text: str) -> list[GeneratedSample]:
         try:
             values = parse_json(line)
             prompt, answer = values["prompt"], str(values["text"])
+            prompt = prompt if isinstance(prompt, str) else f"{len(prompt)} token ids"
             about = ", ".join(f"{name.replace('_', ' ')} {values[name]}" for name in SAMPLING_KEYS if values.get(name) is not None)
         except (ValueError, TypeError, KeyError, AttributeError):
             continue
         step = values.get("step")
         step = step if isinstance(step, int) and is_number(step) and step >= 0 else None
-        found.append(GeneratedSample(file, prompt if isinstance(prompt, str) else f"{len(prompt)} token ids", answer, about, step))
+        found.append(GeneratedSample(file, prompt, answer, about, step))
     return found
 
 

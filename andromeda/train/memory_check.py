@@ -7,7 +7,7 @@ import torch
 
 from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
-from andromeda.model.meta_model import meta_model
+from andromeda.model.meta_model import shared_meta_model
 from andromeda.model.transformer import Transformer
 from andromeda.optim import optimizer_state_bytes
 from andromeda.parallel.layout import ONE, Layout
@@ -19,7 +19,7 @@ COMPUTE_ITEMSIZE = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 
 def check_state_fits(config: RunConfig, device: torch.device, layout: Layout = ONE) -> None:
     """Raise ConfigError when this process's part of weights, gradients and optimizer state is more than the device's whole memory."""
-    model, optim = meta_model(config.model), config.train.optim
+    model, optim = shared_meta_model(config.model), config.train.optim
     parameters = list(model.parameters())
     num_bytes = sum(2 * p.numel() * p.element_size() for p in parameters) + optimizer_state_bytes(model, optim)
     num_bytes //= layout.shard * layout.context * layout.tensor
@@ -34,7 +34,7 @@ def check_weights_fit(config: ModelConfig, device: torch.device, itemsize: int =
 
 def count_parameters(config: ModelConfig) -> int:
     """Number of parameters of a model, shared ones counted once; nothing is allocated."""
-    return sum(weight.numel() for weight in meta_model(config).parameters())
+    return sum(weight.numel() for weight in shared_meta_model(config).parameters())
 
 
 def _check(count: int, num_bytes: int, what: str, device: torch.device) -> None:
@@ -65,7 +65,7 @@ def min_saved_bytes_per_token(config: RunConfig, precision: str) -> int:
     """
     numbers = config.model.num_layers * config.model.hidden_size
     if config.train.activation_checkpointing == "none":
-        numbers += saved_numbers_per_token(meta_model(config.model))
+        numbers += saved_numbers_per_token(shared_meta_model(config.model))
     return numbers * COMPUTE_ITEMSIZE[precision]
 
 

@@ -135,6 +135,14 @@ class RunDir:
         write_whole(self.manifest_file, (json.dumps(manifest, indent=1) + "\n").encode())
 
 
+def refuse_linked_folder(out: Path, folder: Path) -> None:
+    """Raise ConfigError where a run folder below `out`, such as one of an ablation, is a symbolic link out of it."""
+    try:
+        refuse_links(out, folder)
+    except MalformedFile as error:
+        raise ConfigError(f"{out} {error}: remove it, or give another folder with --out.") from None
+
+
 def split_step(source: str | Path) -> tuple[Path, int | None]:
     """RUN or RUN@STEP as folder and step; None is the newest checkpoint. A folder of that whole name comes first."""
     run, at, step = str(source).rpartition("@")

@@ -8,11 +8,12 @@ beside and renamed, so that a kill cannot tear them.
 from __future__ import annotations
 
 import fcntl
-import logging
 import struct
 from pathlib import Path
 
-log = logging.getLogger("andromeda")
+from andromeda.utils.log import get_logger
+
+log = get_logger()
 
 ELF_HEADER = 64
 """Bytes of the header of a 64-bit ELF file."""

@@ -149,6 +149,16 @@ def refuse_links(root: Path, path: Path) -> None:
             raise MalformedFile(f"holds a symbolic link, {printable(str(part.relative_to(root)))!r}, which is never written through")
 
 
+def refuse_links_inside(root: Path, path: Path) -> None:
+    """Raise MalformedFile where a file to be written lies below `root`, and a folder on the way to it is a symbolic link.
+
+    For a path that a user gives. What lies elsewhere is the user's own; a link in the place of the file itself is replaced, not followed.
+    """
+    root, path = Path(os.path.abspath(root)), Path(os.path.abspath(path))
+    if root in path.parents and path.parent != root:
+        refuse_links(root, path.parent)
+
+
 def open_for_writing(root: Path, path: Path, *, append: bool = False, mode: int = 0o644) -> IO[bytes]:
     """A regular file below `root` opened for writing, created where it is missing, never through a symbolic or a hard link.
 

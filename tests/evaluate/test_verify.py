@@ -160,7 +160,7 @@ def test_changed_weights_are_found_by_their_hash_and_by_what_they_compute(place:
     [
         (lambda p: change(p / "run/manifest.json", lambda told: told.update(data="0" * 64)), ["training data"]),
         (lambda p: (p / "run/manifest.json").unlink(), ["manifest.json"]),
-        (lambda p: shutil.rmtree(p / "run/checkpoints"), ["checkpoints"]),
+        (lambda p: shutil.rmtree(p / "run/checkpoints"), ["checkpoints", "metrics.jsonl"]),
         (lambda p: _append(p / "run/metrics.jsonl", b"junk\n"), ["metrics.jsonl"]),
         (lambda p: (p / "run/metrics.jsonl").unlink(), ["metrics.jsonl"]),
         (lambda p: _replace(p / "run/metrics.jsonl", b'"gradient_norm": ', b'"gradient_norm": 1'), ["metrics.jsonl"]),
@@ -223,11 +223,62 @@ def test_a_later_start_may_measure_otherwise(place: Path, capsys: pytest.Capture
     assert checks[HELD_OUT]["difference"] == 0.0
 
 
-def test_rows_of_an_older_version_are_not_compared(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_checkpoint_that_does_not_say_what_was_measured_is_not_believed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Whoever rehashes a checkpoint could claim that an older version had measured other sequences."""
     _remember(place / "run/checkpoints/step-00000002", lambda state: state.pop("validation"))
     code, checks = said(capsys)
-    assert code == 0
-    assert "older version" in checks[HELD_OUT]["note"]
+    assert code == 1
+    assert not checks[HELD_OUT]["checked"]
+
+
+def test_a_training_without_named_data_is_not_believed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _remember(place / "run/checkpoints/step-00000002", lambda state: state.pop("data"))
+    change(place / "run/manifest.json", lambda told: told.pop("data"))
+    code, checks = said(capsys)
+    assert code == 1
+    assert "neither manifest nor checkpoint names its data" in checks["training data"]["note"]
+
+
+@pytest.mark.parametrize("forgotten", ["metrics_bytes", "metrics_sha256"])
+def test_metrics_that_the_checkpoint_does_not_remember_are_not_believed(
+    place: Path, capsys: pytest.CaptureFixture[str], forgotten: str
+) -> None:
+    _remember(place / "run/checkpoints/step-00000002", lambda state: state.pop(forgotten))
+    code, checks = said(capsys)
+    assert code == 1
+    assert not checks["metrics.jsonl"]["checked"]
+
+
+def test_lines_after_the_newest_checkpoint_are_not_believed(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    _append(place / "run/metrics.jsonl", b'{"step": 3, "loss": 0.5}\n')
+    code, checks = said(capsys)
+    assert code == 1
+    assert checks["metrics.jsonl"]["agrees"]
+    assert not checks["metrics.jsonl, later lines"]["checked"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        ("reasoning", {"samples": 10**9, "seed": 0}),
+        ("retrieval", {"task": "single", "style": "prose", "lengths": [2**40], "depths": [0.5], "samples": 1, "seed": 0}),
+        ("retrieval", {"task": "single", "style": "prose", "lengths": [32], "depths": [0.5] * 10**5, "samples": 1, "seed": 0}),
+        ("retrieval", {"task": "single", "style": "prose", "lengths": [512] * 300, "depths": [0.5], "samples": 10_000, "seed": 0}),
+        ("bits", {"text": "", "corpus": "", "context": 2**11, "stride": 1}),
+        ("context", {"text": "", "corpus": "", "contexts": [8], "targets": 10**9, "places": 1}),
+    ],
+)
+def test_settings_that_would_take_forever_are_not_repeated(
+    place: Path, capsys: pytest.CaptureFixture[str], kind: str, settings: dict[str, Any]
+) -> None:
+    assert call("eval", "run", "bits", "--device", "cpu") == 0
+    said(capsys)
+    stored = json.loads((place / "run/evaluations/bits.json").read_text())
+    (place / "run/evaluations/bits.json").write_text(json.dumps({**stored, "kind": kind, "settings": settings}))
+    code, checks = said(capsys)
+    assert code == 1
+    assert not checks["bits"]["checked"]
+    assert any(words in checks["bits"]["note"] for words in ("are repeated", "too much to repeat"))
 
 
 @pytest.mark.parametrize("content", ["[]", "{}", '{"format": 1, "step": 2, "config": 3, "metrics_bytes": "x"}'])

@@ -206,6 +206,18 @@ def test_estimated_memory_is_near_that_of_the_dry_run(name: str, checkpointing: 
     assert estimate.memory.peak == pytest.approx(exact.memory.peak, rel=0.2)
 
 
+def test_what_cannot_be_counted_without_consent_is_told(small: str) -> None:
+    """Nothing is imported, and the countable configuration beside it is planned."""
+    own = f"{small}.own.toml"
+    Path(own).write_text(SMALL.replace("num_heads = 4,", 'mixer = "evil_of_a_stranger:Part", num_heads = 4,'))
+    result = run(own, small)
+    assert result.exit_code == 0, result.output
+    assert "2 layers of hidden size 64" in result.stderr
+    assert "51,200 in all" in result.stderr  # 100 steps of 8 sequences of 64 tokens
+    assert "cannot be counted without importing model.attention.mixer = 'evil_of_a_stranger:Part'" in result.stderr
+    assert "small: fits" in result.stdout or "small.toml: fits" in result.stdout
+
+
 def test_the_short_answer_imports_neither_the_compiler_nor_sympy() -> None:
     """They take more time than all else that it does."""
     code = (

@@ -13,7 +13,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from andromeda.utils import untrusted
-from andromeda.utils.untrusted import MalformedFile, open_for_writing, parse_json, printable, read_json, read_json_object, read_lines
+from andromeda.utils.untrusted import (
+    MalformedFile,
+    open_for_writing,
+    parse_json,
+    printable,
+    read_json,
+    read_json_object,
+    read_lines,
+    refuse_links_inside,
+)
 
 
 def pipe(path: Path) -> None:
@@ -154,3 +163,18 @@ def test_the_depth_limit_is_exact() -> None:
     assert parse_json("[" * limit + "1" + "]" * limit)
     with pytest.raises(MalformedFile):
         parse_json("[" * (limit + 1) + "1" + "]" * (limit + 1))
+
+
+def test_only_folders_on_the_way_inside_the_root_must_not_be_links(tmp_path: Path) -> None:
+    """The user's own folders may be links, and a link in the place of the file is replaced by what is written."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "pages").symlink_to(tmp_path / "out")
+    (tmp_path / "mine").symlink_to(tmp_path / "out")
+    (tmp_path / "run" / "a.html").symlink_to(tmp_path / "out" / "a.html")
+    refuse_links_inside(tmp_path / "run", tmp_path / "mine" / "a.html")
+    refuse_links_inside(tmp_path / "run", tmp_path / "run" / "a.html")
+    with pytest.raises(MalformedFile, match="pages"):
+        refuse_links_inside(tmp_path / "run", tmp_path / "run" / "pages" / "a.html")
+    with pytest.raises(MalformedFile, match="pages"):
+        refuse_links_inside(tmp_path / "run", tmp_path / "mine" / ".." / "run" / "pages" / "a.html")

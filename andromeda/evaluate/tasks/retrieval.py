@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from random import Random
 from typing import Any, Literal
@@ -17,11 +16,12 @@ from andromeda.evaluate.request import Depths, EvalOptions, Lengths, Measurement
 from andromeda.evaluate.retrieval_problems import RETRIEVAL_TASKS, STYLES, RetrievalTask, chance_accuracy
 from andromeda.evaluate.retrieval_scoring import score_grid, tokenize_problem
 from andromeda.utils.errors import ConfigError, RequestError, nearest
+from andromeda.utils.log import get_logger
 from andromeda.utils.progress_callback import ProgressCallback
 
 SAMPLES, DEPTHS = 20, 5
 
-log = logging.getLogger("andromeda")
+log = get_logger()
 
 
 class RetrievalSettings(BaseConfig):

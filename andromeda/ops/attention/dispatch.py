@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from functools import cache
 from types import ModuleType
@@ -13,10 +12,11 @@ from andromeda.ops.attention import cudnn, decode, eager, fa4, flash, flex, sdpa
 from andromeda.ops.attention.spec import AttentionSpec
 from andromeda.ops.constant_result import assume_constant_result
 from andromeda.utils.errors import ConfigError, nearest
+from andromeda.utils.log import get_logger
 
 _BACKENDS = {module.name: module for module in (sdpa, decode, flash, cudnn, flex, fa4, eager)}
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 
 @dataclass(frozen=True)
