@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -86,3 +87,8 @@ def parse_ints(option: str, text: str, least: int = 0) -> tuple[int, ...]:
     if any(number < least for number in numbers):
         raise RequestError(f"{option} must be whole numbers of at least {least} with commas between them, not {text!r}.")
     return numbers
+
+
+def is_worker() -> bool:
+    """Whether this is one of several processes already, which torchrun or `--nproc` started."""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from andromeda.cli.arguments import AllowCode, Device, DType, Ema, RunArgument, Step, check_buildable
+from andromeda.cli.arguments import AllowCode, Device, DType, Ema, RunArgument, Step, check_buildable, is_worker
 from andromeda.utils.errors import RequestError
 
 if TYPE_CHECKING:
@@ -47,6 +48,10 @@ def generate(
     compile_model: Annotated[bool, typer.Option("--compile", help="Compile the model: a minute at first, faster afterwards.")] = False,
     fp8: Annotated[bool, typer.Option("--fp8", help="Linear layers in fp8: for long prompts on GPUs that compute it.")] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts of a file that are decoded at once.")] = 8,
+    nproc: Annotated[
+        int,
+        typer.Option(min=0, help="Processes on this machine, one a GPU, that share the work on each token (docs/scale.md); 0: none."),
+    ] = 0,
     allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object for each prompt.")] = False,
 ) -> None:
@@ -65,18 +70,50 @@ def generate(
     check_buildable(run)
     texts = _prompts(prompt, prompts, settings)
 
+    if nproc > 1 and not is_worker():
+        options = {"prompts": prompts, **given, "step": step, "device": device, "dtype": dtype, "batch_size": batch_size}
+        flags = {"--ema": ema, "--compile": compile_model, "--fp8": fp8, "--allow-code": allow_code, "--json": as_json}
+        raise typer.Exit(_launch(run, "" if prompts else str(texts[0]), options, flags, nproc))
+
     from andromeda.api import Andromeda
     from andromeda.generate.engine import Engine
 
-    model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
-    model.optimize_for_inference(fp8=fp8, compile=compile_model)
-    pieces = Engine(model, model.tokenizer, batch=batch_size).stream(texts, **settings)
-    if as_json:
-        _print_json(pieces, texts)
-    elif prompts:
-        _print_blocks(pieces, texts)
-    else:
-        _print_stream(pieces)
+    with ExitStack() as processes:
+        mesh = None
+        if is_worker():
+            from andromeda.parallel.mesh import local_device
+            from andromeda.parallel.tensor_inference import joined_processes, split
+            from andromeda.train.state import resolve_device
+
+            place = local_device(resolve_device(device, "--device").type)
+            mesh, device = processes.enter_context(joined_processes(place)), str(place)
+        model = Andromeda.from_run(run, device=device, dtype=dtype, ema=ema, step=step)
+        if mesh is not None:
+            split(model, mesh)
+        model.optimize_for_inference(fp8=fp8, compile=compile_model)
+        pieces = Engine(model, model.tokenizer, batch=batch_size).stream(texts, **settings)
+        if mesh is not None and mesh.get_local_rank():
+            for _ in pieces:  # the first process prints
+                pass
+        elif as_json:
+            _print_json(pieces, texts)
+        elif prompts:
+            _print_blocks(pieces, texts)
+        else:
+            _print_stream(pieces)
+
+
+def _launch(run: Path, prompt: str, options: dict[str, Any], flags: dict[str, bool], nproc: int) -> int:
+    """The same call for each of several processes, which must draw the same tokens."""
+    import secrets
+
+    from andromeda.parallel.launch import launch
+
+    options["seed"] = secrets.randbits(32) if options["seed"] is None else options["seed"]
+    named = [(f"--{name.replace('_', '-')}", value) for name, value in options.items() if name != "stop" and value is not None]
+    named += [("--stop", text) for text in options["stop"] or ()]
+    given = [f"{name}={value}" for name, value in named]
+    return launch(["generate", *given, *(flag for flag, wanted in flags.items() if wanted), "--", str(run), prompt], nproc)
 
 
 def _prompts(prompt: str, file: Path | None, settings: dict[str, Any]) -> Sequence[str | list[int]]:

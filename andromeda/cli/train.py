@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import AllowCode, Overrides, check_exists, is_run, load_config
+from andromeda.cli.arguments import AllowCode, Overrides, check_exists, is_run, is_worker, load_config
 from andromeda.utils.errors import AndromedaError, ConfigError
 
 
@@ -55,7 +55,7 @@ def train(
 
     settings = load_config(source, changes)
     check_training(settings)
-    if nproc and not _is_worker():
+    if nproc and not is_worker():
         from andromeda.parallel.layout_rules import check_layout
 
         check_layout(settings, nproc)
@@ -80,11 +80,6 @@ def train(
             raise typer.Exit(128 + result.signal)
         if os.environ.get("RANK", "0") == "0":
             reporter.message(_report(result.run_dir))
-
-
-def _is_worker() -> bool:
-    """Whether this is one of the processes of a run already."""
-    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
 def _arguments(

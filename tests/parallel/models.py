@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.tensor import DTensor
 
 from andromeda.config.load import load
@@ -56,6 +58,18 @@ def set_step_load(model: Transformer, counted: Transformer) -> None:
     for router, other in zip(model.modules(), counted.modules(), strict=True):
         if isinstance(router, Router) and isinstance(other, Router):
             router.step_load.copy_(other.load)
+
+
+def graphs_of(model: Transformer, run: Callable[[], Tensor]) -> tuple[int, float]:
+    """Graphs that the blocks of `model` are compiled to in a forward and backward pass, and how far the result of `run` then differs."""
+    expected = run().detach()
+    counter = CompileCounterWithBackend("aot_eager")
+    for block in model.decoder.blocks:
+        block.compile(fullgraph=True, backend=counter)
+    found = run()
+    found.sum().backward()
+    torch._dynamo.reset()
+    return counter.frame_count, distance(found.detach(), expected)
 
 
 def distance(a: Tensor, b: Tensor) -> float:

@@ -19,7 +19,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.parallel import context
 from andromeda.train.objective import MicroBatch
 from andromeda.utils.errors import ConfigError
-from tests.parallel.models import batch_of, distance, set_step_load, small
+from tests.parallel.models import batch_of, distance, graphs_of, set_step_load, small
 from tests.parallel.processes import run_processes
 
 HEADS: dict[str, Any] = {"attention__num_heads": 4, "attention__head_dim": 16}
@@ -107,6 +107,14 @@ def compare_prefill(mesh: DeviceMesh, config: ModelConfig, fused: bool) -> dict[
     return {"prompt": distance(second, expected[:, LENGTH - 1 : LENGTH]), "after": distance(after, expected[:, LENGTH:])}
 
 
+def compare_compiled(mesh: DeviceMesh, config: ModelConfig) -> dict[str, float]:
+    """Both layers are one graph."""
+    model = Transformer(config, seed=3).double()
+    parallel, batch = context.parallelize(model, mesh), batch_of(config, 2, LENGTH, documents=True)
+    graphs, difference = graphs_of(model, lambda: parallel.hidden(batch.ids, documents=batch.documents))
+    return {"graphs besides one": graphs - 1, "hidden": difference}
+
+
 def work(configs: dict[str, ModelConfig]) -> dict[str, dict[str, float]]:
     """On each process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -116,7 +124,7 @@ def work(configs: dict[str, ModelConfig]) -> dict[str, dict[str, float]]:
         found[f"{name}, documents"] = compare(mesh, config, documents=True)
         found[f"{name}, prefill"] = compare_prefill(mesh, config, fused=False)
         found[f"{name}, fused prefill"] = compare_prefill(mesh, config, fused=True)
-    return found
+    return found | {"compiled": compare_compiled(mesh, next(iter(configs.values())))}
 
 
 @pytest.fixture(scope="module")
@@ -130,6 +138,11 @@ def test_two_processes_compute_what_one_does(differences: list[dict[str, dict[st
     for found in differences:
         worst = max(found[name + kind], key=lambda key: found[name + kind][key])
         assert found[name + kind][worst] < 1e-9, worst
+
+
+def test_both_layers_are_compiled_as_one_graph(differences: list[dict[str, dict[str, float]]]) -> None:
+    for found in differences:
+        assert max(found["compiled"].values()) < 1e-9, found["compiled"]
 
 
 @pytest.mark.slow

@@ -25,7 +25,7 @@ from andromeda.ops.collectives import Group
 from andromeda.ops.cross_entropy import VocabularyShard, linear_cross_entropy, reference
 from andromeda.parallel import tensor
 from andromeda.utils.errors import ConfigError
-from tests.parallel.models import batch_of, distance, loss_of, small, weights_of
+from tests.parallel.models import batch_of, distance, graphs_of, loss_of, small, weights_of
 from tests.parallel.processes import run_processes
 
 HEADS: dict[str, Any] = {"attention__num_heads": 4, "attention__head_dim": 16}
@@ -156,6 +156,13 @@ def _last_by_step(model: Transformer, ids: Tensor) -> Tensor:
     return StaticDecodeStep(read, cache, most=4)(ids[:, -1])
 
 
+def compare_compiled(mesh: DeviceMesh, config: ModelConfig) -> dict[str, float]:
+    """Both layers are one graph."""
+    model = tensor.parallelize(Transformer(config, seed=3).double(), mesh)
+    graphs, difference = graphs_of(model, lambda: loss_of(model, batch_of(config, 2, 24, documents=True)))
+    return {"graphs besides one": graphs - 1, "loss": difference}
+
+
 def compare_loss(mesh: DeviceMesh) -> dict[str, float]:
     """The loss of a vocabulary in pieces against all logits at once."""
     group = Group.of(mesh)
@@ -180,9 +187,8 @@ def compare_loss(mesh: DeviceMesh) -> dict[str, float]:
 def work(configs: dict[str, ModelConfig]) -> dict[str, dict[str, float]]:
     """On each process."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    return {name: compare(mesh, config) | compare_generation(mesh, config) for name, config in configs.items()} | {
-        "loss": compare_loss(mesh)
-    }
+    found = {name: compare(mesh, config) | compare_generation(mesh, config) for name, config in configs.items()}
+    return found | {"loss": compare_loss(mesh), "compiled": compare_compiled(mesh, next(iter(configs.values())))}
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +196,7 @@ def differences() -> list[dict[str, dict[str, float]]]:
     return run_processes(2, work, {name: small(**changes) for name, changes in MODELS.items()})
 
 
-@pytest.mark.parametrize("name", [*MODELS, "loss"])
+@pytest.mark.parametrize("name", [*MODELS, "loss", "compiled"])
 def test_two_processes_compute_what_one_does(differences: list[dict[str, dict[str, float]]], name: str) -> None:
     for found in differences:
         worst = max(found[name], key=lambda key: found[name][key])
