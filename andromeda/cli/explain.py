@@ -32,7 +32,7 @@ def explain(
     from andromeda.api import Andromeda
     from andromeda.explain import ExplainRequest, write_explanation
     from andromeda.explain import explain as look
-    from andromeda.explain.explanation import explanation_json
+    from andromeda.explain.explanation import explanation_json, prediction_text
 
     model = Andromeda.from_run(run, device=device, dtype="fp64", ema=ema, step=step)
     found = look(run, model, ExplainRequest(text, target, against, position, numbers), step)
@@ -40,6 +40,7 @@ def explain(
     if as_json:
         print(json.dumps(explanation_json(found) | {"page": str(page)}, ensure_ascii=False))
         return
+    print(prediction_text(found))
     for check in found.checks:
         print(f"{'holds' if check.holds else 'DOES NOT HOLD'}: {check.name} (difference {check.error:.1e})")
     for sentence in found.refused.values():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,6 +33,11 @@ def show_whitespace(token: str, longest: int = 14) -> str:
     return text if len(text) <= longest else text[: longest - 1] + "\N{HORIZONTAL ELLIPSIS}"
 
 
+def quoted(token: str, longest: int = 14) -> Markup:
+    """The token as it stands in a sentence or a table: as code, so that it is told from the words around it."""
+    return el("code", show_whitespace(token, longest), class_="quoted")
+
+
 def shaded_tokens(tokens: Sequence[str], values: Sequence[float], tips: Sequence[str], here: int = -1) -> Markup:
     """A text whose tokens are shaded by signed values, relative to the largest."""
     full = max((abs(v) for v in values), default=0.0) or 1.0
@@ -49,7 +55,7 @@ def prediction_section(e: Explanation) -> Section:
     """The most likely next tokens."""
     probabilities = e.seen.logits[0, e.position].softmax(-1)
     top = probabilities.topk(min(10, len(probabilities)))
-    rows = [Bar(show_whitespace(e.spell(int(i))), float(p), 1) for p, i in zip(top.values, top.indices, strict=True)]
+    rows = [Bar(quoted(e.spell(int(i))), float(p), 1) for p, i in zip(top.values, top.indices, strict=True)]
     before = shaded_tokens(
         e.tokens, [0.0] * len(e.tokens), [f"token {i}: {show_whitespace(t)}" for i, t in enumerate(e.tokens)], e.position
     )
@@ -70,7 +76,7 @@ def lens_section(e: Explanation) -> Section:
     shown = el("div", el("table", el("thead", head), el("tbody", body), class_="heat lens"), class_="scroll", tabindex="0")
     chances, entropies = e.lens.target[:, e.position].tolist(), e.lens.entropy[:, e.position].tolist()
     here = [(name, format_percent(p), format_number(bits, 3)) for name, p, bits in zip(names, chances, entropies, strict=True)]
-    title = f"Probability of {show_whitespace(e.spell(e.target))} and entropy in bits, after each layer"
+    title = join("Probability of ", quoted(e.spell(e.target)), " and entropy in bits, after each layer")
     return Section("lens", "Logit lens", lead, join(shown, details(title, table(["after", "probability", "entropy"], here))))
 
 
@@ -92,13 +98,25 @@ def attention_section(e: Explanation) -> Section:
         el("div", el("span", f"layer {i + 1}", class_="unit"), [_thumbnail(i, h, head) for h, head in enumerate(heads)], class_="heads")
         for i, heads in maps.items()
     ]
-    big = el("div", el("p", id="map-name"), el("canvas", id="map-big", role="img", aria_label="the selected head's map"), class_="map-big")
+    canvas = el("canvas", id="map-big", role="img", aria_label="the selected head's map")
+    axes = [el("span", "query token →", class_="map-y"), canvas, el("span", "key token →", class_="map-x")]
+    big = el("div", el("p", id="map-name"), el("div", axes, class_="map-axes"), _weight_scale(), class_="map-big")
     text = el("div", el("p", id="map-says", class_="note"), el("p", id="map-text", class_="tokens"))
     note = "Shades are the square root of the weight, so that small weights are visible; hover for values."
     parts = [el("div", rows, class_="layers"), el("div", big, text, class_="chosen")]
     shown = el("div", parts, class_="maps", data_tokens=tokens, data_position=e.position)
     figures = details("Statistics per head", _heads_table(maps))
     return Section("attention", "Attention", lead, join(shown, el("p", note, class_="note"), figures))
+
+
+SCALE = (0.0, 0.01, 0.1, 0.25, 0.5, 1.0)
+"""Weights that are named at the scale of the maps."""
+
+
+def _weight_scale() -> Markup:
+    """What the shades mean: weights at the places of their square roots."""
+    marks = [el("span", format_percent(w) if w else "0", style=f"left:{100 * math.sqrt(w):.1f}%") for w in SCALE]
+    return el("div", el("div", class_="ramp"), el("div", marks, class_="marks"), class_="scale", aria_label="weights by shade")
 
 
 def _thumbnail(layer: int, head: int, weights: Tensor) -> Markup:
@@ -139,19 +157,19 @@ def _heads_table(maps: dict[int, Tensor]) -> Markup:
 
 def direct_section(e: Explanation) -> Section:
     """Bars for the parts, a map for the heads."""
-    target, rival = show_whitespace(e.spell(e.target)), show_whitespace(e.spell(e.against))
-    lead = (
-        f"What each part adds to the logit of {target}, and to its difference from that of {rival}, directly through the head, with the "
-        "statistics of the norms fixed."
-    )
+    target, rival = quoted(e.spell(e.target)), quoted(e.spell(e.against))
+    fixed = ", directly through the head, with the statistics of the norms fixed."
+    lead = join("What each part adds to the logit of ", target, ", and to its difference from that of ", rival, fixed)
     d = e.direct
     if d is None:
         return Section("direct", "Direct logit attribution", lead, el("p", e.refused["direct"], class_="empty"))
     cap = f", soft-capped to {format_number(d.logit)}" if d.raw != d.logit and e.model.head.softcap else ""
     sides = grid(
-        bar_chart(f"To the logit of {target}", _bars(d.parts, d.bias), unit=f"sum {format_number(d.raw)}{cap}"),
+        bar_chart(join("To the logit of ", target), _bars(d.parts, d.bias), unit=f"sum {format_number(d.raw)}{cap}"),
         bar_chart(
-            f"To the difference from {rival}", _bars(d.lead, d.lead_bias), unit=f"sum {format_number(sum(d.lead.values()) + d.lead_bias)}"
+            join("To the difference from ", rival),
+            _bars(d.lead, d.lead_bias),
+            unit=f"sum {format_number(sum(d.lead.values()) + d.lead_bias)}",
         ),
     )
     return Section("direct", "Direct logit attribution", lead, join(sides, _heads_map(d, target), details("As a table", _parts_table(d))))
@@ -174,7 +192,7 @@ def _group(part: ResidualPart) -> str:
     return f"layer {part.layer + 1} " + ("feed-forward" if part.kind == "feed-forward" else "attention")
 
 
-def _heads_map(d: DirectAttribution, target: str) -> Markup | None:
+def _heads_map(d: DirectAttribution, target: Markup) -> Markup | None:
     heads = {(part.layer, part.head): value for part, value in d.parts.items() if part.kind == "head"}
     if not heads:
         return None
@@ -182,7 +200,7 @@ def _heads_map(d: DirectAttribution, target: str) -> Markup | None:
     values = [[heads.get((layer, head)) for head in range(count)] for layer in layers]
     full = max(abs(v) for v in heads.values()) or 1.0
     rows, columns = [f"layer {layer + 1}" for layer in layers], [f"{head + 1}" for head in range(count)]
-    drawn = heat_map(f"To the logit of {target}", rows, columns, values, corner="head", show=lambda v: format_number(v, 3), full=full)
+    drawn = heat_map(join("To the logit of ", target), rows, columns, values, corner="head", show=lambda v: format_number(v, 3), full=full)
     return join(el("h3", "By head"), grid(drawn))
 
 
@@ -200,8 +218,9 @@ def _detail(part: ResidualPart) -> str:
 
 def gradients_section(e: Explanation) -> Section:
     """The text shaded by the attribution of each token."""
-    target = show_whitespace(e.spell(e.target))
-    lead = f"Integrated gradients: how much each token contributes to the logit of {target}, compared with a text of end-of-text tokens."
+    target = quoted(e.spell(e.target))
+    compared = ", compared with a text of end-of-text tokens."
+    lead = join("Integrated gradients: how much each token contributes to the logit of ", target, compared)
     g = e.gradients
     if g is None:
         return Section("gradients", "Input attribution", lead, el("p", e.refused["gradients"], class_="empty"))
@@ -213,7 +232,7 @@ def gradients_section(e: Explanation) -> Section:
         f"up to {format_number(g.gap, 2)} ({state}; tolerance {format_number(g.allowed, 2)}, {format_percent(TOLERANCE)} of the sum of "
         f"their absolute values; {g.steps} steps of Gauss-Legendre quadrature in float64)."
     )
-    rows = [[str(i), show_whitespace(token), format_number(share)] for i, (token, share) in enumerate(zip(e.tokens, shares, strict=True))]
+    rows = [[str(i), quoted(token), format_number(share)] for i, (token, share) in enumerate(zip(e.tokens, shares, strict=True))]
     shown = details("As a table", table(["", "token", "attribution"], rows, text=2))
     return Section(
         "gradients", "Input attribution", lead, join(shaded_tokens(e.tokens, shares, tips, e.position), el("p", note, class_="note"), shown)
@@ -236,9 +255,9 @@ def build_page(e: Explanation) -> str:
     chance = float(e.seen.logits[0, e.position].softmax(-1)[e.target])
     top = tiles(
         [
-            ("Explained token", show_whitespace(e.spell(e.target)), f"after token {e.position}, {show_whitespace(e.tokens[e.position])}"),
+            ("Explained token", quoted(e.spell(e.target)), join(f"after token {e.position}, ", quoted(e.tokens[e.position]))),
             ("Probability", format_percent(chance), "of all tokens"),
-            ("Logit", format_number(float(e.seen.logits[0, e.position, e.target])), f"compared with {show_whitespace(e.spell(e.against))}"),
+            ("Logit", format_number(float(e.seen.logits[0, e.position, e.target])), join("compared with ", quoted(e.spell(e.against)))),
             ("Identities", f"{sum(c.holds for c in e.checks)} of {len(e.checks)}", "hold for this text"),
         ]
     )

@@ -15,6 +15,8 @@ from andromeda.explain.residual_decomposition import DirectAttribution, direct_a
 from andromeda.explain.trace import ForwardTrace, LogitLens, logit_lens, trace
 from andromeda.generate.prompts import encode
 from andromeda.utils.errors import RequestError
+from andromeda.utils.formatting import format_percent
+from andromeda.utils.untrusted import printable
 
 MAX_TOKENS = 256
 """Longest text in tokens; an attention map has their square."""
@@ -190,6 +192,20 @@ def _checks(
             )
         )
     return checks
+
+
+def prediction_text(e: Explanation, most: int = 5) -> str:
+    """The most likely next tokens as lines for a terminal, and the explained token where it is not among them."""
+    probabilities = e.seen.logits[0, e.position].softmax(-1)
+    top = [int(i) for i in probabilities.topk(min(most, len(probabilities))).indices]
+    shown = top if e.target in top else [*top, e.target]
+    lines = [f"  {format_percent(float(probabilities[i])):>6}  {_repr(e.spell(i))}" + "  (explained)" * (i == e.target) for i in shown]
+    return "\n".join([f"after token {e.position}, {_repr(e.tokens[e.position])}:", *lines])
+
+
+def _repr(token: str) -> str:
+    """Quoted, with control characters escaped."""
+    return printable(repr(token))
 
 
 def explanation_json(e: Explanation) -> dict[str, Any]:

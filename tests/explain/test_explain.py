@@ -21,6 +21,7 @@ from andromeda.explain.explain_page import build_page, pack_attention
 from andromeda.model.attention import Attention
 from andromeda.ops.attention import AttentionSpec
 from andromeda.utils.errors import RequestError
+from andromeda.utils.untrusted import printable
 from tests.command import call
 from tests.html_pages import browse, parse
 
@@ -144,6 +145,27 @@ def test_views_that_cannot_be_are_told() -> None:
     assert "no map of layer 1, 2" in page
     assert "routing of a mixture of experts is discontinuous" in page
     assert all(check.holds for check in found.checks)
+
+
+def test_the_prediction_is_printed_with_its_probabilities(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The same figures as --json gives, the explained token named also where others are more likely."""
+    assert call("explain", str(run), "the", "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert call("explain", str(run), "the") == 0
+    first, best, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"after token {found['position']}, {printable(repr(found['tokens'][-1]))}:"
+    assert best.split()[0] == f"{100 * found['prediction'][0]['probability']:.2g}"
+    assert printable(repr(found["prediction"][0]["token"])) in best
+    assert best.endswith("(explained)")
+
+
+def test_tokens_are_quoted_as_code_and_maps_have_axes_and_a_scale(run: Path) -> None:
+    assert call("explain", str(run), "the", "--out", str(run / "page.html")) == 0
+    page = (run / "page.html").read_text()
+    for words in ("to the logit of <code", "difference from that of <code", "To the logit of <code", "query token", "key token"):
+        assert words in page
+    # A weight of a quarter has half of the full shade.
+    assert '<span style="left:50.0%">25 %</span>' in page
 
 
 def test_a_map_is_packed_as_the_page_reads_it() -> None:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from andromeda.config.model import ModelConfig
-from andromeda.explain.integrated_gradients import MAX_STEPS, TOLERANCE, _inputs, _integral, integrated_gradients
+from andromeda.explain.integrated_gradients import TOLERANCE, _inputs, _integral, integrated_gradients
 from andromeda.explain.residual_decomposition import ResidualPart, apply_frozen_norm, decompose_residual, direct_attribution
 from andromeda.explain.trace import logit_lens, trace
 from andromeda.model.attention import Attention
@@ -113,9 +113,8 @@ def test_integrated_gradients_are_complete(row: str) -> None:
     found = integrated_gradients(model, text, T - 1, 3, nothing)
     with torch.no_grad():
         difference = float(model(text)[0, -1, 3] - model(nothing)[0, -1, 3])
-    tolerance = TOLERANCE * (4 if has_corners(row) and found.steps == MAX_STEPS else 1)
-    assert abs(float(found.shares.sum()) - difference) <= tolerance * float(found.shares.abs().sum()) + 1e-9
-    assert found.complete or has_corners(row)
+    assert abs(float(found.shares.sum()) - difference) <= TOLERANCE * float(found.shares.abs().sum()) + 1e-9
+    assert found.complete
     assert abs(found.logit - found.baseline - difference) <= EXACT
 
 
