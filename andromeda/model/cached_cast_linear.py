@@ -61,6 +61,14 @@ class CachedCastLinear(Linear):
         """Cast the weights of all."""
         raise NotImplementedError
 
+    @classmethod
+    def note_inputs(cls, layers: Sequence[Self]) -> None:
+        """Note what bounds the inputs of all."""
+
+    def input_version(self) -> Any:
+        """Which tensors bound the input, and how often each was written; None without."""
+        return None
+
     def can_cast(self) -> bool:
         """Whether the weight is on a device where it can be cast."""
         return True
@@ -127,8 +135,7 @@ def convert_linears(
     match_kernels(root)
     led = {id(other) for layer in layers for other in layer.fused_with}
     leading = [layer for layer in layers if id(layer) not in led]
-    if cached:
-        root.register_forward_pre_hook(partial(_refresh, leading))
+    root.register_forward_pre_hook(partial(_refresh if cached else _note_inputs, leading))
     return leading
 
 
@@ -157,3 +164,13 @@ def _below(path: str, name: str) -> str:
 
 def _refresh(layers: Sequence[CachedCastLinear], root: nn.Module, args: Any) -> None:
     refresh(layers)
+
+
+@torch.no_grad()
+def _note_inputs(layers: Sequence[CachedCastLinear], root: nn.Module, args: Any) -> None:
+    """The part of `refresh` that reads no weights."""
+    changed = [layer for layer in layers if layer.version != layer.input_version()]
+    if changed:
+        type(changed[0]).note_inputs(changed)
+    for layer in changed:
+        layer.version = layer.input_version()

@@ -84,6 +84,18 @@ class Float8TrainingLinear(CachedCastLinear):
                 setattr(layer, name, tensor)
         _bound_inputs(layers)
 
+    @classmethod
+    def note_inputs(cls, layers: Sequence[Self]) -> None:
+        """Take new bounds of inputs."""
+        _bound_inputs(layers)
+
+    def input_version(self) -> tuple[int, int] | None:
+        """Of the gain that bounds the input; a norm without one gives the same bound always."""
+        if self.source is None:
+            return None
+        gain = self._gain()
+        return (0, 0) if gain is None else (gain._version, id(gain))
+
     def _gain(self) -> Tensor | None:
         return getattr(self.source[0], "weight", None) if self.source else None
 

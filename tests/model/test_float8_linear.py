@@ -265,3 +265,20 @@ def test_a_block_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, wanted in plain.items():
         assert (eager[name] - wanted).norm() < 0.2 * wanted.norm(), name
         assert (compiled[name] - eager[name]).norm() < 0.25 * wanted.norm(), name
+
+
+def test_layers_that_cast_when_they_are_called_compute_the_same() -> None:
+    """As under FSDP: with the same bounds of inputs, which follow the norms' gains, and gradients."""
+    cached, made = model(), Transformer(CONFIG, seed=1)
+    convert_to_float8(made.decoder, lambda path: True, cached=False)
+    for _ in range(2):
+        expected, found = gradients(cached), gradients(made)
+        assert all(torch.equal(expected[name], found[name]) for name in expected)
+        bounds = [[layer.bound for layer in each.modules() if isinstance(layer, Float8TrainingLinear)] for each in (cached, made)]
+        assert [bound is None for bound in bounds[0]] == [bound is None for bound in bounds[1]]
+        assert any(bound is not None for bound in bounds[1])
+        assert all(layer.rows is None for layer in made.modules() if isinstance(layer, Float8TrainingLinear))
+        with torch.no_grad():
+            for each in (cached, made):
+                for parameter in each.parameters():
+                    parameter.mul_(1.5)
