@@ -1,4 +1,4 @@
-"""What a model predicts besides the next token: one table `[model.heads.NAME]` for each head, checked by the `Config` of its kind.
+"""What a model predicts besides the next token: one table `[model.task_heads.NAME]` for each head, checked by the `Config` of its kind.
 
 The keys follow Hugging Face's configurations (`num_labels`; `problem_type` there is `kind` here).
 """
@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeFloat
 
 from andromeda.config.base import BaseConfig
-from andromeda.config.model import HeadTable
+from andromeda.config.model import HeadTable, ModelConfig
 from andromeda.config.validation_errors import validate
 
 MAX_LABELS = 30_000
@@ -121,17 +121,22 @@ HEAD_KINDS: dict[str, type[HeadKeys]] = {
     "ranking": RankingConfig,
     "multi_token": MultiTokenConfig,
 }
-"""Kinds that `model.heads.NAME.kind` may name. `auto` is the kind that follows from the corpus's target."""
+"""Kinds that `model.task_heads.NAME.kind` may name. `auto` is the kind that follows from the corpus's target."""
 KIND_OF_TARGET = {config.target_kind: kind for kind, config in HEAD_KINDS.items() if config.target_kind}
 """The head that a target of the corpus asks for."""
 
 
 def head_keys(name: str, table: HeadTable) -> HeadKeys:
     """The keys of a head of a registered kind, typed. Raises ConfigError."""
-    return validate(HEAD_KINDS[table.kind], table.own, f"model.heads.{name}")
+    return validate(HEAD_KINDS[table.kind], table.own, f"model.task_heads.{name}")
 
 
 def target_name(name: str, table: HeadTable) -> str:
     """The target of the corpus that a head predicts; empty where the tokens themselves are the target."""
     keys = HEAD_KINDS.get(table.kind)
     return "" if keys is not None and not keys.target_kind else str(table.own.get("target") or name)
+
+
+def heads_of(model: ModelConfig) -> dict[str, HeadKeys]:
+    """The keys of the heads of registered kinds, by name. Raises ConfigError."""
+    return {name: head_keys(name, table) for name, table in model.task_heads.items() if table.kind in HEAD_KINDS}

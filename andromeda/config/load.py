@@ -3,8 +3,9 @@
 A layer is what one source sets. The preset comes first, the file's own keys change it, overrides change both. Every
 layer may use the flat names (aliases.py) in its [model] table. What comes out is typed, and its parts fit together.
 
-Two things are settled here, so that every command and the run folder hold the same numbers: a vocabulary size that only
-a preset gives is replaced by the corpus's, and warm-up and cooldown given as fractions become steps.
+Three things are settled here, so that every command and the run folder hold the same numbers: a vocabulary size that only
+a preset gives is replaced by the corpus's, keys of heads that are left open become those of the corpus's targets, and
+warm-up and cooldown given as fractions become steps.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any, NamedTuple
 import tomli_w
 
 from andromeda.config.aliases import FLAT_NAMES, HUGGING_FACE_NAMES, SPEC_NAMES, resolve_aliases
+from andromeda.config.corpus_targets import with_corpus_targets
 from andromeda.config.keys import fields, format_value, is_text, merge, nested_config, set_path
 from andromeda.config.model import ModelConfig
 from andromeda.config.rules import check, check_model, schedule_in_steps
@@ -102,6 +104,7 @@ def _checked(layers: Sequence[ConfigLayer]) -> RunConfig:
         config = _change(config, layer.values)
     if not any(_sets_vocab_size(layer.values) for layer in layers if not layer.is_preset):
         config = _with_vocabulary_of_corpus(config)
+    config = with_corpus_targets(config)
     check(config)
     return schedule_in_steps(config)
 

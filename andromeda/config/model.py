@@ -293,4 +293,6 @@ class ModelConfig(BaseConfig):
     value_embedding: ValueEmbeddingConfig = ValueEmbeddingConfig()
     skips: SkipsConfig = SkipsConfig()
     head: HeadConfig = HeadConfig()
+    task_heads: dict[str, HeadTable] = Field(default_factory=dict)
+    """Heads besides the language model's by name, each of which predicts a target of the corpus (docs/heads.md)."""
     init: InitConfig = InitConfig()

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.derived import mixer_name
-from andromeda.config.model import FULL, MIXERS, AttentionOverrides, ModelConfig, PartConfig
+from andromeda.config.model import FULL, MIXERS, AttentionOverrides, HeadTable, ModelConfig, PartConfig
 from andromeda.config.own_code import CodeNotAllowed, find_class, is_allowed
 from andromeda.config.run import RunConfig
 from andromeda.config.train import OPTIMIZERS
@@ -73,6 +73,11 @@ def own_value_embedding(model: ModelConfig) -> OwnPart | None:
     return find_part(table.kind, table.own, "model.value_embedding", "model.value_embedding.kind") if ":" in table.kind else None
 
 
+def own_head(name: str, table: HeadTable) -> OwnPart:
+    """The user's own head that a table of `model.task_heads` names. Raises ConfigError."""
+    return find_part(table.kind, table.own, f"model.task_heads.{name}", f"model.task_heads.{name}.kind")
+
+
 def mixer_of(model: ModelConfig, layer: int) -> Mixer:
     """The token mixer of layer number `layer`. Raises ConfigError."""
     return named_mixer(model, mixer_name(model, layer))
@@ -109,6 +114,7 @@ def check_own_parts(model: ModelConfig) -> None:
     for name in used_mixers(model):
         kind = model.attention.mixer if name in FULL else model.mixers[name].kind
         parts.append(named_mixer(model, name).part if ":" in kind else None)
+    parts += [own_head(name, table) for name, table in model.task_heads.items() if ":" in table.kind]
     for part in parts:
         reason = part and getattr(part.kind, "unsupported_reason", None)
         if part and reason and (clause := reason(model, part.config)):
@@ -128,6 +134,7 @@ def own_classes(config: ModelConfig | RunConfig) -> dict[str, str]:
             named["model.attention.mixer"] = model.attention.mixer
         elif name in model.mixers:
             named[f"model.mixers.{name}.kind"] = model.mixers[name].kind
+    named |= {f"model.task_heads.{name}.kind": table.kind for name, table in model.task_heads.items()}
     if isinstance(config, RunConfig) and config.train.optim.kind not in OPTIMIZERS:
         named["train.optim.kind"] = config.train.optim.kind
     return {key: path for key, path in named.items() if ":" in path}

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable
 from types import SimpleNamespace
 from typing import Any
 
+from andromeda.config.data import RESERVED_TARGETS
 from andromeda.config.derived import (
     FOLDED_DIMS,
     FOLDED_MAX_POSITIONS,
@@ -24,6 +25,7 @@ from andromeda.config.derived import (
     rotated_dims,
     smallest_scale_base,
 )
+from andromeda.config.heads import HEAD_KINDS
 from andromeda.config.model import BACKENDS, FULL, MIXERS, QK_NORMS, VALUE_EMBEDDINGS, ModelConfig
 from andromeda.config.parallel import SIZES
 from andromeda.config.parts import qk_norm_name, used_mixers, with_overrides
@@ -211,6 +213,15 @@ MODEL_RULES: tuple[Rule, ...] = (
         "model.embedding.provider = {m.embedding.provider!r} has no effect while model.embedding.kind is "
         "{m.embedding.kind!r}: set it to 'custom'",
     ),
+    # Heads
+    (
+        lambda m: any(not name.isidentifier() or name in RESERVED_TARGETS for name in m.task_heads),
+        "model.task_heads.{strange_head} is no name for a head: letters, digits and underscores, and none of {head_names}",
+    ),
+    (
+        lambda m: any(not _known(table.kind, ("auto", *HEAD_KINDS)) for table in m.task_heads.values()),
+        "model.task_heads.{unknown_head}.kind is not a kind of head{head_hint}: give {head_kinds} or package.module:Class",
+    ),
     (
         lambda m: m.shift.kind == "chunks" and m.shift.tokens >= m.hidden_size,
         "model.shift.tokens = {m.shift.tokens} leaves no channels for each token in model.hidden_size = {m.hidden_size}",
@@ -278,6 +289,22 @@ RUN_RULES: tuple[Rule, ...] = (
     (
         lambda c: not all(getattr(c.parallel, size) for size in SIZES),
         "a size in [parallel] is 0: give 1 or more, or -1 for the processes that are left",
+    ),
+    (
+        lambda c: c.model.task_heads and (c.parallel.context, c.parallel.tensor) != (1, 1),
+        "model.task_heads are trained with whole sequences and matrices: set parallel.context and parallel.tensor to 1",
+    ),
+    (
+        lambda c: c.loss.distillation.teacher and (c.parallel.context, c.parallel.tensor) != (1, 1),
+        "loss.distillation needs whole sequences and matrices: set parallel.context and parallel.tensor to 1",
+    ),
+    (
+        lambda c: c.loss.balance != "fixed" and not c.model.task_heads and not c.loss.distillation.teacher,
+        "loss.balance = {c.loss.balance!r} has nothing to balance: declare a head in model.task_heads",
+    ),
+    (
+        lambda c: not c.loss.next_token_weight and not c.model.task_heads and not c.loss.distillation.teacher,
+        "loss.next_token_weight = 0 leaves nothing to learn: declare a head in model.task_heads",
     ),
     # Window warm-up
     (
@@ -486,9 +513,15 @@ def _clause_values(m: ModelConfig) -> SimpleNamespace:
     content, norm = content_dim(m), qk_norm_name(m)
     strange = next((name for name, mixer in m.mixers.items() if not _known(mixer.kind, MIXERS)), "")
     unknown = next(iter(_unknown_layers(m)), "")
+    odd_head = next((name for name, table in m.task_heads.items() if not _known(table.kind, ("auto", *HEAD_KINDS))), "")
     value_key = next(iter(m.value_embedding.own), "")
     pairs = max(1, min(content // 2, round(m.rotary.fraction * content / 2)))
     return SimpleNamespace(
+        strange_head=next((name for name in m.task_heads if not name.isidentifier() or name in RESERVED_TARGETS), ""),
+        head_names=", ".join(RESERVED_TARGETS),
+        unknown_head=odd_head,
+        head_hint=nearest(m.task_heads[odd_head].kind, HEAD_KINDS) if odd_head else "",
+        head_kinds=", ".join(HEAD_KINDS),
         backends=", ".join(BACKENDS),
         backend_hint=nearest(m.attention.backend, BACKENDS),
         mechanisms=", ".join(MIXERS),

@@ -6,6 +6,7 @@ from pydantic import NonNegativeInt
 
 from andromeda.config.base import BaseConfig
 from andromeda.config.data import DataConfig
+from andromeda.config.loss import LossConfig
 from andromeda.config.model import ModelConfig
 from andromeda.config.parallel import ParallelConfig
 from andromeda.config.train import TrainConfig
@@ -20,5 +21,6 @@ class RunConfig(BaseConfig):
     """All random numbers of a run derive from it."""
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()

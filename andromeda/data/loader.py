@@ -75,6 +75,8 @@ class TokenStream:
         self.tokenizer: Tokenizer | None = corpora[0].tokenizer
         """None only for shards that were made elsewhere, without a tokenizer."""
         self._targets = _joint_targets(corpora)
+        self.targets = {name: column.report for name, column in self._targets.items()}
+        """What the corpora have besides tokens, by name."""
         lengths = [p.num_sequences for p in packings]
         self.num_sequences = None if None in lengths else sum(n for n in lengths if n is not None)
         """Sequences of a held-out stream; None for training, which never ends."""

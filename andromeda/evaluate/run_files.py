@@ -16,10 +16,10 @@ from andromeda.data.loader import TokenStream, open_stream
 from andromeda.data.tokenizer import Tokenizer
 from andromeda.evaluate.comparison import TOLERANCE, DataLocations, VerificationCheck, relative_difference, same_arithmetic, use_threads
 from andromeda.train import checkpoint
+from andromeda.train.build_objective import measuring_objective
 from andromeda.train.callbacks.validation import ROW_SELECTION
 from andromeda.train.manifest import device_name, machine, versions
 from andromeda.train.metrics import MetricsHistory, is_number, sha256_prefix
-from andromeda.train.objective import NextTokenObjective
 from andromeda.train.precision import build_precision
 from andromeda.train.resume import METRICS_LOST, changed_since
 from andromeda.train.run_dir import RunDir
@@ -268,7 +268,7 @@ def _measure(
 
     def figures(average: bool) -> dict[str, float]:
         model = precision.convert_model(load_weights(folder.path, step=step, average=average, device=place))
-        return validation(model, NextTokenObjective(model), precision)
+        return validation(model, measuring_objective(model, config), precision)
 
     averaged = {f"{name}{AVERAGE}": figure for name, figure in figures(True).items()} if average else {}
     return figures(False) | averaged, precision.name

@@ -9,7 +9,7 @@ Kurin et al. (arXiv 2201.04122) found tuned fixed weights as good as the adaptiv
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
@@ -46,15 +46,11 @@ class FixedWeights:
     def update(self, losses: Tensor, present: Tensor, norms: Tensor | None = None) -> None:
         """Learn from a step. losses (T,): means over the step; present (T,): which tasks had targets; norms (T,): of their gradients."""
 
-    def penalty(self) -> Tensor:
-        """What the objective has besides the weighted losses, shape ()."""
-        return torch.zeros((), dtype=WIDE)
-
     def state_tensors(self) -> dict[str, Tensor]:
         """What is learned, by name; live, not copied."""
         return {}
 
-    def load_state(self, saved: dict[str, Tensor]) -> None:
+    def load_state(self, saved: Mapping[str, Tensor]) -> None:
         """Restore what `state_tensors` returned. Raises KeyError where something is missing."""
         for name, value in self.state_tensors().items():
             value.copy_(saved[name])
@@ -107,10 +103,6 @@ class UncertaintyWeights(FixedWeights):
         gradient = self._declared * (0.5 - self._factor * torch.exp(-self.log_variance) * losses)
         _Adam.step(self.log_variance, gradient, self.adam, self._config.lr, present)
         self.log_variance.clamp_(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
-
-    def penalty(self) -> Tensor:
-        """Sum of declared s / 2."""
-        return 0.5 * (self._declared * self.log_variance).sum()
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Log variances and Adam's state."""

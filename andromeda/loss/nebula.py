@@ -30,6 +30,16 @@ class LossResult(NamedTuple):
     """Negative log-likelihood per target of each task in nats, unweighted, shape (), without gradients."""
 
 
+def shared_gradients(gradients: Sequence[Tensor], hidden: Tensor) -> Tensor:
+    """Gradients by the last shared layer, (tasks, C, C), from those by the hidden states (B, T, C): what gradient normalization measures.
+
+    The layer is a linear one at the end of the shared part, held at the identity, so that its gradient is sum_t dL/dh_t h_t^T. Those of
+    micro-batches add up to that of the step.
+    """
+    flat = hidden.detach().flatten(0, -2)
+    return torch.stack([gradient.flatten(0, -2).to(flat.dtype).T @ flat for gradient in gradients])
+
+
 class Nebula:
     """The loss of a run. Called with the head (or all heads by name), the hidden states and the batch."""
 
@@ -55,26 +65,17 @@ class Nebula:
         by_name = heads if isinstance(heads, Mapping) else {"head": heads}
         return {task.name: task(by_name, hidden, batch) for task in self.tasks}
 
-    def shared_gradients(self, sums: Mapping[str, LossSums], hidden: Tensor) -> Tensor:
-        """Gradient of each task's sum by the last shared layer, (tasks, C, C): what gradient normalization measures.
-
-        The layer is a linear one at the end of the shared part, held at the identity, so that its gradient is sum_t dL/dh_t h_t^T. Those
-        of micro-batches add up to that of the step. The graph is kept for the backward pass of the loss itself.
-        """
-        flat = hidden.detach().flatten(0, -2)
-        found = []
-        for own in sums.values():
-            (gradient,) = torch.autograd.grad(own.total, hidden, retain_graph=True, allow_unused=True)
-            zero = flat.new_zeros(flat.shape[-1], flat.shape[-1])
-            found.append(zero if gradient is None else gradient.flatten(0, -2).to(flat.dtype).T @ flat)
-        return torch.stack(found)
+    def hidden_gradients(self, sums: Mapping[str, LossSums], hidden: Tensor) -> list[Tensor]:
+        """Gradient of each task's sum by the hidden states (B, T, C) that it was computed from; the graph is kept."""
+        found = (torch.autograd.grad(own.total, hidden, retain_graph=True, allow_unused=True)[0] for own in sums.values())
+        return [torch.zeros_like(hidden) if gradient is None else gradient for gradient in found]
 
     def weigh(self, means: Mapping[str, Tensor]) -> Tensor:
-        """The weighted sum of the tasks' losses, shape ()."""
+        """The weighted sum of the tasks' losses, shape (), or of other tensors of one shape."""
         fixed = [task.weight for task in self.tasks]
         weights: Sequence[float] | Tensor = self.balance.weights if self.balance.adapts else fixed
         terms = [_as(weight, means[task.name]) * means[task.name] for task, weight in zip(self.tasks, weights, strict=True)]
-        return torch.stack(terms).sum()
+        return torch.stack(terms).sum(0)
 
     def __call__(
         self, heads: LossHead | Mapping[str, LossHead], hidden: Tensor, batch: Any, normalizer: Mapping[str, Tensor | int] | None = None

@@ -58,7 +58,7 @@ class PlackettLuce:
         """scores (B, T) by group and rank (B, G, R), and which documents are there."""
         batch, length = target.shape
         groups = length // 2 + 1
-        ranked = (target != IGNORE_INDEX) & (target % RANK_STRIDE < self.max_items)
+        ranked = (target != IGNORE_INDEX) & (target % RANK_STRIDE < self.max_items) & (target < groups * RANK_STRIDE)
         slot = torch.where(ranked, target // RANK_STRIDE * self.max_items + target % RANK_STRIDE, groups * self.max_items)
         shape = batch, groups * self.max_items + 1
         # Every slot but the last, which is dropped, receives one number: the sum does not depend on an order.

@@ -91,7 +91,7 @@ def _keys(sequence: int, convention: Convention, documents: Sequence[int], windo
 def _split_flops(config: ModelConfig, keys: Callable[[int], float]) -> tuple[dict[str, float], dict[str, float]]:
     """FLOPs per token of what is outside of the layers, which no activation checkpointing recomputes, and of all layers."""
     model = shared_meta_model(config)
-    return _summed([flops_of(model.embedding, keys), flops_of(model.head, keys)]), _summed(
+    return _summed([flops_of(part, keys) for part in (model.embedding, model.head, *model.task_heads.values())]), _summed(
         flops_of(block, keys) for block in model.decoder.blocks
     )
 

@@ -13,7 +13,7 @@ from andromeda.config.parts import check_own_parts
 from andromeda.model.decoder_stack import build_decoder_stack
 from andromeda.model.embedding import InputEmbedding
 from andromeda.model.forward_context import ForwardContext
-from andromeda.model.head import LMHead
+from andromeda.model.head import LMHead, build_heads
 from andromeda.model.init import initialize
 from andromeda.model.kv_cache.protocol import KVCache, NoKVCache
 from andromeda.model.norm import build_norm
@@ -39,6 +39,7 @@ class Transformer(nn.Module):
         # DeepNorm's blocks end in a norm of their own.
         self.norm = nn.Identity() if config.block.residual == "deepnorm" else build_norm(config)
         self.head = LMHead(config, self.embedding.tokens)
+        self.task_heads = build_heads(config)
         self.without_cuda_graph = self._without_cuda_graph()
         if self.head.weight.device.type != "meta":
             initialize(self, config, seed)

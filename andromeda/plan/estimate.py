@@ -39,7 +39,8 @@ PARTS = (
     ("value embedding", "value_embedding."),
     ("attention", ".attention."),
     ("feed-forward", ".feedforward."),
-    ("head", "head."),
+    ("head", ".head."),
+    ("task heads", ".task_heads."),
     ("embedding", "embedding."),
 )
 """A parameter belongs to the first part whose pattern is in its name; the rest are norms and mixing weights."""

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from andromeda.config.run import RunConfig
 from andromeda.data.tokenizer import Tokenizer
+from andromeda.model.head import HEADS
 from andromeda.model.meta_model import meta_model
 from andromeda.train import checkpoint
 from andromeda.train.callbacks.ema import build_ema
@@ -74,7 +75,8 @@ def check_fits(parent: ParentCheckpoint, config: RunConfig, tokenizer: Tokenizer
 
 def _check_shapes(parent: ParentCheckpoint, wanted: dict[str, Tensor], saved: Mapping[str, Tensor]) -> None:
     shapes = {name: shape_of(saved, name) for name in wanted.keys() & saved.keys()}
-    different = [f"{name} is only in the {'new model' if name in wanted else 'run'}" for name in sorted(wanted.keys() ^ saved.keys())]
+    apart = [name for name in sorted(wanted.keys() ^ saved.keys()) if not _is_new_head(name, saved)]
+    different = [f"{name} is only in the {'new model' if name in wanted else 'run'}" for name in apart]
     different += [
         f"{name} is {_size(shapes[name])} there and {_size(tuple(tensor.shape))} here"
         for name, tensor in wanted.items()
@@ -88,6 +90,11 @@ def _check_shapes(parent: ParentCheckpoint, wanted: dict[str, Tensor], saved: Ma
         )
 
 
+def _is_new_head(name: str, saved: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter is of a head that the run does not have: it begins as in a run of its own."""
+    return name.startswith(HEADS) and name not in saved
+
+
 def _size(shape: tuple[int, ...]) -> str:
     return "x".join(map(str, shape)) or "a number"
 
@@ -98,7 +105,9 @@ def start_from(parent: ParentCheckpoint, state: TrainState, run_dir: RunDir) -> 
     So a kill leaves either no run or one that resumes from these weights.
     """
     snapshot = checkpoint.read(parent.path, like=model_tensors(state.model))
-    load_model(state.model, snapshot.tensors["model"])
+    saved_weights = snapshot.tensors["model"]
+    new_heads = {name: tensor for name, tensor in model_tensors(state.model).items() if _is_new_head(name, saved_weights)}
+    load_model(state.model, {**saved_weights, **new_heads})
     state.ema = build_ema(state.model, state.config.train.ema)
     if state.diloco:
         state.diloco.begin()

@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -109,12 +109,19 @@ class MetricAccumulator:
         # In float64 a sum survives JSON without rounding.
         self._sums = torch.zeros(2, dtype=torch.float64, device=device)
         self._steps, self._num_targets, self._num_bytes = 0, 0, 0
+        self._heads: dict[str, tuple[Tensor, int]] = {}
 
-    def add(self, nll: Tensor, grad_norm: Tensor, num_targets: int, num_bytes: int) -> None:
+    def add(
+        self, nll: Tensor, grad_norm: Tensor, num_targets: int, num_bytes: int, heads: Mapping[str, tuple[Tensor, int]] | None = None
+    ) -> None:
         """Add a step that was taken.
 
-        nll: cross entropy per target in nats, shape (); grad_norm: shape (); num_bytes: of the text that the targets stand for.
+        nll: cross entropy per target in nats, shape (); grad_norm: shape (); num_bytes: of the text that the targets stand for; heads:
+        summed loss and number of targets of each other head.
         """
+        for name, (total, count) in (heads or {}).items():
+            before, targets = self._heads.get(name, (torch.zeros_like(self._sums[0]), 0))
+            self._heads[name] = (before + total.double(), targets + count)
         self._sums += torch.stack([nll.double() * num_targets, grad_norm.double()])
         self._steps, self._num_targets, self._num_bytes = self._steps + 1, self._num_targets + num_targets, self._num_bytes + num_bytes
 
@@ -122,21 +129,25 @@ class MetricAccumulator:
         """The means since the last call, which waits for the device; empty when no step was taken."""
         nll, grad_norm = self._sums.tolist()
         steps, num_targets, num_bytes = self._steps, self._num_targets, self._num_bytes
+        heads, self._heads = self._heads, {}
         self._sums.zero_()
         self._steps, self._num_targets, self._num_bytes = 0, 0, 0
         if not steps:
             return {}
         means = {"loss": nll / max(1, num_targets), "gradient_norm": grad_norm / steps}
+        means |= {f"loss/{name}": float(total) / count for name, (total, count) in heads.items() if count}
         return means | ({"bits_per_byte": nll / math.log(2) / num_bytes} if num_bytes else {})
 
     def state_dict(self) -> dict[str, Any]:
         """State, for JSON."""
-        return {"sums": self._sums.tolist(), "steps": self._steps, "targets": self._num_targets, "bytes": self._num_bytes}
+        state = {"sums": self._sums.tolist(), "steps": self._steps, "targets": self._num_targets, "bytes": self._num_bytes}
+        return state | ({"heads": {name: [float(total), count] for name, (total, count) in self._heads.items()}} if self._heads else {})
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` returned."""
         self._sums.copy_(torch.tensor(state["sums"], dtype=torch.float64))
         self._steps, self._num_targets, self._num_bytes = state["steps"], state["targets"], state["bytes"]
+        self._heads = {name: (torch.zeros_like(self._sums[0]) + total, count) for name, (total, count) in state.get("heads", {}).items()}
 
 
 GIB = 1 << 30

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from operator import itemgetter
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from andromeda.data.loader import Batch
-from andromeda.loss import Nebula, next_token
+from andromeda.loss import LossSums, Nebula, next_token
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import fa4
 from andromeda.parallel.step_collectives import ALONE, Collectives
@@ -22,7 +23,18 @@ class ObjectiveSums(NamedTuple):
     total: Tensor
     """What is minimized; the one with gradients."""
     nll: Tensor
-    """Cross entropy alone."""
+    """Cross entropy of the next token alone."""
+    heads: Mapping[str, LossSums] = MappingProxyType({})
+    """Of each other task."""
+
+
+class HeadLoss(NamedTuple):
+    """The loss of one head in a step."""
+
+    nll: Tensor
+    """Summed over its targets that count, of all processes, in nats, shape ()."""
+    targets: int
+    """How many count."""
 
 
 class MicroBatch(NamedTuple):
@@ -34,11 +46,13 @@ class MicroBatch(NamedTuple):
     """(B, T), the id after each id, -100 where it does not count."""
     documents: Tensor | None
     """(B, T) document numbers, or None where attention may cross documents."""
+    head_targets: Mapping[str, Tensor] = MappingProxyType({})
+    """Targets of other heads by name, (B, T, ...) each."""
 
     @classmethod
     def from_batch(cls, batch: Batch, document_mask: bool) -> MicroBatch:
         """What a model reads of a batch of the stream."""
-        return cls(batch.ids, batch.targets, batch.documents if document_mask else None)
+        return cls(batch.ids, batch.targets, batch.documents if document_mask else None, batch.head_targets)
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copied to a device. A copy to a GPU goes through pinned memory, and does not wait for earlier kernels."""
@@ -60,10 +74,31 @@ class MicroBatch(NamedTuple):
 
     def _map(self, function: Callable[[Tensor], Tensor]) -> MicroBatch:
         documents = None if self.documents is None else function(self.documents)
-        return MicroBatch(function(self.ids), function(self.targets), documents)
+        heads = {name: function(target) for name, target in self.head_targets.items()}
+        return MicroBatch(function(self.ids), function(self.targets), documents, heads)
 
 
-class NextTokenObjective:
+class TrainObjective:
+    """What a run minimizes, called with micro-batches. Around those of a step, `begin_step` and `end_step` are called."""
+
+    def begin_step(self, data: MicroBatch, num_targets: int) -> None:
+        """data: all sequences of the step that this process reads; num_targets: next tokens of all processes, by which the sums of
+        `total` will be divided."""
+
+    def end_step(self, taken: bool) -> dict[str, HeadLoss]:
+        """After the last micro-batch. taken: whether the weights were updated. Returns the losses of heads."""
+        return {}
+
+    def metrics(self) -> dict[str, float]:
+        """What a line of metrics.jsonl says of the objective itself."""
+        return {}
+
+    def __call__(self, batch: MicroBatch, window: int = 0) -> ObjectiveSums:
+        """The sums over a batch on the model's device."""
+        raise NotImplementedError
+
+
+class NextTokenObjective(TrainObjective):
     """Nebula with the one task of a language model: cross entropy of the next token, with its z-loss."""
 
     def __init__(self, model: Transformer, z_loss: float = 0.0, collectives: Collectives = ALONE) -> None:

@@ -114,7 +114,7 @@ def set_aside_changed_metrics(run_dir: RunDir, metadata: Mapping[str, Any]) -> s
     return f"{path.name} {reason} since the checkpoint; it is now {aside.name}, and a new one begins"
 
 
-OWN_TABLES = ("model.mixers", "model.attention.qk_norm", "model.value_embedding", "train.optim.options")
+OWN_TABLES = ("model.mixers", "model.task_heads", "model.attention.qk_norm", "model.value_embedding", "train.optim.options")
 """Tables that may have keys of a user's own part."""
 
 

@@ -13,7 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from andromeda.config.loss import LossConfig
 from andromeda.config.run import RunConfig
+from andromeda.loss.balance import FixedWeights
 from andromeda.model.transformer import Transformer
 from andromeda.optim import OptimizerContainer, build_optimizer
 from andromeda.parallel.diloco import DiLoCoWorker
@@ -33,6 +35,7 @@ from andromeda.train.checkpoint_reader import shape_of
 from andromeda.train.compile import compile_blocks
 from andromeda.train.memory_check import check_activations_fit, check_state_fits
 from andromeda.train.metrics import MetricAccumulator
+from andromeda.train.multi_task import build_balance
 from andromeda.train.precision import Precision, build_precision
 from andromeda.train.progress import Progress
 from andromeda.utils.errors import CheckpointError, ConfigError, nearest
@@ -121,6 +124,8 @@ class TrainState:
     """The processes of the run, as they write a checkpoint together."""
     diloco: DiLoCoWorker | None = None
     """While the run is a worker of DiLoCo."""
+    balance: FixedWeights = field(default_factory=lambda: FixedWeights([1.0], [False], LossConfig()))
+    """How the losses of the run's tasks are weighed."""
 
     def snapshot(self, metrics_info: Mapping[str, Any]) -> Snapshot:
         """The whole state. metrics_info: how much of metrics.jsonl belongs to it, and its hash (MetricsFile.checkpoint_info)."""
@@ -129,6 +134,7 @@ class TrainState:
             "optimizer": self.optimizer.state_tensors(),
             "average": self.ema.state_tensors() if self.ema else {},
             "random": rng_tensors(),
+            "loss": self.balance.state_tensors(),
             "outer": self.diloco.state_tensors() if self.diloco else {},
         }
         metadata = {
@@ -179,6 +185,7 @@ class TrainState:
         self.optimizer.load_state(snapshot.tensors.get("optimizer", {}), metadata["optimizer"])
         if self.ema is not None:
             self.ema.load_state(snapshot.tensors.get("average", {}), metadata["average"])
+        self.balance.load_state(snapshot.tensors.get("loss", {}))
         self.precision.load_state_dict(metadata["precision"])
         self.spike_guard.load_state_dict(metadata["guard"])
         self.metrics.load_state_dict(metadata["meter"])
@@ -225,6 +232,7 @@ def build_train_state(config: RunConfig, device: torch.device, data_fingerprint:
         data_fingerprint,
         collectives=MeshCollectives(mesh, model) if mesh else Collectives(),
         ranks=Ranks(mesh.host_group) if mesh else ONE_RANK,
+        balance=build_balance(config).to(device),
     )
 
 

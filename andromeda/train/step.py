@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from andromeda.config.train import TrainConfig
 from andromeda.model.feedforward.moe import Router
 from andromeda.optim import clip_gradients
 from andromeda.train.callbacks.spike_guard import RowRange
-from andromeda.train.objective import MicroBatch, ObjectiveSums
+from andromeda.train.objective import HeadLoss, MicroBatch, ObjectiveSums, TrainObjective
 from andromeda.train.state import TrainState
 
 
@@ -41,6 +41,8 @@ class StepResult:
     """Gradient norm before clipping, shape (), on the device."""
     skip_reason: str | None
     """Why the update was skipped, or None."""
+    heads: Mapping[str, HeadLoss] = field(default_factory=dict)
+    """Losses of the heads besides the language model's."""
 
 
 class TrainStep:
@@ -48,6 +50,7 @@ class TrainStep:
 
     def __init__(self, state: TrainState, objective: Callable[[MicroBatch, int], ObjectiveSums], config: TrainConfig) -> None:
         self._state, self._objective, self._clip = state, objective, config.clip
+        self._hooks = objective if isinstance(objective, TrainObjective) else None
         self._collectives = state.collectives
         self._micro_batch_size = config.micro_batch_size or config.batch_size // self._collectives.layout.data
         self._parameters = state.optimizer.parameters()
@@ -56,6 +59,8 @@ class TrainStep:
     def __call__(self, batch: StepBatch) -> StepResult:
         """Learn from `batch`. The caller has set the learning rates."""
         state = self._state
+        if self._hooks:
+            self._hooks.begin_step(batch.data, batch.num_targets)
         loss, nll = self._accumulate_grads(batch)
         self._collectives.reduce_grads(self._parameters)
         state.precision.unscale_grads(self._parameters)
@@ -73,7 +78,8 @@ class TrainStep:
                 router.load.zero_()
             router.step_load.zero_()
         state.optimizer.zero_grad()
-        return StepResult(nll, grad_norm, skip_reason)
+        heads = self._hooks.end_step(skip_reason is None) if self._hooks else {}
+        return StepResult(nll, grad_norm, skip_reason, heads)
 
     def _accumulate_grads(self, batch: StepBatch) -> tuple[Tensor, Tensor]:
         """Accumulates the scaled gradient in the weights; returns the mean of the objective and of the cross entropy, of all processes."""

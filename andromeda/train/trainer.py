@@ -20,6 +20,7 @@ from andromeda.optim.schedules import build_window_warmup
 from andromeda.parallel.mesh import ParallelMesh, join_mesh, watched
 from andromeda.parallel.preflight import preflight
 from andromeda.train import checkpoint
+from andromeda.train.build_objective import build_objective, check_head_targets
 from andromeda.train.callbacks.diagnostics import Diagnostics
 from andromeda.train.callbacks.probes import Probes, build_probes
 from andromeda.train.callbacks.samples import Samples, build_samples, write_samples
@@ -38,7 +39,7 @@ from andromeda.train.metrics import (
     build_loggers,
     check_loggers_installed,
 )
-from andromeda.train.objective import MicroBatch, NextTokenObjective
+from andromeda.train.objective import MicroBatch
 from andromeda.train.outcome import explain_poor_loss, unigram_entropy
 from andromeda.train.progress import MetricValues, NullReporter, Reporter
 from andromeda.train.resume import LENGTH, METRICS_LOST, changed_keys, rest_of_schedule, resume_latest, set_aside_changed_metrics
@@ -82,7 +83,7 @@ class Trainer:
         self._config, self._train, self._state, self._io = config, train, state, io
         self._lr_factor = build_schedule(train.schedule, train.steps)
         self._window = build_window_warmup(train.window, train.steps)
-        self._objective = NextTokenObjective(state.model, train.z_loss, state.collectives)
+        self._objective = build_objective(state.model, config, state.balance, io.stream.tokenizer, state.collectives)
         self._step = TrainStep(state, self._objective, train)
         self._collectives = state.collectives
         self._diagnostics = Diagnostics(state.model, state.precision, state.collectives)
@@ -143,7 +144,7 @@ class Trainer:
         self._collectives.at(progress.step)
         if result.skip_reason is None:
             progress.tokens += num_targets
-            state.metrics.add(result.nll, result.grad_norm, num_targets, num_bytes)
+            state.metrics.add(result.nll, result.grad_norm, num_targets, num_bytes, result.heads)
         else:
             self._log({"event": f"step skipped: {result.skip_reason}", "rows": [first, end]})
 
@@ -169,7 +170,15 @@ class Trainer:
         progress = state.progress
         counts = {"tokens": progress.tokens, "rows": progress.rows} | (state.diloco.metrics() if state.diloco else {})
         last = self._judge(metrics.get("loss")) if progress.step == self._train.steps else {}
-        return metrics | lrs | counts | self._io.throughput.compute_and_reset() | {"seconds": progress.seconds} | last
+        return (
+            metrics
+            | self._objective.metrics()
+            | lrs
+            | counts
+            | self._io.throughput.compute_and_reset()
+            | {"seconds": progress.seconds}
+            | last
+        )
 
     def _judge(self, loss: float | None) -> MetricValues:
         """What the last line of a finished run adds: the loss of token frequencies alone, and a warning where training did no better."""
@@ -416,6 +425,7 @@ def open_streams(config: RunConfig) -> tuple[TokenStream, Validation | None]:
             f"The corpus has {stream.vocab_size} tokens and the model {config.model.vocab_size}: "
             f"set model.vocab_size={stream.vocab_size} or more."
         )
+    check_head_targets(config.model, stream.targets)
     return stream, build_validation(config) if config.train.eval_every else None
 
 

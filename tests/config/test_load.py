@@ -17,7 +17,7 @@ from pydantic.fields import FieldInfo
 from andromeda.config.base import BaseConfig
 from andromeda.config.keys import nested_config
 from andromeda.config.load import dumps, from_values, load, presets
-from andromeda.config.model import AttentionConfig, PartConfig
+from andromeda.config.model import AttentionConfig, HeadTable, PartConfig
 from andromeda.config.rules import check, resolve
 from andromeda.config.run import RunConfig
 from andromeda.config.validation_errors import MAX_NUMBER, validate
@@ -32,8 +32,8 @@ def values_of(field: FieldInfo) -> st.SearchStrategy[Any]:
     kind = field.annotation
     if isinstance(kind, type) and issubclass(kind, BaseConfig):
         return parts_of(kind)
-    if kind == dict[str, PartConfig]:
-        return st.dictionaries(st.text(), named_parts(), max_size=2)
+    if kind in (dict[str, PartConfig], dict[str, HeadTable]):
+        return st.dictionaries(st.text(), named_parts(get_args(kind)[1]), max_size=2)
     if get_origin(kind) is dict:  # keys of a user's own part
         return st.dictionaries(st.text("abc", min_size=1), st.integers(0, MAX_NUMBER) | st.text() | st.booleans(), max_size=2)
     if kind == field_type(AttentionConfig, "qk_norm"):
@@ -56,11 +56,11 @@ def field_type(part: type[BaseConfig], name: str) -> Any:
     return part.model_fields[name].annotation
 
 
-def named_parts() -> st.SearchStrategy[PartConfig]:
+def named_parts(table: type[PartConfig] = PartConfig) -> st.SearchStrategy[PartConfig]:
     """Tables of parts with keys of their own."""
     keys = st.text().filter(lambda name: name not in ("kind", "own") and not hasattr(PartConfig, name))
     own = st.dictionaries(keys, st.integers(-MAX_NUMBER, MAX_NUMBER) | st.booleans() | st.text(), max_size=2)
-    return st.builds(lambda kind, own: PartConfig.model_validate({"kind": kind, **own}), st.text(), own)
+    return st.builds(lambda kind, own: table.model_validate({"kind": kind, **own}), st.text(), own)
 
 
 def plain(kind: Any, limits: dict[str, Any]) -> st.SearchStrategy[Any]:

@@ -109,15 +109,16 @@ class Poison:
     def __init__(self, rows: Tensor) -> None:
         self._rows = {tuple(row.tolist()) for row in rows}
 
-    def objective(self, model: Any, z_loss: float) -> Callable[[MicroBatch, int], ObjectiveSums]:
-        inner = NextTokenObjective(model, z_loss)
+    def objective(self, model: Any, *parts: Any) -> NextTokenObjective:
+        bad_rows = self._rows
 
-        def poisoned(rows: MicroBatch, window: int) -> ObjectiveSums:
-            sums = inner(rows, window)
-            bad = any(tuple(row.tolist()) in self._rows for row in rows.ids)
-            return ObjectiveSums(sums.total * math.nan, sums.nll * math.nan) if bad else sums
+        class Poisoned(NextTokenObjective):
+            def __call__(self, batch: MicroBatch, window: int = 0) -> ObjectiveSums:
+                sums = super().__call__(batch, window)
+                bad = any(tuple(row.tolist()) in bad_rows for row in batch.ids)
+                return ObjectiveSums(sums.total * math.nan, sums.nll * math.nan) if bad else sums
 
-        return poisoned
+        return Poisoned(model)
 
 
 @pytest.fixture
@@ -128,7 +129,7 @@ def poison(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Callable[[int, int], 
     def make(first: int, end: int) -> None:
         config = tiny()
         rows = open_stream(config.data, 32, config.seed).batch(first, end - first).ids
-        monkeypatch.setattr(trainer, "NextTokenObjective", Poison(rows).objective)
+        monkeypatch.setattr(trainer, "build_objective", Poison(rows).objective)
 
     return make
 

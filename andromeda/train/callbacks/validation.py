@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from andromeda.data.loader import TokenStream
 from andromeda.parallel.step_collectives import ALONE, Collectives
@@ -40,15 +40,19 @@ class Validation:
         """Loss in nats per token and bits per byte of text; empty when nothing is held out. Several processes share the rows."""
         nll = torch.zeros((), dtype=torch.float64, device=precision.device)
         num_targets, num_bytes = 0, 0
+        heads: dict[str, Tensor] = {}
         batches = [self._rows[start : start + self._micro_batch_size] for start in range(0, len(self._rows), self._micro_batch_size)]
         model.eval()
         for rows, counts in collectives.share(batches):
             batch = self._stream.gather(rows)
             with precision.autocast():
-                found = objective(MicroBatch.from_batch(batch, self._document_mask).to(precision.device), 0).nll
+                found = objective(MicroBatch.from_batch(batch, self._document_mask).to(precision.device), 0)
             if counts:
-                nll += found
+                nll += found.nll
                 num_targets, num_bytes = num_targets + batch.tokens, num_bytes + batch.bytes
+            for name, own in found.heads.items():
+                both = torch.stack([own.nll.double(), own.tokens.double()]) * counts
+                heads[name] = heads[name] + both if name in heads else both
         model.train()
         collectives.after_evaluation()
         targets, text = collectives.sum_numbers(num_targets, num_bytes)
@@ -56,4 +60,7 @@ class Validation:
             return {}
         total = float(collectives.sum_(nll))
         metrics = {"validation/loss": total / targets}
+        for name, both in heads.items():
+            loss, count = collectives.sum_(both).tolist()
+            metrics |= {f"validation/loss/{name}": loss / count} if count else {}
         return metrics | ({"validation/bits_per_byte": total / math.log(2) / text} if text else {})
