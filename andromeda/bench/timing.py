@@ -8,6 +8,7 @@ bytes read and written.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
@@ -22,6 +23,10 @@ from andromeda.utils.hardware import Hardware, recognize
 
 Key = TypeVar("Key", bound=Hashable)
 
+log = logging.getLogger(__name__)
+TELL_EVERY = 10.0
+"""Seconds between two lines about the rounds done."""
+
 
 def time_alternately(functions: Mapping[Key, Callable[[int], object]], warmup: int, rounds: int) -> dict[Key, list[float]]:
     """Seconds of each function in every timed round.
@@ -30,7 +35,11 @@ def time_alternately(functions: Mapping[Key, Callable[[int], object]], warmup: i
     that no function always follows the same other one. The first `warmup` rounds are not counted.
     """
     seconds: dict[Key, list[float]] = {key: [] for key in functions}
+    due = 0.0
     for number in range(warmup + rounds):
+        if time.monotonic() >= due:
+            log.info("round %d of %d", number + 1, warmup + rounds)
+            due = time.monotonic() + TELL_EVERY
         for key in list(functions)[:: -1 if number % 2 else 1]:
             start = time.perf_counter()
             functions[key](number)

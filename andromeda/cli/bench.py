@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -33,6 +34,11 @@ Rows = Sequence[Sequence[str]]
 @app.callback()
 def bench() -> None:
     """Benchmarks against other implementations, interleaved in one run."""
+    # A line for each round on stderr: minutes pass before the first result.
+    lines = logging.StreamHandler()
+    lines.setFormatter(logging.Formatter("andromeda: %(message)s"))
+    log = logging.getLogger("andromeda.bench")
+    log.handlers, log.level, log.propagate = [lines], logging.INFO, False
 
 
 @app.command()

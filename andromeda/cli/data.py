@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -121,6 +122,8 @@ def compare(
     table = Table("corpus", "tokenizer", "entries", "bytes/token", "tokens/word", "entries used")
     for f in figures:
         table.add_row(f.folder, f.kind, f"{f.vocab_size:,}", f"{f.bytes_per_token:.3f}", f"{f.tokens_per_word:.3f}", f"{f.used:.1%}")
+    for column in table.columns:
+        column.overflow = "fold"
     Console().print(table)
 
 
@@ -144,9 +147,22 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+class PlainProgress:
+    """How far work is, as lines on stderr: of each stage that takes longer than `seconds`, one every so many seconds."""
+
+    def __init__(self, seconds: float = 10.0) -> None:
+        self._seconds, self._last = seconds, time.monotonic()
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        now = time.monotonic()
+        if now - self._last >= self._seconds:
+            self._last = now
+            print(f"andromeda: {stage}, {done:,} of {total:,}" if total else f"andromeda: {stage}", file=sys.stderr, flush=True)
+
+
 @contextmanager
 def progress() -> Iterator[ProgressCallback]:
-    """A progress bar on stderr when that is a terminal, else silence."""
+    """A progress bar on stderr when that is a terminal, else a line every few seconds."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
@@ -157,7 +173,12 @@ def progress() -> Iterator[ProgressCallback]:
         TimeElapsedColumn(),
         console=Console(stderr=True),
         disable=not sys.stderr.isatty(),
+        # Or what is printed next would stand right under the bars, as if it belonged to them.
+        transient=sys.stdout.isatty(),
     )
+    if not sys.stderr.isatty():
+        yield PlainProgress()
+        return
     tasks: dict[str, TaskID] = {}
 
     def report(stage: str, done: int, total: int) -> None:
@@ -187,6 +208,8 @@ def _print(manifest: CorpusManifest, folder: Path, as_json: bool) -> None:
     for r in manifest.sources:
         skipped = ", ".join(f"{reason} {n:,}" for reason, n in r.skipped.items()) or "none"
         sources.add_row(r.name, f"{r.read:,}", f"{r.kept:,}", f"{r.tokens:,}", f"{r.bytes:,}", skipped)
+    for column in (*splits.columns, *sources.columns):
+        column.overflow = "fold"  # a narrow terminal wraps figures instead of cutting them
     console.print(splits, sources)
     for r in manifest.sources:
         if r.not_read:

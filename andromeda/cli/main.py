@@ -109,6 +109,7 @@ def _command() -> Any:
 
 def main() -> None:
     """Run the command line; bad input ends with its sentence on stderr and exit code 2."""
+    _replace_closed_streams()
     try:
         # Not standalone: typer would print a wrong call as a box of several lines instead of one sentence.
         code = _command()(standalone_mode=False, prog_name="andromeda")
@@ -144,6 +145,20 @@ def main() -> None:
         except OSError:
             _drop_output()
         sys.exit(2)
+
+
+def _replace_closed_streams() -> None:
+    """Put /dev/null in the place of standard streams that the caller closed (`>&-`), which Python gives as None."""
+    if None not in (sys.stdin, sys.stdout, sys.stderr):
+        return
+    # Their numbers first, or the next file that is opened, such as a checkpoint, would be taken for one of them.
+    while (number := os.open(os.devnull, os.O_RDWR)) < 3:
+        pass
+    os.close(number)
+    closed = sys.stdout is None
+    sys.stdin, sys.stdout, sys.stderr = (stream or open(os.devnull, "r+") for stream in (sys.stdin, sys.stdout, sys.stderr))  # noqa: SIM115
+    if closed:
+        print("andromeda: Standard output is closed: what this command prints is lost.", file=sys.stderr)
 
 
 def _drop_output() -> None:

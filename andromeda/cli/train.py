@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
+import sys
 from contextlib import closing
 from pathlib import Path
 from typing import Annotated
@@ -76,6 +78,11 @@ def train(
             keep_optimizer=keep_optimizer,
             reporter=reporter,
         )
+        if result.signal == signal.SIGPIPE:
+            print(
+                f"andromeda: nobody reads the output any more; the run is saved after step {result.step} in {result.run_dir}",
+                file=sys.stderr,
+            )
         if result.signal:
             raise typer.Exit(128 + result.signal)
         if os.environ.get("RANK", "0") == "0":

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import signal
 import sys
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, Protocol
 
 from rich import progress
@@ -12,6 +16,7 @@ from rich.console import Console, Group
 from rich.live import Live
 from rich.text import Text
 
+from andromeda.train.signals import SignalHandler
 from andromeda.utils.untrusted import printable
 
 MetricValues = dict[str, Any]
@@ -41,6 +46,9 @@ class Reporter(Protocol):
     def message(self, text: str) -> None:
         """Show a message."""
 
+    def step_done(self, step: int) -> None:
+        """Show that a step is done; its metrics may come later."""
+
     def close(self) -> None:
         """Release the terminal."""
 
@@ -50,7 +58,54 @@ class NullReporter:
 
     def log(self, step: int, metrics: MetricValues) -> None: ...
     def message(self, text: str) -> None: ...
+    def step_done(self, step: int) -> None: ...
     def close(self) -> None: ...
+
+
+class StoppingReporter:
+    """Passes everything on; where nobody reads the output any more (`| head`), the run stops after its step, as by a signal."""
+
+    def __init__(self, inner: Reporter, signals: SignalHandler) -> None:
+        self._inner, self._signals = inner, signals
+
+    def log(self, step: int, metrics: MetricValues) -> None:
+        self._show(lambda: self._inner.log(step, metrics))
+
+    def message(self, text: str) -> None:
+        self._show(lambda: self._inner.message(text))
+
+    def step_done(self, step: int) -> None:
+        self._show(lambda: self._inner.step_done(step))
+
+    def close(self) -> None:
+        self._inner.close()
+
+    def _show(self, action: Callable[[], None]) -> None:
+        try:
+            action()
+        except BrokenPipeError:
+            self._inner = NullReporter()
+            self._signals.received = self._signals.received or signal.SIGPIPE
+
+
+class TimeLeft:
+    """The time until the last step, by the mean time of the steps after the first, which may compile."""
+
+    def __init__(self, steps: int) -> None:
+        self._steps, self._marks = steps, [(0, time.monotonic())]
+
+    def step_done(self, step: int) -> None:
+        """Note the time of a step."""
+        if len(self._marks) == 1:  # a resumed run begins with the step before it
+            self._marks = [(step - 1, self._marks[0][1])]
+        self._marks = [*self._marks[:2], (step, time.monotonic())]
+
+    def text(self) -> str:
+        """Such as `0:01:30`; empty before the first step, and after the last one."""
+        (first, start), (last, end) = self._marks[min(1, len(self._marks) - 2)] if len(self._marks) > 2 else self._marks[0], self._marks[-1]
+        if last <= first or last >= self._steps:
+            return ""
+        return str(timedelta(seconds=round((end - start) / (last - first) * (self._steps - last))))
 
 
 class JsonLinesReporter(NullReporter):
@@ -67,11 +122,15 @@ class PlainTextReporter(NullReporter):
     """One line of text for each set of metrics."""
 
     def __init__(self, steps: int) -> None:
-        self._steps = steps
+        self._steps, self._left = steps, TimeLeft(steps)
+
+    def step_done(self, step: int) -> None:
+        self._left.step_done(step)
 
     def log(self, step: int, metrics: MetricValues) -> None:
+        left = self._left.text() if "loss" in metrics else ""
         if text := format_metrics(metrics):
-            print(f"step {step}/{self._steps}  {text}", flush=True)
+            print(f"step {step}/{self._steps}  {text}{f'  {left} left' if left else ''}", flush=True)
 
     def message(self, text: str) -> None:
         print(printable(text), flush=True)
@@ -85,18 +144,22 @@ class ConsoleReporter(NullReporter):
             progress.TextColumn("step"),
             progress.MofNCompleteColumn(),
             progress.BarColumn(),
-            progress.TimeRemainingColumn(),
-            progress.TextColumn("left"),
+            progress.TextColumn("{task.fields[left]}"),
         )
-        self._task = self._bar.add_task("train", total=steps)
+        self._task, self._left = self._bar.add_task("train", total=steps, left=""), TimeLeft(steps)
         self._latest = Text()
         self._live = Live(Group(self._bar, self._latest), console=console, refresh_per_second=4)
         self._steps = steps
 
+    def step_done(self, step: int) -> None:
+        self._live.start()
+        self._left.step_done(step)
+        left = self._left.text()
+        self._bar.update(self._task, completed=step, left=f"{left} left" if left else "")
+
     def log(self, step: int, metrics: MetricValues) -> None:
         self._live.start()
         if "loss" in metrics:
-            self._bar.update(self._task, completed=step)
             self._latest.plain = format_metrics(metrics)
         elif text := format_metrics(metrics):
             self.message(f"step {step}/{self._steps}  {text}")

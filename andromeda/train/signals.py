@@ -33,8 +33,10 @@ class SignalHandler:
 
     @staticmethod
     def signal_name(number: int) -> str:
-        """What a signal is called in messages: Ctrl-C or SIGTERM."""
-        return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}[signal.Signals(number)]
+        """What a signal is called in messages."""
+        return {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGPIPE: "the end of its output's reader (SIGPIPE)"}[
+            signal.Signals(number)
+        ]
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None and number == signal.SIGINT:

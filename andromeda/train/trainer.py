@@ -28,6 +28,7 @@ from andromeda.train.callbacks.validation import Validation
 from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
 from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.checkpoint_writer import CheckpointWriter
+from andromeda.train.compile import should_compile
 from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
 from andromeda.train.join_workers import join_workers
 from andromeda.train.manifest import start_entry
@@ -41,10 +42,11 @@ from andromeda.train.metrics import (
 )
 from andromeda.train.objective import MicroBatch
 from andromeda.train.outcome import explain_poor_loss, unigram_entropy
-from andromeda.train.progress import MetricValues, NullReporter, Reporter
+from andromeda.train.progress import MetricValues, NullReporter, Reporter, StoppingReporter
 from andromeda.train.resume import LENGTH, METRICS_LOST, changed_keys, rest_of_schedule, resume_latest, set_aside_changed_metrics
 from andromeda.train.run_dir import RunDir
 from andromeda.train.signals import SignalHandler
+from andromeda.train.start_summary import COMPILING, start_summary
 from andromeda.train.state import TrainState, build_train_state, model_tensors, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
 from andromeda.utils.errors import AndromedaError, ConfigError
@@ -106,8 +108,11 @@ class Trainer:
         if self._state.ranks.from_first(lambda: not checkpoint.list_all(self._io.run_dir.checkpoints)):
             # At once, so that a disk that cannot hold a checkpoint is found out now and not hours later.
             self._save()
+        if self._state.progress.step < self._train.steps and should_compile(self._config, self._state.precision.device):
+            self._io.reporter.message(COMPILING)
         while self._state.progress.step < self._train.steps and not self._interrupted():
             self._train_step()
+            self._io.reporter.step_done(self._state.progress.step)
             self._after_step()
             if self._state.spike_guard.must_roll_back:
                 self._roll_back()
@@ -292,7 +297,7 @@ def _train(config: RunConfig, run_dir: RunDir, resume: bool, parent: ParentCheck
     signals = SignalHandler()
     check_code_allowed(config)
     mesh = join_mesh(config, resolve_device(config.train.device))
-    reporter = reporter if mesh is None or mesh.is_main else NullReporter()
+    reporter = StoppingReporter(reporter, signals) if mesh is None or mesh.is_main else NullReporter()
     with watched(mesh):
         state = _run(config, run_dir, resume, parent, reporter, signals, mesh)
     if signals.received:
@@ -325,6 +330,8 @@ def _run(
                 reporter.message(unfused)
             metrics_file, loggers = ranks.on_all(lambda: _open_outputs(config, run_dir, state, start, stream, reporter, is_main))
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision, state.collectives.layout.world_size)
+            for line in start_summary(config, state.model, state.precision, stream, run_dir.path):
+                reporter.message(line)
             io = RunIO(run_dir, stream, validation, probes, samples, metrics_file, loggers, reporter, signals, throughput)
             try:
                 Trainer(config, state, io).run()

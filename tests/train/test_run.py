@@ -59,7 +59,12 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     run = tmp_path / "run"
     code, out, _ = command("train", settings, "--out", run)
     assert code == 0
-    *lines, warning, report = out.splitlines()
+    *start, _, _, _, _, warning, report = out.splitlines()
+    lines = out.splitlines()[len(start) : -2]
+    assert [line.split()[0] for line in start] == ["model", "data", "run"]
+    assert "parameters, fp32 on cpu, not compiled" in start[0]
+    assert "epochs: 6 steps of 4 sequences of 32 tokens" in start[1]
+    assert str(run) in start[2]
     assert "no better than that of knowing how often each token occurs" in warning, "after six steps"
     assert [line.split("  ")[0] for line in lines] == ["step 3/6", "step 5/6", "step 6/6", "step 6/6"]
     assert report == f"report: {run / 'report.html'}"
@@ -69,7 +74,7 @@ def test_train_and_resume(command: Command, settings: Path, tmp_path: Path) -> N
     assert "\x1b" not in out, "no colors when piped"
     assert {"config.toml", "manifest.json", "metrics.jsonl", "checkpoints", "samples"} <= {path.name for path in run.iterdir()}
     code, out, _ = command("train", "--out", run, "--resume")
-    assert (code, out) == (0, f"resuming from step 6\n{report}\n")
+    assert (code, out.splitlines()) == (0, ["resuming from step 6", *start, report])
 
 
 def test_json_lines_are_the_metrics(command: Command, settings: Path, tmp_path: Path) -> None:
