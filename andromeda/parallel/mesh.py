@@ -84,6 +84,7 @@ def join_mesh(config: RunConfig, device: torch.device) -> ParallelMesh | None:
     """The mesh of a run that was started as several processes, or None. Raises ConfigError for a layout that cannot work."""
     try:
         check_model(config, check_layout(config, world_size()))
+        check_devices(device, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     except ConfigError as error:
         error.told = os.environ.get("RANK", "0") != "0"
         raise
@@ -91,6 +92,12 @@ def join_mesh(config: RunConfig, device: torch.device) -> ParallelMesh | None:
         return None
     mesh = init_mesh(config.parallel, local_device(device.type))
     return replace(mesh, heartbeat=start_heartbeat(config.parallel.timeout))
+
+
+def check_devices(device: torch.device, processes: int) -> None:
+    """Raise ConfigError where `processes` of this host would share GPUs."""
+    if device.type == "cuda" and processes > (count := torch.cuda.device_count()):
+        raise ConfigError(f"{processes} processes were started on this host, which has {count} GPU{'s'[: count != 1]}: start one a GPU.")
 
 
 @contextmanager

@@ -17,6 +17,7 @@ import andromeda
 from andromeda.config.run import RunConfig
 from andromeda.parallel.mesh import ParallelMesh
 from andromeda.utils.errors import ConfigError
+from andromeda.utils.hardware import recognize
 
 MEASURED_BYTES = {"cpu": 1 << 22, "cuda": 1 << 28}
 """Size of the all-reduce that is timed."""
@@ -34,14 +35,18 @@ def preflight(mesh: ParallelMesh, config: RunConfig, data_fingerprint: str) -> s
         usual, count = Counter(values).most_common(1)[0]
         if count < len(values):
             rank = next(rank for rank, value in enumerate(values) if value != usual)
-            raise ConfigError(
+            error = ConfigError(
                 f"Rank {rank} (host {found[rank]['host']}) has another {name} than the others ({values[rank]} and {usual}): "
                 "start all processes with the same code, configuration and files."
             )
+            error.told = not mesh.is_main
+            raise error
     hosts = len({one["host"] for one in found})
     speed = measure_all_reduce(mesh)
-    devices = f"{len(found)} processes on {hosts} host{'s' if hosts > 1 else ''}"
-    return f"{devices} ({mesh.layout.describe()}); all-reduce at {speed / 1e9:.3g} GB/s"
+    known = recognize(found[0]["compared"]["kind of device"])
+    assumed = f" (`andromeda plan` assumes {known.link / 2e9:.0f})" if known and known.link and hosts == 1 else ""
+    devices = f"{len(found)} process{'es' if len(found) > 1 else ''} on {hosts} host{'s' if hosts > 1 else ''}"
+    return f"{devices} ({mesh.layout.describe()}); all-reduce at {speed / 1e9:.3g} GB/s{assumed}"
 
 
 def _identity(mesh: ParallelMesh, config: RunConfig, data_fingerprint: str) -> dict[str, Any]:

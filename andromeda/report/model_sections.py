@@ -135,11 +135,18 @@ def manifest_section(record: RunData) -> Section:
             ("Command", code(last["command"]) if last.get("command") else None),
             ("Code", _code(last.get("code"))),
             ("Device", last.get("device")),
+            ("Mesh", _mesh(last.get("mesh"))),
             ("Machine", ", ".join(f"{key} {value}" for key, value in (last.get("machine") or {}).items())),
             ("Versions", ", ".join(f"{key} {value}" for key, value in (last.get("versions") or {}).items())),
         ]
     )
     return Section("manifest", "Manifest", lead, join(missing, known, _starts(starts), _corpora(record.corpora), _config(config)))
+
+
+def _mesh(sizes: Any) -> str | None:
+    """Sizes of the device mesh above one; None for one process."""
+    named = [f"{name} {size}" for name, size in sizes.items() if isinstance(size, int) and size > 1] if isinstance(sizes, dict) else []
+    return " x ".join(named) or None
 
 
 def _code(commit: Any) -> Child:

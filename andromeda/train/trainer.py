@@ -231,10 +231,12 @@ class Trainer:
         state, guard = self._state, self._state.spike_guard
         step, (rollbacks, skipped_rows) = state.progress.step, guard.after_rollback()
         if guard.out_of_rollbacks:
-            raise TrainingFailed(
+            error = TrainingFailed(
                 f"{self._train.spike_guard.patience} steps in a row up to step {step} were skipped, after {guard.rollbacks} rollbacks: "
                 f"lower train.optim.lr or look at the data; the last healthy checkpoint is in {self._io.run_dir.checkpoints}."
             )
+            error.told = not self._collectives.is_main
+            raise error
         self._checkpoints.wait()
         snapshot = checkpoint.read(state.ranks.from_first(self._last_healthy), like=model_tensors(state.model))
         state.restore(snapshot)
