@@ -95,7 +95,9 @@ class RotaryConfig(BaseConfig):
     theta: PositiveFloat = 10000.0
     """Base of the frequencies theta^(-2i/D)."""
     fraction: float = Field(1.0, gt=0.0, le=1.0)
-    """Share of each head's dimensions that are rotated."""
+    """Share of each head's dimensions that are rotated, as in GPT-NeoX; rotary_emb_fraction and partial_rotary_factor are this share."""
+    head_fraction: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the heads that are rotated: the last ones, each key/value head with the query heads that read it."""
     layout: Literal["half", "interleaved"] = "half"
     """Pairs are (i, i + D/2) or (2i, 2i + 1)."""
     scale_base: Length = 512

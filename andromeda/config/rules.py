@@ -143,6 +143,15 @@ MODEL_RULES: tuple[Rule, ...] = (
         "model.alibi.num_heads = {m.alibi.num_heads} is not a multiple of the {served} query heads of each: "
         "change it, or model.attention.num_kv_heads = {m.attention.num_kv_heads}",
     ),
+    (
+        lambda m: m.rotary.head_fraction < 1 and (m.rotary.heads != "all" or m.rotary.kind == "none"),
+        "model.rotary.head_fraction = {m.rotary.head_fraction:g} needs model.rotary.heads = 'all' and model.rotary.kind = 'rope' or 'xpos'",
+    ),
+    (
+        lambda m: not _whole_heads(m),
+        "model.rotary.head_fraction = {m.rotary.head_fraction:g} rotates {rotated_heads:g} of model.attention.num_kv_heads = "
+        "{m.attention.num_kv_heads} key/value heads: give a share that is a whole number of them, above 0",
+    ),
     # Attention span
     (
         lambda m: m.attention.sliding_window >= m.max_seq_len,
@@ -546,6 +555,7 @@ def _clause_values(m: ModelConfig) -> SimpleNamespace:
         content=content,
         served=m.attention.num_heads // m.attention.num_kv_heads,
         rotated=m.rotary.fraction * content,
+        rotated_heads=m.rotary.head_fraction * m.attention.num_kv_heads,
         even=2 * pairs / content if content > 0 else 1.0,
         sizes=", ".join(map(str, _matrix_sizes(m))),
         bound=_logit_bound(m),
@@ -572,6 +582,12 @@ def _whole_pairs(m: ModelConfig) -> bool:
     """Whether the fraction rotates a whole, positive number of pairs, up to the rounding of a fraction written in few digits."""
     pairs = m.rotary.fraction * content_dim(m) / 2
     return round(pairs) >= 1 and abs(pairs - round(pairs)) < 0.01
+
+
+def _whole_heads(m: ModelConfig) -> bool:
+    """Whether the share of rotated heads is a whole, positive number of key/value heads, up to the rounding of few digits."""
+    heads = m.rotary.head_fraction * m.attention.num_kv_heads
+    return round(heads) >= 1 and abs(heads - round(heads)) < 0.01
 
 
 def _matrix_sizes(m: ModelConfig) -> tuple[int, ...]:

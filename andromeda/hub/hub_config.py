@@ -23,7 +23,7 @@ BY_LAYER = ("layers", "mixers")
 HANDLED: dict[str, str] = {
     "": "vocab_size max_seq_len hidden_size num_layers layers",
     "embedding.": "kind rank provider absolute norm",
-    "rotary.": "kind theta fraction layout scale_base heads",
+    "rotary.": "kind theta fraction head_fraction layout scale_base heads",
     "rotary.scaling.": "kind factor original_max_seq_len beta_fast beta_slow ramp",
     "alibi.": "num_heads fold_into_qk scale",
     "attention.": "mixer num_heads num_kv_heads head_dim bias qk_norm scale softcap sliding_window full_attention_interval backend",
@@ -98,7 +98,7 @@ def llama_config(config: ModelConfig) -> dict[str, Any] | str:
     c, a, r = config, config.attention, config.rotary
     reasons = {
         "its embedding is not a plain table": c.embedding.kind != "plain" or c.embedding.absolute or c.embedding.norm,
-        "its positions are not rotary alone": r.kind != "rope" or r.fraction != 1.0 or c.alibi.num_heads,
+        "its positions are not rotary alone": r.kind != "rope" or r.fraction != 1.0 or r.head_fraction != 1.0 or c.alibi.num_heads,
         "its rotary scaling follows the length": r.scaling.kind == NO_CACHE_SCALING,
         "its token mixers differ by layer": c.layers,
         "its attention is not plain softmax": a.mixer != "softmax" or a.qk_norm != "none" or a.softcap or a.sliding_window,

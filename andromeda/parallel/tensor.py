@@ -102,7 +102,12 @@ def _planned(model: nn.Module, path: str, count: int) -> list[Branch]:
 
 def _heads_differ(config: ModelConfig) -> bool:
     """Whether a pass carries something for each head, of which every process keeps its own heads'."""
-    return bool(config.alibi.num_heads) or config.value_embedding.kind != "none" or config.rotary.heads != "all"
+    return (
+        bool(config.alibi.num_heads)
+        or config.value_embedding.kind != "none"
+        or config.rotary.heads != "all"
+        or config.rotary.head_fraction < 1
+    )
 
 
 class Place(NamedTuple):

@@ -126,6 +126,14 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.attention.mixer=sigmoid | model.attention.backend=flash", ("model.attention.backend", "sigmoid")),
     ("model.head.tied=true", ("model.head.tied", "zero_projections")),
     ("model.rotary.fraction=0.52", ("model.rotary.fraction = 0.52", "pairs", "0.53125")),
+    (
+        "model.rotary.head_fraction=0.5 | model.attention.num_kv_heads=1",
+        ("model.rotary.head_fraction = 0.5", "model.attention.num_kv_heads = 1"),
+    ),
+    (
+        "model.rotary.head_fraction=0.5 | model.attention.num_heads=4 | model.attention.num_kv_heads=2 | model.rotary.kind=none",
+        ("model.rotary.head_fraction = 0.5", "model.rotary.kind"),
+    ),
     ("model.rotary.fraction=0.01", ("model.rotary.fraction = 0.01", "0.03125")),
     (
         "model.rotary.kind=none | model.rotary.scaling.kind=yarn | model.rotary.scaling.factor=4.0",

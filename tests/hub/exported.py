@@ -72,6 +72,7 @@ def _drawn(draw: random.Random) -> dict[str, Any]:
             "fraction": pick([1.0, 0.5]),
             "layout": pick(["half", "interleaved"]),
             "heads": pick(["all", "non_alibi"]),
+            "head_fraction": pick([1.0, 1.0, 0.5]),
             "scaling": pick(
                 [
                     {},

@@ -176,6 +176,20 @@ def test_heads_with_alibi_can_stay_unturned_while_the_others_turn_as_ever() -> N
     assert some_k[:, :, 1:].equal(every_k[:, :, 1:])
 
 
+def test_a_share_of_the_heads_can_turn_as_ever_while_the_others_do_not() -> None:
+    """A third of three key heads: the last one, and the last two of six query heads, which read it."""
+    attention = AttentionConfig(num_heads=6, num_kv_heads=3, head_dim=16)
+    whole = ModelConfig(max_seq_len=64, attention=attention, rotary=RotaryConfig(kind="rope"))
+    third = ModelConfig(max_seq_len=64, attention=attention, rotary=RotaryConfig(kind="rope", head_fraction=0.333))
+    q, k, places = normal(1, 9, 6, 16), normal(1, 9, 3, 16, seed=1), torch.arange(9)[None]
+    every_q, every_k = build_rotary(whole)(places, 9, torch.float64)(q, k)
+    some_q, some_k = build_rotary(third)(places, 9, torch.float64)(q, k)
+    assert some_q[:, :, :4].equal(q[:, :, :4])
+    assert some_k[:, :, :2].equal(k[:, :, :2])
+    assert some_q[:, :, 4:].equal(every_q[:, :, 4:])
+    assert some_k[:, :, 2:].equal(every_k[:, :, 2:])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_xpos_is_right_at_200000_tokens_with_a_base_of_a_quarter(dtype: torch.dtype) -> None:
     """Near pairs at the end of the context, with operands in `dtype`, against float64 at its start."""

@@ -199,7 +199,9 @@ class AndromedaRotary:
         self.logit_factor = (0.1 * math.log(self.factor) + 1) ** 2 if self.scaling == "yarn" else 1.0
         a, biased = config.attention, config.alibi["num_heads"]
         split = r.get("heads", "all") == "non_alibi"
-        self.still = (biased, biased * a["num_kv_heads"] // a["num_heads"]) if split else (0, 0)
+        kv_heads = a["num_kv_heads"]
+        still = biased * kv_heads // a["num_heads"] if split else kv_heads - round(r.get("head_fraction", 1.0) * kv_heads)
+        self.still = (biased if split else still * a["num_heads"] // kv_heads, still)
 
     @property
     def follows_length(self) -> bool:

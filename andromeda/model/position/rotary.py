@@ -39,7 +39,7 @@ class Rotation:
 
 @dataclass(frozen=True)
 class PartialHeadsRotation(Rotation):
-    """One pass in which the first heads, which ALiBi has, are not rotated."""
+    """One pass in which the first heads are not rotated: those that ALiBi has, or all but a share of them."""
 
     unrotated: tuple[int, int]
     """How many query heads and how many key heads are not rotated."""
@@ -122,6 +122,15 @@ class NoRotary(nn.Module):
         return Rotation(no_rotation, nothing, nothing)
 
 
+def unrotated_heads(config: ModelConfig) -> tuple[int, int] | None:
+    """How many query heads and how many key/value heads, from the first, are not rotated; None where all are."""
+    a, rotary = config.attention, config.rotary
+    if rotary.heads == "non_alibi":
+        return config.alibi.num_heads, config.alibi.num_heads * a.num_kv_heads // a.num_heads
+    still = a.num_kv_heads - round(rotary.head_fraction * a.num_kv_heads)
+    return (still * a.num_heads // a.num_kv_heads, still) if still else None
+
+
 class RoPE(NoRotary):
     """RoPE's table of angles for the rotated share of the head dimensions."""
 
@@ -131,13 +140,12 @@ class RoPE(NoRotary):
         self.original = original_max_seq_len(config)
         self.rule = RULES[config.rotary.scaling.kind]
         self.rotate = ROTATIONS[config.rotary.layout]
-        a, biased = config.attention, config.alibi.num_heads
-        self.unrotated = (biased, biased * a.num_kv_heads // a.num_heads) if config.rotary.heads == "non_alibi" else None
+        self.unrotated = unrotated_heads(config)
         # On the CPU also where the model is built on the meta device: there arithmetic would import the compiler, for a second.
         self.logit_factor = self.rule(self.config, Span(self.dim, self.context, self.original, torch.device("cpu"))).logit_factor
 
     def fused_spec(self) -> RotarySpec | None:
-        """Layout of the pairs; None where only heads without ALiBi are rotated."""
+        """Layout of the pairs; None where only some of the heads are rotated."""
         return LAYOUTS[self.rotate] if self.unrotated is None else None
 
     def keep_heads(self, heads: range, kv_heads: range) -> None:
@@ -152,7 +160,7 @@ class RoPE(NoRotary):
         return self.rule(self.config, Span(self.dim, span, self.original, device))
 
     def rotation(self, query: Table, key: Table) -> Rotation:
-        """Of all heads, or of those without ALiBi."""
+        """Of all heads, or of the last ones."""
         return (
             Rotation(self.rotate, query, key) if self.unrotated is None else PartialHeadsRotation(self.rotate, query, key, self.unrotated)
         )
