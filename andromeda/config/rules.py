@@ -352,11 +352,6 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda c: c.train.probes.every and not c.train.probes.tasks,
         "train.probes.every = {c.train.probes.every} has nothing to score: train.probes.tasks is empty",
     ),
-    (
-        lambda c: c.train.samples.every and c.parallel.context != 1,
-        "train.samples.every = {c.train.samples.every} does not go with parallel.context = {c.parallel.context}, which splits every "
-        "sequence over processes: set train.samples.every=0 and call `andromeda generate` afterwards",
-    ),
 )
 
 TRAINING_RULES: tuple[Rule, ...] = (
