@@ -15,9 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.explain.trace import ForwardTrace, LayerTrace
-from andromeda.model.block import ParallelBlock, ParallelDeepNormBlock, SandwichBlock, SerialBlock, SerialDeepNormBlock
-from andromeda.model.decoder_stack import EmbeddingMix, UNetDecoderStack
-from andromeda.model.norm import LayerNorm, RMSNorm, RMSNormNoGain
+from andromeda.model.specs import NormSpec, spec_of
 from andromeda.model.transformer import Transformer
 from andromeda.utils.errors import RequestError
 
@@ -38,7 +36,11 @@ class ResidualParts(dict[ResidualPart, Tensor]):
         """This plus `factor` times another."""
         return ResidualParts({part: self.get(part, 0.0) + factor * other.get(part, torch.zeros(())) for part in {**self, **other}})
 
-    def times(self, factor: Tensor | float) -> ResidualParts:
+    def __add__(self, other: ResidualParts) -> ResidualParts:
+        """Part by part."""
+        return self.plus(other)
+
+    def __mul__(self, factor: Tensor | float) -> ResidualParts:
         """All parts scaled."""
         return ResidualParts({part: factor * x for part, x in self.items()})
 
@@ -54,18 +56,17 @@ class ResidualParts(dict[ResidualPart, Tensor]):
 
 def apply_frozen_norm(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
     """What `norm` makes of x (C,) when its statistics are those of `at` (C,): linear in x, and the norm itself for x = at."""
+    spec = spec_of(norm)
     if isinstance(norm, nn.Identity):
         return x
-    weight = getattr(norm, "weight", None)
-    if isinstance(norm, RMSNorm | RMSNormNoGain):
-        scaled = x * torch.rsqrt(at.square().mean() + norm.eps)
-    elif isinstance(norm, LayerNorm):
-        scaled = (x - x.mean()) * torch.rsqrt(at.var(correction=0) + norm.eps)
-    else:
+    if not isinstance(spec, NormSpec):
         raise RequestError(
             f"Direct logit attribution knows no rule for the norm {type(norm).__name__}: the norms are rms, rms_plain, layer."
         )
-    return scaled if weight is None else scaled * weight
+    centered, variance = (x - x.mean(), at.var(correction=0)) if spec.kind == "layer" else (x, at.square().mean())
+    scaled: Tensor = centered * torch.rsqrt(variance + spec.eps)
+    gain: Any = norm.weight if spec.gain else 1.0
+    return scaled * gain
 
 
 def block_contributions(layer: LayerTrace, number: int, row: int, position: int) -> tuple[ResidualParts, ResidualParts]:
@@ -81,37 +82,20 @@ def block_contributions(layer: LayerTrace, number: int, row: int, position: int)
     return attention, ResidualParts({ResidualPart("feed-forward", number): layer.feedforward[row, position]})
 
 
-def apply_block(block: Any, stream: ResidualParts, attention: ResidualParts, network: ResidualParts) -> ResidualParts:
-    """The stream after a block. Raises RequestError for a block that it does not know."""
-    if isinstance(block, SerialDeepNormBlock):
-        middle = stream.times(block.alpha).plus(attention).normed(block.attention_norm)
-        return middle.times(block.alpha).plus(network).normed(block.feedforward_norm)
-    if isinstance(block, ParallelDeepNormBlock):
-        return stream.times(block.alpha).plus(attention).plus(network).normed(block.norm)
-    if isinstance(block, SandwichBlock):
-        return stream.plus(attention.normed(block.attention_out_norm)).plus(network.normed(block.feedforward_out_norm))
-    if isinstance(block, SerialBlock | ParallelBlock):
-        return stream.plus(attention).plus(network)
-    raise RequestError(f"Direct logit attribution knows no rule for the block {type(block).__name__}.")
-
-
 @torch.no_grad()
 def decompose_residual(model: Transformer, seen: ForwardTrace, position: int, row: int = 0) -> ResidualParts:
     """The last hidden state (after the final norm) of one position, by part."""
     decoder: Any = model.decoder
     first = stream = ResidualParts({ResidualPart("embedding"): seen.embedded[row, position]})
-    half = len(decoder.skip_weights) if isinstance(decoder, UNetDecoderStack) else 0
-    depth = len(decoder.blocks)
     outputs: list[ResidualParts] = []
     for i, block in enumerate(decoder.blocks):
-        if half and i >= depth - half:
-            stream = stream.plus(outputs.pop(), decoder.skip_weights[i - depth + half])
-        mix = decoder.mixes[i]
-        if isinstance(mix, EmbeddingMix):
-            stream = stream.times(mix.weights[0]).plus(first, mix.weights[1])
-        stream = apply_block(block, stream, *block_contributions(seen.layers[i], i, row, position))
-        if i < half:
-            outputs.append(stream)
+        if skip := decoder.skip_into(i):
+            stream = stream.plus(outputs[skip[0]], skip[1])
+        if factors := decoder.mixes[i].factors():
+            stream = (stream * factors[0]).plus(first, factors[1])
+        branches = block_contributions(seen.layers[i], i, row, position)
+        stream = block.combine(stream, *branches, lambda norm, parts: parts.normed(norm))
+        outputs.append(stream)
     return stream.normed(model.norm)
 
 
@@ -138,7 +122,7 @@ class DirectAttribution:
 def direct_attribution(
     model: Transformer, seen: ForwardTrace, position: int, target: int, against: int, *, row: int = 0
 ) -> DirectAttribution:
-    """Shares at one position. Raises RequestError for a user-defined norm or block."""
+    """Shares at one position. Raises RequestError for a user-defined norm."""
     head, found = model.head, decompose_residual(model, seen, position, row)
     weight, rival = head.weight[target], head.weight[against]
     parts = {part: float(weight @ x) for part, x in found.items()}

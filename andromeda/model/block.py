@@ -10,6 +10,7 @@ DeepNorm, parallel:  x = N(a x + A(x) + F(x)), with the same constants: the boun
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -23,6 +24,8 @@ from andromeda.model.norm import build_norm
 from andromeda.model.specs import BlockSpec, FusableModule, spec_of
 from andromeda.model.token_shift import build_shift
 
+Normalize = Callable[[nn.Module, Any], Any]
+"""(norm, a stream) -> the normalized stream."""
 Reader = tuple[nn.Module, nn.Module, nn.Module]
 """A part that reads what a norm gives, after a shift, and nothing else; the norm; the shift."""
 
@@ -50,6 +53,14 @@ class DecoderBlock(FusableModule):
     def normalized_readers(self) -> Iterator[Reader]:
         """Parts that read what a norm gives, after a shift, and nothing else."""
         return iter(())
+
+    def combine(self, x: Any, attention: Any, network: Any, normalize: Normalize) -> Any:
+        """The stream after the block, from the stream before it and what both branches gave; any type with sums and factors will do.
+
+        `normalize` applies a norm. `explain` calls this with streams that are sums of named parts.
+        """
+        del normalize
+        return x + attention + network
 
     def flops(self, keys: Callable[[int], float]) -> dict[str, float]:
         """Of one token; keys(window) is how many keys a token meets on average."""
@@ -101,6 +112,10 @@ class SandwichBlock(SerialBlock):
         """No kernel decodes it."""
         return None
 
+    def combine(self, x: Any, attention: Any, network: Any, normalize: Normalize) -> Any:
+        """Both branches normalized, then added."""
+        return x + normalize(self.attention_out_norm, attention) + normalize(self.feedforward_out_norm, network)
+
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         y, x = self.norm_attention(x, None, self.attention_norm, self.attention_shift, ctx)
@@ -119,6 +134,11 @@ class SerialDeepNormBlock(SerialBlock):
     def normalized_readers(self) -> Iterator[Reader]:
         """None: the norms come after the branches."""
         return iter(())
+
+    def combine(self, x: Any, attention: Any, network: Any, normalize: Normalize) -> Any:
+        """Each branch added, then normalized."""
+        x = normalize(self.attention_norm, x * self.alpha + attention)
+        return normalize(self.feedforward_norm, x * self.alpha + network)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
@@ -161,6 +181,10 @@ class ParallelDeepNormBlock(ParallelBlock):
     def normalized_readers(self) -> Iterator[Reader]:
         """None: the norms come after the branches."""
         return iter(())
+
+    def combine(self, x: Any, attention: Any, network: Any, normalize: Normalize) -> Any:
+        """Both branches added, then normalized."""
+        return normalize(self.norm, x * self.alpha + attention + network)
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""

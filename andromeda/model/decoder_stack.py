@@ -16,6 +16,10 @@ from andromeda.model.forward_context import ForwardContext
 class NoEmbeddingMix(nn.Module):
     """The stream as it is."""
 
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """None: nothing is mixed."""
+        return None
+
     def forward(self, x: Tensor, first: Tensor) -> Tensor:
         """x and first (B, T, C)."""
         return x
@@ -37,6 +41,10 @@ class EmbeddingMix(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.weights = nn.Parameter(torch.tensor([1.0, 0.0]))
+
+    def factors(self) -> tuple[Tensor, Tensor] | None:
+        """Of the stream and of the first embedding, each ()."""
+        return self.weights[0], self.weights[1]
 
     def forward(self, x: Tensor, first: Tensor) -> Tensor:
         """x and first (B, T, C)."""
@@ -60,6 +68,11 @@ class DecoderStack(nn.Module):
         for mix in self.mixes:
             if any(True for _ in mix.parameters()):
                 mix.compile(**options)
+
+    def skip_into(self, index: int) -> tuple[int, Tensor] | None:
+        """The layer whose output is added before layer `index`, and its factor (); None without a skip."""
+        del index
+        return None
 
     def layer(self, index: int, x: Tensor, first: Tensor, ctx: ForwardContext) -> Tensor:
         """One block with its mix."""
@@ -85,6 +98,12 @@ class UNetDecoderStack(DecoderStack):
         """Also the skips."""
         super().compile_mixes(**options)
         self.add_skip = torch.compile(add_scaled, **options)
+
+    def skip_into(self, index: int) -> tuple[int, Tensor] | None:
+        """Last in, first out: layer depth - 1 - index, for the second half."""
+        source = len(self.blocks) - 1 - index
+        half = len(self.skip_weights)
+        return (source, self.skip_weights[half - 1 - source]) if source < half else None
 
     def forward(self, x: Tensor, ctx: ForwardContext) -> Tensor:
         """x (B, T, C), the embedded tokens. With an odd depth the middle block has no partner."""
