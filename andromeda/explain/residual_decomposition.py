@@ -65,7 +65,7 @@ def apply_frozen_norm(norm: nn.Module, x: Tensor, at: Tensor) -> Tensor:
         )
     centered, variance = (x - x.mean(), at.var(correction=0)) if spec.kind == "layer" else (x, at.square().mean())
     scaled: Tensor = centered * torch.rsqrt(variance + spec.eps)
-    gain: Any = norm.weight if spec.gain else 1.0
+    gain: Tensor | float = norm.weight if spec.gain else 1.0  # type: ignore[assignment]
     return scaled * gain
 
 
