@@ -15,8 +15,8 @@ from torch import Tensor
 
 from andromeda.config.load import load
 from andromeda.config.run import RunConfig
+from andromeda.parallel.layout import ONE
 from andromeda.plan import HardwareSetup, plan
-from andromeda.plan.device_mesh import DeviceMeshShape
 from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.state import build_train_state, resolve_device
 from andromeda.train.step import StepBatch, TrainStep
@@ -31,7 +31,7 @@ def measure(source: str, changes: list[str]) -> dict[str, Any]:
     micro = config.train.micro_batch_size or config.train.batch_size
     config = load(source, [*changes, f"train.batch_size={min(config.train.batch_size, 2 * micro)}", f"train.micro_batch_size={micro}"])
     device = resolve_device(config.train.device)
-    planned = plan(source, config, HardwareSetup(_hardware(device), device.type == "cuda", DeviceMeshShape()))
+    planned = plan(source, config, HardwareSetup(_hardware(device), device.type == "cuda", ONE))
     real = _run(config, device)
     peak = peak_flops(str(device), planned.precision)
     rate = real["tokens_per_second"]

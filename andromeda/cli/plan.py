@@ -14,6 +14,7 @@ from andromeda.utils.errors import ConfigError
 if TYPE_CHECKING:
     from andromeda.config.run import RunConfig
     from andromeda.plan import HardwareSetup, RunPlan
+    from andromeda.plan.simulation import StepPrediction
 
 UNCERTAIN = (0.6, 1.7)
 """Shares of a device's memory between which an estimate does not decide whether a run fits."""
@@ -32,11 +33,14 @@ def plan(
         typer.Option(help="Sequences per step (train.batch_size); a train.micro_batch_size that does not divide it is lowered."),
     ] = None,
     gpu: Annotated[str, typer.Option(help="h100, h200, a100, b200, 4090, or cpu (this one, measured now).")] = "h200",
-    parallel: Annotated[str, typer.Option(help="Degrees of parallelism, such as dp=8,fsdp=4,tp=2.")] = "",
+    parallel: Annotated[str, typer.Option(help="Device mesh, such as replicate=8,shard=4,tensor=2; by default that of [parallel].")] = "",
     tokens: Annotated[float, typer.Option(help="Tokens of the whole run, such as 20e9; 0 takes the configuration's.")] = 0.0,
     price: Annotated[float, typer.Option(help="Dollars per GPU-hour.")] = 0.0,
     mfu: Annotated[float, typer.Option(min=0.01, max=1.0, help="Model FLOPs utilization to assume for training.")] = 0.4,
     details: Annotated[bool, typer.Option("--details", help="All tables, and exact memory (some seconds more).")] = False,
+    simulate: Annotated[
+        bool, typer.Option("--simulate", help="Also run one step of the first process on fake tensors: what it sends and holds.")
+    ] = False,
     allow_code: AllowCode = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print everything as JSON.")] = False,
 ) -> None:
@@ -51,21 +55,29 @@ def plan(
         raise ConfigError(f"{' '.join(sources)} names no configuration: give a preset or a file first, such as `andromeda plan andromeda`.")
 
     from andromeda.plan import HardwareSetup
-    from andromeda.plan.device_mesh import parse_mesh
+    from andromeda.plan.communication import parse_layout
     from andromeda.utils.hardware import find_hardware
 
     counted = {name: config for name, config in configs.items() if _is_countable(name, config)}
     if not counted:
         return
-    place = HardwareSetup(find_hardware(gpu), gpu.lower() != "cpu", parse_mesh(parallel), price, mfu)
-    plans = [_plan(name, config, place, int(tokens), quick=not (details or as_json)) for name, config in counted.items()]
+    hardware, is_gpu = find_hardware(gpu), gpu.lower() != "cpu"
+    places = {
+        name: HardwareSetup(hardware, is_gpu, parse_layout(parallel, config.parallel), price, mfu) for name, config in counted.items()
+    }
+    plans = [_plan(name, config, places[name], int(tokens), quick=not (details or as_json)) for name, config in counted.items()]
+    simulations = [_simulated(plan, counted[plan.name], places[plan.name]) for plan in plans] if simulate else []
+    place = next(iter(places.values()))
     if as_json:
         import json
         from dataclasses import asdict
 
-        print(json.dumps({"gpu": asdict(place.hardware), "mesh": asdict(place.mesh), "plans": [asdict(p) for p in plans]}, indent=2))
+        found = {"plans": [asdict(p) for p in plans], "simulations": [asdict(s) for s in simulations]}
+        print(json.dumps({"gpu": asdict(place.hardware), **found}, indent=2))
         return
     _print(plans, place, details)
+    if simulations:
+        _print_simulations(plans, simulations, place)
 
 
 def _check(seq_len: int | None, batch_size: int | None, tokens: float, price: float) -> None:
@@ -129,11 +141,32 @@ def _plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int, quick
     return planned
 
 
+def _simulated(plan: RunPlan, config: RunConfig, place: HardwareSetup) -> StepPrediction:
+    from andromeda.plan.simulation import predict_step
+
+    if sys.stderr.isatty():
+        print(f"simulating {plan.name} ...", end="\r", file=sys.stderr)
+    return predict_step(config, place, plan.precision)
+
+
+def _print_simulations(plans: list[RunPlan], simulations: list[StepPrediction], place: HardwareSetup) -> None:
+    from andromeda.cli.tables import show
+    from andromeda.plan.plan_tables import simulation_lines
+    from andromeda.plan.simulation import NETWORK
+
+    lines = simulation_lines(simulations)
+    show("One step of one process, simulated on paper", ("", *(plan.name for plan in plans)), lines, right=range(1, len(plans) + 1))
+    print(
+        f"Nothing was run on a GPU: {place.hardware.link / 2e9:,.0f} GB/s a direction are assumed within a host of 8, "
+        f"{NETWORK / 1e9:,.0f} GB/s for each GPU between hosts, and an MFU of {place.mfu:.0%} without exchange."
+    )
+
+
 def _print(plans: list[RunPlan], place: HardwareSetup, details: bool) -> None:
     from andromeda.cli.tables import show
     from andromeda.plan.plan_tables import sections, summary
 
-    names, device, gpus = [plan.name for plan in plans], place.hardware, place.mesh.gpus
+    names, device, gpus = [plan.name for plan in plans], place.hardware, max(plan.layout.world_size for plan in plans)
     title = f"{gpus} x {device.name}" if gpus > 1 else device.name
     tables = sections(plans, gpus, place.mfu) if details else [(title, summary(plans, place.mfu))]
     for title, lines in tables:

@@ -22,11 +22,13 @@ _KINDS: Final = (
     ("alltoall", ALL_TO_ALL),
     ("all_to_all", ALL_TO_ALL),
 )
+HOST_SIZE = 8
+"""Devices of one host."""
 _SILENT: Final = ("wait_tensor", "barrier", "recv", "check_for_nan")
 """Operations of these namespaces that send nothing themselves."""
 
 
-def bytes_sent(kind: str, group_size: int, whole: int) -> float:
+def bytes_sent(kind: str, group_size: int, whole: float) -> float:
     """Bytes that one process sends in a ring of `group_size`.
 
     whole: bytes of the tensor that is gathered, scattered or reduced, which every process holds before or after; of all-to-all, those
@@ -44,6 +46,8 @@ class TrafficCounter(TorchDispatchMode):
         self.bytes: Counter[str] = Counter()
         """By collective."""
         self.calls: Counter[str] = Counter()
+        self.within_host = 0
+        """Bytes of groups whose processes are all on one host of `HOST_SIZE`."""
 
     @classmethod
     def is_infra_mode(cls) -> bool:
@@ -60,8 +64,11 @@ class TrafficCounter(TorchDispatchMode):
         namespace, _, name = func._schema.name.partition("::")
         if namespace in ("c10d", "_c10d_functional") and not any(word in name for word in _SILENT):
             kind = next((kind for word, kind in _KINDS if word in name), OTHER)
-            self.bytes[kind] += round(bytes_sent(kind, _group_size(args), _whole(kind, name, args, out)))
+            ranks = _group_ranks(args)
+            sent = round(bytes_sent(kind, len(ranks), _whole(kind, name, args, out)))
+            self.bytes[kind] += sent
             self.calls[kind] += 1
+            self.within_host += sent if len({rank // HOST_SIZE for rank in ranks}) == 1 else 0
         return out
 
 
@@ -77,12 +84,14 @@ def _nbytes(value: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(value) if isinstance(leaf, Tensor))
 
 
-def _group_size(args: Any) -> int:
+def _group_ranks(args: Any) -> list[int]:
+    """The processes of the group among the arguments of an operation, which is given as an object or by its name."""
+    names: list[Any] = [value for value in args if isinstance(value, str)]
     for value in args:
         if isinstance(value, torch.ScriptObject):
             try:
-                return int(dist.ProcessGroup.unbox(value).size())
+                names.append(dist.ProcessGroup.unbox(value).group_name)
             except RuntimeError:  # another kind of object, such as the reduction
                 continue
-    names: list[Any] = [value for value in args if isinstance(value, str)]
-    return int(dist.distributed_c10d._resolve_process_group(names[-1]).size())  # type: ignore[attr-defined]
+    group = dist.distributed_c10d._resolve_process_group(names[-1])  # type: ignore[attr-defined]
+    return dist.get_process_group_ranks(group)

@@ -69,10 +69,10 @@ def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, 
     gpu: attention saves what a fused kernel saves (queries, keys, values, output, one log-sum-exp per query), whatever the mask; on a
     CPU masks are counted too. Every sequence is taken as one document.
     """
-    model = _as_fused(config.model) if gpu else config.model
+    model = as_fused(config.model) if gpu else config.model
     # Full checkpointing saves the blocks' inputs, compiled or not.
     compiled = compiled and config.train.activation_checkpointing != "full"
-    shallow, deep = _depths(model)
+    shallow, deep = depths(model)
 
     def at(depth: int, backend: str) -> StepMemory:
         changed = config.model_copy(update={"model": model.model_copy(update={"num_layers": depth})})
@@ -99,14 +99,14 @@ def step_memory(config: RunConfig, rows: int, sequence: int, precision: str, *, 
     )
 
 
-def _depths(model: ModelConfig) -> tuple[int, int]:
+def depths(model: ModelConfig) -> tuple[int, int]:
     """Two depths at the same point of the cycle of windows and, with skips, of pairs as the model's own depth."""
     cycle = layer_cycle(model)
     shallow = model.num_layers % cycle or cycle
     return shallow, shallow + cycle
 
 
-def _as_fused(model: ModelConfig) -> ModelConfig:
+def as_fused(model: ModelConfig) -> ModelConfig:
     """The model without masks and biases for which a fused kernel saves nothing."""
     alibi = model.alibi if model.alibi.fold_into_qk else model.alibi.model_copy(update={"num_heads": 0})
     attention = model.attention.model_copy(update={"sliding_window": 0, "full_attention_interval": 0, "softcap": 0.0, "backend": "auto"})
@@ -115,7 +115,7 @@ def _as_fused(model: ModelConfig) -> ModelConfig:
 
 def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: bool, backend: str) -> StepMemory:
     """One forward and backward pass on fake tensors."""
-    with _fake_tensors(rows * sequence * config.model.experts.top_k, gpu):
+    with fake_tensors(rows * sequence * config.model.experts.top_k, gpu):
         model = Transformer(config.model)
         products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
         # fp8 layers hold their weights in two layouts, which are as many bytes.
@@ -136,7 +136,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
 
 
 @contextlib.contextmanager
-def _fake_tensors(routed: int, gpu: bool) -> Iterator[None]:
+def fake_tensors(routed: int, gpu: bool) -> Iterator[None]:
     """Fake tensors, and the values that a forward pass needs from them.
 
     routed: tokens routed to experts. The only values that a pass reads are the tokens per expert: equal here, which changes no sum.

@@ -11,9 +11,19 @@ from andromeda.config.run import RunConfig
 from andromeda.model.flops import forward_flops_per_token, hardware_flops_per_token, training_flops_per_token
 from andromeda.model.meta_model import shared_meta_model
 from andromeda.model.transformer import Transformer
-from andromeda.plan.device_mesh import CommunicationVolume, DeviceMeshShape, communication_volume, local_batch_sizes
+from andromeda.parallel.layout import Layout
+from andromeda.plan.communication import in_layout, local_batch_sizes, reshards, traffic
 from andromeda.plan.dry_run import step_memory
-from andromeda.plan.memory import CheckpointSize, TrainingMemory, checkpoint_size, decode_state, state_bytes, training_memory, update_bytes
+from andromeda.plan.memory import (
+    HALF,
+    CheckpointSize,
+    TrainingMemory,
+    checkpoint_size,
+    decode_state,
+    state_bytes,
+    training_memory,
+    update_bytes,
+)
 from andromeda.plan.memory_estimate import estimate_step_memory, estimate_update_bytes
 from andromeda.plan.roofline import ServingRoofline, seconds_per_step, serving_roofline
 from andromeda.train.compile import should_compile
@@ -88,7 +98,7 @@ class HardwareSetup:
 
     hardware: Hardware
     gpu: bool
-    mesh: DeviceMeshShape
+    layout: Layout
     price: float = 0.0
     """Dollars per GPU-hour."""
     mfu: float = DEFAULT_MFU
@@ -129,6 +139,7 @@ class RunPlan:
     name: str
     precision: str
     compiled: bool
+    layout: Layout
     sequence: int
     rows: int
     """Batch size."""
@@ -146,7 +157,8 @@ class RunPlan:
     context: int
     step_floor: float | None
     serving: ServingRoofline | None
-    traffic: CommunicationVolume
+    sent: dict[str, float]
+    """Bytes that one GPU sends in a step, by collective."""
     budget: RunCost
     memory_is_estimate: bool = False
     """Whether `memory` is that of `estimate_step_memory` instead of the dry run's."""
@@ -158,9 +170,11 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
     tokens: of the whole run (0: as configured). quick: activation memory is estimated in closed form instead of by a dry run, which
     takes seconds; such a plan has `memory_is_estimate`. Raises ConfigError.
     """
-    train, mesh = config.train, place.mesh
+    layout = place.layout
+    config = in_layout(config, layout)
+    train = config.train
     sequence = train.seq_len or config.model.max_seq_len
-    _, micro = local_batch_sizes(config, mesh)
+    _, micro = local_batch_sizes(config, layout)
     precision = _precision(train.precision, place.gpu)
     compiled = train.compile != "off" if place.gpu else should_compile(config, torch.device("cpu"))
     model = shared_meta_model(config.model)
@@ -172,11 +186,14 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
         held = step_memory(config, micro, sequence, precision, gpu=place.gpu, compiled=compiled)
         updating = update_bytes(model, train.optim, place.gpu)
     cached = decode_state(config.model)
-    floor = seconds_per_step(config, sequence, place.hardware, precision, mesh.gpus)
+    itemsize = 4 if precision == "fp32" else HALF
+    frees = reshards(config, layout, parameters.total, itemsize, place.hardware.memory)
+    floor = seconds_per_step(config, sequence, place.hardware, precision, layout.world_size)
     return RunPlan(
         name=name,
         precision=precision,
         compiled=compiled,
+        layout=layout,
         sequence=sequence,
         rows=train.batch_size,
         micro_rows=micro,
@@ -184,14 +201,14 @@ def plan(name: str, config: RunConfig, place: HardwareSetup, tokens: int = 0, qu
         optimizer=train.optim.kind,
         parameters=parameters,
         flops=_flops(config, sequence),
-        memory=training_memory(config, mesh, model, held, state, updating),
+        memory=training_memory(config, layout, model, held, state, updating, frees),
         checkpoint=checkpoint_size(state, train.checkpoints),
         cache_per_token=cached.per_token,
         cache_full=cached.per_token * config.model.max_seq_len + cached.per_sequence,
         context=config.model.max_seq_len,
         step_floor=floor,
         serving=serving_roofline(config.model, parameters.active, place.hardware, precision),
-        traffic=communication_volume(config, mesh, parameters.total, sequence),
+        sent=traffic(config, layout, model, itemsize, place.hardware.memory),
         memory_is_estimate=quick,
         budget=_budget(config, sequence, place, precision, floor, tokens),
     )
@@ -218,11 +235,11 @@ def _budget(config: RunConfig, sequence: int, place: HardwareSetup, precision: s
     peak = place.hardware.peak.get(precision)
     seconds = None
     if peak:
-        seconds = steps * per_step * training_flops_per_token(config.model, sequence) / (peak * place.mfu * place.mesh.gpus)
+        seconds = steps * per_step * training_flops_per_token(config.model, sequence) / (peak * place.mfu * place.layout.world_size)
     return RunCost(
         tokens=steps * per_step,
         steps=steps,
         floor_hours=None if floor is None else steps * floor / 3600,
         hours=None if seconds is None else seconds / 3600,
-        cost=None if seconds is None or not place.price else seconds / 3600 * place.price * place.mesh.gpus,
+        cost=None if seconds is None or not place.price else seconds / 3600 * place.price * place.layout.world_size,
     )

@@ -23,7 +23,8 @@ from andromeda.model.transformer import Transformer
 from andromeda.optim import find_optimizer, optimizer_state_bytes, parameter_roles
 from andromeda.optim.optimizer_kind import FLOAT_BYTES
 from andromeda.optim.param_groups import Role
-from andromeda.plan.device_mesh import WEIGHT_BYTES, DeviceMeshShape
+from andromeda.parallel.layout import Layout
+from andromeda.plan.communication import WEIGHT_BYTES
 from andromeda.plan.dry_run import StepMemory
 from andromeda.plan.memory_tracker import MemoryTracker
 
@@ -70,7 +71,7 @@ class TrainingMemory:
     passing: StepMemory
     """Activation memory of its micro-batch, divided by tensor parallelism."""
     gathered: int
-    """FSDP: gathered weights of two blocks, the current and the next."""
+    """FSDP: gathered weights of tables and head, and of two blocks, the current and the next, or of all."""
     updating: int
     """Temporaries of the optimizer."""
     peak: int
@@ -90,28 +91,34 @@ class CheckpointSize:
 
 
 def training_memory(
-    config: RunConfig, mesh: DeviceMeshShape, model: Transformer, passing: StepMemory, state: TrainStateBytes, updating: int
+    config: RunConfig, layout: Layout, model: Transformer, passing: StepMemory, state: TrainStateBytes, updating: int, frees: bool = True
 ) -> TrainingMemory:
-    """Divide the memory of one device over a mesh, and compute the peak. updating: temporaries of the optimizer, in bytes."""
-    sharded = mesh.fsdp * mesh.tp
-    own = TrainStateBytes(*(value // sharded for value in (state.weights, state.gradients, state.optimizer, state.average)))
-    moving = _divided(passing, mesh)
-    block = sum(p.numel() for p in model.decoder.blocks[0].parameters())
-    gathered = 2 * block * WEIGHT_BYTES // mesh.tp if mesh.fsdp > 1 else 0
-    updating //= sharded
-    accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // mesh.data_ranks
+    """Divide the memory of one device over a layout, and compute the peak.
+
+    updating: temporaries of the optimizer, in bytes. frees: whether FSDP frees the gathered weights of a block after its forward pass.
+    """
+    shards = layout.shard * layout.context
+    parts = shards * layout.tensor
+    own = TrainStateBytes(*(value // parts for value in (state.weights, state.gradients, state.optimizer, state.average)))
+    moving = _divided(passing, layout)
+    blocks = [sum(p.numel() for p in block.parameters()) for block in model.decoder.blocks]
+    # The current block and the next, or all; tables and head for the whole step.
+    tables = sum(p.numel() for p in model.parameters()) - sum(blocks)
+    gathered = (tables + (2 * blocks[0] if frees else sum(blocks))) * WEIGHT_BYTES // layout.tensor if shards > 1 else 0
+    updating //= parts
+    accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // layout.data
     kept = own.weights + own.optimizer + own.average + moving.casts
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return TrainingMemory(own, moving, gathered, updating, peak)
 
 
-def _divided(passing: StepMemory, mesh: DeviceMeshShape) -> StepMemory:
-    """Divided by tensor parallelism. With FSDP, weights are gathered in the compute dtype and freed again: no copies stay."""
+def _divided(passing: StepMemory, layout: Layout) -> StepMemory:
+    """Divided by tensor and context parallelism. With FSDP, weights are gathered in the compute dtype and freed again: no copies stay."""
     lean = passing
-    if mesh.fsdp > 1:
+    if layout.shard * layout.context > 1:
         forward, saved = passing.forward - passing.forward_copies, passing.saved - passing.saved_copies
         lean = replace(passing, forward=forward, saved=saved, forward_copies=0, saved_copies=0, casts=0)
-    return StepMemory(**{name: value // mesh.tp for name, value in asdict(lean).items()})
+    return StepMemory(**{name: value // (layout.tensor * layout.context) for name, value in asdict(lean).items()})
 
 
 def update_bytes(model: nn.Module, optim: OptimizerConfig, gpu: bool) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from andromeda.utils.dtensor import local
+
 CASTS = (torch.ops.aten._to_copy.default, torch.ops.prims.convert_element_type.default)
 
 
@@ -34,12 +36,19 @@ class MemoryTracker(TorchDispatchMode):
     def enter(self, tensors: Iterable[Tensor]) -> None:
         """Count existing tensors."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = local(tensor).untyped_storage()
             if storage._cdata not in self._sizes:
                 self._sizes[storage._cdata] = storage.nbytes()
                 self.held += storage.nbytes()
                 weakref.finalize(storage, self._leave, storage._cdata)
         self.peak = max(self.peak, self.held)
+
+    def resized(self, storage: torch.UntypedStorage) -> None:
+        """Count a storage anew whose size was changed, as FSDP frees and allocates gathered weights."""
+        if storage._cdata in self._sizes:
+            self.held += storage.nbytes() - self._sizes[storage._cdata]
+            self._sizes[storage._cdata] = storage.nbytes()
+            self.peak = max(self.peak, self.held)
 
     def watch(self, weights: Iterable[Tensor]) -> None:
         """Count existing weights, and recognize their copies in another dtype."""

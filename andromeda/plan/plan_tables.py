@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from andromeda.plan.estimate import RunPlan
 from andromeda.plan.memory import HALF
+from andromeda.plan.simulation import StepPrediction
 
 GIB = 1 << 30
 Line = tuple[str, ...]
@@ -24,7 +25,7 @@ def sections(plans: Sequence[RunPlan], gpus: int, mfu: float) -> list[tuple[str,
         (f"Time and cost on {gpus} GPU{'s' if gpus > 1 else ''}", _lines(plans, _time(mfu))),
     ]
     if gpus > 1:
-        built.append(("Communication per GPU and step (computed, not measured)", _lines(plans, TRAFFIC)))
+        built.append(("Bytes that one GPU sends in a step (computed, not measured)", _sent(plans)))
     return built
 
 
@@ -69,6 +70,33 @@ def _lines(plans: Sequence[RunPlan], readers: dict[str, Reader]) -> list[Line]:
 
 def _table(labels: Sequence[str], columns: Sequence[dict[str, float]], show: Callable[[float], str]) -> list[Line]:
     return [(label, *(show(column[label]) if label in column else "" for column in columns)) for label in labels]
+
+
+def _sent(plans: Sequence[RunPlan]) -> list[Line]:
+    columns = [plan.sent for plan in plans]
+    return _lines(plans, {"layout": lambda p: p.layout.describe()}) + _table(_union(columns), columns, size)
+
+
+def simulation_lines(steps: Sequence[StepPrediction]) -> list[Line]:
+    """Lines of the table of simulations, one column each."""
+    columns = [{kind: float(sent) for kind, sent in step.step.sent.items()} for step in steps]
+
+    def line(label: str, read: Callable[[StepPrediction], str]) -> Line:
+        return label, *(read(step) for step in steps)
+
+    return [
+        line("GPUs", lambda s: f"{s.layout.world_size:,}"),
+        line("layout", lambda s: s.layout.describe()),
+        line("state between steps", lambda s: size(s.step.state)),
+        line("peak memory within the step", lambda s: size(s.step.peak)),
+        *((f"sent by {label}", *values) for label, *values in _table(_union(columns), columns, size)),
+        line("  of which within a host", lambda s: size(s.step.within_host)),
+        line("computing", lambda s: duration(s.computing)),
+        line("exchanging", lambda s: duration(s.exchanging)),
+        line("step, if all exchange is hidden", lambda s: duration(s.fastest)),
+        line("step, if none is", lambda s: duration(s.slowest)),
+        line("tokens/s of all GPUs", lambda s: f"{count(s.tokens / s.slowest)} to {count(s.tokens / s.fastest)}"),
+    ]
 
 
 def _union(columns: Sequence[dict[str, float]]) -> list[str]:
@@ -162,12 +190,6 @@ SERVING: dict[str, Reader] = {
     "prefill of a full context (roofline)": _served("prefill"),
     "decoding, short context (roofline)": _served("token"),
     "decoding, full context (roofline)": _served("token_full"),
-}
-
-TRAFFIC: dict[str, Reader] = {
-    "gathered weights (fsdp)": lambda p: size(p.traffic.gathering),
-    "gradients (fsdp, dp)": lambda p: size(p.traffic.gradients),
-    "activations (tp)": lambda p: size(p.traffic.activations),
 }
 
 

@@ -22,7 +22,7 @@ from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import sdpa
 from andromeda.ops.attention.tensor_cache import TensorCache
 from andromeda.optim import Muon
-from andromeda.plan.device_mesh import DeviceMeshShape
+from andromeda.parallel.layout import Layout
 from andromeda.plan.dry_run import step_memory
 from andromeda.plan.memory import TrainStateBytes, training_memory, update_bytes
 from andromeda.train.activation_checkpoint import checkpoint_blocks
@@ -214,8 +214,8 @@ def test_a_gpu_holds_the_blocks_matrices_once_more(precision: str, compiled: boo
     assert planned.saved_copies < planned.casts / 100
     assert step_memory(run, ROWS, T, "fp32", gpu=True, compiled=compiled).casts == 0
     state, model = TrainStateBytes(1000, 1000, 2000, 0), Transformer(run.model)
-    alone, sharded = (training_memory(run, DeviceMeshShape(fsdp=fsdp), model, planned, state, 0) for fsdp in (1, 2))
-    without = training_memory(run, DeviceMeshShape(), model, replace(planned, casts=0), state, 0)
+    alone, sharded = (training_memory(run, Layout(shard=shard), model, planned, state, 0) for shard in (1, 2))
+    without = training_memory(run, Layout(), model, replace(planned, casts=0), state, 0)
     assert alone.peak - without.peak == planned.casts
     assert sharded.passing.casts == 0
 

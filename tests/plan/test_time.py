@@ -14,9 +14,11 @@ from typer.testing import CliRunner
 
 from andromeda.cli.main import app
 from andromeda.config.load import load
+from andromeda.config.parallel import ParallelConfig
 from andromeda.model.meta_model import meta_model
+from andromeda.parallel.layout import Layout
 from andromeda.plan import HardwareSetup, plan
-from andromeda.plan.device_mesh import DeviceMeshShape, communication_volume, local_batch_sizes, parse_mesh
+from andromeda.plan.communication import in_layout, local_batch_sizes, parse_layout, traffic
 from andromeda.plan.estimate import count_parameters
 from andromeda.plan.roofline import seconds_per_step, serving_roofline
 from andromeda.utils.errors import ConfigError
@@ -83,53 +85,64 @@ def test_eight_bits_speed_up_projections_alone() -> None:
 def test_budget_is_tokens_times_flops_over_the_assumed_rate(small: str) -> None:
     config = load(small)
     gpu = Hardware("gpu", 1e9, 1e9, {"bf16": 1e12}, "invented")
-    made = plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape(dp=2), price=3.0, mfu=0.25), tokens=1000 * 8 * 64 + 1)
+    made = plan("small", config, HardwareSetup(gpu, True, Layout(replicate=2), price=3.0, mfu=0.25), tokens=1000 * 8 * 64 + 1)
     assert made.budget.steps == 1001
     seconds = made.budget.tokens * made.flops.training / (0.25 * 1e12 * 2)
     assert made.budget.hours == pytest.approx(seconds / 3600)
     assert made.budget.cost == pytest.approx(seconds / 3600 * 3.0 * 2)
-    assert plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape())).budget.steps == 100
+    assert plan("small", config, HardwareSetup(gpu, True, Layout())).budget.steps == 100
 
 
 def test_sharding_follows_zero(small: str) -> None:
     """ZeRO-3 leaves 16 bytes a parameter over N (arXiv 1910.02054) and sends 3 P numbers where data parallelism sends 2 P."""
     config = load(small, ["train.optim.kind=adamw"])
     gpu = HARDWARE["h100"]
-    made = plan("small", config, HardwareSetup(gpu, True, DeviceMeshShape(fsdp=4)))
+    made = plan("small", config, HardwareSetup(gpu, True, Layout(shard=4)))
     assert made.memory.state.total == pytest.approx(16 * made.parameters.total / 4, rel=1e-3)
-    P, N = made.parameters.total, 4
-    sharded = communication_volume(config, DeviceMeshShape(fsdp=N), P, 64)
-    copied = communication_volume(config, DeviceMeshShape(dp=N), P, 64)
-    assert sharded.gathering / 2 + sharded.gradients / 4 == pytest.approx(3 * P * (N - 1) / N)
-    assert copied.total / 4 == pytest.approx(2 * P * (N - 1) / N)
+    model, N = meta_model(config.model), 4
+    M = sum(p.numel() for p in model.parameters() if p.ndim > 1)
+    V = sum(p.numel() for p in model.parameters() if p.ndim == 1)  # copied by every process
+    # With weights freed after the forward pass, and tables and head kept.
+    tables = 2 * 256 * 64
+    sent = traffic(in_layout(config, Layout(shard=N)), Layout(shard=N), model, 2, memory=0)
+    assert sent["all-gather"] == pytest.approx(2 * (2 * (M - tables) + tables) * (N - 1) / N)
+    assert sent["reduce-scatter"] == pytest.approx(4 * M * (N - 1) / N)
+    assert sent["all-reduce"] == pytest.approx(2 * 4 * V * (N - 1) / N)
+    copied = traffic(in_layout(config, Layout(replicate=N)), Layout(replicate=N), model, 2, memory=0)
+    assert copied == {"all-reduce": pytest.approx(2 * 4 * (M + V) * (N - 1) / N)}
 
 
 def test_tensor_parallelism_divides_memory_and_sends_activations(small: str) -> None:
     config = load(small)
-    whole, halved = (plan("small", config, HardwareSetup(HARDWARE["h100"], True, DeviceMeshShape(tp=tp))) for tp in (1, 2))
+    whole, halved = (plan("small", config, HardwareSetup(HARDWARE["h100"], True, Layout(tensor=tensor))) for tensor in (1, 2))
     assert halved.memory.passing.saved == whole.memory.passing.saved // 2
     assert halved.memory.state.weights == whole.memory.state.weights // 2
-    # Forward and backward, each of two branches of two layers gathers and scatters 8 rows of 64 tokens of 64 numbers.
-    assert halved.traffic.activations == 2 * 2 * 2 * 2 * 8 * 64 * 64 * 2 / 2
+    # Two branches of two layers, forward and backward, and the gradient of the last states, in 16 bits; the embedding in 32; the loss.
+    assert halved.sent == {"all-reduce": 9 * 8 * 64 * 64 * 2 + 8 * 64 * 64 * 4 + 3 * 8 * 64 * 4}
 
 
 def test_rows_of_each_gpu(small: str) -> None:
     config = load(small, ["train.batch_size=16", "train.micro_batch_size=4"])
-    assert local_batch_sizes(config, DeviceMeshShape(dp=2)) == (8, 4)
-    assert local_batch_sizes(config, DeviceMeshShape(dp=4, fsdp=2)) == (2, 2)
-    with pytest.raises(ConfigError, match="does not divide"):
-        local_batch_sizes(config, DeviceMeshShape(dp=3))
-    with pytest.raises(ConfigError, match="heads = 4"):
-        local_batch_sizes(config, DeviceMeshShape(tp=8))
+    assert local_batch_sizes(config, Layout(replicate=2)) == (8, 4)
+    assert local_batch_sizes(config, Layout(replicate=4, shard=2)) == (2, 2)
+    with pytest.raises(ConfigError, match="is not a multiple of the 3 processes"):
+        in_layout(config, Layout(replicate=3))
+    with pytest.raises(ConfigError, match=r"parallel\.tensor = 8"):
+        in_layout(config, Layout(tensor=8))
+    assert in_layout(config, Layout(shard=8)).train.micro_batch_size == 2, "what a process reads"
 
 
-def test_reading_a_mesh() -> None:
-    assert parse_mesh("dp=8, fsdp=4,tp=2") == DeviceMeshShape(8, 4, 2)
-    assert parse_mesh("") == DeviceMeshShape()
-    with pytest.raises(ConfigError, match="did you mean fsdp"):
-        parse_mesh("fdsp=4")
-    with pytest.raises(ConfigError, match="tp=x"):
-        parse_mesh("tp=x")
+def test_reading_a_layout() -> None:
+    assert parse_layout("replicate=8, shard=4,tensor=2", ParallelConfig()) == Layout(8, 4, 1, 2)
+    assert parse_layout("", ParallelConfig()) == Layout()
+    assert parse_layout("", ParallelConfig(shard=4, context=2)) == Layout(1, 4, 2)
+    for text, sentence in (
+        ("shrad=4", "did you mean shard"),
+        ("tensor=x", "tensor=x is not a number"),
+        ("fsdp=4", "fsdp is now called shard"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            parse_layout(text, ParallelConfig())
 
 
 def test_devices() -> None:
@@ -149,12 +162,12 @@ def run(*words: str) -> Any:
 
 
 def test_the_command_prints_what_was_computed(small: str) -> None:
-    result = run(small, "llama-7b", "train.compile=off", "--parallel", "dp=2", "--price", "2", "--json")
+    result = run(small, "llama-7b", "train.compile=off", "--parallel", "replicate=2", "--price", "2", "--json")
     assert result.exit_code == 0, result.output
     made = json.loads(result.stdout)
     assert [p["name"] for p in made["plans"]] == [small, "llama-7b"]
     assert sum(made["plans"][0]["parameters"]["parts"].values()) == count_parameters(meta_model(load(small).model)).total
-    assert made["mesh"] == {"dp": 2, "fsdp": 1, "tp": 1}
+    assert made["plans"][0]["layout"][0] == 2
 
 
 def test_presets_stand_side_by_side_at_any_batch_and_length() -> None:
@@ -199,7 +212,7 @@ ESTIMATED_SLOWLY = [
 @pytest.mark.parametrize(("name", "checkpointing", "compile"), [*ESTIMATED, *ESTIMATED_SLOWLY])
 def test_estimated_memory_is_near_that_of_the_dry_run(name: str, checkpointing: str, compile: str) -> None:
     config = load(name, [f"train.activation_checkpointing={checkpointing}", f"train.compile={compile}"])
-    place = HardwareSetup(find_hardware("h200"), True, DeviceMeshShape())
+    place = HardwareSetup(find_hardware("h200"), True, Layout())
     estimate, exact = plan(name, config, place, quick=True), plan(name, config, place)
     assert estimate.memory_is_estimate
     assert not exact.memory_is_estimate
