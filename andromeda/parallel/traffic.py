@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, OTHER = "all-gather", "reduce-scatter", "all-reduce", "all-to-all", "other"
-COLLECTIVES: Final = (ALL_GATHER, REDUCE_SCATTER, ALL_REDUCE, ALL_TO_ALL, OTHER)
+from andromeda.parallel.ring import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, OTHER, REDUCE_SCATTER, bytes_sent
+
 _KINDS: Final = (
     ("reduce_scatter", REDUCE_SCATTER),
     ("allgather", ALL_GATHER),
@@ -26,16 +26,6 @@ HOST_SIZE = 8
 """Devices of one host."""
 _SILENT: Final = ("wait_tensor", "barrier", "recv", "check_for_nan")
 """Operations of these namespaces that send nothing themselves."""
-
-
-def bytes_sent(kind: str, group_size: int, whole: float) -> float:
-    """Bytes that one process sends in a ring of `group_size`.
-
-    whole: bytes of the tensor that is gathered, scattered or reduced, which every process holds before or after; of all-to-all, those
-    that one process gives.
-    """
-    share = (group_size - 1) / group_size
-    return (2 if kind == ALL_REDUCE else 1) * share * whole
 
 
 class TrafficCounter(TorchDispatchMode):

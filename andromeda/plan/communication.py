@@ -11,11 +11,9 @@ from andromeda.config.parallel import ParallelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.transformer import Transformer
 from andromeda.optim.optimizer_kind import FLOAT_BYTES
-from andromeda.parallel.fsdp import KEPT_SHARE, stays_whole
 from andromeda.parallel.layout import DIMENSIONS, Layout, resolve_layout
 from andromeda.parallel.layout_rules import check_layout
-from andromeda.parallel.split_model import check_model
-from andromeda.parallel.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, REDUCE_SCATTER, bytes_sent
+from andromeda.parallel.ring import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, COLLECTIVES, REDUCE_SCATTER, bytes_sent
 from andromeda.utils.errors import ConfigError, nearest
 
 WEIGHT_BYTES, GRADIENT_BYTES = 2, 4
@@ -56,6 +54,10 @@ def in_layout(config: RunConfig, layout: Layout) -> RunConfig:
     parallel = config.parallel.model_copy(update=layout._asdict())
     config = config.model_copy(update={"train": train, "parallel": parallel})
     check_layout(config, layout.world_size)
+    if layout.world_size == 1:
+        return config
+    from andromeda.parallel.split_model import check_model  # FSDP and DTensor take a second to import
+
     check_model(config, resolve_layout(parallel, layout.world_size))
     return config
 
@@ -68,8 +70,12 @@ def local_batch_sizes(config: RunConfig, layout: Layout) -> tuple[int, int]:
 
 def reshards(config: RunConfig, layout: Layout, parameters: int, itemsize: int, memory: float) -> bool:
     """Whether FSDP frees the gathered weights of a block after its forward pass, on a device with `memory` bytes."""
+    if layout.shard * layout.context == 1:
+        return True
     if config.parallel.reshard_after_forward != "auto":
         return config.parallel.reshard_after_forward == "always"
+    from andromeda.parallel.fsdp import KEPT_SHARE
+
     return parameters // layout.tensor * itemsize > KEPT_SHARE * memory
 
 
@@ -78,6 +84,8 @@ def traffic(config: RunConfig, layout: Layout, model: Transformer, itemsize: int
 
     model: on the meta device. itemsize: bytes of a weight or activation in the compute dtype. memory: of one device.
     """
+    if layout.world_size == 1:
+        return {}
     own, micro = local_batch_sizes(config, layout)
     passes = own // micro
     sent: dict[str, float] = dict.fromkeys(COLLECTIVES, 0.0)
@@ -90,6 +98,8 @@ def _add_weights(
     sent: dict[str, float], config: RunConfig, layout: Layout, model: Transformer, itemsize: int, memory: float, passes: int
 ) -> None:
     """FSDP's collectives, and the sums of gradients over copies."""
+    from andromeda.parallel.fsdp import stays_whole
+
     spread = _experts(model) if layout.expert > 1 else set()
     # Experts that are spread stay whole where they are; their gradients are summed over the processes that have the same.
     experts = sum(p.numel() for name, p in model.named_parameters() if name in spread) / layout.expert

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 from andromeda.plan.estimate import RunPlan
 from andromeda.plan.memory import HALF
-from andromeda.plan.simulation import StepPrediction
+
+if TYPE_CHECKING:
+    from andromeda.plan.simulation import StepPrediction
 
 GIB = 1 << 30
 Line = tuple[str, ...]

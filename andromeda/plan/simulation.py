@@ -27,7 +27,8 @@ from andromeda.model.transformer import Transformer
 from andromeda.ops.cross_entropy import IGNORE_INDEX
 from andromeda.parallel.layout import Layout
 from andromeda.parallel.mesh import ParallelMesh, build_mesh
-from andromeda.parallel.traffic import COLLECTIVES, TrafficCounter
+from andromeda.parallel.ring import COLLECTIVES
+from andromeda.parallel.traffic import TrafficCounter
 from andromeda.plan.communication import in_layout, reshards
 from andromeda.plan.dry_run import CPU, as_fused, depths, fake_tensors
 from andromeda.plan.memory_tracker import MemoryTracker

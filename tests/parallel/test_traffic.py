@@ -7,7 +7,8 @@ import torch
 import torch.distributed as dist
 
 from andromeda.ops.collectives import Group, all_gather, all_reduce, reduce_scatter
-from andromeda.parallel.traffic import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, OTHER, REDUCE_SCATTER, TrafficCounter
+from andromeda.parallel.ring import ALL_GATHER, ALL_REDUCE, ALL_TO_ALL, OTHER, REDUCE_SCATTER
+from andromeda.parallel.traffic import TrafficCounter
 from tests.train.ranks import on_ranks
 
 

@@ -13,7 +13,8 @@ from andromeda.config.run import RunConfig
 from andromeda.model.meta_model import meta_model
 from andromeda.parallel.layout import Layout
 from andromeda.parallel.mesh import build_mesh
-from andromeda.parallel.traffic import COLLECTIVES, TrafficCounter
+from andromeda.parallel.ring import COLLECTIVES
+from andromeda.parallel.traffic import TrafficCounter
 from andromeda.plan.communication import in_layout, traffic
 from andromeda.plan.memory import state_bytes
 from andromeda.plan.simulation import simulate_step
