@@ -10,6 +10,7 @@ from andromeda.evaluate.loaded_model import LoadedModel
 from andromeda.evaluate.request import EvalOptions, Evaluation
 from andromeda.evaluate.result import EvalResult
 from andromeda.evaluate.retrieval_problems import RETRIEVAL_TASKS
+from andromeda.evaluate.tasks.head_predictions import HeadsEvaluation
 from andromeda.evaluate.tasks.lm_eval_tasks import Gsm8kEvaluation, HarnessEvaluation, MultipleChoiceEvaluation
 from andromeda.evaluate.tasks.reasoning import ReasoningEvaluation
 from andromeda.evaluate.tasks.retrieval import RetrievalEvaluation
@@ -26,13 +27,14 @@ _ALL: tuple[Evaluation, ...] = (
     MultipleChoiceEvaluation(),
     Gsm8kEvaluation(),
     HarnessEvaluation(),
+    HeadsEvaluation(),
 )
 EVALUATIONS: dict[str, Evaluation] = {one.kind: one for one in _ALL}
 """By kind."""
 EVAL_TASKS: dict[str, Evaluation] = EVALUATIONS | {name: RetrievalEvaluation([name]) for name in RETRIEVAL_TASKS}
 """What a user can name."""
 DEFAULT_TASKS = ("bits", "position", "context", "retrieval", "reasoning")
-"""What is measured when nothing is named."""
+"""What is measured when nothing is named; of a run with heads, these too."""
 
 SkipCallback = Callable[[str], None]
 
@@ -60,7 +62,8 @@ def run_evaluations(
     are told to `skip` and left out.
     """
     todo: list[PlannedEvaluation] = []
-    for task in dict.fromkeys(tasks or DEFAULT_TASKS):
+    default = (*DEFAULT_TASKS, *([HeadsEvaluation.kind] if loaded.config.model.task_heads else ()))
+    for task in dict.fromkeys(tasks or default):
         try:
             todo += [one for one in _requests(task, options, loaded) if one not in todo]
         except (RequestError, ConfigError) as error:

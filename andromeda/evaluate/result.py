@@ -22,7 +22,7 @@ from andromeda.utils.files import takes_files, write_whole
 from andromeda.utils.untrusted import MalformedFile, parse_json, read_regular, refuse_links
 
 FOLDER = "evaluations"
-KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness")
+KINDS = ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness", "heads")
 
 
 def _known(kind: str) -> str:
@@ -45,6 +45,7 @@ class EvalResult:
     fewshot     {"accuracy", "normalized", "chance", "questions", "shots"}
     gsm8k       {"exact_match", "answered", "questions", "shots"}
     harness     {task: {metric: figure}}
+    heads       {head: {metric: figure}}
     """
 
     __pydantic_config__ = ConfigDict(extra="forbid", strict=True)

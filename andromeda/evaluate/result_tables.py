@@ -66,6 +66,13 @@ def _harness(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
     ]
 
 
+def _heads(found: dict[str, Any]) -> tuple[list[str], list[list[str]]]:
+    rows = [
+        [head, metric, f"{value:,}" if metric == "targets" else f"{value:.4f}"] for head, f in found.items() for metric, value in f.items()
+    ]
+    return ["head", "metric", "value"], rows
+
+
 LAYOUTS: dict[str, Layout] = {
     "bits": _bits,
     "position": _position,
@@ -75,4 +82,5 @@ LAYOUTS: dict[str, Layout] = {
     "fewshot": _figures,
     "gsm8k": _figures,
     "harness": _harness,
+    "heads": _heads,
 }

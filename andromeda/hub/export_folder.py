@@ -6,7 +6,7 @@ import json
 import shlex
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from andromeda.hub.hub_config import llama_config, refuse_unknown_parts, remote_
 from andromeda.hub.parameter_names import COUNTERS, hub_name
 from andromeda.hub.quantize import KINDS, quantize_tensors
 from andromeda.hub.tokenizer_files import padding_id, tokenizer_files
+from andromeda.model.head import HEADS
 from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
@@ -32,6 +33,8 @@ log = get_logger()
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MAX_TEMPLATE = 1 << 20
+HEADS_FILE = "task_heads.safetensors"
+"""Weights of further heads beside an exported model: outputs of NAME are x NAME.weight^T + NAME.bias of the last hidden states x."""
 OWN_FILES = ("configuration_andromeda.py", "modeling_andromeda.py")
 
 
@@ -43,6 +46,8 @@ class ExportedModel:
     tensors: dict[str, Tensor]
     reason: str
     """Why it is no LlamaForCausalLM, in a few words; empty where it is one."""
+    heads: dict[str, Tensor] = field(default_factory=dict)
+    """Weights of heads besides the language model's, for which transformers' class has no place."""
 
 
 def convert(config: ModelConfig, weights: Mapping[str, Tensor], quantization: str = "") -> ExportedModel:
@@ -50,12 +55,20 @@ def convert(config: ModelConfig, weights: Mapping[str, Tensor], quantization: st
 
     quantization: int8 or fp8, for matrices in 8 bits, which the modeling file alone reads.
     """
+    heads = {name.removeprefix(HEADS): tensor.detach().cpu().contiguous() for name, tensor in weights.items() if name.startswith(HEADS)}
+    if heads:
+        log.warning(
+            "the exported model is the language model alone; of its heads %s, a Hugging Face folder has the weights in %s",
+            ", ".join(config.task_heads),
+            HEADS_FILE,
+        )
+    config = config.model_copy(update={"task_heads": {}})
     refuse_unknown_parts(config)
     about: dict[str, Any] | str = f"its weights are in {quantization}" if quantization else llama_config(config)
     plain = isinstance(about, dict)
     tensors: dict[str, Tensor] = {}
     for name, tensor in weights.items():
-        if COUNTERS.fullmatch(name) or (config.head.tied and name == "head.weight"):
+        if COUNTERS.fullmatch(name) or name.startswith(HEADS) or (config.head.tied and name == "head.weight"):
             continue
         found = hub_name(name)
         if found is None:
@@ -66,8 +79,8 @@ def convert(config: ModelConfig, weights: Mapping[str, Tensor], quantization: st
     if quantization:
         tensors = quantize_tensors(tensors, quantization)
     if isinstance(about, str):
-        return ExportedModel(remote_config(config, quantization), tensors, about)
-    return ExportedModel(about, tensors, "")
+        return ExportedModel(remote_config(config, quantization), tensors, about, heads)
+    return ExportedModel(about, tensors, "", heads)
 
 
 def halves(rows: Tensor, head_dim: int) -> Tensor:
@@ -109,6 +122,8 @@ def write_folder(
         if card:
             write_whole(temporary / "README.md", card.encode())
         write_tensors(temporary, {name: cast(tensor, DTYPES[dtype]) for name, tensor in exported.tensors.items()}, shard_bytes)
+        if exported.heads:
+            write_whole(temporary / HEADS_FILE, save({name: cast(tensor, DTYPES[dtype]) for name, tensor in exported.heads.items()}))
         if to.exists():
             to.rmdir()
         temporary.rename(to)

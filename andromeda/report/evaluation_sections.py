@@ -94,6 +94,17 @@ def _harness(result: EvalResult) -> Markup:
     return table(["task", "metric", "figure"], rows, text=2)
 
 
+def _heads(result: EvalResult) -> Markup:
+    """A row for each head, a column for each figure that any of them has."""
+    columns = list(dict.fromkeys(metric for figures in result.result.values() for metric in figures))
+    rows = [
+        [head, *(f"{figures[m]:,}" if m == "targets" and m in figures else format_number(figures.get(m)) for m in columns)]
+        for head, figures in result.result.items()
+    ]
+    note = "On held-out documents. Calibration error: mean distance of confidence and accuracy, in 15 bins."
+    return join(table(["head", *(metric.replace("_", " ") for metric in columns)], rows), el("p", note, class_="note"))
+
+
 def _context(result: EvalResult) -> Markup:
     r = result.result
     lengths, nats, errors = r["context"], r["nats"], r.get("error") or [0.0] * len(r["nats"])
@@ -169,6 +180,7 @@ SHOWN: dict[str, Callable[[EvalResult], Child]] = {
     "fewshot": _choices,
     "gsm8k": _gsm8k,
     "harness": _harness,
+    "heads": _heads,
 }
 """Kinds shown here; loss by position and retrieval have sections of their own."""
 
@@ -179,6 +191,7 @@ TITLES = {
     "fewshot": "Multiple choice",
     "gsm8k": "Word problems (GSM8K)",
     "harness": "lm-evaluation-harness",
+    "heads": "Heads",
     "position": "Loss by position",
     "retrieval": "Retrieval",
 }

@@ -63,6 +63,9 @@ def _others(record: RunData) -> list[Callable[[ProgressAxis], Markup]]:
     drawn: list[Callable[[ProgressAxis], Markup]] = []
     if metrics.series("bits_per_byte"):
         drawn.append(partial(_bits_per_byte, record))
+    drawn += [partial(_head, metrics, name) for name in metrics.names("loss/")]
+    if weights := metrics.names("weight/"):
+        drawn.append(partial(_task_weights, metrics, weights))
     if rates := metrics.names("lr/"):
         drawn.append(partial(_rates, metrics, rates))
     drawn.append(partial(_one, metrics, "gradient_norm", "Gradient norm", Axis("before clipping", log=True)))
@@ -72,6 +75,21 @@ def _others(record: RunData) -> list[Callable[[ProgressAxis], Markup]]:
     if metrics.series("memory_gib"):
         drawn.append(partial(_one, metrics, "memory_gib", "Memory", Axis("most so far, GiB", zero=True)))
     return drawn
+
+
+def _head(metrics: MetricsHistory, name: str, over: ProgressAxis) -> Markup:
+    """Loss of one head."""
+    series = [
+        Series("training", over.points(metrics.series(name))),
+        Series("validation", over.points(metrics.series(f"validation/{name}")), 2, dots=True),
+    ]
+    return line_chart(f"Loss of {name.removeprefix('loss/')}", series, over.axis, Axis("nats per target"))
+
+
+def _task_weights(metrics: MetricsHistory, names: list[str], over: ProgressAxis) -> Markup:
+    """Weights of the tasks in the sum of all losses."""
+    series = [Series(name.removeprefix("weight/"), over.points(metrics.series(name)), i % 8 + 1) for i, name in enumerate(names)]
+    return line_chart("Task weights", series, over.axis, Axis("in the sum of all losses"))
 
 
 def _bits_per_byte(record: RunData, over: ProgressAxis) -> Markup:

@@ -275,7 +275,7 @@ def test_broken_files_leave_the_page_whole(run: Path, name: str, content: bytes)
 
 
 def test_results_of_another_shape_are_told(run: Path) -> None:
-    for kind in ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness"):
+    for kind in ("bits", "position", "context", "retrieval", "reasoning", "fewshot", "gsm8k", "harness", "heads"):
         EvalResult(kind, kind, 6, "0" * 64, None, {}, {"nothing": 3}, command="x").save(run)
     text = build_report(run)
     parse(text)
