@@ -65,6 +65,7 @@ def table(count: int) -> list[list[tuple[str, Row]]]:
         ],
         [("speedrun", Row(f"speedrun {COPIES}", count, 0))],
         [("llama-bf16-1", Row(ANDROMEDA, 1, 2, distributed=False, peer=True)), ("andromeda-fp8-nproc1", Row(_fp8(ANDROMEDA), 1, 2))],
+        [("speedrun-shard", Row("speedrun", count, 0))],
         [("andromeda-bf16-8-micro-batches", Row(ANDROMEDA, count, 16))],
         [("andromeda-bf16-reshard", Row(f"{ANDROMEDA} parallel.reshard_after_forward=always", count, 2))],
         [("andromeda-bf16-copies", Row(f"{ANDROMEDA} {COPIES}", count, 2))],
@@ -157,7 +158,9 @@ def _finish(name: str, processes: list[subprocess.Popen[bytes]], end: float, giv
         result.unlink()
         return found
     failed = next((rank for rank, process in enumerate(processes) if process not in late and process.returncode), 0)
-    tail = Path(f"{given.out}.{name}.{failed}.log").read_text(errors="replace")[-1500:]
+    text = Path(f"{given.out}.{name}.{failed}.log").read_text(errors="replace")
+    # The first error, which a long dump may follow, and the end.
+    tail = "\n".join([line[:500] for line in text.splitlines() if "Error" in line or "Exception" in line][:8]) + "\n" + text[-1500:]
     return {"failed": "took too long" if late else f"process {failed} ended with {processes[failed].returncode}", "log": tail}
 
 

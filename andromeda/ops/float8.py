@@ -67,8 +67,8 @@ def power_of_two_scale(bound: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def quantize_weight(weight: Tensor) -> Float8Weight:
-    """weight (O, K) in float8."""
-    return quantize_weights([weight])[0]
+    """weight (O, K) in float8. Also inside of compiled code, whose matmuls take no view of an operator's output for a scale."""
+    return Float8Weight(*_quantize_weight_op(weight))
 
 
 def quantize_weights(weights: Sequence[Tensor]) -> list[Float8Weight]:
@@ -96,6 +96,19 @@ def _quantize_weights_op(weights: list[Tensor]) -> list[Tensor]:
     # Read from the float8 weight, a quarter of the bytes.
     columns = torch.stack([kernels.amax_and_norm_partials(part, ROWS_PER_PARTIAL)[1].amax() for part in casts[1::2]])
     return [*casts, spread, torch.stack([rows, columns * scales], 1)]
+
+
+@torch.library.custom_op("andromeda::quantize_weight", mutates_args=())
+def _quantize_weight_op(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """One weight, in tensors of their own: row-major, transposed, scale (), norms (2,)."""
+    rows, columns, scales, norms = _quantize_weights_op([weight])
+    return rows, columns, scales[0, 0].clone(), norms[0].clone()
+
+
+@_quantize_weight_op.register_fake
+def _(weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows, columns = (weight.new_empty(shape, dtype=FORWARD_DTYPE) for shape in (weight.shape, weight.shape[::-1]))
+    return rows, columns, weight.new_empty((), dtype=torch.float32), weight.new_empty(2, dtype=torch.float32)
 
 
 @_quantize_weights_op.register_fake
