@@ -34,6 +34,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "andromeda": {**HEADS, "alibi__num_heads": 3, "head__bias": True, "head__softcap": 10.0},
     "folded ALiBi, value embeddings, tied head": {
         "base": "andromeda-tuned",
+        "num_layers": 4,
         **KV_HEADS,
         "alibi__num_heads": 3,
         "alibi__fold_into_qk": True,
@@ -44,6 +45,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "one key/value head, value embeddings, biases": {
         "base": "nano",
         **HEADS,
+        "num_layers": 4,
         "init__kind": "normal",
         "feedforward__bias": True,
         "attention__bias": True,
