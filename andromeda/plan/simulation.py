@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 from torch.distributed.device_mesh import DeviceMesh
 
+from andromeda.config.model import ModelConfig
 from andromeda.config.run import RunConfig
 from andromeda.model.flops import training_flops_per_token
 from andromeda.model.transformer import Transformer
@@ -109,7 +110,7 @@ def predict_step(config: RunConfig, place: HardwareSetup, precision: str) -> Ste
 
 def simulate_step(config: RunConfig, layout: Layout, precision: str, memory: float, *, gpu: bool) -> SimulatedStep:
     """A step of the first of `layout.world_size` processes. memory: of one device, which decides whether gathered weights are kept."""
-    shallow, deep = depths(config.model)
+    shallow, deep = _steady_depths(config.model)
     run = functools.partial(_simulate, _prepared(config, layout, precision, memory), layout, gpu=gpu)
     if config.model.num_layers <= deep:
         return run(config.model.num_layers)
@@ -120,6 +121,18 @@ def simulate_step(config: RunConfig, layout: Layout, precision: str, memory: flo
 
     sent = {kind: grown(a.sent[kind], b.sent[kind]) for kind in b.sent}
     return SimulatedStep(sent, grown(a.within_host, b.within_host), grown(a.state, b.state), grown(a.peak, b.peak))
+
+
+LEAST_LAYERS = 4
+"""From so many on, one more adds no more gathered weights: the current block, the next, and one whose gradients are scattered."""
+
+
+def _steady_depths(model: ModelConfig) -> tuple[int, int]:
+    """Two depths between which memory grows as it does further on."""
+    shallow, deep = depths(model)
+    cycle = deep - shallow
+    more = -(-max(0, LEAST_LAYERS - shallow) // cycle) * cycle
+    return shallow + more, deep + more
 
 
 def _prepared(config: RunConfig, layout: Layout, precision: str, memory: float) -> RunConfig:
