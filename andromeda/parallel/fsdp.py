@@ -7,6 +7,7 @@ of a model, and some of their gradients must not be rounded. Matrices and tables
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,6 +20,8 @@ from andromeda.model.transformer import Transformer
 from andromeda.parallel.expert import is_spread
 from andromeda.parallel.mesh import ParallelMesh
 
+log = logging.getLogger(__name__)
+
 KEPT_SHARE = 0.25
 """Share of a device's memory up to which `auto` keeps the gathered weights between the forward and the backward pass."""
 
@@ -29,6 +32,8 @@ def shard_model(model: Transformer, mesh: ParallelMesh, config: ParallelConfig, 
     Call it after everything else that changes the blocks (precision, activation checkpointing, compilation) and before the optimizer
     is built. dtype: in which weights are gathered, None for their own; gradients are summed in float32 (or float64).
     """
+    if dtype is not None:
+        log.info("Sharded weights are gathered as %s and cast where they are used, not once a step.", str(dtype).removeprefix("torch."))
     whole = {parameter for name, parameter in model.named_parameters() if stays_whole(name, parameter)}
     settings: dict[str, Any] = {
         "mesh": mesh.sharded_with_context,
