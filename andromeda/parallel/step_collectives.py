@@ -139,10 +139,14 @@ class MeshCollectives(Collectives):
     @contextlib.contextmanager
     def gradient_sync(self, last: bool) -> Any:
         if self._is_sharded:
-            self._model.set_requires_gradient_sync(last)
             if self._keeps_gathered:
-                # Weights are gathered once for all micro-batches of a step.
+                # Weights are gathered once for all micro-batches of a step, and gradients scattered once.
+                self._model.set_requires_gradient_sync(last)
                 self._model.set_reshard_after_backward(last)
+            else:
+                # Where gathered weights are too large to keep, so are whole gradients: each micro-batch's are scattered.
+                self._model.set_requires_gradient_sync(True)
+                self._model.set_requires_all_reduce(last)
         yield
 
     def reduce_grads(self, parameters: Iterable[nn.Parameter]) -> None:

@@ -118,7 +118,8 @@ def _add_weights(
     frees = reshards(config, layout, total, itemsize, memory)
     gathered = blocks * 2 * passes + tables * passes if frees else blocks + tables
     sent[ALL_GATHER] += bytes_sent(ALL_GATHER, shards, gathered * itemsize)
-    sent[REDUCE_SCATTER] += bytes_sent(REDUCE_SCATTER, shards, (blocks + tables) * GRADIENT_BYTES)
+    scattered = (blocks + tables) * (passes if frees else 1)
+    sent[REDUCE_SCATTER] += bytes_sent(REDUCE_SCATTER, shards, scattered * GRADIENT_BYTES)
     sent[ALL_REDUCE] += bytes_sent(ALL_REDUCE, layout.replicate, (blocks + tables) / shards * GRADIENT_BYTES)
     sent[ALL_REDUCE] += bytes_sent(ALL_REDUCE, batch, small * GRADIENT_BYTES)
 

@@ -107,8 +107,8 @@ def training_memory(
     gathered = (tables + (2 * blocks[0] if frees else sum(blocks))) * WEIGHT_BYTES // layout.tensor if shards > 1 else 0
     updating //= parts
     accumulated = (config.train.micro_batch_size or config.train.batch_size) < config.train.batch_size // layout.data
-    # FSDP scatters gradients after the last micro-batch; until then each process holds all of them.
-    unsharded = state.gradients // layout.tensor if accumulated and shards > 1 else 0
+    # FSDP that keeps the gathered weights scatters gradients after the last micro-batch; until then each process holds all of them.
+    unsharded = state.gradients // layout.tensor if accumulated and shards > 1 and not frees else 0
     kept = own.weights + own.optimizer + own.average + moving.casts + unsharded
     peak = kept + max(moving.peak(own.gradients, accumulated) + gathered, own.gradients + updating)
     return TrainingMemory(own, moving, gathered, updating, peak)
