@@ -130,7 +130,7 @@ def test_lost_rank_of_a_job_is_named_in_time(run: Callable[..., tuple[Path, Path
 @pytest.mark.timeout(3600)
 def test_run_whose_ranks_are_killed_again_and_again(run: Callable[..., tuple[Path, Path]], tmp_path: Path) -> None:
     """Twenty times a random rank at a random time, mostly within a save."""
-    changes = {"train__steps": 400, "train__checkpoints__every": 1, "train__optim__kind": "muon"}
+    changes = {"train__steps": 120, "train__checkpoints__every": 1, "train__optim__kind": "muon"}
     config, undisturbed = run("undisturbed", **changes)
     job = Job(config, undisturbed, tmp_path / "log")
     assert job.process.wait() == 0
