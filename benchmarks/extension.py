@@ -302,7 +302,7 @@ class Experiment:
         self.waiting, running = list(self.jobs), dict[Future[dict[str, Any]], tuple[Job, float]]()
         while self.waiting or running:
             while len(running) < places(self.size) and (job := self._next([one for one, _ in running.values()])):
-                running[self.pool.submit(stretch, self.work, self.size, job)] = job, self.clock.now
+                running[self.pool.submit(run_job, self.work, self.size, job)] = job, self.clock.now
             for future in wait(running, return_when=FIRST_COMPLETED).done:
                 self._ended(*running.pop(future), future)
         self._draw()
@@ -342,7 +342,7 @@ class Experiment:
             draw(self.figures["far"], self.plots / "extension-far")
 
 
-def stretch(work: Path, size: Size, job: Job) -> dict[str, Any]:
+def run_job(work: Path, size: Size, job: Job) -> dict[str, Any]:
     """One extension of the base run, in a folder of its own, or the reading of longer texts; returns what extension.json holds."""
     which, method = job
     if job == FAR:

@@ -1,6 +1,7 @@
 """Whether torchao's float8 linear layer could replace `Float8DynamicLinear` for inference: time and error of both, on one GPU.
 
-`python benchmarks/fp8_inference_vs_torchao.py [--lengths 512,2048,8192,32768] [--seconds 2] > benchmarks/results/fp8-vs-torchao.json`
+`python benchmarks/fp8_inference_vs_torchao.py [--lengths 512,2048,8192,32768] [--seconds 2]
+--out benchmarks/results/fp8-vs-torchao.json` prints the figures as JSON and writes them to the file.
 
 Layers: one linear layer, compiled, for every matrix of preset andromeda-1b and several numbers of tokens. Prefill: the same preset with
 random bfloat16 weights; in `plain` variants the layers of the blocks are replaced one by one and the blocks compiled, `fused` is what
@@ -19,6 +20,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,7 +28,7 @@ from torch import Tensor, nn
 from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, PerRow, quantize_
 
 from andromeda.bench.models import random_model
-from andromeda.bench.record import record
+from andromeda.bench.record import record, save
 from andromeda.config.load import load
 from andromeda.config.model import ModelConfig
 from andromeda.generate.optimize import UNPADDED, optimize_for_inference
@@ -40,11 +42,12 @@ DTYPE = torch.bfloat16
 
 
 def main() -> None:
-    """Print all figures as JSON."""
+    """Print all figures as JSON, and write them to `--out`."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--lengths", default="512,2048,8192,32768", help="Tokens of the prompts, and rows of the layers' inputs.")
     parser.add_argument("--seconds", type=float, default=2.0, help="Time for the rounds of each case.")
     parser.add_argument("--check", action="store_true", help="Tiny shapes on the CPU, only to see that the script works.")
+    parser.add_argument("--out", type=Path, help="JSON file of the figures, which are also printed.")
     options = parser.parse_args()
     device = torch.device("cpu" if options.check else "cuda")
     lengths = [32, 48] if options.check else [int(length) for length in options.lengths.split(",")]
@@ -55,7 +58,10 @@ def main() -> None:
         prefills = measure_prefill(config, lengths, device, options.seconds)
     figures = {"torchao": version("torchao"), "layers": layers, "prefill": prefills}
     command = f"python benchmarks/fp8_inference_vs_torchao.py --lengths {options.lengths} --seconds {options.seconds}"
-    print(json.dumps(record(command, figures), indent=1))
+    result = record(command, figures)
+    print(json.dumps(result, indent=2))
+    if options.out is not None:
+        save(options.out, result)
 
 
 def layer_shapes(config: ModelConfig) -> list[tuple[int, int, bool]]:

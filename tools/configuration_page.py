@@ -61,7 +61,7 @@ name that they have here.
 NAMES = """
 ## Names that are understood too
 
-In a `[model]` table and in `Andromeda(...)` the flat names below may stand beside the structured keys. Two that say
+In a `[model]` table and in `Andromeda(...)` the flat names below may be used together with the structured keys. Two that say
 different things about one key are refused. What `Andromeda(...)` does not say comes from preset `andromeda`, or from
 `andromeda-65b` when only Hugging Face's names are used.
 """

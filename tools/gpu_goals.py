@@ -33,9 +33,9 @@ class Goal(NamedTuple):
         return value <= self.goal if self.most else value >= self.goal
 
 
-def attention(case: str, beside: str, passes: str) -> Callable[[Result], float]:
+def attention(case: str, baseline: str, passes: str) -> Callable[[Result], float]:
     """Time of a work over that of another, each with its best backend."""
-    return lambda result: _best(result, case, passes) / _best(result, beside, passes)
+    return lambda result: _best(result, case, passes) / _best(result, baseline, passes)
 
 
 def _best(result: Result, case: str, passes: str) -> float:

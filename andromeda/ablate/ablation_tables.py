@@ -161,7 +161,7 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
     axes = figure.add_subplot()
     reach = _reach(rows)
     for height, row in enumerate(rows):
-        _arm(axes, height, row, reach)
+        _draw_effect(axes, height, row, reach)
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_yticks(range(len(rows)), [_title(row) for row in rows], fontsize=8)
     axes.set_ylim(-0.7, len(rows) - 0.3)
@@ -177,7 +177,7 @@ def picture(results: dict[str, Any], rows: list[dict[str, Any]], kind: str) -> b
     return page.getvalue()
 
 
-def _arm(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
+def _draw_effect(axes: Any, height: int, row: dict[str, Any], reach: float) -> None:
     """A point with its interval; one outside the frame is an arrow at the edge with its value."""
     effect, color = row["effect"], COLORS.get(row["verdict"], OTHER)
     if abs(effect["mean"]) > reach:

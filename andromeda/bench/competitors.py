@@ -128,8 +128,8 @@ def _llama(mode: ComputeMode) -> Competitor:
         return loss.detach()
 
     attention = 6 * 4 * 64 * 2 * (CONTEXT + 1) / 2
-    products = sum(p.numel() for p in matrices) + VOCABULARY * 256
-    return Competitor(step, sum(p.numel() for p in model.parameters()), 6.0 * (products + attention))
+    weights = sum(p.numel() for p in matrices) + VOCABULARY * 256
+    return Competitor(step, sum(p.numel() for p in model.parameters()), 6.0 * (weights + attention))
 
 
 def _llama_model(compiled: bool) -> tuple[Any, Any]:

@@ -60,7 +60,7 @@ class CommandGroup(TyperGroup):
 app = typer.Typer(
     name="andromeda",
     cls=CommandGroup,
-    help="A long-context language model that you train, stretch, measure and serve yourself.",
+    help="Train, extend, evaluate, generate with and share long-context language models.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,  # plain help needs no rich, whose import takes longer than all else here

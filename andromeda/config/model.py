@@ -59,7 +59,7 @@ class EmbeddingConfig(BaseConfig):
     """How token ids become vectors, and whether the head shares that table."""
 
     kind: Literal["plain", "factorized", "custom"] = "plain"
-    """A table of vocabulary x width, the product of two thinner ones, or a user's own class."""
+    """A table of vocabulary x hidden size, a low-rank factorization of it, or a user's own class."""
     rank: Size = 128
     """Inner width of a factorized table."""
     provider: str = ""

@@ -20,7 +20,7 @@ class DiLoCoConfig(BaseConfig):
     worker: NonNegativeInt = 0
     """Number of this one, below `workers`."""
     min_workers: NonNegativeInt = 0
-    """Workers without which there is no synchronization; 0 is more than half of `workers`, so that no two parts of them go on without
+    """Workers without which there is no synchronization; 0 is more than half of `workers`, so that no two parts of them continue without
     each other. Give it to the lighthouse too (--min_replicas)."""
     inner_steps: PositiveInt = 500
     """Steps between two synchronizations."""

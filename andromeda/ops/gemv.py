@@ -1,4 +1,4 @@
-"""Matrix-vector products for decoding, with the operations before and after them fused.
+"""Matrix-vector multiplication for decoding, with the operations before and after them fused.
 
 One kernel reads a weight once at memory bandwidth, and computes norm and token shift before the matmul and bias, activation and
 residual after it (`ops/triton/gemv.py`). The reference are the model's own parts, one after the other. Nothing synchronizes with

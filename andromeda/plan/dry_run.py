@@ -117,9 +117,9 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
     """One forward and backward pass on fake tensors."""
     with fake_tensors(rows * sequence * config.model.experts.top_k, gpu):
         model = Transformer(config.model)
-        products = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
+        compute = PRECISIONS.get(precision, PRECISIONS["bf16"])(CPU)
         # fp8 layers hold their weights in two layouts, which are as many bytes.
-        layers = products.convert_linears(model) if gpu and isinstance(products, HalfPrecision) else ()
+        layers = compute.convert_linears(model) if gpu and isinstance(compute, HalfPrecision) else ()
         refresh(layers)
         checkpoint_blocks(model, config.train.activation_checkpointing)
         if backend != EAGER:
@@ -131,7 +131,7 @@ def _measure(config: RunConfig, rows: int, sequence: int, precision: str, gpu: b
             tracker.watch(model.parameters())
             tracker.enter([*model.buffers(), ids])
             unlearned = MicroBatch(ids, ids.clone().fill_(cross_entropy.IGNORE_INDEX), None)
-            held = _step(model, unlearned, products, config.train.z_loss, tracker)
+            held = _step(model, unlearned, compute, config.train.z_loss, tracker)
         return replace(held, casts=sum(layer.rows.nbytes for layer in layers if layer.rows is not None))
 
 
@@ -169,17 +169,17 @@ def fake_tensors(routed: int, gpu: bool) -> Iterator[None]:
             gc.unfreeze()
 
 
-def _step(model: Transformer, rows: MicroBatch, products: Precision, z_loss: float, tracker: MemoryTracker) -> StepMemory:
+def _step(model: Transformer, rows: MicroBatch, compute: Precision, z_loss: float, tracker: MemoryTracker) -> StepMemory:
     """Bytes of a step beyond those held before it."""
     before = tracker.held
-    with products.autocast():
+    with compute.autocast():
         hidden = model.hidden(rows.ids)
     # Tracing leaves tensors in reference cycles, which could be collected at any time.
     gc.collect()
     blocks = tracker.held - before
     del hidden
     tracker.restart()
-    with products.autocast():
+    with compute.autocast():
         total: Tensor = NextTokenObjective(model, z_loss)(rows).total
         forward_copies = tracker.copied
     forward = tracker.peak - before

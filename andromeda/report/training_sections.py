@@ -192,7 +192,7 @@ def probes_section(record: RunData) -> Section:
 
 
 def _no_probes(record: RunData) -> Markup:
-    """What scores the tasks of the probes: of a training that goes on while it trains, of a finished one afterwards."""
+    """What scores the tasks of the probes: of a run in progress while it trains, of a finished one afterwards."""
     path = shell_quote(record.path)
     if record.finished:
         why = "No probes were scored while training. To score such tasks on the trained weights:"

@@ -1,4 +1,4 @@
-"""Checkpoints of a run that is going on: written at once, or in the background from a copy in main memory."""
+"""Checkpoints of a run in progress: written at once, or in the background from a copy in main memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Grids, equal budgets, and a tiny ablation from end to end: killed, gone on with, refused."""
+"""Grids, equal budgets, and a tiny ablation from end to end: killed, resumed, refused."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_equal_flops_are_equal_by_the_product_of_their_parts(tiny: str) -> None:
     spent = [p.config.train.steps * p.config.train.batch_size * 32 * p.flops for p in planned]
     assert spent == pytest.approx([spent[0]] * 4, rel=2e-3)
     wide, base = planned[1], planned[0]
-    # 16 wide, 2 layers, 64 more inner units: two products, two operations a term, three passes
+    # 16 wide, 2 layers, 64 more inner units: two matmuls, two operations a term, three passes
     assert wide.flops - base.flops == 3 * 2 * (2 * 2 * 16 * 64)
     assert wide.config.train.steps < base.config.train.steps
     assert planned[2].config.train.steps == 1000
@@ -109,7 +109,7 @@ def test_a_schedule_keeps_its_shape_at_any_length(tiny: str) -> None:
     assert with_steps(load(tiny), 1).train.schedule.cooldown <= 1
 
 
-def test_arms_stand_on_arms_and_shares_shorten_runs(tiny: str, tmp_path: Path) -> None:
+def test_variants_start_from_variants_and_budget_shares_shorten_runs(tiny: str, tmp_path: Path) -> None:
     grid = AblationGrid(
         variant=(
             Variant(name="adam", changes=("train.optim.kind=adamw", "train.optim.lr=0.01")),
@@ -171,7 +171,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
-def test_killed_and_gone_on_with_it_gives_the_same_table(number: int, code: int, whole: Path, tiny: str, tmp_path: Path) -> None:
+def test_a_killed_and_resumed_ablation_gives_the_same_table(number: int, code: int, whole: Path, tiny: str, tmp_path: Path) -> None:
     asked, out = [tiny, *STUDY], tmp_path / "cut"
     process = subprocess.Popen(
         [sys.executable, "-m", "andromeda.cli.main", "ablate", *asked, "--out", str(out)],

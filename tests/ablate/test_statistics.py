@@ -13,13 +13,13 @@ from scipy import special, stats
 
 from andromeda.ablate.statistics import Effect, VariancePrior, effect, holm, inverse_trigamma, moderated, shared_prior, verdict
 
-ARM = {0: 3.10, 1: 3.02, 2: 3.15, 3: 3.08}
+VARIANT = {0: 3.10, 1: 3.02, 2: 3.15, 3: 3.08}
 BASE = {0: 3.20, 1: 3.11, 2: 3.21, 3: 3.25}
 
 
 def test_shared_seeds_give_scipys_paired_test() -> None:
-    found = effect(ARM, BASE)
-    theirs = stats.ttest_rel(list(ARM.values()), list(BASE.values()))
+    found = effect(VARIANT, BASE)
+    theirs = stats.ttest_rel(list(VARIANT.values()), list(BASE.values()))
     interval = theirs.confidence_interval(0.95)
     assert found.paired
     assert found.mean == pytest.approx(-0.105)
@@ -28,12 +28,12 @@ def test_shared_seeds_give_scipys_paired_test() -> None:
 
 
 def test_seeds_that_one_side_lacks_are_left_out_of_pairs() -> None:
-    assert effect(ARM | {9: 99.0}, BASE | {7: -99.0}) == effect(ARM, BASE)
+    assert effect(VARIANT | {9: 99.0}, BASE | {7: -99.0}) == effect(VARIANT, BASE)
 
 
 def test_other_seeds_give_welchs_test() -> None:
-    found = effect({10 + seed: loss for seed, loss in ARM.items()}, BASE)
-    theirs = stats.ttest_ind(list(ARM.values()), list(BASE.values()), equal_var=False)
+    found = effect({10 + seed: loss for seed, loss in VARIANT.items()}, BASE)
+    theirs = stats.ttest_ind(list(VARIANT.values()), list(BASE.values()), equal_var=False)
     interval = theirs.confidence_interval(0.95)
     assert not found.paired
     assert (found.p, found.low, found.high) == pytest.approx((theirs.pvalue, interval.low, interval.high), rel=1e-9)
@@ -97,7 +97,7 @@ def test_the_shared_variance_is_found_again() -> None:
     assert prior.variance == pytest.approx(variance, rel=0.05)
 
 
-def test_equal_variances_are_pooled_whole_and_few_arms_not_at_all() -> None:
+def test_equal_variances_are_pooled_whole_and_few_variants_not_at_all() -> None:
     draw = np.random.default_rng(2)
     prior = shared_prior([0.5] * 6, 2)
     assert prior is not None

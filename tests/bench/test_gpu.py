@@ -85,7 +85,7 @@ def test_prefill_gives_the_last_logits_and_counts_its_operations(fp8: bool) -> N
             torch.testing.assert_close(prefill.read_prompt(model, ids, chunk), whole, rtol=1e-4, atol=1e-4)
         with FlopCounterMode(display=False) as counter:
             prefill.read_prompt(model, ids)
-    # Attention, which the counter sees as batched products of every pair, is counted by its causal half.
+    # Attention, which the counter sees as batched matmuls of every pair, is counted by its causal half.
     counts = counter.get_flop_counts()["Global"]
     linear = counts[torch.ops.aten.mm] + counts[torch.ops.aten.addmm]
     pairs = 2 * 4 * 4 * 32 * (48 * 49 // 2)
@@ -113,7 +113,7 @@ def test_without_flash_attention_it_is_the_same_attention() -> None:
     attend = torch.nn.functional.scaled_dot_product_attention
     with models.unfused_attention(), FlopCounterMode(display=False) as counter:
         unfused = attend(q, k, v, is_causal=True)
-    # All T x T logits are products of their own, which a fused kernel hides from the counter.
+    # All T x T logits are matmuls of their own, which a fused kernel hides from the counter.
     assert counter.get_total_flops() == 2 * 2 * 4 * 33 * 33 * 16
     torch.testing.assert_close(unfused, attend(q.double(), k.double(), v.double(), is_causal=True).float())
 

@@ -74,7 +74,7 @@ def test_the_comparison_and_its_resume(texts: Path, tmp_path: Path, capsys: pyte
 
 
 def test_equal_operations_count_the_head() -> None:
-    """A model whose head is its only product: tokens x width x vocabulary x 2, three times."""
+    """A model whose head is its only matmul: tokens x width x vocabulary x 2, three times."""
     small, large = (load("nano", ["model.num_layers=1", f"model.vocab_size={v}", "train.batch_size=1"]) for v in (512, 65536))
     ratio = steps_for(small, 1e15) / steps_for(large, 1e15)
     assert 1 < ratio < 65536 / 512

@@ -40,7 +40,7 @@ BASE: dict[str, Any] = {
 ROPE: dict[str, Any] = {"rotary.kind": "rope"}
 NOPE: dict[str, Any] = {"rotary.kind": "none"}
 XPOS: dict[str, Any] = {"rotary.kind": "xpos"}
-STRETCH: dict[str, Any] = {"rotary.scaling.factor": 4.0, "rotary.scaling.original_max_seq_len": 5}
+EXTENDED: dict[str, Any] = {"rotary.scaling.factor": 4.0, "rotary.scaling.original_max_seq_len": 5}
 
 SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     "position": {
@@ -60,12 +60,12 @@ SLOTS: dict[str, dict[str, dict[str, Any]]] = {
     },
     "scaling": {
         "unscaled": {},
-        "linear": STRETCH | {"rotary.scaling.kind": "linear"},
-        "ntk": STRETCH | {"rotary.scaling.kind": "ntk"},
-        "dynamic": STRETCH | {"rotary.scaling.kind": "dynamic"},
-        "yarn": STRETCH | {"rotary.scaling.kind": "yarn"},
-        "llama3": STRETCH | {"rotary.scaling.kind": "llama3"},
-        "yarn-rotations": STRETCH | {"rotary.scaling.kind": "yarn", "rotary.scaling.ramp": "rotations"},
+        "linear": EXTENDED | {"rotary.scaling.kind": "linear"},
+        "ntk": EXTENDED | {"rotary.scaling.kind": "ntk"},
+        "dynamic": EXTENDED | {"rotary.scaling.kind": "dynamic"},
+        "yarn": EXTENDED | {"rotary.scaling.kind": "yarn"},
+        "llama3": EXTENDED | {"rotary.scaling.kind": "llama3"},
+        "yarn-rotations": EXTENDED | {"rotary.scaling.kind": "yarn", "rotary.scaling.ramp": "rotations"},
     },
     "qk_norm": {kind: {"attention.qk_norm": kind} for kind in ("none", "l2", "l2_head_scale", "l2_dim_scale", "rms", "rms_dim_scale")},
     "heads": {

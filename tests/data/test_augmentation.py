@@ -132,7 +132,7 @@ def test_an_epoch_of_another_seed_is_augmented_otherwise(reserved: Path) -> None
     assert not torch.equal(open_stream(config, ROW, 1).batch(0, 5).ids, open_stream(config, ROW, 2).batch(0, 5).ids)
 
 
-def test_a_tokenizer_without_the_special_tokens_is_refused_with_the_mend(corpus: Path) -> None:
+def test_a_tokenizer_without_the_special_tokens_is_refused_with_the_fix(corpus: Path) -> None:
     with pytest.raises(ConfigError, match=r"build the corpus again with --special-token '<\|fim_prefix\|>' --special-token"):
         rows(corpus, fim=0.5)
     with pytest.raises(ConfigError, match="mask"):

@@ -190,7 +190,7 @@ def test_a_batch_moves(corpus: Path) -> None:
 
 
 def foreign(folder: Path) -> Path:
-    """Shards as llm.c writes them: the separator 50256 first, a document that goes on in the next shard, no tokenizer."""
+    """Shards as llm.c writes them: the separator 50256 first, a document that continues in the next shard, no tokenizer."""
     folder.mkdir()
     write_shard(folder / "x_train_000001.bin", np.array([50256, 1, 2, 50256, 3], dtype="<u2"))
     write_shard(folder / "x_train_000002.bin", np.array([4, 5, 50256, 6, 7], dtype="<u2"))

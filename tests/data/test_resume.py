@@ -1,4 +1,4 @@
-"""A build that is killed at any moment goes on, and ends with the bytes of a build that was not."""
+"""A build that is killed at any moment can be resumed, and ends with the bytes of a build that was not."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def test_what_was_measured_before_an_interruption_stays(
 @pytest.mark.parametrize(
     ("shots", "said"), [("1", ("A question with its examples has", "give a lower --num-fewshot")), ("0", ("A question has", "leave out"))]
 )
-def test_a_question_that_does_not_fit_says_what_mends_it(
+def test_a_question_that_does_not_fit_names_the_fix(
     place: Path, capsys: pytest.CaptureFixture[str], shots: str, said: tuple[str, str]
 ) -> None:
     Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * n, "answer": "#### 1"}) + "\n" for n in (100, 250)))

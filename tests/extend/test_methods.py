@@ -21,7 +21,7 @@ TO = 256
 FACTOR = 8
 
 
-def stretched(old: RunConfig, tmp_path: Path, method: str, to: int = TO) -> RunConfig:
+def extended(old: RunConfig, tmp_path: Path, method: str, to: int = TO) -> RunConfig:
     """The configuration after `method`, read back through files as the command does it."""
     from andromeda.config.load import dumps
 
@@ -39,14 +39,14 @@ def table(config: RunConfig, positions: list[float], span: int) -> tuple[Tensor,
 
 def test_interpolated_positions_are_the_trained_ones(make: Make, tmp_path: Path) -> None:
     old = make()
-    new = stretched(old, tmp_path, "pi")
+    new = extended(old, tmp_path, "pi")
     places = [0.0, 3.0, 31.0]
     torch.testing.assert_close(table(new, [FACTOR * p for p in places], TO)[0], table(old, places, 32)[0])
 
 
 def test_interpolated_xpos_gives_every_distance_the_logit_of_the_distance_it_stands_for(make: Make, tmp_path: Path) -> None:
     old = make(rotary={"kind": "xpos", "scale_base": 64})
-    new = stretched(old, tmp_path, "pi")
+    new = extended(old, tmp_path, "pi")
     q, k = table(old, [20.0, 7.0], 32)
     far_q, far_k = table(new, [FACTOR * 20.0 + 5, FACTOR * 7.0 + 5], TO)
     torch.testing.assert_close(far_q[0] @ far_k[1], q[0] @ k[1])
@@ -54,7 +54,7 @@ def test_interpolated_xpos_gives_every_distance_the_logit_of_the_distance_it_sta
 
 def test_ntk_leaves_the_fastest_pair_and_stretches_the_slowest_by_the_factor(make: Make, tmp_path: Path) -> None:
     old = make()
-    new = build_rotary(stretched(old, tmp_path, "ntk").model).scaled(TO, torch.device("cpu")).inverse
+    new = build_rotary(extended(old, tmp_path, "ntk").model).scaled(TO, torch.device("cpu")).inverse
     before = build_rotary(old.model).scaled(32, torch.device("cpu")).inverse
     torch.testing.assert_close(new[[0, -1]], torch.stack([before[0], before[-1] / FACTOR]))
 
@@ -62,7 +62,7 @@ def test_ntk_leaves_the_fastest_pair_and_stretches_the_slowest_by_the_factor(mak
 def test_yarn_follows_the_paper(make: Make, tmp_path: Path) -> None:
     """Equation 23 with its own ramp, and the temperature of equation 22, written out."""
     old = make(rotary={"kind": "rope", "scaling": {"ramp": "rotations"}})
-    part = build_rotary(stretched(old, tmp_path, "yarn").model)
+    part = build_rotary(extended(old, tmp_path, "yarn").model)
     theta = 10000.0 ** (-torch.arange(0, 16, 2, dtype=torch.float64) / 16)
     gamma = ((32 * theta / (2 * torch.pi) - 1) / (32 - 1)).clamp(0, 1)
     torch.testing.assert_close(part.scaled(TO, torch.device("cpu")).inverse, (1 - gamma) * theta / FACTOR + gamma * theta)
@@ -71,10 +71,10 @@ def test_yarn_follows_the_paper(make: Make, tmp_path: Path) -> None:
 
 def test_dynamic_ntk_changes_nothing_up_to_the_trained_context_and_is_ntk_at_the_new_one(make: Make, tmp_path: Path) -> None:
     old = make(alibi={"num_heads": 1})
-    new = stretched(old, tmp_path, "dynamic-ntk")
+    new = extended(old, tmp_path, "dynamic-ntk")
     device = torch.device("cpu")
     assert torch.equal(build_rotary(new.model).scaled(32, device).inverse, build_rotary(old.model).scaled(32, device).inverse)
-    ntk = stretched(old, tmp_path, "ntk")
+    ntk = extended(old, tmp_path, "ntk")
     torch.testing.assert_close(build_rotary(new.model).scaled(TO, device).inverse, build_rotary(ntk.model).scaled(TO, device).inverse)
     assert new.model.alibi == old.model.alibi
 
@@ -82,7 +82,7 @@ def test_dynamic_ntk_changes_nothing_up_to_the_trained_context_and_is_ntk_at_the
 @pytest.mark.parametrize("method", ["alibi-scale", "yarn", "pi"])
 def test_alibi_gives_every_distance_the_bias_of_the_distance_it_stands_for(method: str, make: Make, tmp_path: Path) -> None:
     old = make(alibi={"num_heads": 2, "scale": 1.5})
-    new = stretched(old, tmp_path, method)
+    new = extended(old, tmp_path, method)
     before, after = (build_alibi(c.model)(0, 8, torch.device("cpu")).slopes for c in (old, new))
     assert before is not None
     assert after is not None
@@ -91,14 +91,14 @@ def test_alibi_gives_every_distance_the_bias_of_the_distance_it_stands_for(metho
 
 def test_alibi_alone_leaves_rotation(make: Make, tmp_path: Path) -> None:
     old = make(alibi={"num_heads": 1})
-    assert stretched(old, tmp_path, "alibi-scale").model.rotary == old.model.rotary
+    assert extended(old, tmp_path, "alibi-scale").model.rotary == old.model.rotary
 
 
-def test_a_stretched_run_is_stretched_from_its_first_context(make: Make, tmp_path: Path) -> None:
+def test_a_extended_run_is_extended_from_its_first_context(make: Make, tmp_path: Path) -> None:
     old = make(alibi={"num_heads": 1})
-    once = stretched(old, tmp_path, "yarn", 64)
+    once = extended(old, tmp_path, "yarn", 64)
     once = once.model_copy(update={"train": once.train.model_copy(update={"seq_len": 64})})
-    twice, direct = stretched(once, tmp_path, "yarn"), stretched(old, tmp_path, "yarn")
+    twice, direct = extended(once, tmp_path, "yarn"), extended(old, tmp_path, "yarn")
     assert twice.model == direct.model
 
 
@@ -118,7 +118,7 @@ def test_methods_that_apply(make: Make) -> None:
         ({"embedding": {"absolute": True}}, 64, "none", "embedding.absolute"),
     ],
 )
-def test_what_cannot_be_stretched_is_refused(model: dict[str, object], to: int, method: str, told: str, make: Make) -> None:
+def test_what_cannot_be_extended_is_refused(model: dict[str, object], to: int, method: str, told: str, make: Make) -> None:
     with pytest.raises(ConfigError, match=told):
         position_overrides(make(**model), to, method)
 

@@ -1,4 +1,4 @@
-"""Steps by kernels are steps of the same layer: token by token beside the plain model in float64, in every kind of cache."""
+"""Steps by kernels are steps of the same layer: token by token compared with the plain model in float64, in every kind of cache."""
 
 from __future__ import annotations
 

@@ -96,7 +96,7 @@ def greedy(model: Transformer, prompt: list[int], count: int) -> list[int]:
 
 @pytest.fixture(params=["plain", "fixed"])
 def _steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Both ways of writing on: with a growing cache, and as it is recorded for a GPU, grown anew every few tokens."""
+    """Both decoding paths: with a growing cache, and with the static cache of CUDA graphs, which is reallocated every few tokens."""
     if request.param == "fixed":
         monkeypatch.setattr(batch, "supports_cuda_graph", lambda config, device: True)
         monkeypatch.setattr(batch, "CudaGraphDecodeStep", decode_step.StaticDecodeStep)
@@ -129,7 +129,7 @@ def test_a_prompt_gets_in_a_batch_what_it_gets_alone(name: str) -> None:
 
 @pytest.mark.usefixtures("_steps")
 def test_sequences_that_ended_leave_the_batch() -> None:
-    """A short prompt with room for more tokens goes on after a long one has filled the context of learned positions."""
+    """A short prompt with room for more tokens continues after a long one has filled the context of learned positions."""
     model = build(max_seq_len=48, embedding=EmbeddingConfig(absolute=True))
     long, short = Engine(model).generate(prompts(40, 4), temperature=0)
     assert (len(long.ids), len(short.ids)) == (8, 44)

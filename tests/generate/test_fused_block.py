@@ -1,4 +1,4 @@
-"""A layer rearranged for inference is the same layer: beside its parts in float64, whole, in chunks, packed, and token by token."""
+"""A layer rearranged for inference is the same layer: compared with its parts in float64, whole, in chunks, packed, and token by token."""
 
 from __future__ import annotations
 

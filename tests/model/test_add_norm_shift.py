@@ -1,4 +1,4 @@
-"""The kernel between two products does what the parts do, forward and backward, with the shift's state and across documents."""
+"""The kernel between two matmuls does what the parts do, forward and backward, with the shift's state and across documents."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers are exchanged for those with cast weights, and which of them share a product, in modules that a user may write."""
+"""Which layers are replaced by those with cast weights, and which of them share a matmul, in modules that a user may write."""
 
 from __future__ import annotations
 

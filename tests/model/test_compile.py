@@ -45,7 +45,7 @@ def graphs(model: Transformer, documents: torch.Tensor | None = None, backend: s
 
 @pytest.mark.parametrize(("slot", "value"), ALONE)
 def test_a_block_is_one_graph_for_all_layers(slot: str, value: str) -> None:
-    # Grouped products are one kernel in bfloat16 alone.
+    # Grouped matmuls are one kernel in bfloat16 alone.
     model = Transformer(model_config({slot: value})).to(torch.bfloat16 if value.startswith("moe") else torch.float32)
     assert graphs(model) == (2 if value in ("window-global", "local-full", "linear-full") else 1)
 

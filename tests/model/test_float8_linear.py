@@ -65,7 +65,7 @@ def test_parameters_and_what_is_saved_stay_the_same() -> None:
 
 @pytest.mark.parametrize("kind", ["gelu", "swiglu"])
 def test_gradients_are_as_near_those_of_bfloat16_as_with_exact_maxima(kind: str) -> None:
-    """torchao takes every scale from the largest value. A network with no kernel of its own takes its products one by one."""
+    """torchao takes every scale from the largest value. A network with no kernel of its own computes its matmuls one by one."""
     pytest.importorskip("torchao")
     config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     plain, ours = gradients(model(False, config)), gradients(model(True, config))
@@ -238,9 +238,9 @@ def test_a_number_of_tokens_that_does_not_fit_keeps_bfloat16() -> None:
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["none", "selective"])
 def test_a_block_on_a_gpu(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gradients in 8 bits beside those of bfloat16; compiled and recomputed they are as near."""
+    """Gradients in 8 bits compared with those of bfloat16; compiled and recomputed they are as near."""
     if interpreted.INTERPRETED or not torch.cuda.is_available() or torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("needs a GPU with products in 8 bits")
+        pytest.skip("needs a GPU with fp8 matmuls")
     monkeypatch.undo()
     config = CONFIG.model_copy(
         update={

@@ -1,4 +1,4 @@
-"""One product for several gives what each gives, and their gradients, in float64."""
+"""One matmul for several layers gives what each gives, and their gradients, in float64."""
 
 from __future__ import annotations
 

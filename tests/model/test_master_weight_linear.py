@@ -33,7 +33,7 @@ def accepted(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def model(kind: str = "gelu", dtype: torch.dtype | None = torch.bfloat16) -> tuple[Transformer, Sequence[MasterWeightLinear]]:
-    """A model in float32, or float64 for products of it, and its layers that were exchanged: none without a type."""
+    """A model in float32, or float64 as the reference of its matmuls, and its layers that were replaced: none without a dtype."""
     config = CONFIG.model_copy(update={"feedforward": FeedForwardConfig(kind=kind, intermediate_size=64, bias=True)})  # type: ignore[arg-type]
     made = Transformer(config, seed=1)
     if dtype == torch.float64:
@@ -67,7 +67,7 @@ def test_parameters_and_what_is_saved_stay_the_same() -> None:
 @KINDS
 @pytest.mark.parametrize("several", [False, True])
 def test_gradients_in_float64(kind: str, several: bool) -> None:
-    """Of two micro-batches, added up by PyTorch or by the products, beside a model that was not exchanged."""
+    """Of two micro-batches, added up by PyTorch or by the matmuls, compared with a model without replaced layers."""
     (plain, _), (made, layers) = model(kind, None), model(kind, torch.float64)
     plain.double()
     for seed in (0, 1):
@@ -112,7 +112,7 @@ def test_gradients_that_are_there_are_kept() -> None:
 
 
 def test_weights_are_cast_once() -> None:
-    """Products read what was cast and cast nothing again: with zeros in its place a model has no blocks."""
+    """Matmuls read what was cast and cast nothing again: with zeros in its place a model has no blocks."""
     (plain, _), (made, layers) = model(dtype=None), model()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(made(ids()), plain(ids()))
@@ -242,7 +242,7 @@ def test_a_model_that_was_moved_to_another_type() -> None:
 @pytest.mark.parametrize("kind", ["none", "selective"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_on_a_gpu(kind: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two micro-batches, compiled and recomputed, beside float64; no farther than autocast's."""
+    """Two micro-batches, compiled and recomputed, compared with float64; no farther than autocast's."""
     if interpreted.INTERPRETED or not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     monkeypatch.undo()

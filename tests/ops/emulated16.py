@@ -24,12 +24,12 @@ def gelu_gradients(da: Tensor, u: Tensor, bias: Tensor) -> tuple[Tensor, Tensor,
 
 
 @master_weight_linear.weight_grad_matmul.register_kernel("cpu")
-def product(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+def weight_grad_matmul(dy: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
     """Of factors that were widened before."""
     return dy.T.to(dtype) @ x.to(dtype)
 
 
 @master_weight_linear.weight_grad_addmm.register_kernel("cpu")
-def add_product(total: Tensor, dy: Tensor, x: Tensor) -> None:
+def weight_grad_addmm(total: Tensor, dy: Tensor, x: Tensor) -> None:
     """The same, added."""
     total.addmm_(dy.T.to(total.dtype), x.to(total.dtype))

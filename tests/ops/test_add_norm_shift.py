@@ -1,4 +1,4 @@
-"""Sum, norm, token shift and 8 bits in one kernel, beside the same in float64."""
+"""Sum, norm, token shift and 8 bits in one kernel, compared with the same in float64."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def shifted(x: Tensor, weight: Tensor, documents: Tensor | None, layer: bool, mo
 @pytest.mark.parametrize("layer", [True, False])
 @pytest.mark.parametrize(("T", "C", "moved", "packed"), [(70, 64, (32, 64), True), (33, 96, (48, 96), False), (5, 40, (0, 0), False)])
 def test_gradients(T: int, C: int, moved: tuple[int, int], packed: bool, layer: bool) -> None:
-    """Of both results of the sum, beside autograd in float64; documents of three tokens and more."""
+    """Of both results of the sum, compared with autograd in float64; documents of three tokens and more."""
     x, delta, weight, _, past = inputs(T, C)
     past = torch.zeros_like(past)
     documents = (torch.arange(T, device=x.device) // 3).clamp(max=9).expand(2, -1).contiguous() if packed else None

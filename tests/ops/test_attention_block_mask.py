@@ -144,7 +144,7 @@ class TestMemo:
         assert memo.get((tensors[0],), None, lambda: -1) == -1
 
 
-def test_lengths_and_windows_that_change_are_not_compiled_for_each_anew() -> None:
+def test_changed_lengths_and_windows_do_not_recompile() -> None:
     torch._dynamo.reset()
     flex._compiled_flex_attention.cache_clear()
     torch._dynamo.utils.counters.clear()

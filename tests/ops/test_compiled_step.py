@@ -68,10 +68,10 @@ def heads(M: int) -> None:
 
 WORKS: dict[str, Callable[[], None]] = {
     **{f"queries, keys and values, {M} rows": lambda M=M: project(M) for M in (1, 2)},  # type: ignore[misc]
-    **{f"inner product, {M} rows": lambda M=M: inner(M) for M in (1, 2)},  # type: ignore[misc]
-    **{f"attention's last product, {M} rows": lambda M=M: plain(M, WIDTH, 3072) for M in (1, 8)},  # type: ignore[misc]
-    **{f"outer product, {M} rows": lambda M=M: plain(M, WIDTH, 4 * WIDTH) for M in (1, 8)},  # type: ignore[misc]
-    "inner product, 8 rows": lambda: plain(8, 4 * WIDTH, WIDTH, "gelu"),
+    **{f"feed-forward input matmul, {M} rows": lambda M=M: inner(M) for M in (1, 2)},  # type: ignore[misc]
+    **{f"attention output matmul, {M} rows": lambda M=M: plain(M, WIDTH, 3072) for M in (1, 8)},  # type: ignore[misc]
+    **{f"feed-forward output matmul, {M} rows": lambda M=M: plain(M, WIDTH, 4 * WIDTH) for M in (1, 8)},  # type: ignore[misc]
+    "feed-forward input matmul, 8 rows": lambda: plain(8, 4 * WIDTH, WIDTH, "gelu"),
     "sizes that are not round": lambda: plain(3, 1001, 1100),
     "norm and shift": lambda: norm(8),
     "norm and shift, no documents": lambda: gemv.normalize(
@@ -93,8 +93,8 @@ def test_a_kernel_of_a_step(name: str, launched: list[tuple[int, Any]], tmp_path
         before, waits, _ = code.partition("griddepcontrol.wait")
         assert waits
         assert "griddepcontrol.launch_dependents" in before
-        # Nothing is written before, and nothing read but by products: their weights.
+        # Nothing is written before, and nothing read but by matmuls: their weights.
         assert "st.global" not in before
         loads = re.findall(r"ld\.global\S*", before)
-        assert bool(loads) == ("product" in name or "values" in name or "sizes" in name)
+        assert bool(loads) == ("matmul" in name or "values" in name or "sizes" in name)
         assert kernel.metadata.name != "_gemv_kernel" or any("v4.b32" in load for load in loads) or "sizes" in name

@@ -1,4 +1,4 @@
-"""Products in 8 bits against float64: quantized to half a unit in the last place, rows apart, within the bound of their rounding."""
+"""Matmuls in 8 bits against float64: quantized to half a unit in the last place, rows apart, within the bound of their rounding."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def test_linear_layer_is_the_product_of_the_quantized_factors() -> None:
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with products in 8 bits")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU with fp8 matmuls")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(
     ("rows", "outputs", "width"),
     [*((rows, 96, width) for rows in (1, 2, 15, 16, 17, 40, 130) for width in (320, 10240)), (2048, 2304, 320)],
 )
 def test_any_number_of_rows_on_a_gpu(rows: int, outputs: int, width: int, bias: bool) -> None:
-    """Also of as many as have their bias added within the product."""
+    """Also of as many as have their bias added within the matmul."""
     assert (rows * outputs >= float8_inference.SPLIT_K_OUTPUTS) == (outputs > 96)
     torch.manual_seed(0)
     linear, x = nn.Linear(width, outputs, bias=bias).bfloat16(), torch.randn(rows, width).bfloat16()

@@ -1,4 +1,4 @@
-"""Products with a few rows against the model's own parts in float64: norms, token shift, biases, activations, caches."""
+"""Matrix-vector multiplication for a few rows against the model's own parts in float64: norms, token shift, biases, activations, caches."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_norm(M: int, kind: str, gained: bool, K: int) -> None:
 @pytest.mark.parametrize("numbered", [True, False])
 @pytest.mark.parametrize("placed", [True, False])
 def test_shift_and_what_is_kept_of_it(M: int, tokens: int, numbered: bool, placed: bool) -> None:
-    """Before the next product the past is as it was or moved on already; after it, it is moved on."""
+    """Before the next matmul the past is as it was or moved on already; after it, it is moved on."""
     K, S, device = 51, 9, interpreted.device()
     g = torch.Generator().manual_seed(3)
     x, weight, gain, past = (torch.randn(*shape, generator=g).to(device) for shape in ((M, K), (6, K), (K,), (M, tokens, K)))

@@ -30,7 +30,7 @@ def filled(weights: list[Tensor]) -> Tensor:
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("added", [False, True])
 def test_gradients_in_float64(bias: bool, added: bool) -> None:
-    """Of two inputs, one after the other, beside PyTorch's layers."""
+    """Of two inputs, one after the other, compared with PyTorch's layers."""
     x, weights, shift = drawn(torch.float64, bias)
     total = torch.zeros(64, K, dtype=torch.float64) if added else None
     other = (2 * x).detach().requires_grad_()
@@ -57,7 +57,7 @@ def test_only_wanted_gradients_are_taken() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gradients_of_float32_weights_are_not_rounded(dtype: torch.dtype) -> None:
-    """As near the product of what was cast as float32 is, where a product in 16 bits would be rounded."""
+    """As near the matmul of what was cast as float32 is, where a matmul in 16 bits would be rounded."""
     x, weights, bias = drawn(torch.float32, True)
     kept = x.detach().to(dtype)
     out = cast_linear(x, CastWeight(filled(weights).to(dtype), None), weights, bias)
@@ -78,7 +78,7 @@ def test_gradients_of_float32_weights_are_not_rounded(dtype: torch.dtype) -> Non
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("tokens", "outputs", "width"), [(16, 64, 32), (7, 9, 24), (300, 130, 257)])
 def test_products_on_a_gpu(tokens: int, outputs: int, width: int, dtype: torch.dtype) -> None:
-    """Made and added to, in float32, beside float64 of the same factors."""
+    """Made and added to, in float32, compared with float64 of the same factors."""
     if interpreted.INTERPRETED or not torch.cuda.is_available():
         pytest.skip("needs a GPU")
     g = torch.Generator().manual_seed(0)

@@ -131,7 +131,7 @@ class Model(nn.Module):
 @pytest.mark.parametrize("kind", ["none", "selective", "full"])
 @pytest.mark.parametrize("backend", ["", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_block_compiled_and_recomputed(accepted: None, kind: str, backend: str) -> None:
-    """One graph without a break; float32 gradients at the distance from float64 that bfloat16's products have."""
+    """One graph without a break; float32 gradients at the distance from float64 that bfloat16's matmuls have."""
     model, x = Model(), torch.randn(3, 7, C, generator=torch.Generator().manual_seed(1)).requires_grad_()
     wanted = copy.deepcopy(model).double()
     y = x.double()
@@ -167,7 +167,7 @@ def test_other_layers_keep_their_own_products(accepted: None, monkeypatch: pytes
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("compiled", [False, True])
 def test_on_a_gpu(compiled: bool) -> None:
-    """Under autocast, as a training step runs it, beside float64."""
+    """Under autocast, as a training step runs it, compared with float64."""
     torch._dynamo.reset()
     given = parameters(torch.float32, "cuda")
     wanted = [t.detach().double().requires_grad_() for t in given]

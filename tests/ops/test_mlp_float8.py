@@ -1,4 +1,4 @@
-"""Products in 8 bits, forward and backward, against float64; bounds that hold for any input. The kernels are emulated on a CPU."""
+"""Matmuls in 8 bits, forward and backward, against float64; bounds that hold for any input. The kernels are emulated on a CPU."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def far(found: Tensor, wanted: Tensor) -> float:
 
 @pytest.mark.parametrize("frozen", [None, 0, 1, 2, 3, 4])
 def test_network(frozen: int | None) -> None:
-    """Errors of factors that are rounded apart from each other add up as squares: two a product, and those of what came before."""
+    """Errors of factors that are rounded apart from each other add up as squares: two a matmul, and those of what came before."""
     ours, theirs = parameters(), [p.detach().double().requires_grad_() for p in parameters()]
     for leaves in (ours, theirs):
         if frozen is not None:
@@ -65,7 +65,7 @@ def test_network(frozen: int | None) -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_layers_side_by_side(bias: bool) -> None:
-    """One product for two weights with rows of zeros below; gradients arrive at each."""
+    """One matmul for two weights with rows of zeros below; gradients arrive at each."""
     x, w1, _, w2, _ = parameters()
     weights = [w1.detach(), w2.detach().mT[:16, :C].contiguous()]
     ours = [x, *(w.clone().requires_grad_() for w in weights)]

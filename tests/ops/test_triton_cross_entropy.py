@@ -63,7 +63,7 @@ def test_rows(n: int, V: int, dtype: torch.dtype, softcap: float, z_loss: float,
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("held", [torch.float32, torch.bfloat16])
 def test_scaled(held: torch.dtype, dtype: torch.dtype, factor: float) -> None:
-    """The exact product, rounded once; in place only what was asked for is written. (The interpreter cuts bits off, a GPU rounds.)"""
+    """The exact matmul, rounded once; in place only what was asked for is written. (The interpreter cuts bits off, a GPU rounds.)"""
     from andromeda.ops.triton import cross_entropy as device
 
     place = interpreted.device()
@@ -114,7 +114,7 @@ def test_memory_on_a_gpu() -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("options", [{}, {"softcap": 15.0}, {"z_loss": 1e-2}])
 def test_the_whole_loss_on_a_gpu(options: dict[str, float]) -> None:
-    """Sums and gradients of bfloat16 products within their rounding, and of float32 states and weights in float32 gradients."""
+    """Sums and gradients of bfloat16 matmuls within their rounding, and of float32 states and weights in float32 gradients."""
     g = torch.Generator("cuda").manual_seed(0)
     x = torch.randn(700, 64, device="cuda", generator=g)
     weight = torch.randn(1000, 64, device="cuda", generator=g) / 8

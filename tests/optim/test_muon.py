@@ -70,7 +70,7 @@ def test_no_gradient_no_direction() -> None:
 
 
 def float64_step(w: np.ndarray, m: np.ndarray, g: np.ndarray, lr: float, mu: float, decay: float) -> tuple[np.ndarray, np.ndarray]:
-    """One Muon step of one matrix, through the SVD instead of matrix products."""
+    """One Muon step of one matrix, through the SVD instead of matmuls."""
     m = mu * m + g
     u, s, vt = np.linalg.svd(g + mu * m, full_matrices=False)
     direction = u * polynomial(s / np.sqrt((s**2).sum())) @ vt

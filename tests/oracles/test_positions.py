@@ -30,7 +30,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def turned(c: ModelConfig, q: Tensor, k: Tensor, queries: list[int], keys: list[int], dtype: torch.dtype = torch.float64) -> Tensor:
-    """Products (n,) of q (n, D) at the given positions and k (n, D) at theirs, after their rotation in `dtype`."""
+    """Dot products (n,) of q (n, D) at the given positions and k (n, D) at theirs, after their rotation in `dtype`."""
     part = build_rotary(c)
     span = max(queries + keys) + 1
     q_turned, _ = part(torch.tensor([queries]), span, dtype)(q[None, :, None].to(dtype), k[None, :, None].to(dtype))
@@ -86,7 +86,7 @@ def test_folded_keys_of_a_later_pass_have_later_digits() -> None:
 
 
 def test_folded_alibi_in_bfloat16_is_within_the_kernels_own_error() -> None:
-    """Error against float64 of a plain bf16 kernel on folded operands, beside that of bf16 operands with a float32 bias."""
+    """Error against float64 of a plain bf16 kernel on folded operands, compared with that of bf16 operands with a float32 bias."""
     c, S, T, D = config(head_dim=64, alibi=AlibiConfig(num_heads=4, fold_into_qk=True)), 20000, 32, 60
     scale = D**-0.5
     q, k, v = (x.bfloat16() for x in (normal(1, T, 4, D), normal(1, S, 1, D, seed=1), normal(1, S, 1, 64, seed=2)))
@@ -263,13 +263,13 @@ def test_yarn_sharpens_the_logits_once() -> None:
 @pytest.mark.parametrize("kind", ["linear", "ntk", "dynamic", "yarn"])
 def test_interpolation_stretches_the_decay_of_xpos(kind: str) -> None:
     c = config(context=4096, scaling=RopeScalingConfig(kind=kind, factor=4.0, original_max_seq_len=1024))
-    stretched = 4.0 * 4096 / 1024 - 3 if kind == "dynamic" else 4.0
+    factor = 4.0 * 4096 / 1024 - 3 if kind == "dynamic" else 4.0
     q = torch.zeros(1, 128, dtype=torch.float64)
     q[0, 0] = q[0, 64] = 1.0
     part = build_rotary(c)
     query = part(torch.tensor([[4095]]), 4096, torch.float64).query
     zeta = torch.tensor([(2 * i / 128 + 0.4) / 1.4 for i in range(64)], dtype=torch.float64)
-    expected = zeta ** ((4095 - 2048) / (512 * stretched))
+    expected = zeta ** ((4095 - 2048) / (512 * factor))
     torch.testing.assert_close(torch.hypot(*query).flatten(), expected, rtol=1e-10, atol=0)
 
 

@@ -239,7 +239,7 @@ def test_two_workers_read_different_rows_and_end_with_equal_weights(corpus: Path
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
 def test_a_worker_is_killed_and_comes_back(corpus: Path, tmp_path: Path) -> None:
-    """Four workers, 200 steps between synchronizations; the last is killed after 250 steps and started again while the others go on."""
+    """Four workers, 200 steps between synchronizations; the last is killed after 250 steps and started again while the others continue."""
     count, inner, workers = 800, 200, 4
     with lighthouse_for(3) as lighthouse:
         configs = [run_config(corpus, lighthouse, worker, workers, inner, count) for worker in range(workers)]

@@ -194,7 +194,7 @@ def test_a_fused_kernel_saves_the_same_whatever_the_pattern() -> None:
 
 
 def test_copies_of_weights_are_those_of_products_in_16_bits() -> None:
-    """One copy of every matrix of a product and of every gain of the stream, two bytes a number; in float32 there is none."""
+    """One copy of every matrix of a matmul and of every gain of the stream, two bytes a number; in float32 there is none."""
     run = config("none", head={"bias": True})
     planned = step_memory(run, ROWS, T, "bf16", gpu=False, compiled=False)
     copied = [p for name, p in Transformer(run.model).named_parameters() if ("decoder" in name and p.ndim == 2) or "norm" in name]

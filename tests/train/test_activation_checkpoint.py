@@ -51,10 +51,10 @@ def test_checkpointing_keeps_gradients(tiny: Callable[..., RunConfig], name: str
 
 
 def test_what_is_computed_twice(tiny: Callable[..., RunConfig]) -> None:
-    """Only `full` repeats products: in two layers query, key, value, out and the feed-forward's first; nothing needs its last again."""
+    """Only `full` repeats matmuls: in two layers query, key, value, out and the feed-forward's first; nothing needs its last again."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    def products(kind: str) -> int:
+    def matmul_flops(kind: str) -> int:
         model = Transformer(tiny().model)
         checkpoint_blocks(model, kind)
         out = model(torch.zeros(1, 8, dtype=torch.long)).sum()
@@ -63,8 +63,8 @@ def test_what_is_computed_twice(tiny: Callable[..., RunConfig]) -> None:
         return counter.get_flop_counts()["Global"][torch.ops.aten.mm]
 
     T, C, inner = 8, 32, 64
-    assert products("selective") == products("none")
-    assert products("full") - products("none") == 2 * 2 * T * C * (32 + 16 + 16 + 32 + inner)
+    assert matmul_flops("selective") == matmul_flops("none")
+    assert matmul_flops("full") - matmul_flops("none") == 2 * 2 * T * C * (32 + 16 + 16 + 32 + inner)
 
 
 @pytest.mark.slow

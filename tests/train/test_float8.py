@@ -68,7 +68,7 @@ def test_a_router_is_left_alone() -> None:
 
 
 def test_a_product_is_that_of_the_rounded_factors() -> None:
-    """Each factor is rounded to e4m3 after its largest value has been scaled to 448; the product itself is exact but for float32."""
+    """Each factor is rounded to e4m3 after its largest value has been scaled to 448; the matmul itself is exact but for float32."""
     model = Float8(CPU).convert_model(Transformer(CONFIG))
     layer = model.decoder.blocks[0].attention.query
     x = torch.randn(1, 5, 32)

@@ -15,7 +15,7 @@ from andromeda.train.progress import Progress
 
 
 def test_figures(tiny: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two seconds for 8 rows of 32, and the FLOPs of the products counted here by hand: six for every weight and token."""
+    """Two seconds for 8 rows of 32, and the FLOPs of the matmuls counted here by hand: six for every weight and token."""
     clock = iter([10.0, 11.5, 20.0, 20.5, 30.0, 31.0])
     monkeypatch.setattr(metrics.time, "perf_counter", lambda: next(clock))
     monkeypatch.setattr(metrics, "peak_flops", lambda device, precision: 1e9)

@@ -207,7 +207,7 @@ def test_rollback_after_an_interruption(
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_what_a_rollback_left_behind_is_not_gone_on_with(
+def test_a_run_does_not_resume_from_what_a_rollback_left_behind(
     tiny: Tiny, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, assert_same_run: Same, poison: Callable[[int, int], None]
 ) -> None:
     """Stopped among bad steps, which saves step 7, and again at step 5 after going back: the newer checkpoint is of no use any more."""
@@ -272,7 +272,7 @@ def test_signal_saves_and_the_run_goes_on_as_if_nothing_had_been(
 
 
 def test_damaged_newest_checkpoint(tiny: Tiny, tmp_path: Path, assert_same_run: Same) -> None:
-    """The run goes on from the one before it, says so, and keeps the damaged one aside."""
+    """The run resumes from the one before it, says so, and keeps the damaged one aside."""
     config = tiny()
     train(config, tmp_path / "whole")
     train(config, tmp_path / "hurt")

@@ -87,12 +87,12 @@ def _split_kernel(
             mask=live[:, None] & (dv < constants.DV)[None, :],
             other=0.0,
         )
-        products = tl.dot(queries, keys, input_precision="ieee")
+        scores = tl.dot(queries, keys, input_precision="ieee")
         for column in tl.static_range(tl.constexpr(constants.DOT_D), tl.constexpr(constants.D)):
             query = tl.load(q + heads * constants.q_h + column).to(tl.float32)
-            products += query[:, None] * tl.load(rows + column, mask=live, other=0.0).to(tl.float32)[None, :]
+            scores += query[:, None] * tl.load(rows + column, mask=live, other=0.0).to(tl.float32)[None, :]
         logits = _mask_logits(
-            products, position, first, last, heads, document, k_documents + b * k_documents_b, slopes, scale, softcap, end, constants
+            scores, position, first, last, heads, document, k_documents + b * k_documents_b, slopes, scale, softcap, end, constants
         )
         new_max = tl.maximum(m, tl.max(logits, 1))
         # Both are minus infinity until a key is visible.

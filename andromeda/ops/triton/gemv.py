@@ -1,4 +1,4 @@
-"""Triton kernels for matrix-vector products in decoding: a weight times the vectors of a few sequences, limited by reading the weight.
+"""Triton kernels for matrix-vector multiplication in decoding: a weight times the vectors of a few sequences, limited by reading the weight.
 
 A program computes a few outputs, which are rows of the weight, and reads them in blocks of 16 bytes per thread. It requests its
 first blocks, about 16 KiB, before anything else, so that a multiprocessor with six to twelve programs always has at least 100 KiB
@@ -323,7 +323,7 @@ def _store_normalized(normalized, row, gain, pivot, mean, rstd, constants: tl.co
 
 @triton.jit
 def _accumulate_outputs(sums, terms, weights, first: tl.constexpr, block: tl.constexpr, present: tl.constexpr, constants: tl.constexpr):
-    """sums[first : first + outputs] plus the products of a block's terms (n,) with the weights, if they are `present`."""
+    """sums[first : first + outputs] plus a block's terms (n,) times the weights, if they are `present`."""
     updated = ()
     for r in tl.static_range(tl.constexpr(constants.rows)):
         if present:
@@ -349,8 +349,8 @@ def _accumulate_block(
     has_past: tl.constexpr,
     constants: tl.constexpr,
 ):
-    """`sums` plus the products of a block. has_current, has_past: whether it has channels of the current and of previous tokens."""
-    products, past_products, gains, totals, squares = sums
+    """`sums` plus the terms of a block. has_current, has_past: whether it has channels of the current and of previous tokens."""
+    outputs, past_outputs, gains, totals, squares = sums
     # Unused where the block has none of these channels.
     block_gain = _load_gain(gain, block, constants) if constants.norm != "none" and has_current else 0.0
     updated, updated_past, updated_totals, updated_squares = (), (), (), ()
@@ -361,8 +361,8 @@ def _accumulate_block(
             updated_squares = tuple_append(updated_squares, squares[m] + _thread_sums(value * value, constants))
             value *= block_gain
         past = _load_past_channels(shift, same, m, m * constants.tokens, block, constants) if has_past else 0.0
-        updated = updated + _accumulate_outputs(products, value, weights, m * constants.rows, block, has_current, constants)
-        updated_past = updated_past + _accumulate_outputs(past_products, past, weights, m * constants.rows, block, has_past, constants)
+        updated = updated + _accumulate_outputs(outputs, value, weights, m * constants.rows, block, has_current, constants)
+        updated_past = updated_past + _accumulate_outputs(past_outputs, past, weights, m * constants.rows, block, has_past, constants)
     if constants.norm != "none":
         totals, squares = updated_totals, updated_squares
     gains = _accumulate_outputs(gains, block_gain, weights, 0, block, constants.norm == "layer" and has_current, constants)
@@ -393,7 +393,7 @@ def _gemv_kernel(x, weight, epilogue, prologue, shift, pending, slot, y, N, eps,
         pivots = tuple_append(pivots, tl.load(x + m * constants.K).to(tl.float32) if constants.norm == "layer" else 0.0)
         same = _document_factors(same, shift, m, constants)
     at = 0 if slot.cache is None else tl.load(slot.index).to(tl.int64)
-    # For each row and output: products of current and of past channels. For each output: sums of weight times gain. For each row:
+    # For each row and output: sums over current and over past channels. For each output: sums of weight times gain. For each row:
     # sum and sum of squares for the norm.
     sums = (
         _zero_sums(SUMS, constants),
