@@ -16,6 +16,7 @@ from andromeda.config.load import presets
 from andromeda.config.model import AttentionConfig
 from andromeda.config.rules import MODEL_RULES, NOTE_RULES, RUN_RULES, TRAINING_RULES
 from andromeda.config.run import RunConfig
+from tools.markdown_lines import wrap
 
 INTRODUCTION = """\
 # Configuration
@@ -67,13 +68,13 @@ different things about one key are refused. What `Andromeda(...)` does not say c
 """
 MEANINGS = {
     "alibi_pos_bias": "`alibi.num_heads`: none, or `alibi_num_heads`",
-    "alibi_num_heads": "`alibi.num_heads`; unless given 12, and at most half of `heads`",
+    "alibi_num_heads": "`alibi.num_heads`; unless given 12, and at most half of `num_heads`",
     "rotary_xpos": '`rotary.kind = "xpos"`; false leaves no rotation unless `rotary_pos_emb` is true',
     "rotary_pos_emb": '`rotary.kind = "rope"`, when `rotary_xpos` is false',
     "attn_flash": "`attention.backend`: `auto`, or `eager`",
     "use_flash_attention": "`attention.backend`: `auto`, or `eager`",
     "shift_tokens": '`shift.kind = "chunks"` with `shift.tokens`; 0 is off',
-    "attn_one_kv_head": "`attention.num_kv_heads`: 1, or as many as `heads`",
+    "attn_one_kv_head": "`attention.num_kv_heads`: 1, or as many as `num_heads`",
     "qk_norm": "`attention.qk_norm`: `l2_dim_scale`, or `none`",
     "attn_qk_norm": "the same as `qk_norm`",
     "attn_qk_norm_dim_scale": "`attention.qk_norm`: `l2_dim_scale`, or `l2` when false",
@@ -88,7 +89,7 @@ MEANINGS = {
 
 def document() -> str:
     """The whole page."""
-    return "\n".join([INTRODUCTION, *_presets(), *_tables(RunConfig, ""), *_names(), *_rules(), *_build()]) + "\n"
+    return wrap("\n".join([INTRODUCTION, *_presets(), *_tables(RunConfig, ""), *_names(), *_rules(), *_build()]) + "\n")
 
 
 def _presets() -> Iterator[str]:
@@ -124,8 +125,8 @@ def _names() -> Iterator[str]:
             yield f"| `{name}` | {f'`{DIRECT[name]}`' if name in DIRECT else MEANINGS[name]} |"
         yield ""
     yield (
-        "From `num_attention_heads` follow, unless given, `num_key_value_heads` (as many) and `head_dim` (their share of the width). "
-        "`vocab_size` and `depth` are keys of `[model]` themselves."
+        "From `num_attention_heads` follow, unless given, `num_key_value_heads` (as many) and `head_dim` (their share of the hidden size). "
+        "`vocab_size` is a key of `[model]` itself."
     )
 
 

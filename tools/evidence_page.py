@@ -20,6 +20,7 @@ from andromeda.extend.results import ORIGINAL, table
 from andromeda.extend.results import verdicts as extension_verdicts
 from andromeda.utils.errors import ConfigError
 from tools import clipping_table
+from tools.markdown_lines import wrap
 
 TITLES = {
     "A7": "Positional encodings and QK normalization",
@@ -225,7 +226,7 @@ def main() -> None:
     grids = sorted((one for one in every if "variants" in one), key=lambda results: results["variants"][0]["parameters"])
     extended = sorted((one for one in every if "training" in one), key=lambda results: max(map(int, results["extension"]), default=0))
     sections = [line for one in extended for line in extension_section(one)]
-    print(page(grids, READING.read_text("utf-8") if READING.exists() else "", sections), end="")
+    print(wrap(page(grids, READING.read_text("utf-8") if READING.exists() else "", sections)), end="")
 
 
 if __name__ == "__main__":

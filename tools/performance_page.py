@@ -22,6 +22,7 @@ from andromeda.bench.benchmark_tables import (
     training_rows,
 )
 from tools import arithmetic_table
+from tools.markdown_lines import wrap
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 INTRODUCTION = RESULTS.parent / "performance.md"
@@ -51,7 +52,7 @@ def document(folder: Path = RESULTS) -> str:
             parts.append(f"## {title}")
         parts += [section(json.loads(file.read_text()), rows) for file in files]
         parts += [PICTURES[kind]] if files and kind in PICTURES else []
-    return "\n\n".join(parts) + "\n"
+    return wrap("\n\n".join(parts) + "\n")
 
 
 def section(result: dict[str, Any], rows: Callable[[dict[str, Any]], Rows]) -> str:

@@ -108,7 +108,7 @@ class RotaryConfig(BaseConfig):
 
 
 class AlibiConfig(BaseConfig):
-    """Linear biases on the first `heads` heads (arXiv 2108.12409); 0 heads is off."""
+    """Linear biases on the first `num_heads` heads (arXiv 2108.12409); 0 heads is off."""
 
     num_heads: int = Field(0, ge=0)
     """How many heads, counted from the first, have a bias; the others see all distances alike."""

@@ -1,4 +1,4 @@
-"""Triton kernels for matrix-vector multiplication in decoding: a weight times the vectors of a few sequences, limited by reading the weight.
+"""Triton kernels for matrix-vector multiplication in decoding: a weight times a few sequences' vectors, limited by reading the weight.
 
 A program computes a few outputs, which are rows of the weight, and reads them in blocks of 16 bytes per thread. It requests its
 first blocks, about 16 KiB, before anything else, so that a multiprocessor with six to twelve programs always has at least 100 KiB
