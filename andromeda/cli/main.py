@@ -31,6 +31,7 @@ from andromeda.cli.renamed_options import explain_unknown
 from andromeda.cli.report import report
 from andromeda.cli.tokenizers import app as tokenizers_app
 from andromeda.cli.train import train
+from andromeda.cli.tune import app as tune_app
 from andromeda.cli.verify import verify
 from andromeda.utils.errors import AndromedaError, DataError, Interrupted
 from andromeda.utils.untrusted import MalformedFile, printable
@@ -83,6 +84,7 @@ def root(
 app.add_typer(data_app, name="data")
 app.add_typer(tokenizers_app, name="tokenizers")
 app.add_typer(bench_app, name="bench")
+app.add_typer(tune_app, name="tune")
 for verb, command, short in (
     ("doctor", doctor, "What this machine can do, and what is missing."),
     ("plan", plan, "What a run needs: FLOPs, memory, time, cost."),

@@ -86,7 +86,7 @@ def train(
         if result.signal:
             raise typer.Exit(128 + result.signal)
         if os.environ.get("RANK", "0") == "0":
-            reporter.message(_report(result.run_dir))
+            reporter.message(write_report(result.run_dir))
 
 
 def _arguments(
@@ -126,11 +126,11 @@ def _named(name: str) -> Path:
     return Path("runs") / name
 
 
-def _report(run: Path) -> str:
+def write_report(run: Path) -> str:
     """Write report.html and README.md. A report that fails does not make a finished run fail."""
-    from andromeda.report import write_report
+    from andromeda.report import write_report as write
 
     try:
-        return f"report: {write_report(run)}"
+        return f"report: {write(run)}"
     except AndromedaError as error:
         return f"no report was written: {error}"

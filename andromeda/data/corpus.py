@@ -80,11 +80,14 @@ class SplitReport(BaseConfig):
     offsets_sha256: str
     targets: dict[str, str] = Field(default_factory=dict)
     """sha256 of the file of each target."""
+    loss_mask: str = ""
+    """sha256 of the file that says which tokens are learned; empty where all are."""
 
     @property
     def content_hashes(self) -> tuple[str, ...]:
-        """Of document borders and targets, in order of their names."""
-        return self.offsets_sha256, *(f"{name}:{sha256}" for name, sha256 in sorted(self.targets.items()))
+        """Of document borders, of targets in order of their names, and of the loss mask."""
+        targets = (f"{name}:{sha256}" for name, sha256 in sorted(self.targets.items()))
+        return self.offsets_sha256, *targets, *([f"loss_mask:{self.loss_mask}"] if self.loss_mask else [])
 
 
 class CorpusManifest(BaseConfig):
@@ -127,6 +130,11 @@ def target_file(split: str, name: str) -> str:
     return f"{split}-target-{name}.npy"
 
 
+def loss_mask_file(split: str) -> str:
+    """Name of the file that says which tokens of a split are learned: uint8 (tokens,), 0 or 1."""
+    return f"{split}-loss-mask.npy"
+
+
 def corpus_fingerprint(tokenizer: str, splits: Mapping[str, tuple[str, ...]]) -> str:
     """sha256 that names the data: the tokenizer's fingerprint and, for each split, the sha256 of its tokens, offsets and targets.
 
@@ -167,6 +175,8 @@ class Corpus:
     fingerprint: str
     targets: Mapping[str, TargetColumn] = field(default_factory=dict)
     """What its documents have besides their tokens, by name."""
+    loss_mask: np.ndarray | None = None
+    """uint8 (tokens,): 1 where a token is learned, such as those of answers; None where all are."""
 
 
 def open_corpus(path: Path | str, split: str) -> Corpus:
@@ -210,7 +220,17 @@ def _open_built(folder: Path, split: str) -> Corpus:
             f"The tokenizer of {folder} is not the one its tokens were made with: put that one back, or build the corpus again."
         )
     documents = TokenizedDocuments(tokens, offsets, tokenizer.eos)
-    return Corpus(documents, tokenizer, tokenizer.vocab_size, manifest.fingerprint, _open_targets(folder, split, manifest))
+    targets, mask = _open_targets(folder, split, manifest), _open_loss_mask(folder, split, report)
+    return Corpus(documents, tokenizer, tokenizer.vocab_size, manifest.fingerprint, targets, mask)
+
+
+def _open_loss_mask(folder: Path, split: str, report: SplitReport) -> np.ndarray | None:
+    if not report.loss_mask:
+        return None
+    mask = _load_array(folder / loss_mask_file(split), f"The loss mask of {folder}")
+    if mask.shape != (report.tokens,) or mask.dtype != np.uint8:
+        raise DataError(f"The loss mask of {folder} does not match its tokens: build the corpus again.")
+    return mask
 
 
 def _open_targets(folder: Path, split: str, manifest: CorpusManifest) -> dict[str, TargetColumn]:
@@ -280,6 +300,8 @@ def verify_corpus(folder: Path) -> CorpusManifest:
         _expect(folder / f"{split}-documents.npy", report.offsets_sha256)
         for name, sha256 in report.targets.items():
             _expect(folder / target_file(split, name), sha256)
+        if report.loss_mask:
+            _expect(folder / loss_mask_file(split), report.loss_mask)
         content[split] = (_tokens_sha256(corpus), *report.content_hashes)
         _refuse_other_bytes(folder, split, corpus, report.bytes)
     tokenizer = corpus.tokenizer.fingerprint if corpus.tokenizer else ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -137,9 +137,14 @@ class EncodedSplit:
 
 def write_split(split: str, documents: DocumentTable, blocks: list[Path], out: Path, shard_tokens: int) -> EncodedSplit:
     """Join the blocks into shards of exactly `shard_tokens` tokens (the last one shorter) and write the document offsets."""
-    digest, shards = hashlib.sha256(), []
     counts: list[np.ndarray] = []
-    for number, tokens in enumerate(_regroup(blocks, shard_tokens, counts)):
+    return write_shards(split, _regroup(blocks, shard_tokens, counts), counts, int(documents.size.sum()), out)
+
+
+def write_shards(split: str, arrays: Iterable[np.ndarray], counts: list[np.ndarray], num_bytes: int, out: Path) -> EncodedSplit:
+    """Write each array of tokens as a shard, and the document offsets. counts: tokens of each document, complete when `arrays` ends."""
+    digest, shards = hashlib.sha256(), []
+    for number, tokens in enumerate(arrays):
         path = out / f"{split}-{number:05d}.bin"
         write_shard(path, tokens)
         digest.update(tokens.tobytes())
@@ -149,9 +154,9 @@ def write_split(split: str, documents: DocumentTable, blocks: list[Path], out: P
     with whole_file(path) as file:
         np.save(file, np.concatenate([[0], np.cumsum(lengths)]))
     report = SplitReport(
-        documents=len(documents),
+        documents=len(lengths),
         tokens=int(lengths.sum()),
-        bytes=int(documents.size.sum()),
+        bytes=num_bytes,
         shards=tuple(shards),
         offsets_sha256=sha256_of(path),
     )

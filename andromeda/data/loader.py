@@ -100,6 +100,7 @@ class TokenStream:
             sequence = _split_ranked(self._packings[source].sequence(inside), self._corpora[source])
             for stage in self._stages:
                 sequence = stage(sequence, number)
+            sequence = _learned_only(sequence, self._corpora[source].loss_mask)
             sequences.append(sequence)
             heads.append(self._head_targets(self._corpora[source], sequence.positions))
         ids, targets, documents, _ = (np.stack(column) for column in zip(*sequences, strict=True))
@@ -139,6 +140,15 @@ def _joint_targets(corpora: list[Corpus]) -> dict[str, TargetColumn]:
             if (other.kind, other.labels) != (column.report.kind, column.report.labels):
                 raise DataError(f"The corpora have different targets {name!r} (kind or labels): build them with the same records' labels.")
     return found
+
+
+def _learned_only(sequence: PackedSequence, mask: np.ndarray | None) -> PackedSequence:
+    """The sequence without the targets that are not learned. A target is the token behind the one at its position in the corpus; behind
+    the last token of a document comes a separator, and those are never learned."""
+    if mask is None:
+        return sequence
+    learned = mask[(sequence.positions + 1) % len(mask)] == 1
+    return sequence._replace(targets=np.where(learned, sequence.targets, IGNORE))
 
 
 def _split_ranked(sequence: PackedSequence, corpus: Corpus) -> PackedSequence:

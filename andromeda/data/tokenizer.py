@@ -15,7 +15,7 @@ from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR, Encoder, bpe, raw, sentencepiece_bpe, unigram
 from andromeda.utils.errors import ConfigError, DataError, nearest
 from andromeda.utils.files import write_whole
-from andromeda.utils.untrusted import MalformedFile, is_plain_name, read_json_object, read_regular
+from andromeda.utils.untrusted import MalformedFile, is_plain_name, read_json_object, read_regular, read_text
 
 META = "andromeda.json"
 MAX_BYTES = 256 << 20
@@ -26,6 +26,16 @@ LOADERS: dict[str, Callable[[bytes], Encoder]] = {
     "unigram": unigram.load,
     "bytes": raw.load,
 }
+ADD_SPECIAL: dict[str, Callable[[bytes, int, Sequence[str]], bytes]] = {
+    "bpe": bpe.add_special,
+    "sentencepiece_bpe": bpe.add_special,
+    "unigram": unigram.add_special,
+    "bytes": raw.add_special,
+}
+"""A model file with further special tokens, by kind."""
+CHAT_TEMPLATE = "chat_template.jinja"
+MAX_TEMPLATE = 1 << 20
+"""Bytes of a chat template; those in use have some thousands."""
 SEPARATORS = (SEPARATOR, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>")
 """Names under which other projects' tokenizers keep the document separator."""
 ROUND_TRIP_TEXT = "  def f(x):\r\n\treturn 'é' + 'e\u0301' + \"\u2581\"  # A\ufb01 <s></s><|endoftext|> 12345 \U0001f600\x00\n\n \n"
@@ -37,11 +47,13 @@ class Tokenizer:
 
     `eos` is the document separator. It is placed before every document, so it begins a text (BOS) and ends it (EOS).
     A model from elsewhere may begin a text with another token, `bos`; its corpora place both before every document.
-    The text of a special token is ordinary text: only code places special ids.
+    The text of a special token is ordinary text: only code places special ids. `chat_template` is the Jinja template that writes a
+    conversation, where the model knows one; it travels with the tokenizer from a chat corpus to the run and its exports.
     """
 
-    def __init__(self, encoder: Encoder, eos: int | None = None, bos: int | None = None) -> None:
+    def __init__(self, encoder: Encoder, eos: int | None = None, bos: int | None = None, chat_template: str = "") -> None:
         self._encoder = encoder
+        self.chat_template = chat_template
         self.kind = encoder.kind
         self.special_tokens = dict(encoder.special_tokens)
         self._table = list(encoder.token_bytes)
@@ -112,8 +124,35 @@ class Tokenizer:
         """int64 (V,): UTF-8 bytes each token stands for, 0 for special tokens. Sums to a document's exact length."""
         return np.array([len(b) for b in self._table], dtype=np.int64)
 
+    def with_chat(self, template: str, special_tokens: Iterable[str] = ()) -> Tokenizer:
+        """This tokenizer with a chat template, and with those special tokens that it lacks, whose ids follow the last one.
+
+        The ids of all else stay. Raises DataError where the tokenizer cannot be extended.
+        """
+        size = len(self._encoder.token_bytes)
+        # A separator that was appended to another project's tokenizer is not in its file, and its id must not go to another token.
+        missing = [SEPARATOR] if self.eos >= size else []
+        missing += [name for name in dict.fromkeys(special_tokens) if name not in self.special_tokens]
+        if not missing or missing == [SEPARATOR]:
+            return Tokenizer(self._encoder, self.eos, self._own_bos[0] if self._own_bos else None, template)
+        encoder = LOADERS[self.kind](ADD_SPECIAL[self.kind](self.model_file, size, missing))
+        result = Tokenizer(encoder, self.eos, self._own_bos[0] if self._own_bos else None, template)
+        placed = [result.special_tokens.get(name) for name in missing]
+        if placed != list(range(size, size + len(missing))) or result._table[: self.vocab_size] != self._table:
+            raise DataError("This tokenizer cannot take further special tokens at its end: build a corpus with --special-token instead.")
+        return result
+
+    def extends(self, other: Tokenizer) -> bool:
+        """Whether this is `other`, or `other` with special tokens added behind its last one: all text has the same ids."""
+        if self.fingerprint == other.fingerprint:
+            return True
+        added = sorted((i, name) for name, i in self.special_tokens.items() if i >= other.vocab_size)
+        if self.kind != other.kind or not added or any(name in other.special_tokens for _, name in added):
+            return False
+        return other.with_chat("", [name for _, name in added]).fingerprint == self.fingerprint
+
     def save(self, folder: Path | str) -> None:
-        """Write the model file and `andromeda.json` into a folder."""
+        """Write the model file, `andromeda.json` and the chat template into a folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / self._encoder.file_name, self._encoder.model_file)
@@ -126,6 +165,9 @@ class Tokenizer:
         }
         if self.bos != self.eos:
             meta["bos"] = self.bos
+        if self.chat_template:
+            write_whole(folder / CHAT_TEMPLATE, self.chat_template.encode())
+            meta["chat_template_sha256"] = template_sha256(self.chat_template)
         write_whole(folder / META, (json.dumps(meta, indent=2) + "\n").encode())
 
     @classmethod
@@ -187,7 +229,27 @@ def _load_own(folder: Path) -> Tokenizer:
         raise DataError(f"The tokenizer in {folder} cannot be read ({error}): build the corpus again.") from error
     if tokenizer.fingerprint != expected:
         raise DataError(f"The tokenizer in {folder} does not match its sha256: it was changed or damaged; build the corpus again.")
+    tokenizer.chat_template = _load_template(folder / CHAT_TEMPLATE, meta.get("chat_template_sha256"))
     return tokenizer
+
+
+def template_sha256(template: str) -> str:
+    """What names a chat template."""
+    return hashlib.sha256(template.encode()).hexdigest()
+
+
+def _load_template(path: Path, expected: object) -> str:
+    """The chat template beside a tokenizer; one that came with a model from elsewhere has no sha256."""
+    if expected is None and not path.exists():
+        return ""
+    try:
+        template = read_text(path, MAX_TEMPLATE)
+    except (MalformedFile, OSError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise DataError(f"The chat template {path} cannot be read ({reason}): restore it.") from None
+    if expected is not None and template_sha256(template) != expected:
+        raise DataError(f"The chat template {path} does not match its sha256: it was changed or damaged; restore it.")
+    return template
 
 
 def _refuse_surrogates(texts: Iterable[str]) -> None:

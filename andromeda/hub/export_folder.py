@@ -26,13 +26,11 @@ from andromeda.train.weights import read_weights
 from andromeda.utils.errors import CheckpointError, ConfigError
 from andromeda.utils.files import write_whole
 from andromeda.utils.log import get_logger
-from andromeda.utils.untrusted import MalformedFile, read_text
 
 log = get_logger()
 
 SHARD_BYTES = 5 << 30
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-MAX_TEMPLATE = 1 << 20
 HEADS_FILE = "task_heads.safetensors"
 """Weights of further heads beside an exported model: outputs of NAME are x NAME.weight^T + NAME.bias of the last hidden states x."""
 OWN_FILES = ("configuration_andromeda.py", "modeling_andromeda.py")
@@ -186,7 +184,8 @@ def export_run(
     kept = run / "tokenizer"
     tokenizer = Tokenizer.load(kept) if kept.exists() else None
     text = card(bool(exported.reason)) if card else ""
-    write_folder(to, exported, tokenizer, dtype="fp32" if dtype in KINDS else dtype, card=text, chat_template=chat_template_of(run))
+    template = tokenizer.chat_template if tokenizer else ""
+    write_folder(to, exported, tokenizer, dtype="fp32" if dtype in KINDS else dtype, card=text, chat_template=template)
     return exported
 
 
@@ -203,15 +202,6 @@ def usage(to: Path, remote_code: bool) -> str:
             "print(tokenizer.decode(model.generate(**prompt, max_new_tokens=100)[0]))",
         ]
     )
-
-
-def chat_template_of(run: Path) -> str:
-    """The chat template that a run keeps, or nothing."""
-    path = run / "tokenizer" / "chat_template.jinja"
-    try:
-        return read_text(path, MAX_TEMPLATE) if path.exists() else ""
-    except (MalformedFile, OSError) as error:
-        raise CheckpointError(f"{path} {error}: restore it, or remove it.") from None
 
 
 def push_command(folder: Path) -> str:

@@ -29,7 +29,7 @@ from andromeda.train.checkpoint_ranks import ONE as ONE_RANK
 from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.checkpoint_writer import CheckpointWriter
 from andromeda.train.compile import should_compile
-from andromeda.train.init_from import ParentCheckpoint, check_fits, find_parent, start_from
+from andromeda.train.init_from import ParentCheckpoint, find_parent, fitted, start_from
 from andromeda.train.join_workers import join_workers
 from andromeda.train.manifest import start_entry
 from andromeda.train.metrics import (
@@ -320,7 +320,7 @@ def _run(
     """The run as one process of `mesh`; returns the state at its end."""
     ranks, is_main = (Ranks(mesh.host_group), mesh.is_main) if mesh else (ONE_RANK, True)
     ranks.on_first(lambda: _check_folder(config, run_dir, resume))
-    stream, validation = ranks.on_all(lambda: _open_data(config, parent))
+    stream, validation, parent = ranks.on_all(partial(_open_data, config, parent))
     if mesh:
         reporter.message(preflight(mesh, config, stream.fingerprint))
     state, probes, samples = ranks.on_all(lambda: _build(config, mesh, stream))
@@ -350,11 +350,9 @@ def _check_folder(config: RunConfig, run_dir: RunDir, resume: bool) -> None:
     check_loggers_installed(config)
 
 
-def _open_data(config: RunConfig, parent: ParentCheckpoint | None) -> tuple[TokenStream, Validation | None]:
+def _open_data(config: RunConfig, parent: ParentCheckpoint | None) -> tuple[TokenStream, Validation | None, ParentCheckpoint | None]:
     stream, validation = open_streams(config)
-    if parent:
-        check_fits(parent, config, stream.tokenizer)
-    return stream, validation
+    return stream, validation, parent and fitted(parent, config, stream.tokenizer)
 
 
 def _build(config: RunConfig, mesh: ParallelMesh | None, stream: TokenStream) -> tuple[TrainState, Probes, Samples | None]:
@@ -407,6 +405,8 @@ def _begin(
     if parent:
         start_from(parent, state, run_dir)
         reporter.message(f"starting from the weights of {parent.run} at step {parent.step}")
+        if parent.added:
+            reporter.message(f"{len(parent.added)} special tokens are new: their weights begin as the mean of those of all other tokens")
         return RunStart(changes, parent.record())
     snapshot = resume_latest(state, run_dir, reporter)
     if snapshot is None:

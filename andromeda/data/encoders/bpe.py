@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from andromeda.config.data import BuildConfig
@@ -176,3 +177,12 @@ def train(texts: Iterable[str], config: BuildConfig) -> BPEEncoder:
 
 def load(blob: bytes) -> BPEEncoder:
     return BPEEncoder(blob)
+
+
+def add_special(blob: bytes, first: int, names: Sequence[str]) -> bytes:
+    """A tokenizer.json with special tokens `names` added, whose ids count up from `first`."""
+    content = parse_tokenizer_file(blob)
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False) | {"special": True}
+    added = [{"id": first + i, "content": name, **flags} for i, name in enumerate(names)]
+    content["added_tokens"] = [*(content.get("added_tokens") or []), *added]
+    return json.dumps(content, ensure_ascii=False).encode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR, Encoder
@@ -37,3 +38,9 @@ def load(blob: bytes) -> ByteEncoder:
     if not (isinstance(specials, list) and len(specials) <= MAX_SPECIAL and all(isinstance(name, str) for name in specials)):
         raise ValueError("its special tokens are no list of texts")
     return ByteEncoder(specials)
+
+
+def add_special(blob: bytes, first: int, names: Sequence[str]) -> bytes:
+    """A list of special tokens with `names` added."""
+    del first
+    return json.dumps([*parse_json(blob), *names]).encode()

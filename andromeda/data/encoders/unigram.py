@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import io
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 from andromeda.config.data import BuildConfig
 from andromeda.data.encoders import SEPARATOR, Encoder
@@ -106,3 +107,17 @@ def _explain(message: str, config: BuildConfig) -> str:
 
 def load(blob: bytes) -> UnigramEncoder:
     return UnigramEncoder(blob)
+
+
+def add_special(blob: bytes, first: int, names: Sequence[str]) -> bytes:
+    """A SentencePiece model with control pieces `names` added behind its last piece."""
+    from sentencepiece import sentencepiece_model_pb2 as generated  # its classes are made when it is imported
+
+    del first
+    kind: Any = vars(generated)["ModelProto"]
+    model = kind.FromString(blob)
+    for name in names:
+        model.pieces.add(piece=name, score=0.0, type=kind.SentencePiece.CONTROL)
+    model.trainer_spec.vocab_size = len(model.pieces)
+    changed: bytes = model.SerializeToString(deterministic=True)
+    return changed

@@ -1,0 +1,1 @@
+"""Adapting a trained model: chat data and templates, supervised fine-tuning."""
