@@ -56,7 +56,8 @@ def test_a_loss_of_zero_does_not_send_the_weight_to_infinity() -> None:
 
 def test_gradnorm_follows_its_equations() -> None:
     """The gradient of sum |G_i - const| by autograd, with G_i the norm of the weighted loss's gradient (arXiv 1711.02257, section 3)."""
-    norms, first = torch.tensor([2.0, 0.5, 1.0], dtype=WIDE), torch.tensor([4.0, 1.0, 2.0], dtype=WIDE)
+    # The third is above its target with alpha = 1.5 and below it with alpha = 1.
+    norms, first = torch.tensor([2.0, 0.5, 0.95], dtype=WIDE), torch.tensor([4.0, 1.0, 2.0], dtype=WIDE)
     losses, w = torch.tensor([1.0, 0.9, 1.0], dtype=WIDE), torch.tensor([0.8, 1.2, 1.0], dtype=WIDE, requires_grad=True)
     sizes = w * norms
     ratio = losses / first
