@@ -16,6 +16,7 @@ import random
 import shlex
 import sys
 from collections.abc import Callable
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,7 @@ def main(arguments: list[str] | None = None) -> dict[str, Any]:
     flops = training_flops_per_token(config.model, config.model.max_seq_len) * config.train.batch_size * config.model.max_seq_len
     found = {
         "command": shlex.join(["python", "examples/write_tag_score.py", *(sys.argv[1:] if arguments is None else arguments)]),
+        "date": datetime.now(UTC).date().isoformat(),
         "steps": {"several": 3 * options.steps, "single": options.steps},
         "training_flops": {"several": 3 * options.steps * flops, "single": options.steps * flops},
         "balance": options.balance,
