@@ -47,7 +47,7 @@ def retrain_and_compare(run: Path, place: Path, locations: DataLocations, report
         raise RequestError(f"{run} began with the weights of another run, which its configuration does not give: repeat that one.")
     if any(set(LENGTH) & set(begun.get("changes", [])) for begun in manifest.get("starts", [])):
         raise RequestError(
-            f"{run} was given another length when it was resumed, which its configuration does not tell: it cannot be repeated."
+            f"{run} was given another length when it was resumed, which its configuration does not record: it cannot be repeated."
         )
     if old.step < config.train.steps:
         raise RequestError(f"{run} stands at step {old.step} of {config.train.steps}: finish it before it is repeated.")
@@ -73,7 +73,7 @@ def _weights(run: Path, place: Path) -> VerificationCheck:
 def _metrics(old: MetricsHistory, new: MetricsHistory) -> VerificationCheck:
     """All figures of metrics.jsonl but those of the machine's speed."""
     pairs = list(zip(old.records, new.records, strict=False))
-    wrong = next((told for one, other in pairs if (told := _apart(one, other))), "")
+    wrong = next((difference for one, other in pairs if (difference := _apart(one, other))), "")
     same = not wrong and len(old.records) == len(new.records)
     note = "equal to the last bit" if same else wrong or "not the same lines"
     return VerificationCheck(

@@ -44,7 +44,7 @@ def check_run_files(folder: RunDir, metrics: MetricsHistory, locations: DataLoca
         yield from _corpora(locations.data(config.data))
     yield _checkpoints(folder)
     if metrics.records and "cursor" not in state and checkpoint.list_all(folder.checkpoints):
-        note = "the newest checkpoint holds no state of the training that metrics.jsonl tells of"
+        note = "the newest checkpoint holds no state of the training that metrics.jsonl records"
         yield VerificationCheck("state of training", "", "missing", None, 0.0, False, note)
     if "config" in state:
         yield _config(config, state)
@@ -65,13 +65,13 @@ def _remembered(folder: RunDir) -> dict[str, Any]:
 
 
 def _data(folder: RunDir, state: dict[str, Any], stream: TokenStream | AndromedaError, trained: bool) -> Iterator[VerificationCheck]:
-    """The fingerprint of the training stream that manifest and checkpoint name. trained: whether anything tells of a training."""
+    """The fingerprint of the training stream that manifest and checkpoint name. trained: whether anything records a training."""
     manifest = folder.manifest()
     if not manifest and state.get("cursor", {}).get("step"):
         yield VerificationCheck("manifest.json", "", "missing", None, 0.0, False, "there was one when the run was trained")
     stored = str(manifest.get("data") or state.get("data") or "")
     if not stored:
-        note = "the run was trained, and neither manifest nor checkpoint names its data" if trained else "the run tells of no training"
+        note = "the run was trained, and neither manifest nor checkpoint names its data" if trained else "the run records no training"
         yield VerificationCheck("training data", "none named", "", None, 0.0, not trained, note)
     elif isinstance(stream, AndromedaError):
         yield VerificationCheck("training data", stored[:12], "missing", None, 0.0, False, f"{stream}")
@@ -145,7 +145,7 @@ def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> 
         if str(record.get("event", "")).startswith(METRICS_LOST):
             yield VerificationCheck("metrics.jsonl", "", "", None, 0.0, False, f"step {record['step']}: {record['event']}")
     if metrics.num_unreadable and not _unfinished(folder.metrics_file, metrics):
-        told = "1 line cannot be read" if metrics.num_unreadable == 1 else f"{metrics.num_unreadable} lines cannot be read"
+        note = "1 line cannot be read" if metrics.num_unreadable == 1 else f"{metrics.num_unreadable} lines cannot be read"
         yield VerificationCheck(
             "metrics.jsonl",
             f"{len(metrics.records) + metrics.num_unreadable} lines",
@@ -153,7 +153,7 @@ def _metrics(folder: RunDir, metrics: MetricsHistory, state: dict[str, Any]) -> 
             None,
             0.0,
             False,
-            told,
+            note,
         )
     elif metrics.records or state.get("metrics_bytes", 0) > 0:
         yield from _remembered_metrics(folder.metrics_file, state)
@@ -235,7 +235,7 @@ def _held_out(folder: RunDir, line: dict[str, Any], kept: Path, locations: DataL
 
 
 def last_start(folder: RunDir, step: int | None = None) -> dict[str, Any]:
-    """The newest start of the run that its manifest tells of, or the one that took a step; an empty one where it tells of none."""
+    """The newest start of the run that its manifest records, or the one that took a step; an empty one where it records none."""
     known = [start for start in folder.manifest().get("starts", []) if isinstance(start, dict)]
     before = [start for start in known if step is None or (is_number(start.get("step")) and start["step"] < step)]
     return (before or known or [{}])[-1]

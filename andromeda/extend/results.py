@@ -66,9 +66,9 @@ class ExtensionResults:
             self.values = read(self.path)
             differing = [key for key in head if self.values.get(key) != head[key]]
             if differing:
-                told = ", ".join(differing)
+                names = ", ".join(differing)
                 raise ConfigError(
-                    f"{folder} holds another extension ({told} differs): give the same arguments to resume, or another --out."
+                    f"{folder} holds another extension ({names} differs): give the same arguments to resume, or another --out."
                 )
 
     def find(self, method: str, stage: str = "") -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""Parts of a model for which there is no fused kernel: what a user's own class, or a rare setting, costs in speed is told, not silent."""
+"""Parts of a model for which there is no fused kernel: a log line names each of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def unfused_parts(model: nn.Module) -> dict[str, int]:
     return dict(Counter(name for module in model.modules() for name in _of(module)))
 
 
-def told(parts: dict[str, int]) -> str:
+def describe_unfused(parts: dict[str, int]) -> str:
     """One line for the log; empty where every part has a kernel."""
     named = ", ".join(f"{name} (x {count})" if count > 1 else name for name, count in parts.items())
     return f"no fused kernel for {named}: left to PyTorch, and to torch.compile where it is on" if named else ""

@@ -44,7 +44,7 @@ class MemoryTracker(TorchDispatchMode):
         self.peak = max(self.peak, self.held)
 
     def resized(self, storage: torch.UntypedStorage) -> None:
-        """Count a storage anew whose size was changed, as FSDP frees and allocates gathered weights."""
+        """Count a storage again whose size was changed, as FSDP frees and allocates gathered weights."""
         if storage._cdata in self._sizes:
             self.held += storage.nbytes() - self._sizes[storage._cdata]
             self._sizes[storage._cdata] = storage.nbytes()

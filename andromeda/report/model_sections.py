@@ -240,14 +240,14 @@ def _start(record: RunData, name: str) -> dict[str, Any]:
 
 
 def _data(record: RunData) -> str:
-    told = []
+    texts = []
     for path, corpus in record.corpora.items():
         train = corpus.splits.get("train")
         sources = ", ".join(source.name for source in corpus.sources)
-        told.append(f"{sources} ({path}): {train.documents:,} documents, {train.tokens:,} tokens" if train else path)
-    told = told or [path for path in [record.config.data.corpus, *(s.path for s in record.config.data.sources)] if path]
+        texts.append(f"{sources} ({path}): {train.documents:,} documents, {train.tokens:,} tokens" if train else path)
+    texts = texts or [path for path in [record.config.data.corpus, *(s.path for s in record.config.data.sources)] if path]
     learned = record.metrics.latest("tokens")
-    return ("; ".join(told) or "not recorded") + (f". Learned from {learned:,.0f} tokens of it" if learned else "") + "."
+    return ("; ".join(texts) or "not recorded") + (f". Learned from {learned:,.0f} tokens of it" if learned else "") + "."
 
 
 def _training(record: RunData) -> str:
@@ -261,13 +261,13 @@ def _training(record: RunData) -> str:
 
 
 def _measured(record: RunData) -> str:
-    told = [f"{format_number(r.result.get('bits_per_byte'))} bits per byte{_of(r)}" for r in record.of_kind("bits")]
+    texts = [f"{format_number(r.result.get('bits_per_byte'))} bits per byte{_of(r)}" for r in record.of_kind("bits")]
     for result in record.of_kind("reasoning"):
         scores = [f"{task} {format_percent(s.get('in'))}" for task, s in result.result.items() if isinstance(s, dict)]
-        told.append("reasoning: " + ", ".join(scores))
-    if not told and (bits := record.metrics.latest("validation/bits_per_byte")):
-        told.append(f"{format_number(bits)} bits per byte on held-out text, while training")
-    return ("; ".join(told) + ".") if told else "nothing yet."
+        texts.append("reasoning: " + ", ".join(scores))
+    if not texts and (bits := record.metrics.latest("validation/bits_per_byte")):
+        texts.append(f"{format_number(bits)} bits per byte on held-out text, while training")
+    return ("; ".join(texts) + ".") if texts else "nothing yet."
 
 
 def _of(result: EvalResult) -> str:

@@ -16,7 +16,7 @@ from andromeda.utils.errors import AndromedaError, CheckpointError
 from andromeda.utils.untrusted import MalformedFile, open_regular, parse_json, read_json_object
 
 SAMPLING_KEYS = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed", "finish")
-"""What is told of how a sample was written."""
+"""Settings of a sample that are shown."""
 SAMPLE_BYTES = 4 << 20
 """Read of each file of samples."""
 

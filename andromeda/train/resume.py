@@ -140,20 +140,20 @@ def why_length_is_fixed(old: Mapping[str, Any]) -> str:
 def rest_of_schedule(old: TrainConfig, new: TrainConfig, step: int) -> str:
     """What becomes of the learning rate of a run that is at `step` when its length changes, as a sentence."""
     was, now = build_schedule(old.schedule, old.steps), build_schedule(new.schedule, new.steps)
-    told = f"train.steps is now {new.steps:,} (was {old.steps:,}): "
+    message = f"train.steps is now {new.steps:,} (was {old.steps:,}): "
     if new.schedule.kind == "constant":
-        return f"{told}the learning rate stays constant until then"
+        return f"{message}the learning rate stays constant until then"
     down, before = new.steps - in_steps(new.schedule.cooldown, new.steps), old.steps - in_steps(old.schedule.cooldown, old.steps)
     if step > down:
-        told += f"the learning rate is now at {now(step):.0%} and falls to {new.schedule.min_lr_ratio:.0%} at step {new.steps:,}"
+        message += f"the learning rate is now at {now(step):.0%} and falls to {new.schedule.min_lr_ratio:.0%} at step {new.steps:,}"
     else:
-        told += f"the learning rate stays at its full value until step {down:,} and falls from there to step {new.steps:,}"
+        message += f"the learning rate stays at its full value until step {down:,} and falls from there to step {new.steps:,}"
     if step > before:
-        told += (
+        message += (
             f"; it had fallen to {was(step):.0%}, since the cooldown began at step {before:,} and these steps stay in the run "
             "(a checkpoint from before it, where one is kept, continues with --init-from RUN@STEP --keep-optimizer)"
         )
-    return told
+    return message
 
 
 def resume_latest(state: TrainState, run_dir: RunDir, reporter: Reporter) -> checkpoint.Snapshot | None:

@@ -14,7 +14,7 @@ from andromeda.config.own_code import allow_code as consent
 from andromeda.config.parts import check_code_allowed
 from andromeda.config.run import RunConfig
 from andromeda.data.loader import TokenStream, open_stream
-from andromeda.model.unfused_parts import told, unfused_parts
+from andromeda.model.unfused_parts import describe_unfused, unfused_parts
 from andromeda.optim import build_schedule
 from andromeda.optim.schedules import build_window_warmup
 from andromeda.parallel.mesh import ParallelMesh, join_mesh, watched
@@ -328,7 +328,7 @@ def _run(
     try:
         with signals.installed(), join_workers(state):
             start = _begin(config, run_dir, state, resume, parent, reporter)
-            if next(state.model.parameters()).is_cuda and (unfused := told(unfused_parts(state.model))):
+            if next(state.model.parameters()).is_cuda and (unfused := describe_unfused(unfused_parts(state.model))):
                 reporter.message(unfused)
             metrics_file, loggers = ranks.on_all(lambda: _open_outputs(config, run_dir, state, start, stream, reporter, is_main))
             throughput = ThroughputMonitor(config.model, resolve_seq_len(config), state.precision, state.collectives.layout.world_size)

@@ -93,7 +93,7 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--kinds", "bpee"], "did you mean bpe?"),
         (["--kinds", ","], "Name at least one kind"),
@@ -108,11 +108,11 @@ def test_a_tokenizer_that_changes_text_is_found(monkeypatch: pytest.MonkeyPatch)
     ],
 )
 def test_a_mistake_is_one_sentence(
-    arguments: list[str], told: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, texts: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert call("tokenizers", "compare", str(texts), "--out", str(tmp_path / "out"), *arguments) == 2
     said = capsys.readouterr().err.strip()
-    assert told in said
+    assert message in said
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
 

@@ -167,9 +167,9 @@ def test_what_is_asked_for_twice_is_done_once_and_what_does_not_fit_is_told(
     capsys.readouterr()
     assert call("eval", "run", "retrieval", "single", "single", "--samples", "1", "--device", "cpu", "--json") == 0
     assert [json.loads(line)["name"] for line in capsys.readouterr().out.splitlines()] == ["retrieval-single"]
-    (told,) = caplog.messages
-    assert "256 tokens is too short for needles, multikey" in told
-    assert "single" not in told
+    (message,) = caplog.messages
+    assert "256 tokens is too short for needles, multikey" in message
+    assert "single" not in message
 
 
 def test_what_was_measured_before_an_interruption_stays(
@@ -195,9 +195,9 @@ def test_a_question_that_does_not_fit_names_the_fix(
 ) -> None:
     Path("long.jsonl").write_text("".join(json.dumps({"question": "x" * n, "answer": "#### 1"}) + "\n" for n in (100, 250)))
     assert call("eval", "run", "gsm8k", "--questions", "long.jsonl", "--num-fewshot", shots, "--device", "cpu") == 2
-    told = capsys.readouterr().err
-    assert all(part in told for part in said)
-    assert "more than this model's context of 256" in told
+    message = capsys.readouterr().err
+    assert all(part in message for part in said)
+    assert "more than this model's context of 256" in message
 
 
 def test_a_local_task_of_the_harness_runs_offline_and_is_verified(

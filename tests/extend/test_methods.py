@@ -110,7 +110,7 @@ def test_methods_that_apply(make: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "to", "method", "told"),
+    ("model", "to", "method", "message"),
     [
         ({}, 32, "yarn", "trained on 32 tokens already"),
         ({"rotary": {"kind": "none"}, "alibi": {"num_heads": 1}}, 64, "ntk", "use alibi-scale or none"),
@@ -118,8 +118,8 @@ def test_methods_that_apply(make: Make) -> None:
         ({"embedding": {"absolute": True}}, 64, "none", "embedding.absolute"),
     ],
 )
-def test_what_cannot_be_extended_is_refused(model: dict[str, object], to: int, method: str, told: str, make: Make) -> None:
-    with pytest.raises(ConfigError, match=told):
+def test_what_cannot_be_extended_is_refused(model: dict[str, object], to: int, method: str, message: str, make: Make) -> None:
+    with pytest.raises(ConfigError, match=message):
         position_overrides(make(**model), to, method)
 
 

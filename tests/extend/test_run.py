@@ -152,7 +152,7 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["{old}"], "Give the new context length"),
         (["{tmp}/nothing", "--to", "64"], "is not a run folder"),
@@ -173,14 +173,14 @@ def test_the_command_prints_a_table_and_draws(old: Path, tmp_path: Path, capsys:
     ],
 )
 def test_a_mistake_is_one_sentence_and_leaves_nothing(
-    arguments: list[str], told: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str], message: str, old: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = [word.format(old=old, tmp=tmp_path) for word in arguments]
     out = [] if "--out" in given else ["--out", str(tmp_path / "out")]
     before = files(old)
     assert call("extend", *given, *out) == 2
     said = capsys.readouterr().err.strip()
-    assert told in said
+    assert message in said
     assert "\n" not in said
     assert not (tmp_path / "out").exists()
     assert files(old) == before
@@ -201,9 +201,9 @@ def test_the_change_from_the_trained_length_is_paired_by_windows(extended: Any) 
     assert difference([1.0], [3.0]) == (2.0, None)
     found = extended[1]["methods"]["pi"]["after"]["context"]
     assert np.mean(found["windows"], axis=1) == pytest.approx(found["nats"])
-    told = verdicts(extended[1])
-    assert told[0].startswith(f"pi, trained: {found['nats'][3] - found['nats'][1]:+.4f} ± ")
-    assert told[0].endswith("nats/token from 32 to 96 tokens")
+    message = verdicts(extended[1])
+    assert message[0].startswith(f"pi, trained: {found['nats'][3] - found['nats'][1]:+.4f} ± ")
+    assert message[0].endswith("nats/token from 32 to 96 tokens")
 
 
 def test_a_page_has_the_tables_and_the_worst_depth(extended: Any) -> None:

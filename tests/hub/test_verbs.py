@@ -44,9 +44,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_export(run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert call("export", str(run), "--to", str(tmp_path / "shared")) == 0
-    told = capsys.readouterr().out
-    assert "LlamaForCausalLM" in told
-    assert f"hf upload YOUR_NAME/shared {tmp_path / 'shared'}" in told
+    message = capsys.readouterr().out
+    assert "LlamaForCausalLM" in message
+    assert f"hf upload YOUR_NAME/shared {tmp_path / 'shared'}" in message
     names = {path.name for path in (tmp_path / "shared").iterdir()}
     assert names >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md"}
     ours = Andromeda.from_run(run, device="cpu")

@@ -8,7 +8,7 @@ import pytest
 
 from andromeda.config.load import from_values
 from andromeda.model.meta_model import meta_model
-from andromeda.model.unfused_parts import told, unfused_parts
+from andromeda.model.unfused_parts import describe_unfused, unfused_parts
 from tests.hub.exported import small_preset
 
 
@@ -34,8 +34,8 @@ def parts(**changes: Any) -> dict[str, int]:
 )
 def test_parts(changes: dict[str, Any], expected: dict[str, int]) -> None:
     assert parts(**changes) == expected
-    assert (told(expected) == "") == (not expected)
-    assert all(name in told(expected) for name in expected)
+    assert (describe_unfused(expected) == "") == (not expected)
+    assert all(name in describe_unfused(expected) for name in expected)
 
 
 def test_a_norm_of_a_users_own_is_named() -> None:

@@ -1,4 +1,4 @@
-"""What a training is told at its end, against entropies in closed form and runs that learn nothing."""
+"""The sentence at the end of a training, against entropies in closed form and runs that learn nothing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def test_entropy_of_a_known_distribution(size: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("loss", "told"),
+    ("loss", "message"),
     [
         (3.0, ""),
         (3.95, ""),
@@ -56,11 +56,11 @@ def test_entropy_of_a_known_distribution(size: int) -> None:
         (None, "all were skipped"),
     ],
 )
-def test_sentences(loss: float | None, told: str) -> None:
+def test_sentences(loss: float | None, message: str) -> None:
     sentence = explain_poor_loss(loss, 4.0, 512, 1e9)
-    assert told in sentence
-    assert bool(sentence) == bool(told)
-    assert not told or "1e+09" in sentence
+    assert message in sentence
+    assert bool(sentence) == bool(message)
+    assert not message or "1e+09" in sentence
 
 
 class Told(NullReporter):
@@ -71,15 +71,15 @@ class Told(NullReporter):
         self.messages.append(text)
 
 
-@pytest.mark.parametrize(("lr", "told"), [(1e-9, "guessing all 257 tokens alike"), (10.0, "is worse than"), (1e9, "is not finite")])
-def test_a_learning_rate_that_does_not_learn_is_told(tiny: Tiny, tmp_path: Path, lr: float, told: str) -> None:
+@pytest.mark.parametrize(("lr", "message"), [(1e-9, "guessing all 257 tokens alike"), (10.0, "is worse than"), (1e9, "is not finite")])
+def test_a_learning_rate_that_does_not_learn_is_told(tiny: Tiny, tmp_path: Path, lr: float, message: str) -> None:
     """On the screen, in metrics.jsonl, in the report and on the card."""
     bad = Told()
     config = tiny(train__optim={"lr": lr}, train__steps=20, train__spike_guard={"enabled": False})
     train(config, tmp_path / "bad", reporter=bad)
     last = [json.loads(line) for line in (tmp_path / "bad" / "metrics.jsonl").read_text().splitlines() if "warning" in line][-1]
     assert bad.messages[-1] == last["warning"]
-    assert told in last["warning"]
+    assert message in last["warning"]
     assert f"{lr:g}" in last["warning"]
     assert last["step"] == 20
     assert "without learning" in build_report(tmp_path / "bad")

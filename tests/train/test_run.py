@@ -121,7 +121,7 @@ def test_nothing_to_resume(command: Command, settings: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("seed=1", "seed was 0 and is now 1"),
         ("model.hidden_size=48", "model.hidden_size was 32 and is now 48"),
@@ -129,10 +129,10 @@ def test_nothing_to_resume(command: Command, settings: Path, tmp_path: Path) -> 
         ("train.steps=7", "train.steps was 6 and is now 7"),
     ],
 )
-def test_resume_with_another_configuration(command: Command, settings: Path, tmp_path: Path, change: str, told: str) -> None:
+def test_resume_with_another_configuration(command: Command, settings: Path, tmp_path: Path, change: str, message: str) -> None:
     command("train", settings, "--out", tmp_path / "run")
-    assert told in sentence(command("train", settings, change, "--out", tmp_path / "run", "--resume"))
-    assert told in sentence(command("train", change, "--out", tmp_path / "run", "--resume"))
+    assert message in sentence(command("train", settings, change, "--out", tmp_path / "run", "--resume"))
+    assert message in sentence(command("train", change, "--out", tmp_path / "run", "--resume"))
 
 
 def test_resume_may_change_what_is_not_learned(command: Command, settings: Path, tmp_path: Path) -> None:
@@ -172,12 +172,12 @@ def test_other_data(command: Command, settings: Path, tmp_path: Path, corpus: Pa
         tmp_path / "other",
         BuildConfig(tokenizer="bytes", validation_fraction=0.4),
     )
-    told = sentence(command("train", f"data.corpus={tmp_path / 'other'}", "--out", tmp_path / "run", "--resume"))
-    assert "The data has changed since the checkpoint" in told
+    message = sentence(command("train", f"data.corpus={tmp_path / 'other'}", "--out", tmp_path / "run", "--resume"))
+    assert "The data has changed since the checkpoint" in message
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         ("data.corpus=/nowhere", "There is no corpus at /nowhere"),
         ("model.vocab_size=100", "The corpus has 257 tokens and the model 100: set model.vocab_size=257"),
@@ -191,12 +191,12 @@ def test_other_data(command: Command, settings: Path, tmp_path: Path, corpus: Pa
     ],
 )
 def test_wrong_settings_leave_no_folder(
-    command: Command, settings: Path, tmp_path: Path, change: str, told: str, monkeypatch: pytest.MonkeyPatch
+    command: Command, settings: Path, tmp_path: Path, change: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     run = tmp_path / "run"
-    assert told in sentence(command("train", settings, *change.split(" "), "--out", run))
+    assert message in sentence(command("train", settings, *change.split(" "), "--out", run))
     assert not run.exists()
 
 

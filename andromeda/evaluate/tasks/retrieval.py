@@ -58,11 +58,11 @@ class RetrievalEvaluation:
                 found.append(self._one(RETRIEVAL_TASKS[name], options, tuple(sorted(set(lengths)))))
             else:
                 missing.append(name)
-        told = f"context of {loaded.context} tokens is too short for {listed(missing)}"
+        reason = f"context of {loaded.context} tokens is too short for {listed(missing)}"
         if not found:
-            raise RequestError(f"This model's {told}: give longer --lengths with --extrapolate, or leave it out.")
+            raise RequestError(f"This model's {reason}: give longer --lengths with --extrapolate, or leave it out.")
         if missing:
-            log.warning("andromeda: this model's %s: left out.", told)
+            log.warning("andromeda: this model's %s: left out.", reason)
         return found
 
     def _one(self, task: RetrievalTask, options: EvalOptions, lengths: tuple[int, ...]) -> RetrievalSettings:

@@ -200,8 +200,8 @@ class AndromedaRotary:
         a, biased = config.attention, config.alibi["num_heads"]
         split = r.get("heads", "all") == "non_alibi"
         kv_heads = a["num_kv_heads"]
-        still = biased * kv_heads // a["num_heads"] if split else kv_heads - round(r.get("head_fraction", 1.0) * kv_heads)
-        self.still = (biased if split else still * a["num_heads"] // kv_heads, still)
+        unrotated = biased * kv_heads // a["num_heads"] if split else kv_heads - round(r.get("head_fraction", 1.0) * kv_heads)
+        self.unrotated = (biased if split else unrotated * a["num_heads"] // kv_heads, unrotated)
 
     @property
     def follows_length(self) -> bool:
@@ -248,17 +248,17 @@ class AndromedaRotary:
         return cos.to(dtype), sin.to(dtype)
 
     def rotate(self, x: Tensor, table: tuple[Tensor, Tensor] | None, key: bool) -> Tensor:
-        """x (B, H, T, D) with the first R dimensions of each head turned, those of ALiBi's heads excepted where configured."""
+        """x (B, H, T, D) with the first R dimensions of each head rotated, those of ALiBi's heads excepted where configured."""
         if table is None:
             return x
-        still = self.still[key]
+        unrotated = self.unrotated[key]
         cos, sin = table
-        rest = x[:, still:, :, self.dim :]
-        turned = x[:, still:, :, : self.dim].to(cos.dtype)
-        a, b = turned.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else turned.chunk(2, -1)
+        rest = x[:, unrotated:, :, self.dim :]
+        rotated = x[:, unrotated:, :, : self.dim].to(cos.dtype)
+        a, b = rotated.unflatten(-1, (-1, 2)).unbind(-1) if self.interleaved else rotated.chunk(2, -1)
         halves = (a * cos - b * sin, b * cos + a * sin)
         y = torch.stack(halves, -1).flatten(-2) if self.interleaved else torch.cat(halves, -1)
-        return torch.cat([x[:, :still], torch.cat([y.to(x.dtype), rest], -1)], 1)
+        return torch.cat([x[:, :unrotated], torch.cat([y.to(x.dtype), rest], -1)], 1)
 
 
 # token shift

@@ -43,8 +43,8 @@ class Samples:
         with torch.compiler.set_stance("force_eager"), precision.autocast():
             written = [self._continue(model, ids, precision.device) for ids in self._prompts]
         model.train()
-        told = {"temperature": self._config.temperature, "seed": self._seed}
-        return [{"prompt": prompt, **text, **told} for prompt, text in zip(self._config.prompts, written, strict=True)]
+        settings = {"temperature": self._config.temperature, "seed": self._seed}
+        return [{"prompt": prompt, **text, **settings} for prompt, text in zip(self._config.prompts, written, strict=True)]
 
     def _continue(self, model: Transformer, prompt: list[int], device: torch.device) -> dict[str, Any]:
         """A text as `andromeda generate --top-k 0` with the same seed and temperature would write it."""

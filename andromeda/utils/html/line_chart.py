@@ -194,7 +194,7 @@ def _draw(
     kind: str,
 ) -> Markup:
     plot = _plot(series, x, y, rules, width, height)
-    told = {
+    chart = {
         "x": [plot.x.low, plot.x.high, plot.x.begin, plot.x.end, plot.x.log],
         "y": [plot.y.low, plot.y.high, plot.y.begin, plot.y.end, plot.y.log],
         "label": x.label,
@@ -203,7 +203,7 @@ def _draw(
                 "name": s.name,
                 "color": s.color,
                 "points": [[_round(a), _round(b)] for a, b in s.points],
-                "shown": [[x.show(a), _told(y, b)] for a, b in s.points],
+                "shown": [[x.show(a), _value_text(y, b)] for a, b in s.points],
             }
             for s in series
         ],
@@ -220,11 +220,11 @@ def _draw(
         role="img",
         aria_label=_summary(title, series, x),
         tabindex="0",
-        data_chart=json.dumps(told, separators=(",", ":")),
+        data_chart=json.dumps(chart, separators=(",", ":")),
     )
 
 
-def _told(axis: Axis, value: float) -> str:
+def _value_text(axis: Axis, value: float) -> str:
     return format_number(value) if axis.show is format_si else axis.show(value)
 
 
@@ -297,8 +297,8 @@ def _summary(title: str, series: Sequence[Series], x: Axis) -> str:
     def at(point: Point) -> str:
         return f"{format_number(point[1])} at {x.show(point[0])}"
 
-    told = [f"{s.name} from {at(s.points[0])} to {at(s.points[-1])}" for s in series]
-    return f"{title} by {x.label}: {'; '.join(told) or 'nothing yet'}."
+    ends = [f"{s.name} from {at(s.points[0])} to {at(s.points[-1])}" for s in series]
+    return f"{title} by {x.label}: {'; '.join(ends) or 'nothing yet'}."
 
 
 def _round(value: float) -> float:
