@@ -315,6 +315,10 @@ RUN_RULES: tuple[Rule, ...] = (
         lambda c: not c.loss.next_token_weight and not c.model.task_heads and not c.loss.distillation.teacher,
         "loss.next_token_weight = 0 leaves nothing to learn: declare a head in model.task_heads",
     ),
+    (
+        lambda c: c.loss.balance != "fixed" and c.train.diloco.workers,
+        "loss.balance = {c.loss.balance!r} learns weights that workers of train.diloco would not share: set it to 'fixed'",
+    ),
     # Window warm-up
     (
         lambda c: bool(c.train.window.start) != bool(c.train.window.end),

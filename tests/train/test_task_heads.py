@@ -210,6 +210,8 @@ def test_mistakes_are_one_sentence(several: Make, tiny: Make, tmp_path: Path) ->
         tiny(loss__next_token_weight=0.0)
     with pytest.raises(ConfigError, match="whole sequences and matrices"):
         several(parallel__tensor=2)
+    with pytest.raises(ConfigError, match="learns weights that workers of"):
+        several(loss__balance="gradnorm", train__diloco={"workers": 2})
 
 
 def test_whole_numbers_are_ambiguous(tiny: Make, tmp_path: Path) -> None:
