@@ -188,17 +188,20 @@ class PrefetchingTokenStream(TokenStream):
         return ready.result() if ready else super().batch(start, count)
 
 
-def open_stream(config: DataConfig, seq_len: int, seed: int, split: Split = "train") -> TokenStream:
+def open_stream(config: DataConfig, seq_len: int, seed: int, split: Split = "train", *, all_tokens: bool = False) -> TokenStream:
     """Open the sequences of `seq_len` tokens that a run reads.
 
     Training never ends: each source restarts when it is exhausted, reshuffled by (seed, epoch), and sources are mixed sequence by
     sequence with exact shares. The held-out stream has a fixed order and ends; each of its tokens but the first of a source is a
-    target exactly once. Raises ConfigError or DataError when the corpora are missing, damaged, or of different tokenizers.
+    target exactly once. all_tokens: those that a corpus keeps from being learned are targets too. Raises ConfigError or DataError when
+    the corpora are missing, damaged, or of different tokenizers.
     """
     sources = _sources(config)
     if seq_len < 1:
         raise ConfigError(f"A sequence must hold at least one token, not {seq_len}: set train.seq_len.")
     corpora = [open_corpus(source.path, split) for source in sources]
+    if all_tokens:
+        corpora = [replace(corpus, loss_mask=None) for corpus in corpora]
     _refuse_different_tokenizers(sources, corpora)
     endless = split == "train"
     shuffle = config.shuffle and endless

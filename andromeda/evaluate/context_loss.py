@@ -127,7 +127,7 @@ TokenCallback = Callable[[int], None]
 
 def held_out_tokens(data: DataConfig, seed: int) -> Tensor:
     """All tokens of the held-out text (N,), documents one after the other."""
-    stream = open_stream(data.model_copy(update={"packing": "stream", "workers": 0}), 1024, seed, "val")
+    stream = open_stream(data.model_copy(update={"packing": "stream", "workers": 0}), 1024, seed, "val", all_tokens=True)
     rows = stream.batch(0, stream.num_sequences or 0)
     kept = rows.targets.flatten() != -100
     return torch.cat([rows.ids.flatten()[:1], rows.targets.flatten()[kept]])

@@ -132,6 +132,7 @@ def manifest_section(record: RunData) -> Section:
             ("Seed", str(config.seed)),
             ("Weights from", parent_text(record) or None),
             ("Training stream", code(manifest["data"]) if manifest.get("data") else None),
+            ("Chat template", code(record.chat_template) if record.chat_template else None),
             ("Command", code(last["command"]) if last.get("command") else None),
             ("Code", _code(last.get("code"))),
             ("Device", last.get("device")),

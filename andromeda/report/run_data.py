@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from andromeda.config.run import RunConfig
 from andromeda.data.corpus import CorpusManifest
+from andromeda.data.tokenizer import CHAT_TEMPLATE, Tokenizer, template_sha256
 from andromeda.evaluate.result import EvalResult, load_readable_results
 from andromeda.train import checkpoint
 from andromeda.train.metrics import MetricsHistory, is_number, read_metrics
@@ -49,6 +51,8 @@ class RunData:
     """Bits per byte that general compressors need for the held-out text, where the run has measured them."""
     newest: int | None = None
     """Step of the newest checkpoint."""
+    chat_template: str = ""
+    """sha256 of the chat template; empty where the run has none."""
     problems: list[str] = field(default_factory=list)
     """What could not be read, one sentence each."""
 
@@ -80,6 +84,7 @@ def read_run(path: str | Path) -> RunData:
         corpora=_corpora(config),
         compressors=_compressors(folder.path / "demo.json"),
         newest=int(there[0].name.rpartition("-")[2]) if there else None,
+        chat_template=_or_nothing(partial(_chat_template, folder.path / "tokenizer"), problems) or "",
         problems=problems,
     )
 
@@ -138,6 +143,11 @@ def _or_nothing(read: Any, problems: list[str]) -> Any:
     except AndromedaError as error:
         problems.append(str(error))
         return {}
+
+
+def _chat_template(folder: Path) -> str:
+    template = Tokenizer.load(folder).chat_template if (folder / CHAT_TEMPLATE).exists() else ""
+    return template_sha256(template) if template else ""
 
 
 def _corpora(config: RunConfig) -> dict[str, CorpusManifest]:

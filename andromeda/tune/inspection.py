@@ -12,6 +12,7 @@ from andromeda.tune.chat_model import chat_model
 from andromeda.tune.examples import ChatExample, ChatStatistics, read_examples
 from andromeda.tune.sft_config import sequence_length
 from andromeda.utils.errors import RequestError
+from andromeda.utils.untrusted import printable
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class ChatInspection:
     def tokens(self) -> list[str]:
         """The text of each token: of a special one its name, of others as Python writes it, of a part of a character its bytes."""
         names = {number: name for name, number in self.tokenizer.special_tokens.items()}
-        return [names[i] if i in names else _quoted(self.tokenizer.decode_bytes([i])) for i in self.example.ids.tolist()]
+        return [printable(names[i]) if i in names else _quoted(self.tokenizer.decode_bytes([i])) for i in self.example.ids.tolist()]
 
     def rows(self) -> list[list[str]]:
         """Position, id, token, role and loss weight of each token."""

@@ -16,7 +16,8 @@ from torch import Tensor
 from andromeda.config.run import RunConfig
 from andromeda.data.corpus import open_corpus, verify_corpus
 from andromeda.data.loader import open_stream
-from andromeda.data.tokenizer import Tokenizer
+from andromeda.data.tokenizer import Tokenizer, template_sha256
+from andromeda.evaluate.context_loss import held_out_tokens
 from andromeda.model.transformer import Transformer
 from andromeda.train.objective import MicroBatch, NextTokenObjective
 from andromeda.train.progress import NullReporter
@@ -63,6 +64,12 @@ def test_targets_are_the_answers(config: RunConfig) -> None:
     val = open_corpus(config.data.corpus, "val")
     assert val.loss_mask is not None
     assert int(val.loss_mask.sum()) > 0
+
+
+def test_evaluation_reads_whole_conversations(config: RunConfig) -> None:
+    """What is measured as held-out text has the questions too."""
+    val = open_corpus(config.data.corpus, "val").documents.tokens
+    assert held_out_tokens(config.data, 0).tolist() == val.read(0, val.size).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -136,6 +143,7 @@ def test_new_tokens_begin_as_the_mean(base: Path, sums: Path, tmp_path: Path) ->
     tokenizer = Tokenizer.load(out)
     assert tokenizer.chat_template
     assert tokenizer.extends(Tokenizer.load(base))
+    assert template_sha256(tokenizer.chat_template) in (out / "report.html").read_text()
     assert call("export", str(out), "--to", str(tmp_path / "hub")) == 0
     assert (tmp_path / "hub" / "chat_template.jinja").read_text() == tokenizer.chat_template
     (out / "tokenizer" / "chat_template.jinja").write_text("changed")
