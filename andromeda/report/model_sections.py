@@ -17,6 +17,7 @@ from andromeda.plan.memory import cache_bytes
 from andromeda.plan.plan_tables import size as byte_size
 from andromeda.report.fragments import code, missing_section, shell_quote
 from andromeda.report.run_data import RunData, training_status
+from andromeda.train.metrics import is_number
 from andromeda.utils.errors import AndromedaError
 from andromeda.utils.formatting import format_duration, format_number, format_percent, format_si
 from andromeda.utils.html import Bar, Child, Markup, Section, bar_chart, definition_list, details, el, grid, join, table
@@ -228,10 +229,16 @@ def model_card_facts(record: RunData, counted: ParameterCount | None) -> list[tu
 def parent_text(record: RunData) -> str:
     """The run that this one began with the weights of, as its manifest names it; empty where it began with random ones."""
     parent = record.manifest.get("parent")
-    if not parent:
+    if not isinstance(parent, dict):
         return ""
-    optimizer = "the optimizer's state kept" if parent["keep_optimizer"] else "a fresh optimizer"
-    return f"{parent['run']}, step {parent['step']:,} (sha256 of the weights {parent['weights_sha256']}), with {optimizer}."
+    optimizer = "the optimizer's state kept" if parent.get("keep_optimizer") else "a fresh optimizer"
+    step = format_number(_number(parent.get("step")))
+    return f"{parent.get('run')}, step {step} (sha256 of the weights {parent.get('weights_sha256')}), with {optimizer}."
+
+
+def _number(value: Any) -> float | None:
+    """A value of a stranger's file, if it is a number."""
+    return value if is_number(value) else None
 
 
 def _start(record: RunData, name: str) -> dict[str, Any]:
@@ -262,9 +269,9 @@ def _training(record: RunData) -> str:
 
 
 def _measured(record: RunData) -> str:
-    texts = [f"{format_number(r.result.get('bits_per_byte'))} bits per byte{_of(r)}" for r in record.of_kind("bits")]
+    texts = [f"{format_number(_number(r.result.get('bits_per_byte')))} bits per byte{_of(r)}" for r in record.of_kind("bits")]
     for result in record.of_kind("reasoning"):
-        scores = [f"{task} {format_percent(s.get('in'))}" for task, s in result.result.items() if isinstance(s, dict)]
+        scores = [f"{task} {format_percent(_number(s.get('in')))}" for task, s in result.result.items() if isinstance(s, dict)]
         texts.append("reasoning: " + ", ".join(scores))
     if not texts and (bits := record.metrics.latest("validation/bits_per_byte")):
         texts.append(f"{format_number(bits)} bits per byte on held-out text, while training")
