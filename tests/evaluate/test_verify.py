@@ -31,9 +31,9 @@ def test_verify_agrees_and_then_finds_what_was_changed(place: Path, capsys: pyte
     capsys.readouterr()
     assert call("verify", "run", "--device", "cpu", "--json") == 0
     checks = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
-    told = ["training data", "tokenizer", "checkpoints", "config.toml", "metrics.jsonl", "held-out loss of step 2"]
-    assert [check["what"] for check in checks[: len(told)]] == told
-    assert checks[5]["difference"] == 0.0
+    expected = ["training data", "tokenizer", "shards", "checkpoints", "config.toml", "metrics.jsonl", "held-out loss of step 2"]
+    assert [check["what"] for check in checks[: len(expected)]] == expected
+    assert checks[6]["difference"] == 0.0
     assert all(check["agrees"] and check["difference"] in (None, 0.0) for check in checks)
     path = place / "run/evaluations/bits.json"
     stored = json.loads(path.read_text())
