@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from andromeda.cli.arguments import AllowCode, Overrides
+from andromeda.cli.arguments import AllowCode, Overrides, check_exists
 
 app = typer.Typer(help="Adapt a trained model to conversations.", no_args_is_help=True)
 Run = Annotated[str, typer.Argument(metavar="RUN[@STEP]", help="The run folder of a trained model; it is only read.")]
@@ -28,6 +28,9 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print the tokens and figures as JSON.")] = False,
 ) -> None:
     """Print every token of an example with its role and loss weight, and what becomes of the whole file."""
+    from andromeda.train.run_dir import split_step
+
+    check_exists(split_step(run)[0])
     from andromeda.tune.inspection import inspect_chat
 
     found = inspect_chat(run, data, example, template, tuple(special_token or ()), seq_len)
@@ -64,17 +67,19 @@ def sft(
     import sys
     from contextlib import closing
 
+    from andromeda.train.run_dir import split_step
+    from andromeda.utils.errors import ConfigError
+
+    folder = split_step(run)[0]
+    check_exists(folder)
+    if not data:
+        raise ConfigError("Give the conversations to learn from with --data DATA.jsonl.")
     from andromeda.cli.train import write_report
     from andromeda.train.progress import build_reporter
-    from andromeda.train.run_dir import split_step
     from andromeda.train.trainer import train
     from andromeda.tune.sft import SftRequest, prepare_sft
     from andromeda.tune.sft_config import TuneSchedule
-    from andromeda.utils.errors import ConfigError
 
-    if not data:
-        raise ConfigError("Give the conversations to learn from with --data DATA.jsonl.")
-    folder = split_step(run)[0]
     changes = [*(overrides or []), *([f"train.device={device}"] if device else [])]
     request = SftRequest(
         run,

@@ -32,7 +32,7 @@ class LossConfig(BaseConfig):
     dynamic weight average (1803.10704)."""
     next_token_weight: NonNegativeFloat = 1.0
     """Share of the language model's own loss; 0 leaves the text unlearned."""
-    lr: PositiveFloat = 0.025
+    weight_lr: PositiveFloat = 0.025
     """uncertainty, gradnorm: learning rate of the task weights (Adam)."""
     alpha: NonNegativeFloat = 1.5
     """gradnorm: how strongly a task that has come less far is pulled up."""

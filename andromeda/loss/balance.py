@@ -101,7 +101,7 @@ class UncertaintyWeights(FixedWeights):
     def update(self, losses: Tensor, present: Tensor, norms: Tensor | None = None) -> None:
         """One step down d/ds: declared (1/2 - factor e^-s L)."""
         gradient = self._declared * (0.5 - self._factor * torch.exp(-self.log_variance) * losses)
-        _Adam.step(self.log_variance, gradient, self.adam, self._config.lr, present)
+        _Adam.step(self.log_variance, gradient, self.adam, self._config.weight_lr, present)
         self.log_variance.clamp_(-MAX_LOG_VARIANCE, MAX_LOG_VARIANCE)
 
     def state_tensors(self) -> dict[str, Tensor]:
@@ -134,7 +134,7 @@ class GradNormWeights(FixedWeights):
         assert norms is not None
         self.first_losses.copy_(torch.where((self.first_losses == 0) & present, losses, self.first_losses))
         gradient = gradnorm_gradient(self.task_weights, norms, losses, self.first_losses, present, self._config.alpha)
-        _Adam.step(self.task_weights, gradient, self.adam, self._config.lr, present)
+        _Adam.step(self.task_weights, gradient, self.adam, self._config.weight_lr, present)
         self.task_weights.clamp_(min=MIN_WEIGHT)
         self.task_weights.mul_(self._declared.sum() / self.task_weights.sum())
 

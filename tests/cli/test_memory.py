@@ -23,7 +23,7 @@ def raise_(error: Exception) -> None:
 
 @pytest.mark.parametrize("way", WAYS)
 def test_memory_that_runs_out(way: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(cli, "app", lambda **_: WAYS[way]())
+    monkeypatch.setattr(cli, "_command", lambda: lambda **_: WAYS[way]())
     with pytest.raises(SystemExit) as end:
         cli.main()
     assert end.value.code == 2
@@ -34,6 +34,6 @@ def test_memory_that_runs_out(way: str, monkeypatch: pytest.MonkeyPatch, capsys:
 
 
 def test_other_errors_are_not_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "app", lambda **_: raise_(RuntimeError("shapes do not match")))
+    monkeypatch.setattr(cli, "_command", lambda: lambda **_: raise_(RuntimeError("shapes do not match")))
     with pytest.raises(RuntimeError, match="shapes"):
         cli.main()

@@ -14,7 +14,7 @@ from andromeda.cli import main
 def verb(**_):
     print("kept")
     {then}
-main.app = verb
+main._command = lambda: verb
 main.main()
 """
 FAILS = 'raise PermissionError(13, "Permission denied", "elsewhere")'

@@ -31,11 +31,12 @@ json.dump(found, sys.stdout)
 
 VERBS = [
     *([verb] for verb in ("ablate", "bench", "data", "demo", "doctor", "eval", "explain", "export", "extend", "generate")),
-    *([verb] for verb in ("import", "plan", "report", "tokenizers", "train", "verify")),
+    *([verb] for verb in ("import", "plan", "report", "tokenizers", "train", "tune", "verify")),
     *(["data", verb] for verb in ("build", "compare", "show")),
     *(["bench", verb] for verb in ("attention", "convergence", "cpu", "decode", "embedding", "loss", "memory")),
     *(["bench", verb] for verb in ("precision", "prefill", "qk", "train")),
     ["tokenizers", "compare"],
+    *(["tune", verb] for verb in ("inspect", "sft")),
 ]
 WRONG = [
     (["train", "nano", "model.hiden_size=3"], "model.hidden_size"),
@@ -62,6 +63,8 @@ WRONG = [
     *(([verb, "nowhere", *rest], "nowhere is not a run folder") for verb, rest in (("generate", ["a"]), ("explain", ["a"]))),
     (["export", "nowhere", "--to", "x"], "nowhere is not a run folder"),
     (["import", "nowhere", "--out", "x"], "nowhere is no folder"),
+    (["tune", "inspect", "nowhere", "x.jsonl"], "nowhere is not a run folder"),
+    (["tune", "sft", "nowhere", "--data", "x.jsonl"], "nowhere is not a run folder"),
     (["eval", "{run}", "--lengths", "many"], "--lengths"),
     (["explain", "{run}", "a", "--layers", "many"], "--layers"),
     (["verify", "{run}", "--files", "nowhere"], "--files"),
@@ -83,8 +86,8 @@ def test_every_verb_is_in_the_lists() -> None:
         return commands.union(*({(*before, g.name)} | named(g.typer_instance, (*before, g.name)) for g in groups))
 
     assert named(app) == {tuple(verb) for verb in VERBS}
-    assert {tuple(verb) for verb in VERBS if verb[0] != "bench"} - {("data",), ("tokenizers",), ("doctor",)} <= {
-        tuple(words[: 2 if words[0] in ("data", "tokenizers") else 1]) for words, _ in WRONG
+    assert {tuple(verb) for verb in VERBS if verb[0] != "bench"} - {("data",), ("tokenizers",), ("tune",), ("doctor",)} <= {
+        tuple(words[: 2 if words[0] in ("data", "tokenizers", "tune") else 1]) for words, _ in WRONG
     } | {("data", "show"), ("data", "compare")}
 
 

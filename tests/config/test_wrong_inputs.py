@@ -61,7 +61,7 @@ OVERRIDES: list[tuple[str, tuple[str, ...]]] = [
     ("model.num_kv_heads=1", ("model.num_kv_heads", "did you mean model.attention.num_kv_heads?")),
     ("dim=64", ("dim", "did you mean model.dim?")),
     ("steps=5", ("steps", "did you mean train.steps?")),
-    ("lr=0.1", ("lr", "did you mean loss.lr or train.optim.lr?")),
+    ("lr=0.1", ("lr", "did you mean train.optim.lr?")),
     ("train.optim.learning_rate=0.1", ("train.optim.learning_rate",)),
     ("model.attention.num_heads.count=4", ("model.attention.num_heads", "whole number", "a table")),
     ("data.sources=[{path='x', wieght=1.0}]", ("data.sources[0].wieght", "data.sources[0].weight?")),

@@ -48,7 +48,7 @@ def test_uncertainty_weights_are_kendalls() -> None:
 
 
 def test_a_loss_of_zero_does_not_send_the_weight_to_infinity() -> None:
-    balance = balance_of("uncertainty", lr=1.0)
+    balance = balance_of("uncertainty", weight_lr=1.0)
     for _ in range(200):
         balance.update(torch.zeros(2, dtype=WIDE), ALL)
     assert balance.weights.max() <= math.exp(10.0)
@@ -68,7 +68,7 @@ def test_gradnorm_follows_its_equations() -> None:
 
 
 def test_gradnorm_makes_equal_gradients_of_equal_rates_and_keeps_the_sum() -> None:
-    balance, norms = balance_of("gradnorm", declared=(1.0, 2.0), lr=0.01), torch.tensor([9.0, 1.0], dtype=WIDE)
+    balance, norms = balance_of("gradnorm", declared=(1.0, 2.0), weight_lr=0.01), torch.tensor([9.0, 1.0], dtype=WIDE)
     for _ in range(2000):
         balance.update(torch.tensor([1.0, 5.0], dtype=WIDE), ALL, norms)
     assert float(balance.weights.sum()) == pytest.approx(3.0, abs=1e-12)
