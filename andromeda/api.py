@@ -235,7 +235,7 @@ def _answer(completion: Completion, prompt: Prompt) -> str | list[int]:
 
 
 def _rounded(count: int) -> str:
-    """A count in the unit that suits it: 2.46 B, 126 M, 12,345."""
+    """A count in the unit that suits it: 2.45 B, 126 M, 12,345."""
     for size, unit in ((10**9, "B"), (10**6, "M")):
         if count >= size:
             return f"{count / size:.3g} {unit}"

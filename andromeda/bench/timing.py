@@ -8,7 +8,6 @@ bytes read and written.
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import replace
@@ -20,10 +19,11 @@ from torch import Tensor
 
 from andromeda.ops.activation import FLOAT8_DTYPE
 from andromeda.utils.hardware import Hardware, recognize
+from andromeda.utils.log import get_logger
 
 Key = TypeVar("Key", bound=Hashable)
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 TELL_EVERY = 10.0
 """Seconds between two lines about the rounds done."""
 

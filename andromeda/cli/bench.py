@@ -37,7 +37,9 @@ def bench() -> None:
     # A line for each round on stderr: minutes pass before the first result.
     lines = logging.StreamHandler()
     lines.setFormatter(logging.Formatter("andromeda: %(message)s"))
-    log = logging.getLogger("andromeda.bench")
+    from andromeda.utils.log import get_logger
+
+    log = get_logger("andromeda.bench")
     log.handlers, log.level, log.propagate = [lines], logging.INFO, False
 
 

@@ -7,7 +7,6 @@ of a model, and some of their gradients must not be rounded. Matrices and tables
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,8 +18,9 @@ from andromeda.config.parallel import ParallelConfig
 from andromeda.model.transformer import Transformer
 from andromeda.parallel.expert import is_spread
 from andromeda.parallel.mesh import ParallelMesh
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger(__name__)
+log = get_logger(__name__)
 
 KEPT_SHARE = 0.25
 """Share of a device's memory up to which `auto` keeps the gathered weights between the forward and the backward pass."""

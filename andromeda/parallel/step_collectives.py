@@ -1,5 +1,4 @@
-"""What a training step exchanges with the other processes. Of one process nothing is exchanged, and each method gives back what it was
-given, so that the trainer is written once."""
+"""What a training step exchanges with the other processes of a mesh."""
 
 from __future__ import annotations
 
@@ -15,73 +14,12 @@ from andromeda.model.transformer import Transformer
 from andromeda.parallel import context
 from andromeda.parallel.expert import is_spread
 from andromeda.parallel.fsdp import keeps_gathered
-from andromeda.parallel.layout import Layout
 from andromeda.parallel.mesh import ParallelMesh
+from andromeda.parallel.one_process import Collectives
 from andromeda.utils.dtensor import is_dtensor, local
 
 FLATTENED = 1 << 20
 """Gradients of fewer elements are summed together, as one tensor."""
-
-
-class Collectives:
-    """One process."""
-
-    layout = Layout()
-    is_main = True
-    """Whether this process writes the run folder."""
-
-    def rows(self, first: int, count: int) -> tuple[int, int]:
-        """Of `count` rows from `first` on, those of this process: (first, count)."""
-        return first, count
-
-    def sum_numbers(self, *numbers: float) -> list[float]:
-        """Each number summed over the processes that read different tokens (float64, in main memory)."""
-        return list(numbers)
-
-    def at(self, step: int) -> None:
-        """The run has done `step` steps."""
-
-    def largest(self, number: int) -> int:
-        """The largest number of any process."""
-        return number
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """Sum a tensor in place over the processes that read different tokens."""
-        return tensor
-
-    def max_(self, tensor: Tensor) -> Tensor:
-        """The largest elements over all processes, in place."""
-        return tensor
-
-    def hidden(self, model: Any, ids: Tensor, documents: Tensor | None, window: int = 0) -> Tensor:
-        """Last hidden states of this process's share of ids (B, T), which all that read the same sequences are given."""
-        states: Tensor = model.hidden(ids, documents=documents, window=window)
-        return states
-
-    def split(self, x: Tensor) -> Tensor:
-        """The share of this process in x (B, T, ...): of the tokens whose states `hidden` gives, in the same shape."""
-        return x
-
-    def gradient_sync(self, last: bool) -> contextlib.AbstractContextManager[Any]:
-        """Wraps the passes of a micro-batch; sharded gradients are summed over processes in the `last` one of a step."""
-        return contextlib.nullcontext()
-
-    def reduce_grads(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Sum those gradients over processes, after the last micro-batch, that are not summed by the backward pass."""
-
-    def after_evaluation(self) -> None:
-        """Call after forward passes that no backward pass follows: gathered weights are freed, since they would not be gathered again."""
-
-    def share(self, chunks: Sequence[Any]) -> list[tuple[Any, bool]]:
-        """Those of `chunks` that this process evaluates, with whether they count.
-
-        Every process gets as many, as forward passes need all of them; one that is only there for the others does not count.
-        """
-        return [(chunk, True) for chunk in chunks]
-
-
-ALONE = Collectives()
-"""One process that runs alone."""
 
 
 class MeshCollectives(Collectives):

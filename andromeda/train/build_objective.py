@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 from andromeda.config.data import RANKED
@@ -16,14 +15,15 @@ from andromeda.loss import Nebula
 from andromeda.loss.balance import FixedWeights
 from andromeda.loss.head_tasks import build_tasks
 from andromeda.model.transformer import Transformer
-from andromeda.parallel.step_collectives import ALONE, Collectives
+from andromeda.parallel.one_process import ALONE, Collectives
 from andromeda.train.multi_task import MultiTaskObjective, learns_several
 from andromeda.train.objective import NextTokenObjective, TrainObjective
 from andromeda.train.run_dir import RunDir
 from andromeda.train.weights import load_weights
 from andromeda.utils.errors import ConfigError, nearest
+from andromeda.utils.log import get_logger
 
-log = logging.getLogger("andromeda")
+log = get_logger("andromeda")
 
 
 def build_objective(

@@ -16,7 +16,7 @@ from andromeda.loss.head_tasks import NEXT_TOKEN, build_tasks
 from andromeda.loss.nebula import shared_gradients
 from andromeda.model.meta_model import meta_model
 from andromeda.model.transformer import Transformer
-from andromeda.parallel.step_collectives import ALONE, Collectives
+from andromeda.parallel.one_process import ALONE, Collectives
 from andromeda.train.objective import HeadLoss, MicroBatch, ObjectiveSums, TrainObjective
 
 

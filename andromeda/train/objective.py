@@ -14,7 +14,7 @@ from andromeda.data.loader import Batch
 from andromeda.loss import LossSums, Nebula, next_token
 from andromeda.model.transformer import Transformer
 from andromeda.ops.attention import fa4
-from andromeda.parallel.step_collectives import ALONE, Collectives
+from andromeda.parallel.one_process import ALONE, Collectives
 
 
 class ObjectiveSums(NamedTuple):

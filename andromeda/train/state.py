@@ -22,8 +22,9 @@ from andromeda.parallel.diloco import DiLoCoWorker
 from andromeda.parallel.fsdp import shard_model
 from andromeda.parallel.layout import ONE
 from andromeda.parallel.mesh import ParallelMesh
+from andromeda.parallel.one_process import Collectives
 from andromeda.parallel.split_model import split_model
-from andromeda.parallel.step_collectives import Collectives, MeshCollectives
+from andromeda.parallel.step_collectives import MeshCollectives
 from andromeda.train.activation_checkpoint import checkpoint_blocks
 from andromeda.train.callbacks.ema import ExponentialMovingAverage, build_ema
 from andromeda.train.callbacks.spike_guard import LossSpikeGuard

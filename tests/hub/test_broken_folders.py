@@ -93,7 +93,7 @@ BREAKS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a size of the wrong kind": (lambda f: config(f, hidden_size="many"), "hidden_size must be a whole number"),
     "a size beyond any machine": (lambda f: config(f, vocab_size=10**15), "vocab_size"),
     "sizes that do not fit": (lambda f: config(f, head_dim=None, num_attention_heads=5), "no multiple"),
-    "more memory than there is": (lambda f: config(f, hidden_size=900_000, num_hidden_layers=9000), "GiB for weights"),
+    "more memory than there is": (lambda f: config(f, hidden_size=900_000, num_hidden_layers=1000), "GiB for weights"),
     "unknown rotary scaling": (lambda f: config(f, rope_parameters={"rope_type": "longrope", "factor": 2.0}), "longrope"),
     "unknown activation": (lambda f: config(f, hidden_act="xielu"), "hidden_act"),
     "no weights": (lambda f: [p.unlink() for p in f.glob("model*")], "holds no weights"),

@@ -22,12 +22,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 
-from andromeda.evaluate.loaded_model import _weights_sha256
 from andromeda.train import checkpoint
 from andromeda.train.checkpoint import Snapshot
 from andromeda.train.checkpoint_ranks import Ranks
 from andromeda.train.checkpoint_reader import read_part
 from andromeda.train.checkpoint_writer import CheckpointWriter
+from andromeda.train.weights import weights_sha256
 from andromeda.utils.errors import CheckpointError
 from andromeda.utils.files import sha256_of
 from tests.train.ranks import exit_codes, on_ranks
@@ -116,7 +116,7 @@ def test_any_layout_is_read_by_any_other(tmp_path: Path) -> None:
     on_ranks(2, save_laid_out, tmp_path, *two)
     on_ranks(2, check_laid_out, tmp_path, four, *two)
     on_ranks(4, check_laid_out, tmp_path, two, "rows over 4", "rows and columns")
-    hashes = {_weights_sha256(tmp_path / layout / "step-00000001", "model") for layout in LAYOUTS}
+    hashes = {weights_sha256(tmp_path / layout / "step-00000001", "model") for layout in LAYOUTS}
     assert hashes == {sha256_of(tmp_path / "copies" / "step-00000001" / "model.safetensors")}
     for layout in LAYOUTS:
         check_whole(tmp_path / layout, sharded=layout != "copies")

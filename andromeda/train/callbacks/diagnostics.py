@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from andromeda.model.attention import Attention
 from andromeda.model.transformer import Transformer
 from andromeda.optim import parameter_roles
-from andromeda.parallel.step_collectives import ALONE, Collectives
+from andromeda.parallel.one_process import ALONE, Collectives
 from andromeda.train.objective import MicroBatch
 from andromeda.train.precision import Precision
 from andromeda.utils.dtensor import total_norm

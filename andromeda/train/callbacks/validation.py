@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from andromeda.data.loader import TokenStream
-from andromeda.parallel.step_collectives import ALONE, Collectives
+from andromeda.parallel.one_process import ALONE, Collectives
 from andromeda.train.objective import MicroBatch, ObjectiveSums
 from andromeda.train.precision import Precision
 
