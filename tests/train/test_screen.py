@@ -72,7 +72,9 @@ def test_a_reader_that_goes_away_ends_the_run_saved(tiny: Tiny, tmp_path: Path, 
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env={**os.environ}) as process:
         assert process.stdout
         assert process.stderr
-        process.stdout.readline()
+        # The lines before the first step say what is trained; they may be all that was printed when the pipe closes.
+        while not process.stdout.readline().startswith(("step ", '{"step')):
+            pass
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 141, said
