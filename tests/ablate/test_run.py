@@ -170,7 +170,10 @@ def whole(tmp_path_factory: pytest.TempPathFactory, corpus: Path) -> Path:
     return place / "out"
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGKILL, -signal.SIGKILL)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [pytest.param(signal.SIGTERM, 128 + signal.SIGTERM, marks=pytest.mark.slow), (signal.SIGKILL, -signal.SIGKILL)],
+)
 def test_a_killed_and_resumed_ablation_gives_the_same_table(number: int, code: int, whole: Path, tiny: str, tmp_path: Path) -> None:
     asked, out = [tiny, *STUDY], tmp_path / "cut"
     process = subprocess.Popen(

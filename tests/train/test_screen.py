@@ -73,8 +73,7 @@ def test_a_reader_that_goes_away_ends_the_run_saved(tiny: Tiny, tmp_path: Path, 
         assert process.stdout
         assert process.stderr
         # The lines before the first step say what is trained; they may be all that was printed when the pipe closes.
-        while not process.stdout.readline().startswith(("step ", '{"step')):
-            pass
+        next(line for line in process.stdout if line.startswith(("step ", '{"step')))
         process.stdout.close()
         said = process.stderr.read()
     assert process.returncode == 141, said
