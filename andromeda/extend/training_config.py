@@ -10,8 +10,7 @@ from andromeda.config.load import load
 from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
 from andromeda.extend.methods import position_overrides, trained_context
-from andromeda.optim import find_optimizer
-from andromeda.optim.param_groups import ROLES
+from andromeda.train.continued import scaled_rates, short_schedule
 from andromeda.utils.errors import ConfigError
 
 DEFAULT_TAIL = 256
@@ -53,7 +52,7 @@ def configure(old: RunConfig, request: ExtendRequest, method: str) -> RunConfig:
         f"name={old.name}-{method}-{request.to}",
         *position_overrides(old, request.to, method),
         *_training(old, request),
-        *_rates(old, request.lr_scale),
+        *scaled_rates(old.train.optim, request.lr_scale),
         *request.overrides,
     ]
     config = load(request.run, changes)
@@ -88,27 +87,11 @@ def _training(old: RunConfig, request: ExtendRequest) -> list[str]:
     room = max(1, (old.train.micro_batch_size or old.train.batch_size) * trained // request.to)
     micro = max(rows for rows in range(1, batch + 1) if batch % rows == 0 and rows <= room)
     return [
-        f"train.steps={steps}",
+        *short_schedule(steps),
         f"train.seq_len={request.to}",
         f"train.batch_size={batch}",
         f"train.micro_batch_size={micro}",
-        "train.schedule.kind=wsd",
-        f"train.schedule.warmup={steps // 10}",
-        f"train.schedule.cooldown={steps // 2}",
-        "train.schedule.min_lr_ratio=0.0",
-        "train.window.start=0",
-        "train.window.end=0",
         f"train.eval_every={steps if old.train.eval_every else 0}",
-        f"train.checkpoints.every={max(1, steps // 4)}",
         # With a mask no distance would exceed the length of a document, and little would be learned about long distances.
         "data.document_mask=false",
     ]
-
-
-def _rates(old: RunConfig, share: float) -> list[str]:
-    optim = old.train.optim
-    kind, _ = find_optimizer(optim)
-    # A key of 0 that stands for `lr` stays 0.
-    defaults = {f"{role}_lr": kind.default_lrs.get(role, 0.0) for role in ROLES if role != "matrix"}
-    rates = {"lr": optim.lr} | {key: getattr(optim, key) or default for key, default in defaults.items()}
-    return [f"train.optim.{key}={share * rate}" for key, rate in rates.items()]

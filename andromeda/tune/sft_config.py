@@ -12,8 +12,7 @@ from andromeda.config.rules import check_training
 from andromeda.config.run import RunConfig
 from andromeda.config.vocabulary import padded
 from andromeda.data.loader import open_stream
-from andromeda.optim import find_optimizer
-from andromeda.optim.param_groups import ROLES
+from andromeda.train.continued import scaled_rates, short_schedule
 from andromeda.train.trainer import resolve_seq_len
 from andromeda.utils.errors import ConfigError
 
@@ -47,13 +46,13 @@ def sequence_length(run: Path, overrides: Sequence[str]) -> int:
 def configure(run: Path, corpus: Path, entries: int, schedule: TuneSchedule, overrides: Sequence[str]) -> RunConfig:
     """The new run's configuration. corpus: the chat corpus, already written; entries: of its tokenizer. Raises ConfigError."""
     old = load(str(run))
-    fixed = [*_data(old, run, corpus, entries), *_rates(old, schedule.lr_scale)]
+    fixed = [*_data(old, run, corpus, entries), *scaled_rates(old.train.optim, schedule.lr_scale)]
     draft = load(str(run), [*fixed, *overrides])
     rows = _rows(draft)
     batch = [] if any(change.startswith(("train.batch_size", "train.micro_batch_size")) for change in overrides) else _batch(old, rows)
     size = load(str(run), [*fixed, *batch, *overrides]).train.batch_size
     steps = schedule.steps or max(1, math.ceil(schedule.epochs * rows / size))
-    config = load(str(run), [*fixed, *batch, *_steps(steps), *overrides])
+    config = load(str(run), [*fixed, *batch, *short_schedule(steps), f"train.eval_every={max(1, steps // 4)}", *overrides])
     check_training(config)
     return config
 
@@ -85,27 +84,3 @@ def _batch(old: RunConfig, rows: int) -> list[str]:
     room = min(size, old.train.micro_batch_size or old.train.batch_size)
     micro = max(n for n in range(1, room + 1) if size % n == 0)
     return [f"train.batch_size={size}", f"train.micro_batch_size={micro}"]
-
-
-def _steps(steps: int) -> list[str]:
-    """Learning rates warm up over a tenth of the steps and decay to zero over the second half."""
-    return [
-        f"train.steps={steps}",
-        "train.schedule.kind=wsd",
-        f"train.schedule.warmup={steps // 10}",
-        f"train.schedule.cooldown={steps // 2}",
-        "train.schedule.min_lr_ratio=0.0",
-        "train.window.start=0",
-        "train.window.end=0",
-        f"train.eval_every={max(1, steps // 4)}",
-        f"train.checkpoints.every={max(1, steps // 4)}",
-    ]
-
-
-def _rates(old: RunConfig, share: float) -> list[str]:
-    optim = old.train.optim
-    kind, _ = find_optimizer(optim)
-    # A key of 0 that stands for `lr` stays 0.
-    defaults = {f"{role}_lr": kind.default_lrs.get(role, 0.0) for role in ROLES if role != "matrix"}
-    rates = {"lr": optim.lr} | {key: getattr(optim, key) or default for key, default in defaults.items()}
-    return [f"train.optim.{key}={share * rate}" for key, rate in rates.items()]
